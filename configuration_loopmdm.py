@@ -1,0 +1,211 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of LoopMDM, a masked diffusion language model that applies a block of its layers several times."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def check_num_loops(num_loops: Any) -> int:
+    """Returns `num_loops` if it is an integer of at least 1, raises ValueError otherwise."""
+    if isinstance(num_loops, bool) or not isinstance(num_loops, int) or num_loops < 1:
+        raise ValueError(
+            f"`num_loops` is {num_loops!r}; it must be an integer of at least 1 (1 is the plain, non-looped model)."
+        )
+    return num_loops
+
+
+@strict
+class LoopMDMConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`LoopMDMForMaskedLM`]. The `num_hidden_layers` physical layers are split into
+    `head = layers[:loop_start]`, `mid = layers[loop_start:loop_end]` and `tail = layers[loop_end:]`. One forward pass
+    runs head once, mid `num_loops` times with the same weights, and tail once ("Looped Diffusion Language Models",
+    arXiv 2605.26106). `num_loops=1` is the plain, non-looped transformer.
+
+    All values are validated when the configuration is made; a bad one raises huggingface_hub's
+    `StrictDataclassError`, which names the value and the fix.
+
+    Args:
+        vocab_size (`int`, defaults to 50258):
+            Number of tokens, special tokens and the mask token included.
+        hidden_size (`int`, defaults to 768):
+            Width of the residual stream.
+        intermediate_size (`int`, defaults to 2048):
+            Width of the gated MLP.
+        num_hidden_layers (`int`, defaults to 12):
+            Number of physical layers, head + mid + tail. Looping adds none.
+        num_attention_heads (`int`, defaults to 12):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*, defaults to `num_attention_heads`):
+            Number of key and value heads (grouped-query attention).
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
+            Width of one head.
+        hidden_act (`str`, defaults to `"silu"`):
+            Activation of the gated MLP, a name of transformers' `ACT2FN`.
+        max_position_embeddings (`int`, defaults to 1024):
+            Longest sequence, in tokens. With learned positions also the number of position embeddings.
+        position_embedding_type (`"rope"` or `"learned"`, defaults to `"rope"`):
+            Rotary position embedding in every layer, or one learned embedding per position added to the token's.
+        rope_parameters (`dict`, *optional*):
+            As in transformers' Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial weights.
+        rms_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of every RMSNorm.
+        attention_bias (`bool`, defaults to `False`):
+            Whether the query, key and value projections have a bias (Qwen2).
+        attention_output_bias (`bool`, defaults to `False`):
+            Whether the attention's output projection has a bias (Llama with `attention_bias=True` has both).
+        mlp_bias (`bool`, defaults to `False`):
+            Whether the three projections of the MLP have a bias.
+        use_qk_norm (`bool`, defaults to `False`):
+            RMSNorm over `head_dim` on queries and keys, before the rotary embedding (Qwen3).
+        tie_word_embeddings (`bool`, defaults to `True`):
+            Whether the output head shares the input embedding's weight.
+        loop_start, loop_end (`int`, default to 1 and 3):
+            mid is `layers[loop_start:loop_end]`. Early-middle layers work best when the loops are trained.
+        num_loops (`int`, defaults to 6):
+            Applications of mid in an inference pass that names no other number.
+        max_train_loops (`int`, defaults to 12):
+            S_max: training draws the number of loops from Uniform{1..S_max}. Inference may go beyond it.
+        loop_update (`"replace"` or `"damped"`, defaults to `"replace"`):
+            `"replace"`: `h <- mid(h)`, for trained loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`, sub-steps
+            that let layers trained without loops be looped at once (arXiv 2605.23872).
+        mask_token_id (`int`):
+            Id of [MASK]. Required, and different from `pad_token_id`.
+        pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
+            Ids of the other special tokens.
+
+    ```python
+    >>> from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+
+    >>> config = LoopMDMConfig(vocab_size=1000, mask_token_id=999, num_hidden_layers=6, loop_start=1, loop_end=3)
+    >>> model = LoopMDMForMaskedLM(config)
+    ```"""
+
+    model_type = "loopmdm"
+    keys_to_ignore_at_inference = ["loops"]
+    # `mask_token_id` is required; transformers 5.17 otherwise makes an empty config to find defaults when it saves.
+    has_no_defaults_at_init = True
+
+    vocab_size: int = 50258
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    position_embedding_type: str = "rope"
+    rope_parameters: dict | None = None
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    tie_word_embeddings: bool = True
+    loop_start: int = 1
+    loop_end: int = 3
+    num_loops: int = 6
+    max_train_loops: int = 12
+    loop_update: str = "replace"
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        # Every saved folder names its own code, whichever way the model was made.
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_loopmdm.LoopMDMConfig",
+                "AutoModel": "modeling_loopmdm.LoopMDMForMaskedLM",
+                "AutoModelForMaskedLM": "modeling_loopmdm.LoopMDMForMaskedLM",
+                "AutoModelForCausalLM": "modeling_loopmdm.LoopMDMForMaskedLM",
+            },
+        )
+        super().__post_init__(**kwargs)
+        if self.position_embedding_type == "learned":
+            self.rope_parameters = None  # the base class fills in a default
+
+    @property
+    def num_mid_layers(self) -> int:
+        """Number of physical layers in mid, the looped block."""
+        return self.loop_end - self.loop_start
+
+    @property
+    def num_effective_layers(self) -> int:
+        """Layers that one pass with the default `num_loops` executes."""
+        return self.num_executed_layers(self.num_loops)
+
+    def num_executed_layers(self, num_loops: int) -> int:
+        """Layers that one pass with `num_loops` loops executes: `num_hidden_layers + (num_loops - 1) * |mid|`."""
+        return self.num_hidden_layers + (num_loops - 1) * self.num_mid_layers
+
+    def validate_architecture(self):
+        """Part of `@strict`: checks values and how they fit together."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "num_loops",
+            "max_train_loops",
+        ):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `num_key_value_heads` "
+                f"({self.num_key_value_heads}); choose a divisor."
+            )
+        if self.position_embedding_type not in ("rope", "learned"):
+            raise ValueError(
+                f'`position_embedding_type` is {self.position_embedding_type!r}; it must be "rope" or "learned".'
+            )
+        if self.position_embedding_type == "rope" and self.head_dim % 2 != 0:
+            raise ValueError(f"`head_dim` is {self.head_dim}; rotary embeddings need an even one.")
+        if self.position_embedding_type == "rope":
+            rope_type, known = self.rope_parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS}
+            if rope_type not in known:
+                raise ValueError(f"`rope_type` is {rope_type!r}; it must be one of {', '.join(sorted(known))}.")
+        if self.loop_update not in ("replace", "damped"):
+            raise ValueError(f'`loop_update` is {self.loop_update!r}; it must be "replace" or "damped".')
+        if not 0 <= self.loop_start < self.loop_end <= self.num_hidden_layers:
+            raise ValueError(
+                f"mid is layers[{self.loop_start}:{self.loop_end}] of {self.num_hidden_layers} layers; it needs "
+                "0 <= loop_start < loop_end <= num_hidden_layers."
+            )
+        if self.mask_token_id is None:
+            raise ValueError(
+                "`mask_token_id` is missing; a masked diffusion model needs the id of its [MASK] token, "
+                "e.g. `mask_token_id=tokenizer.mask_token_id`."
+            )
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(
+                f"`mask_token_id` is {self.mask_token_id}, outside the vocabulary of {self.vocab_size} tokens; "
+                "raise `vocab_size` (and resize the embeddings) or name another token."
+            )
+        if self.mask_token_id == self.pad_token_id:
+            raise ValueError(
+                f"`mask_token_id` and `pad_token_id` are both {self.mask_token_id}; padding would be denoised. "
+                "Give [MASK] a token of its own."
+            )
+
+
+__all__ = ["LoopMDMConfig", "check_num_loops"]

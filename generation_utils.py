@@ -1,0 +1,990 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Text generation by masked diffusion: [MASK] tokens are predicted all at once and committed over denoising steps.
+
+The file reads top to bottom: the generation config, the output, the state of one denoising step, the rules that decide
+what a step commits, and [`LoopMDMGenerationMixin`] with `generate`.
+"""
+
+import contextlib
+import copy
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers.generation import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .configuration_loopmdm import check_num_loops
+
+# What other samplers call our arguments, and arguments of autoregressive generation that have no meaning here.
+OTHER_NAMES = {
+    "alg": "`unmasking` chooses the commit rule",
+    "cfg": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
+    "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
+    "diffusion_steps": "use `max_denoising_steps`",
+    "gen_length": "use `max_new_tokens`",
+    "inputs": "use `input_ids`",
+    "mask_id": "the mask token is `config.mask_token_id`",
+    "max_tokens": "use `max_new_tokens`",
+    "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
+    "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
+    "past_key_values": "generation does not cache yet",
+    "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
+    "steps": "use `max_denoising_steps`, the steps per block",
+    "threshold": "use `confidence_threshold`",
+    "use_cache": "generation does not cache yet",
+    "cache_implementation": "generation does not cache yet",
+}
+
+
+class LoopMDMGenerationConfig(GenerationConfig):
+    r"""
+    Arguments of [`LoopMDMGenerationMixin.generate`]. Unknown names and bad values raise a ValueError.
+
+    Args:
+        > Length
+
+        max_new_tokens (`int`, *optional*):
+            Tokens to append to the input. May be left out, or 0, when the input already holds [MASK] tokens.
+        max_length (`int`, *optional*):
+            Length of the input (padding included) plus new tokens; ignored when `max_new_tokens` is given.
+
+        > Cost and quality
+
+        num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`):
+            Applications of mid in a forward pass. A list is stretched over the denoising steps of each block.
+        loop_tolerance (`float`, *optional*):
+            Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
+        block_length (`int`, *optional*):
+            Positions that are denoised together; blocks follow each other from left to right. By default all positions
+            are one block. Any value works, and the last block may be short.
+        max_denoising_steps (`int`, *optional*):
+            Forward passes per block at most. By default as many as the block has [MASK]s, one commitment a step.
+
+        > What a step commits
+
+        unmasking (`str`, defaults to `"confidence"`):
+            Order of commitment: `"confidence"` (probability of the chosen token), `"margin"` (over the second most
+            likely one), `"entropy"` (lowest first), `"random"`, `"left_to_right"`; each commits an equal share of the
+            block a step. `"ancestral"` is the exact reverse process: every [MASK] opens independently, with
+            probability 1 / (steps left), and its token is sampled at temperature 1.
+        confidence_threshold (`float` in (0, 1], *optional*):
+            Parallel commitment (Fast-dLLM, arXiv 2505.22618): commit every position whose chosen token is at least so
+            likely, and at least what keeps the block on schedule.
+        entropy_bound (`float`, *optional*):
+            Parallel commitment (arXiv 2505.24857): commit the positions of lowest entropy as long as the sum of their
+            entropies less the largest, in nats, stays within the bound, and at least what keeps the block on schedule.
+        remask_probability (`float` in [0, 1], defaults to 0.0):
+            Remasking sampler (ReMDM, arXiv 2503.00307, "cap" schedule): at each step every token committed earlier in
+            the block goes back to [MASK] with this probability, less towards the end. More `max_denoising_steps`
+            than [MASK]s are useful then.
+        eos_penalty (`float`, defaults to 0.0):
+            Taken from the confidence (and margin, and added to the entropy) where the chosen token ends the sequence,
+            against early floods of end tokens. The distribution that tokens are drawn from stays as it is.
+
+        > Sampling
+
+        do_sample (`bool`, defaults to `False`):
+            Draw tokens instead of choosing the most likely one.
+        temperature (`float`, defaults to 1.0), top_k (`int`), top_p (`float`), min_p (`float`):
+            As in transformers; they need `do_sample=True`. Confidence is read from the raw distribution all the same.
+        num_return_sequences (`int`, defaults to 1):
+            Independent answers per row; needs `do_sample=True` or `unmasking="ancestral"`.
+        guidance_scale (`float`, *optional*):
+            Classifier-free guidance: `uncond + guidance_scale * (cond - uncond)` on the logits, where the
+            unconditional pass sees [MASK] in place of every given token. 1 is off; it doubles the cost.
+
+        > Special tokens and output
+
+        pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
+            A row ends at a committed end token with no [MASK] before it and no given token after it; padding follows.
+        return_dict_in_generate (`bool`, defaults to `False`):
+            Return a [`LoopMDMGenerationOutput`] with the cost of every row instead of the sequences alone.
+        output_trace (`bool`, defaults to `False`):
+            Add what every step did to that output; needs `return_dict_in_generate=True`.
+    """
+
+    DEFAULTS = {
+        "max_new_tokens": None,
+        "max_length": None,
+        "num_loops": None,
+        "loop_tolerance": None,
+        "block_length": None,
+        "max_denoising_steps": None,
+        "unmasking": "confidence",
+        "confidence_threshold": None,
+        "entropy_bound": None,
+        "remask_probability": 0.0,
+        "eos_penalty": 0.0,
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+        "min_p": None,
+        "num_return_sequences": 1,
+        "guidance_scale": None,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "return_dict_in_generate": False,
+        "output_trace": False,
+    }
+
+    def __init__(self, **kwargs):
+        # Not `super().__init__`: it sets the arguments of autoregressive generation and keeps unknown ones.
+        for name, default in self.DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        for name in ("transformers_version", "_from_model_config", "_commit_hash"):
+            setattr(self, name, kwargs.pop(name, None))
+        reject_unknown(kwargs)
+        self.validate()
+
+    def validate(self, strict: bool = False, **kwargs):
+        """Raises a ValueError for the first value that is out of range or does not fit the others."""
+        for name, low in (
+            ("max_new_tokens", 0),
+            ("max_length", 1),
+            ("block_length", 1),
+            ("max_denoising_steps", 1),
+            ("top_k", 1),
+            ("num_return_sequences", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {low}.")
+        for name, low, high in (
+            ("loop_tolerance", 0.0, math.inf),
+            ("confidence_threshold", 0.0, 1.0),
+            ("entropy_bound", 0.0, math.inf),
+            ("remask_probability", 0.0, 1.0),
+            ("eos_penalty", 0.0, math.inf),
+            ("temperature", 0.0, math.inf),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("guidance_scale", 0.0, math.inf),
+        ):
+            value = getattr(self, name)
+            # `not low <= value` also catches NaN
+            if value is not None and (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not low <= value <= high
+                or value == math.inf
+            ):
+                raise ValueError(f"`{name}` is {value!r}; it must be a number from {low:g} to {high:g}.")
+        for name in ("temperature", "confidence_threshold", "top_p"):
+            if getattr(self, name) == 0:
+                fix = "use `do_sample=False` for the most likely tokens" if name == "temperature" else "leave it out"
+                raise ValueError(f"`{name}` is 0; it must be positive ({fix}).")
+        if self.num_loops is not None:
+            loops = self.num_loops if isinstance(self.num_loops, list | tuple) else [self.num_loops]
+            if len(loops) == 0:
+                raise ValueError("`num_loops` is an empty list; give the loops of at least one step.")
+            for value in loops:
+                check_num_loops(value)
+        if self.unmasking not in COMMIT_RULES:
+            raise ValueError(f"`unmasking` is {self.unmasking!r}; choose one of {', '.join(sorted(COMMIT_RULES))}.")
+        if self.confidence_threshold is not None and self.entropy_bound is not None:
+            raise ValueError("`confidence_threshold` and `entropy_bound` exclude each other; choose one.")
+        if self.unmasking == "ancestral":
+            for name in ("confidence_threshold", "entropy_bound"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f'`{name}` does not go with `unmasking="ancestral"`, which opens at random.')
+        if not self.do_sample:
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                if getattr(self, name) != self.DEFAULTS[name]:
+                    raise ValueError(f"`{name}` is {getattr(self, name)} without effect; add `do_sample=True`.")
+            if self.num_return_sequences != 1 and self.unmasking != "ancestral":
+                raise ValueError(
+                    f"`num_return_sequences` is {self.num_return_sequences}, but all answers would be the same; "
+                    "add `do_sample=True`."
+                )
+        if self.output_trace and not self.return_dict_in_generate:
+            raise ValueError("`output_trace` needs `return_dict_in_generate=True`.")
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
+        """The special tokens of a model's config, and defaults for everything else."""
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        values = model_config if isinstance(model_config, dict) else model_config.to_dict()
+        return cls(**{name: values.get(name) for name in names}, _from_model_config=True)
+
+
+def reject_unknown(names) -> None:
+    """Raises a ValueError that says what the first of `names` should have been."""
+    for name in names:
+        close = difflib.get_close_matches(name, LoopMDMGenerationConfig.DEFAULTS, n=1)
+        fix = OTHER_NAMES.get(name) or (f"did you mean `{close[0]}`?" if close else "see LoopMDMGenerationConfig")
+        raise ValueError(f"`generate` takes no argument `{name}`: {fix}.")
+
+
+@dataclass
+class LoopMDMTraceStep:
+    """
+    What one denoising step did.
+
+    Args:
+        block, step (`int`): Index of the block, and of the step within it.
+        loops (`torch.LongTensor` of shape `(num_rows,)`): Loops run for every row; 0 where a row had nothing to do.
+        committed, remasked (`torch.BoolTensor` of shape `(num_rows, length)`): Positions filled, and sent back.
+        tokens (`torch.LongTensor` of shape `(num_rows, length)`): The sequences after the step.
+        confidence (`torch.FloatTensor` of shape `(num_rows, length)`):
+            Probability of the chosen token under the raw distribution, at positions that were [MASK]; NaN elsewhere.
+        log_probs (`torch.FloatTensor` of shape `(num_rows, length)`):
+            Its log-probability under the distribution that it was drawn from; NaN elsewhere.
+    """
+
+    block: int
+    step: int
+    loops: torch.LongTensor
+    committed: torch.BoolTensor
+    remasked: torch.BoolTensor
+    tokens: torch.LongTensor
+    confidence: torch.FloatTensor
+    log_probs: torch.FloatTensor
+
+
+@dataclass
+class LoopMDMGenerationOutput(ModelOutput):
+    """
+    Result of `generate(..., return_dict_in_generate=True)`.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(num_rows, length)`): Input and new tokens.
+        forward_passes (`torch.LongTensor` of shape `(num_rows,)`):
+            Forward passes spent on each row (a guided step takes two).
+        loops (`torch.LongTensor` of shape `(num_rows,)`): Applications of mid over all of them.
+        layer_passes (`torch.LongTensor` of shape `(num_rows,)`): Layers executed over all of them.
+        tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`):
+            Denoised tokens, up to and including the end token, per forward pass.
+        trace (`list[LoopMDMTraceStep]`, with `output_trace=True`): Every denoising step in order.
+    """
+
+    sequences: torch.LongTensor
+    forward_passes: torch.LongTensor | None = None
+    loops: torch.LongTensor | None = None
+    layer_passes: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    trace: list[LoopMDMTraceStep] | None = None
+
+
+@dataclass
+class DenoisingStep:
+    """
+    All that a commit rule may look at: the N rows that still denoise in this block, their P positions in it.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
+        tokens (`torch.LongTensor` of shape `(N, P)`): The token chosen for every position.
+        masked (`torch.BoolTensor` of shape `(N, P)`): Positions that are [MASK] now; only these may be committed.
+        size (`torch.LongTensor` of shape `(N,)`): Positions to denoise in the row's block; the rest of P is filling.
+        index (`int`): Index of the step.
+        num_steps (`torch.LongTensor` of shape `(N,)`): Steps that the row has for the block.
+        penalty (`torch.FloatTensor` of shape `(N, P)`): Taken from the confidence.
+        remask_probability (`float`): Wanted by the user, before it is capped.
+        noise (`Callable`): Draws uniform numbers in [0, 1) of shape `(N, P)`.
+    """
+
+    logits: torch.Tensor
+    tokens: torch.Tensor
+    masked: torch.Tensor
+    size: torch.Tensor
+    index: int
+    num_steps: torch.Tensor
+    penalty: torch.Tensor
+    remask_probability: float
+    noise: Callable[[], torch.Tensor]
+
+    @cached_property
+    def normalizer(self) -> torch.Tensor:
+        return self.logits.logsumexp(-1)
+
+    @cached_property
+    def log_probs(self) -> torch.Tensor:
+        """Log-probability of the chosen tokens under the raw distribution, `(N, P)`."""
+        return self.logits.gather(-1, self.tokens[..., None]).squeeze(-1) - self.normalizer
+
+    @cached_property
+    def confidence(self) -> torch.Tensor:
+        return self.log_probs.exp() - self.penalty
+
+    @cached_property
+    def margin(self) -> torch.Tensor:
+        """Difference between the two highest probabilities."""
+        first, second = (self.logits.topk(2).values - self.normalizer[..., None]).exp().unbind(-1)
+        return first - second - self.penalty
+
+    @cached_property
+    def entropy(self) -> torch.Tensor:
+        log_probs = self.logits - self.normalizer[..., None]
+        # Impossible tokens add nothing, where 0 * -inf would be NaN.
+        return -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1) + self.penalty
+
+    @cached_property
+    def quota(self) -> torch.Tensor:
+        """
+        Commitments that keep a row on schedule, `(N,)`: at least one, all that is left in the last step, and an
+        equal share of the block in each step (the first steps take one more where it does not divide).
+        """
+        share, remainder = self.size // self.num_steps, self.size % self.num_steps
+        due = share * (self.index + 1) + remainder.clamp(max=self.index + 1)
+        left = self.masked.sum(-1)
+        return torch.minimum((due - (self.size - left)).clamp(min=1), left)
+
+    @cached_property
+    def remask_rate(self) -> torch.Tensor:
+        """ReMDM's capped probability `min(eta, (1 - alpha_s) / alpha_t)` with alpha = share of steps done, `(N,)`."""
+        cap = (self.num_steps - self.index - 1).clamp(min=0) / max(self.index, 1)
+        return cap.clamp(max=self.remask_probability)
+
+    def best(self, scores: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+        """The `count` (default: quota) masked positions of highest score in each row; ties go to the leftmost."""
+        order = scores.masked_fill(~self.masked, -math.inf).argsort(dim=-1, descending=True, stable=True)
+        ranks = order.argsort(dim=-1)
+        return self.masked & (ranks < (self.quota if count is None else count)[:, None])
+
+
+class CommitRule:
+    """Decides which masked positions a step commits. To add one, subclass it and name it in `COMMIT_RULES`."""
+
+    samples_tokens = False  # whether the rule needs tokens drawn from the raw distribution
+
+    def score(self, step: DenoisingStep) -> torch.Tensor:
+        """Order of commitment, highest first, `(N, P)`."""
+        raise NotImplementedError
+
+    def __call__(self, step: DenoisingStep) -> torch.Tensor:
+        """The positions to commit, `(N, P)` bool."""
+        return step.best(self.score(step))
+
+
+class ConfidenceRule(CommitRule):
+    def score(self, step):
+        return step.confidence
+
+
+class MarginRule(CommitRule):
+    def score(self, step):
+        return step.margin
+
+
+class EntropyRule(CommitRule):
+    def score(self, step):
+        return -step.entropy
+
+
+class RandomRule(CommitRule):
+    def score(self, step):
+        return step.noise()
+
+
+class LeftToRightRule(CommitRule):
+    def score(self, step):
+        return -torch.arange(step.masked.shape[1], device=step.masked.device, dtype=torch.float32).expand(
+            step.masked.shape
+        )
+
+
+class AncestralRule(CommitRule):
+    """
+    The exact reverse process over `num_steps` equal steps of time, with alpha = share of tokens open = steps done /
+    steps: a [MASK] opens with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, sigma being ReMDM's
+    remasking rate; without remasking this is 1 / (steps left), the (t - s) / t of the plain process.
+    """
+
+    samples_tokens = True
+
+    def __call__(self, step):
+        # In units of steps; sigma does not matter at the first step, where nothing is committed yet.
+        done, left = step.index, step.num_steps - step.index
+        probability = (1 + step.remask_rate * done) / left
+        return step.masked & (step.noise() < probability[:, None])
+
+
+class ThresholdRule(CommitRule):
+    """Commits all positions of at least a given confidence, and the quota of another rule."""
+
+    def __init__(self, threshold: float, rule: CommitRule):
+        self.threshold, self.rule = threshold, rule
+
+    def __call__(self, step):
+        return self.rule(step) | (step.masked & (step.confidence >= self.threshold))
+
+
+class EntropyBoundRule(CommitRule):
+    """Commits positions of lowest entropy while the sum of the others' entropies stays bounded, and the quota."""
+
+    def __init__(self, bound: float, rule: CommitRule):
+        self.bound, self.rule = bound, rule
+
+    def __call__(self, step):
+        entropies = step.entropy.masked_fill(~step.masked, 0.0)
+        ascending = step.entropy.masked_fill(~step.masked, math.inf).argsort(dim=-1, stable=True)
+        sorted_entropies = entropies.gather(1, ascending)
+        # The largest of the first j entropies is the last one, so all but it sum to the exclusive cumulative sum.
+        within = sorted_entropies.cumsum(-1) - sorted_entropies <= self.bound
+        return self.rule(step) | step.best(-step.entropy, count=within.sum(-1))
+
+
+COMMIT_RULES: dict[str, type[CommitRule]] = {
+    "ancestral": AncestralRule,
+    "confidence": ConfidenceRule,
+    "entropy": EntropyRule,
+    "left_to_right": LeftToRightRule,
+    "margin": MarginRule,
+    "random": RandomRule,
+}
+
+
+def commit_rule(config: LoopMDMGenerationConfig) -> CommitRule:
+    """The rule that a generation config describes."""
+    rule = COMMIT_RULES[config.unmasking]()
+    if config.confidence_threshold is not None:
+        return ThresholdRule(config.confidence_threshold, rule)
+    if config.entropy_bound is not None:
+        return EntropyBoundRule(config.entropy_bound, rule)
+    return rule
+
+
+class _Noise:
+    """
+    Uniform numbers for the positions of a block. With one generator (or none) all rows draw at every step, those that
+    have nothing to do too; with one generator per row a row draws for its own positions only, so that its numbers do
+    not depend on the rest of the batch.
+    """
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None, device: torch.device):
+        self.generator, self.device = generator, device
+
+    def __call__(self, size: list[int], rows: list[int]) -> torch.Tensor:
+        """Draws for `rows` of a block with `size[row]` positions in each row, `(len(rows), max(size))`."""
+        width = max(size)
+        if not isinstance(self.generator, list):
+            source = self.device if self.generator is None else self.generator.device
+            noise = torch.rand(len(size), width, generator=self.generator, device=source)
+            return noise.to(self.device)[rows]
+        noise = torch.ones(len(rows), width, device=self.device)
+        for i, row in enumerate(rows):
+            generator = self.generator[row]
+            noise[i, : size[row]] = torch.rand(size[row], generator=generator, device=generator.device).to(self.device)
+        return noise
+
+
+def _sample(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Tokens `(N, P)` drawn from `logits`, `(N, P, vocab_size)`: the distribution function inverted at `noise`."""
+    # float64: a float32 sum over a large vocabulary would favour or starve the tokens at its end.
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    target = noise.double()[..., None] * cumulative[..., -1:]
+    # The first token whose cumulative probability exceeds the target; impossible tokens add nothing and are passed.
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+class _Canvas:
+    """
+    The sequences being denoised, with what is fixed about them. All tensors are `(num_rows, length)`.
+
+    Args:
+        sequences: Tokens, new positions as [MASK].
+        real: False on padding.
+        block_length: Positions per block, or None for a single block.
+        mask_token_id: Id of [MASK].
+    """
+
+    def __init__(self, sequences: torch.Tensor, real: torch.Tensor, block_length: int | None, mask_token_id: int):
+        self.sequences, self.real, self.mask_token_id = sequences, real, mask_token_id
+        self.to_denoise = real & (sequences == mask_token_id)
+        self.given = real & ~self.to_denoise
+        # Blocks are counted over a row's real positions from its first [MASK], so that padding does not shift them.
+        rank = real.long().cumsum(-1) - 1
+        first = rank.masked_fill(~self.to_denoise, rank.shape[1]).amin(-1, keepdim=True)
+        block = (rank - first) // (block_length or rank.shape[1])
+        self.block = block.masked_fill(~self.to_denoise, -1)
+        self.num_blocks = int(self.block.max()) + 1
+        columns = torch.arange(sequences.shape[1], device=sequences.device)
+        # An end token ends a row only where no given token follows.
+        self.open_end = columns > columns.where(self.given, columns.new_tensor(-1)).amax(-1, keepdim=True)
+
+    @property
+    def masked(self) -> torch.Tensor:
+        return self.real & (self.sequences == self.mask_token_id)
+
+    def block_positions(self, block: int, finished: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns to denoise in a block, `(num_rows, P)`, filled up with others, and how many count, `(num_rows,)`."""
+        members = (self.block == block) & ~finished[:, None]
+        size = members.sum(-1)
+        columns = members.long().argsort(dim=-1, descending=True, stable=True)[:, : int(size.max())]
+        return columns, size
+
+    def end_of_sequence(self, eos_token_ids: torch.Tensor) -> torch.Tensor:
+        """Column of the end token that ends each row, or the row's length where none does yet, `(num_rows,)`."""
+        before = self.masked.long().cumsum(-1) == 0
+        ends = torch.isin(self.sequences, eos_token_ids) & self.to_denoise & self.open_end & before
+        length = ends.shape[1]
+        return torch.where(ends.any(-1), ends.long().argmax(-1), length)
+
+
+class LoopMDMGenerationMixin(GenerationMixin):
+    """Adds `generate` to a masked diffusion model with loops."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | LoopMDMGenerationOutput:
+        r"""
+        Denoises the [MASK] tokens of `input_ids` in place, then those of `max_new_tokens` new positions behind it:
+
+        1. Read the arguments: `kwargs` over `generation_config` over the model's own generation config.
+        2. Lay out the canvas: input, new positions as [MASK], and the blocks that they fall into.
+        3. For every block, from left to right, and every denoising step:
+            a. Predict: one forward pass of the rows that still have a [MASK] in the block.
+            b. Choose a token for every [MASK] of the block.
+            c. Commit those that the commit rule picks; send some earlier ones back (`remask_probability`).
+            d. Finish the rows that have reached their end token.
+        4. Pad behind the ends and return.
+
+        Greedy, or with a generator per row, a row's result depends neither on the other rows nor on padding.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
+                Prompt, padded on either side; [MASK] tokens in it are filled in.
+            attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
+                1 on tokens, 0 on padding. By default everything but `pad_token_id` is a token.
+            generation_config ([`LoopMDMGenerationConfig`], *optional*):
+                Arguments in one object; its documentation lists them. Each may also be given by name.
+            logits_processor (`LogitsProcessorList`, *optional*):
+                Called on the row's tokens `(num_positions, length)` and the scores `(num_positions, vocab_size)` of
+                the block's positions, before the sampling arguments apply. Confidence does not see the result.
+            stopping_criteria (`StoppingCriteriaList`, *optional*):
+                Called after every block on the sequences up to its end (and `None` for scores); a row that it stops
+                is padded from there on.
+            streamer (`BaseStreamer`, *optional*):
+                Gets the prompt, then every finished block, and after each step the block as it stands where the
+                streamer takes drafts (`TextDiffusionStreamer`). One row only.
+            generator (`torch.Generator`, or a `list` with one per row of the output, *optional*):
+                Source of all random numbers.
+
+        Returns:
+            The sequences `(batch_size * num_return_sequences, length + max_new_tokens)`, or a
+            [`LoopMDMGenerationOutput`] with `return_dict_in_generate=True`.
+        """
+        # 1. Read the arguments
+        config = self._prepare_generation_config(generation_config, kwargs)
+        input_ids, real, num_new_tokens = self._prepare_inputs(config, input_ids, attention_mask)
+        self._check_extras(input_ids.shape[0], generator, streamer)
+        processors = self._prepare_processors(config, logits_processor)
+        stopping_criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
+        eos_token_ids, pad_token_id = self._prepare_special_tokens(config)
+        rule = commit_rule(config)
+        noise = _Noise(generator, input_ids.device)
+
+        # 2. Lay out the canvas
+        num_rows = input_ids.shape[0]
+        new_tokens = input_ids.new_full((num_rows, num_new_tokens), self.config.mask_token_id)
+        canvas = _Canvas(
+            torch.cat((input_ids, new_tokens), dim=1),
+            torch.cat((real, torch.ones_like(new_tokens, dtype=torch.bool)), dim=1),
+            config.block_length,
+            self.config.mask_token_id,
+        )
+        length = canvas.sequences.shape[1]
+        ends = torch.full((num_rows,), length, device=input_ids.device)  # the column where each row ends
+        finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
+        cost = {name: torch.zeros_like(ends) for name in ("forward_passes", "loops", "layer_passes")}
+        trace: list[LoopMDMTraceStep] = []
+        stream = _Stream(streamer, canvas)
+
+        # 3. Denoise block after block
+        for block in range(canvas.num_blocks):
+            columns, size = canvas.block_positions(block, finished)
+            sizes = size.tolist()
+            if max(sizes) == 0:
+                continue
+            steps = [self._num_steps(config, n) for n in sizes]
+            belongs = torch.arange(columns.shape[1], device=columns.device) < size[:, None]
+            for index in range(max(steps)):
+                masked = belongs & (canvas.sequences.gather(1, columns) == self.config.mask_token_id)
+                rows = (masked.any(-1) & ~finished).nonzero().squeeze(-1)
+                if len(rows) == 0:
+                    break
+                row_list = rows.tolist()
+
+                # a. Predict
+                loops = [self._loops_at(config, index, steps[row]) for row in row_list]
+                logits, loops_run, passes = self._predict(canvas, rows, columns[rows], loops, config)
+                cost["forward_passes"][rows] += passes
+                cost["loops"][rows] += loops_run
+                cost["layer_passes"][rows] += (
+                    passes * (self.config.num_hidden_layers - self.config.num_mid_layers)
+                    + loops_run * self.config.num_mid_layers
+                )
+
+                # b. Choose a token for every [MASK]
+                draws = config.do_sample or rule.samples_tokens
+                scores = self._process(processors, canvas.sequences[rows], logits)
+                tokens = _sample(scores, noise(sizes, row_list)) if draws else scores.argmax(-1)
+
+                # c. Commit some of them
+                is_end = torch.isin(tokens, eos_token_ids)
+                step = DenoisingStep(
+                    logits=logits,
+                    tokens=tokens,
+                    masked=masked[rows],
+                    size=size[rows],
+                    index=index,
+                    num_steps=torch.tensor([steps[row] for row in row_list], device=rows.device),
+                    penalty=is_end * config.eos_penalty,
+                    remask_probability=config.remask_probability,
+                    noise=lambda sizes=sizes, row_list=row_list: noise(sizes, row_list),
+                )
+                commit = rule(step)
+                remask = torch.zeros_like(commit)
+                if config.remask_probability > 0:
+                    earlier = belongs[rows] & ~step.masked
+                    remask = earlier & (step.noise() < step.remask_rate[:, None])
+                current = canvas.sequences[rows[:, None], columns[rows]]
+                updated = current.where(~commit, tokens).where(~remask, self.config.mask_token_id)
+                canvas.sequences[rows[:, None], columns[rows]] = updated
+
+                # d. Finish rows that have reached their end token
+                if len(eos_token_ids) > 0:
+                    ends = torch.minimum(ends, canvas.end_of_sequence(eos_token_ids))
+                    finished = ends < length
+                if config.output_trace:
+                    trace.append(
+                        self._trace_step(block, step, loops_run, commit, remask, scores, canvas, rows, columns)
+                    )
+                stream.draft(block)
+
+            # User-defined criteria look at the text up to the end of the block
+            if len(stopping_criteria) > 0:
+                stop = int(columns[size > 0].where(belongs[size > 0], 0).max()) + 1
+                stopped = stopping_criteria(canvas.sequences[:, :stop], None).to(finished.device) & ~finished
+                # A row that was stopped ends with its last token before the next [MASK]
+                next_mask = torch.where(canvas.masked.any(-1), canvas.masked.long().argmax(-1), length)
+                ends = torch.where(stopped, next_mask - 1, ends)
+                finished = finished | stopped
+            stream.block(block, ends)
+            if bool(finished.all()):
+                break
+
+        # 4. Pad behind the ends
+        behind = torch.arange(length, device=ends.device) > ends[:, None]
+        sequences = canvas.sequences.masked_fill(behind & canvas.real, pad_token_id)
+        stream.end(ends)
+        if not config.return_dict_in_generate:
+            return sequences
+        denoised = (canvas.to_denoise & ~behind).sum(-1)
+        return LoopMDMGenerationOutput(
+            sequences=sequences,
+            tokens_per_forward=denoised / cost["forward_passes"].clamp(min=1),
+            trace=trace if config.output_trace else None,
+            **cost,
+        )
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, kwargs: dict
+    ) -> LoopMDMGenerationConfig:
+        config_class = self.generation_config_class
+        if generation_config is None:
+            config = copy.deepcopy(self.generation_config)
+        elif "DEFAULTS" in vars(type(generation_config)):
+            config = copy.deepcopy(generation_config)
+        else:  # transformers' own: take over what is set
+            config = config_class.from_dict(generation_config.to_diff_dict())
+        reject_unknown(name for name in kwargs if name not in config_class.DEFAULTS)
+        config.update(**kwargs)
+        config.validate()
+        if config.loop_tolerance is not None:
+            self.model._check_loop_tolerance(config.loop_tolerance)
+        return config
+
+    def _prepare_inputs(
+        self, config: LoopMDMGenerationConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Checks the input and expands it. Returns tokens and mask, `(num_rows, length)`, and the new tokens."""
+        if input_ids is None:
+            raise ValueError("`input_ids` is missing; give a prompt, or only [MASK] tokens for unconditional samples.")
+        if input_ids.ndim != 2 or input_ids.shape[0] == 0:
+            raise ValueError(
+                f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (batch_size, length), at least one row."
+            )
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`input_ids` is {input_ids.dtype}; token ids are int64 or int32.")
+        input_ids = input_ids.long()
+        length = input_ids.shape[1]
+        if attention_mask is None:
+            pad = config.pad_token_id
+            is_padding = pad is not None and pad not in _as_list(config.eos_token_id) and pad != config.bos_token_id
+            real = input_ids != pad if is_padding else torch.ones_like(input_ids, dtype=torch.bool)
+        elif attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {tuple(input_ids.shape)}."
+            )
+        else:
+            real = attention_mask.to(input_ids.device).bool()
+
+        if length > 0:
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"`input_ids` holds {int(low if low < 0 else high)}, outside the vocabulary of "
+                    f"{self.config.vocab_size} tokens; is it the right tokenizer?"
+                )
+            padding_rows = (~real.any(-1)).nonzero().flatten().tolist()
+            if padding_rows:
+                raise ValueError(f"Rows {padding_rows} of the input are all padding; leave them out.")
+
+        has_mask = bool((real & (input_ids == self.config.mask_token_id)).any())
+        num_new_tokens = config.max_new_tokens
+        if num_new_tokens is None and config.max_length is not None:
+            num_new_tokens = config.max_length - length
+            if num_new_tokens < 0:
+                raise ValueError(
+                    f"The input has {length} tokens, more than `max_length` ({config.max_length}); "
+                    "use `max_new_tokens`, which counts new tokens alone."
+                )
+        if not num_new_tokens and not has_mask:
+            raise ValueError(
+                f"There is nothing to generate: `max_new_tokens` is {num_new_tokens} and the input holds no mask "
+                f"token ({self.config.mask_token_id}). Give `max_new_tokens`, or [MASK] tokens to fill in."
+            )
+        num_new_tokens = num_new_tokens or 0
+        if length + num_new_tokens > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{length} tokens of input and {num_new_tokens} new ones exceed `max_position_embeddings` "
+                f"({self.config.max_position_embeddings}); shorten one of them."
+            )
+        repeats = config.num_return_sequences
+        return input_ids.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0), num_new_tokens
+
+    @staticmethod
+    def _check_extras(num_rows: int, generator: Any, streamer: BaseStreamer | None) -> None:
+        if isinstance(generator, list) and len(generator) != num_rows:
+            raise ValueError(f"`generator` holds {len(generator)} generators for {num_rows} rows; give one for each.")
+        for one in generator if isinstance(generator, list) else [generator]:
+            if one is not None and not isinstance(one, torch.Generator):
+                raise ValueError(f"`generator` is {one!r}; it must be a torch.Generator, or a list with one per row.")
+        if streamer is not None and num_rows != 1:
+            raise ValueError(f"`streamer` shows one row, and there are {num_rows}; generate them one by one.")
+
+    def _prepare_processors(
+        self, config: LoopMDMGenerationConfig, logits_processor: LogitsProcessorList | None
+    ) -> LogitsProcessorList:
+        """The user's processors, then the sampling arguments, as transformers orders them."""
+        processors = LogitsProcessorList(logits_processor or [])
+        if config.do_sample:
+            if config.temperature != 1.0:
+                processors.append(TemperatureLogitsWarper(float(config.temperature)))
+            if config.top_k is not None:
+                processors.append(TopKLogitsWarper(config.top_k))
+            if config.top_p is not None and config.top_p < 1:
+                processors.append(TopPLogitsWarper(float(config.top_p)))
+            if config.min_p is not None:
+                processors.append(MinPLogitsWarper(float(config.min_p)))
+        return processors
+
+    def _prepare_special_tokens(self, config: LoopMDMGenerationConfig) -> tuple[torch.Tensor, int]:
+        """End tokens as a tensor, `(n,)`, and the id that fills rows behind their end."""
+        ends = _as_list(config.eos_token_id)
+        pad = next((token for token in (config.pad_token_id, self.config.pad_token_id, *ends) if token is not None), 0)
+        return torch.tensor(ends, dtype=torch.long, device=self.device), pad
+
+    @staticmethod
+    def _num_steps(config: LoopMDMGenerationConfig, size: int) -> int:
+        """Denoising steps for a row with `size` positions in the block."""
+        steps = config.max_denoising_steps
+        if steps is None or size == 0:
+            return size
+        # More steps than positions serve only rules that may open nothing in a step, or close again what was open.
+        return steps if config.unmasking == "ancestral" or config.remask_probability > 0 else min(steps, size)
+
+    def _loops_at(self, config: LoopMDMGenerationConfig, index: int, num_steps: int) -> int:
+        """Loops of a row's step; a list is stretched over the row's steps."""
+        loops = self.config.num_loops if config.num_loops is None else config.num_loops
+        return loops[index * len(loops) // num_steps] if isinstance(loops, list | tuple) else loops
+
+    def _predict(
+        self,
+        canvas: _Canvas,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        loops: list[int],
+        config: LoopMDMGenerationConfig,
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """
+        Raw scores of the given `rows`, `(N,)`, at their `columns`, `(N, P)`. The one place that calls the model.
+
+        Returns float32 logits `(N, P, vocab_size)` with -inf for the mask token, the loops that each row ran `(N,)`,
+        and the forward passes that each row took.
+        """
+        guided = config.guidance_scale is not None and config.guidance_scale != 1
+        logits, loops_run = None, torch.zeros_like(rows)
+        for num_loops in sorted(set(loops)):
+            group = torch.tensor([i for i, own in enumerate(loops) if own == num_loops], device=rows.device)
+            sequences, real = canvas.sequences[rows[group]], canvas.real[rows[group]]
+            positions = columns[group]
+            if guided:
+                unconditional = sequences.masked_fill(canvas.given[rows[group]], self.config.mask_token_id)
+                sequences = torch.cat((sequences, unconditional))
+                real, positions = real.repeat(2, 1), positions.repeat(2, 1)
+            outputs = self(
+                input_ids=sequences,
+                attention_mask=None if bool(real.all()) else real.long(),
+                num_loops=num_loops,
+                loop_tolerance=config.loop_tolerance,
+                logits_to_keep=positions,
+            )
+            scores, group_loops = outputs.logits.float(), outputs.loops
+            if guided:
+                conditional, unconditional = scores.chunk(2)
+                scores = unconditional + config.guidance_scale * (conditional - unconditional)
+                group_loops = sum(group_loops.chunk(2))
+            if logits is None:
+                logits = scores.new_empty(len(loops), *scores.shape[1:])
+            logits[group], loops_run[group] = scores, group_loops
+        logits[..., self.config.mask_token_id] = -math.inf
+        return logits, loops_run, 2 if guided else 1
+
+    def _process(self, processors: LogitsProcessorList, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Applies logits processors, made for one position at a time, to all positions `(N, P, vocab_size)`."""
+        if len(processors) == 0:
+            return logits
+        num_rows, num_positions, vocab_size = logits.shape
+        input_ids = sequences.repeat_interleave(num_positions, 0)
+        scores = processors(input_ids, logits.reshape(-1, vocab_size)).view(num_rows, num_positions, vocab_size)
+        mask_token = torch.tensor([self.config.mask_token_id], device=scores.device)
+        return scores.index_fill(-1, mask_token, -math.inf)
+
+    @staticmethod
+    def _trace_step(block, step, loops_run, commit, remask, scores, canvas, rows, columns) -> LoopMDMTraceStep:
+        def scatter(values: torch.Tensor, where: torch.Tensor, fill: Any) -> torch.Tensor:
+            out = torch.full(canvas.sequences.shape, fill, dtype=values.dtype, device=values.device)
+            i, j = where.nonzero(as_tuple=True)
+            out[rows[i], columns[rows[i], j]] = values[where]
+            return out
+
+        log_probs = scores.log_softmax(-1).gather(-1, step.tokens[..., None]).squeeze(-1)
+        loops = torch.zeros(len(canvas.sequences), dtype=torch.long, device=rows.device)
+        loops[rows] = loops_run
+        return LoopMDMTraceStep(
+            block=block,
+            step=step.index,
+            loops=loops,
+            committed=scatter(commit, commit, False),
+            remasked=scatter(remask, remask, False),
+            tokens=canvas.sequences.clone(),
+            confidence=scatter(step.log_probs.exp(), step.masked, math.nan),
+            log_probs=scatter(log_probs, step.masked, math.nan),
+        )
+
+    def adjust_generation_fn(
+        self,
+        generation_config,
+        from_auto_class,
+        from_pipeline,
+        pretrained_model_name_or_path,
+        cache_dir,
+        force_download,
+        proxies,
+        local_files_only,
+        token,
+        revision,
+        subfolder,
+        trust_remote_code,
+        **kwargs,
+    ):
+        """Reads generation_config.json when a model is loaded; transformers' own would make a plain config of it."""
+        if generation_config is not None:
+            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            # Without the file, the config made from the model's config stays.
+            with contextlib.suppress(OSError):
+                self.generation_config = self.generation_config_class.from_pretrained(
+                    pretrained_model_name_or_path,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    proxies=proxies,
+                    local_files_only=local_files_only,
+                    token=token,
+                    revision=revision,
+                    subfolder=subfolder,
+                    _from_auto=from_auto_class,
+                    _from_pipeline=from_pipeline,
+                    **kwargs,
+                )
+
+
+class _Stream:
+    """Feeds a streamer with row 0: the prompt, drafts of the current block, finished blocks, and the rest."""
+
+    def __init__(self, streamer: BaseStreamer | None, canvas: _Canvas):
+        self.streamer, self.canvas = streamer, canvas
+        self.sent = 0
+        if streamer is not None:
+            first = canvas.to_denoise[0].long().argmax()
+            self._put(int(first))
+
+    def _end_of(self, block: int) -> int:
+        """Column behind a block and the given tokens that follow it."""
+        later = self.canvas.block[0] > block
+        return int(later.long().argmax()) if bool(later.any()) else len(later)
+
+    def _tokens(self, stop: int) -> torch.Tensor:
+        window = slice(self.sent, stop)
+        return self.canvas.sequences[0, window][self.canvas.real[0, window]].cpu()
+
+    def _put(self, stop: int) -> None:
+        tokens = self._tokens(stop)
+        self.sent = max(self.sent, stop)
+        if len(tokens) > 0:
+            self.streamer.put(tokens)
+
+    def draft(self, block: int) -> None:
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(self._tokens(self._end_of(block)))
+
+    def block(self, block: int, ends: torch.Tensor) -> None:
+        if self.streamer is not None:
+            self._put(min(self._end_of(block), int(ends[0]) + 1))
+
+    def end(self, ends: torch.Tensor) -> None:
+        if self.streamer is not None:
+            self._put(int(ends[0]) + 1)
+            self.streamer.end()
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+__all__ = [
+    "COMMIT_RULES",
+    "CommitRule",
+    "LoopMDMGenerationConfig",
+    "LoopMDMGenerationMixin",
+    "LoopMDMGenerationOutput",
+    "LoopMDMTraceStep",
+]

@@ -1,0 +1,595 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""LoopMDM: a bidirectional transformer for masked diffusion whose early-middle layers are applied several times.
+
+The file reads top to bottom: norm, rotary embedding, attention, MLP and layer are those of the Llama / Qwen family
+without the causal mask; [`LoopMDMModel`] is where the loop is; [`LoopMDMForMaskedLM`] adds the head, the diffusion
+loss and `generate` (in generation_utils.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_loopmdm import LoopMDMConfig, check_num_loops
+from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
+
+
+@dataclass
+class LoopMDMModelOutput(BaseModelOutput):
+    """
+    Output of [`LoopMDMModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            Output of tail, after the final norm.
+        loops (`torch.LongTensor` of shape `(batch_size,)`):
+            Applications of mid that changed each row; below `num_loops` only with `loop_tolerance`.
+        hidden_states (`tuple(torch.FloatTensor)`, with `output_hidden_states=True`):
+            Embeddings, then the output of every executed layer in order: head, mid of each loop, tail. The last one
+            is `last_hidden_state`. Each of shape `(batch_size, sequence_length, hidden_size)`.
+        attentions (`tuple(torch.FloatTensor)`, with `output_attentions=True` and eager attention):
+            Attention probabilities of every executed layer in the same order, each of shape
+            `(batch_size, num_attention_heads, sequence_length, sequence_length)`.
+    """
+
+    loops: torch.LongTensor | None = None
+
+
+@dataclass
+class LoopMDMMaskedLMOutput(MaskedLMOutput):
+    """
+    Output of [`LoopMDMForMaskedLM`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, with `labels`):
+            The masked diffusion loss in nats per label.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`):
+            Raw scores; row `i` predicts token `i`. `None` in training with `labels`, where nobody reads them.
+        loops, hidden_states, attentions:
+            As in [`LoopMDMModelOutput`].
+    """
+
+    loops: torch.LongTensor | None = None
+
+
+class LoopMDMRMSNorm(nn.Module):
+    """Root mean square norm, computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+class LoopMDMRotaryEmbedding(nn.Module):
+    """Tables of cosines and sines for the given positions, each `(batch_size, sequence_length, head_dim)`."""
+
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: LoopMDMConfig):
+        super().__init__()
+        self.config = config
+        # Names that transformers' `dynamic_rope_update` and `_init_weights` expect.
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: LoopMDMConfig, device=None, seq_len=None):
+        """Inverse frequencies `theta ** (-2i / head_dim)` in float32, and the factor 1 on cosines and sines."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0  # rounds as in transformers
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor):
+        # Angles need float32 whatever the model's dtype: in bfloat16 position 257 equals position 256.
+        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates `(batch, heads, length, head_dim)`; feature i pairs with feature i + head_dim / 2, as in Llama."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference attention, the only one that returns its probabilities. `attention_mask` is added to the scores."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
+
+
+class LoopMDMAttention(nn.Module):
+    """Bidirectional multi-head attention with optional grouped keys and values, biases and query/key norm."""
+
+    def __init__(self, config: LoopMDMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = False
+        query_size, key_value_size = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        if config.use_qk_norm:
+            self.q_norm = LoopMDMRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = LoopMDMRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_and_length = hidden_states.shape[:-1]
+        # (batch, length, heads, head_dim); the norm is over head_dim
+        query = self.q_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
+        value = self.v_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
+        if self.config.use_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        # (batch, heads, length, head_dim)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if position_embeddings is not None:
+            query = apply_rotary_pos_emb(query, *position_embeddings)
+            key = apply_rotary_pos_emb(key, *position_embeddings)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, probabilities = attention(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*batch_and_length, -1)), probabilities
+
+
+class LoopMDMMLP(nn.Module):
+    """Gated MLP (SwiGLU with the default activation)."""
+
+    def __init__(self, config: LoopMDMConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class LoopMDMLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: LoopMDMConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = LoopMDMAttention(config, layer_idx)
+        self.mlp = LoopMDMMLP(config)
+        self.input_layernorm = LoopMDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LoopMDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LoopMDMPreTrainedModel(PreTrainedModel):
+    config_class = LoopMDMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LoopMDMLayer"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        # Layers are recorded call by call, so the loops appear unrolled. Since transformers 5.23 the hidden states can
+        # be picked by index, and negative ones count from the executed layers.
+        "hidden_states": OutputRecorder(
+            LoopMDMLayer,
+            **(
+                {"num_hidden_layers_key": "num_effective_layers"}
+                if "num_hidden_layers_key" in OutputRecorder.__dataclass_fields__
+                else {}
+            ),
+        ),
+        "attentions": LoopMDMAttention,
+    }
+
+
+class LoopMDMModel(LoopMDMPreTrainedModel):
+    """
+    The looped transformer without a head: head, `num_loops` times mid, tail, final norm.
+
+    The three parts are methods of their own, for probes, exit rules and tests:
+
+    ```python
+    >>> hidden_states, context = model.prelude(input_ids, attention_mask)  # embeddings and head
+    >>> for _ in range(num_loops):
+    ...     hidden_states = model.loop(hidden_states, context)  # mid once
+    >>> last_hidden_state = model.readout(hidden_states, context)  # tail and final norm
+    ```
+    """
+
+    def __init__(self, config: LoopMDMConfig):
+        super().__init__(config)
+        config.validate()  # `from_pretrained(..., loop_end=9)` changes the configuration after it was made
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.rotary_emb = LoopMDMRotaryEmbedding(config)
+        self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LoopMDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        # Loops of a training pass that names none. Training sets it anew for every optimiser step; kept off the
+        # config, where it would be saved with the model.
+        self.num_train_loops: int | None = None
+        self.post_init()
+
+    def prelude(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """
+        Embeddings and head. Returns the hidden states, `(batch_size, sequence_length, hidden_size)`, and the context
+        (mask, rotary tables, attention arguments) that [`~LoopMDMModel.loop`] and [`~LoopMDMModel.readout`] take.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+        if inputs_embeds is None:
+            self._check_input_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size, length = inputs_embeds.shape[:2]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The input has {length} positions, more than `max_position_embeddings` "
+                f"({self.config.max_position_embeddings}); shorten it."
+            )
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}; the input needs {(batch_size, length)}."
+            )
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                # Padding takes no position, so that it changes nothing wherever it stands.
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            else:
+                position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
+
+        context = dict(kwargs)
+        context["attention_mask"] = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        if self.config.position_embedding_type == "learned":
+            hidden_states = inputs_embeds + self.embed_positions(position_ids)
+        else:
+            hidden_states = inputs_embeds
+            context["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
+        return self._run(self.layers[: self.config.loop_start], hidden_states, context), context
+
+    def loop(self, hidden_states: torch.Tensor, context: dict[str, Any], step_size: float = 1.0) -> torch.Tensor:
+        """Applies mid once: `h <- h + step_size * (mid(h) - h)`, which is `mid(h)` itself at `step_size=1`."""
+        updated = self._run(self.layers[self.config.loop_start : self.config.loop_end], hidden_states, context)
+        return updated if step_size == 1.0 else torch.lerp(hidden_states, updated, step_size)
+
+    def readout(self, hidden_states: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
+        """Applies tail and the final norm."""
+        return self.norm(self._run(self.layers[self.config.loop_end :], hidden_states, context))
+
+    @staticmethod
+    def _run(layers: nn.ModuleList, hidden_states: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
+        for layer in layers:
+            hidden_states = layer(hidden_states, **context)
+        return hidden_states
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        num_loops: int | None = None,
+        loop_tolerance: float | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoopMDMModelOutput:
+        """See [`LoopMDMForMaskedLM.forward`]."""
+        num_loops = self._resolve_num_loops(num_loops)
+        self._check_loop_tolerance(loop_tolerance)
+        self._check_kwargs(kwargs)
+
+        hidden_states, context = self.prelude(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        if loop_tolerance is None:
+            step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
+            for _ in range(num_loops):
+                hidden_states = self.loop(hidden_states, context, step_size)
+            loops = torch.full((hidden_states.shape[0],), num_loops, device=hidden_states.device)
+        else:
+            real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+            hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, loop_tolerance)
+        return LoopMDMModelOutput(last_hidden_state=self.readout(hidden_states, context), loops=loops)
+
+    def _loop_until_settled(
+        self,
+        hidden_states: torch.Tensor,
+        context: dict[str, Any],
+        real: torch.Tensor | None,
+        num_loops: int,
+        loop_tolerance: float,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """
+        Loops each row until its relative change falls under `loop_tolerance`, at most `num_loops` times. A settled
+        row keeps its state while others go on, so its result does not depend on them. `real` is the padding mask
+        `(batch_size, sequence_length)`, or None. Returns the states and the loops of every row.
+        """
+        active = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
+        loops = torch.zeros_like(active, dtype=torch.long)
+        for _ in range(num_loops):
+            updated = self.loop(hidden_states, context)
+            before, change = hidden_states.float(), updated.float() - hidden_states.float()
+            if real is not None:
+                before, change = before * real.unsqueeze(-1), change * real.unsqueeze(-1)
+            settled = change.flatten(1).norm(dim=1) < loop_tolerance * before.flatten(1).norm(dim=1)
+            hidden_states = torch.where(active[:, None, None], updated, hidden_states)
+            loops += active
+            active = active & ~settled
+            if not active.any():
+                break
+        return hidden_states, loops
+
+    def _resolve_num_loops(self, num_loops: int | None) -> int:
+        if num_loops is None:
+            in_training = self.training and self.num_train_loops is not None
+            num_loops = self.num_train_loops if in_training else self.config.num_loops
+        return check_num_loops(num_loops)
+
+    def _check_loop_tolerance(self, loop_tolerance: float | None):
+        if loop_tolerance is None:
+            return
+        if isinstance(loop_tolerance, bool) or not isinstance(loop_tolerance, int | float) or not loop_tolerance >= 0:
+            raise ValueError(
+                f"`loop_tolerance` is {loop_tolerance!r}; it must be a number of at least 0, the relative change of "
+                "the hidden state under which a row stops looping (e.g. 0.05)."
+            )
+        if self.config.loop_update == "damped":
+            raise ValueError(
+                '`loop_tolerance` needs `loop_update="replace"`: a damped model\'s steps depend on `num_loops`, so '
+                "an earlier state is not the result of fewer loops. Choose `num_loops` instead."
+            )
+
+    def _check_kwargs(self, kwargs: dict[str, Any]):
+        known = {*TransformersKwargs.__annotations__, "use_cache"}
+        unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
+        if unknown:
+            raise ValueError(f"{type(self).__name__} takes no argument {', '.join(f'`{name}`' for name in unknown)}.")
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_attentions` needs eager attention, and the model runs "
+                f'{self.config._attn_implementation!r}; call `model.set_attn_implementation("eager")`.'
+            )
+
+    def _check_input_ids(self, input_ids: torch.LongTensor):
+        # On an accelerator looking at the values would make every forward pass wait for it.
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+            return
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= self.embed_tokens.num_embeddings:
+            raise ValueError(
+                f"`input_ids` holds {int(low if low < 0 else high)}, outside the vocabulary of "
+                f"{self.embed_tokens.num_embeddings} tokens; is it the right tokenizer?"
+            )
+
+
+class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
+    """LoopMDM with its output head: `forward` gives logits and the diffusion loss, `generate` denoises [MASK]s."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    generation_config_class = LoopMDMGenerationConfig
+
+    def __init__(self, config: LoopMDMConfig):
+        super().__init__(config)
+        self.model = LoopMDMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_weights: torch.FloatTensor | None = None,
+        num_loops: int | None = None,
+        loop_tolerance: float | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoopMDMMaskedLMOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Tokens, those to predict replaced by `config.mask_token_id`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 on real tokens, 0 on padding, which may stand anywhere. A 4-D mask is passed on as it is.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                By default real tokens are counted from 0 and padding takes no position.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Token embeddings, in place of `input_ids`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Clean tokens; -100 where nothing is to be learned. With them `loss` is
+                `sum(loss_weights * cross_entropy) / number of labels`, the mask token having probability zero.
+            loss_weights (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, defaults to ones):
+                Weight of every label, e.g. 0 on visible and L/k on masked tokens, which makes the loss the NELBO in
+                nats per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
+            num_loops (`int`, *optional*):
+                Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
+            loop_tolerance (`float`, *optional*):
+                Adaptive loops: a row stops looping when `||h_new - h|| / ||h||` over its real positions falls under
+                this, after at most `num_loops`.
+            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
+                Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`,
+                or of positions chosen for every row `(batch_size, num_positions)`.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+                Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels
+                in all micro-batches of an optimiser step.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            num_loops=num_loops,
+            loop_tolerance=loop_tolerance,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self._masked_diffusion_loss(hidden_states, labels, loss_weights, num_items_in_batch)
+        if labels is None or not self.training:
+            logits = self.lm_head(self._keep_positions(hidden_states, logits_to_keep))
+        return LoopMDMMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            loops=outputs.loops,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @staticmethod
+    def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+        if isinstance(logits_to_keep, int):
+            return hidden_states[:, -logits_to_keep:]
+        if logits_to_keep.ndim == 1:
+            return hidden_states[:, logits_to_keep]
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+    def _masked_diffusion_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        loss_weights: torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> torch.Tensor:
+        for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
+            if tensor is not None and tensor.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(tensor.shape)}; the input needs {tuple(hidden_states.shape[:2])}."
+                )
+        labels = labels.to(hidden_states.device)
+        labelled = labels != -100
+        if num_items_in_batch is None:
+            num_items_in_batch = labelled.sum()
+            if num_items_in_batch == 0:
+                raise ValueError("`labels` holds -100 only, so there is nothing to learn; leave such batches out.")
+        if loss_weights is not None:
+            loss_weights = loss_weights.to(hidden_states.device)
+            labelled = labelled & (loss_weights != 0)
+        targets = labels[labelled]
+        if (targets == self.config.mask_token_id).any():
+            raise ValueError(
+                f"`labels` holds the mask token ({self.config.mask_token_id}), which is never produced; "
+                "give the clean tokens, and -100 where there is none."
+            )
+        logits = self.lm_head(hidden_states[labelled])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        mask_token = torch.tensor([self.config.mask_token_id], device=logits.device)
+        logits = logits.index_fill(-1, mask_token, float("-inf"))
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        if loss_weights is not None:
+            losses = losses * loss_weights[labelled]
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(losses.device)
+        return losses.sum() / num_items_in_batch
+
+    def flops(
+        self,
+        batch_size: int,
+        sequence_length: int,
+        num_loops: int | None = None,
+        num_logits: float | None = None,
+    ) -> int:
+        """
+        Floating point operations of the matrix products in one forward pass (a multiply-add is two), the convention of
+        torch's `FlopCounterMode`. A training step takes three times as many, four with gradient checkpointing.
+
+        Args:
+            batch_size (`int`): Number of rows.
+            sequence_length (`int`): Positions per row, padding included.
+            num_loops (`int`, defaults to `config.num_loops`): Applications of mid.
+            num_logits (`float`, defaults to `sequence_length`): Mean number of positions per row that reach the head.
+        """
+        config = self.config
+        num_loops = check_num_loops(config.num_loops if num_loops is None else num_loops)
+        num_logits = sequence_length if num_logits is None else num_logits
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        projections = config.hidden_size * (2 * query_size + 2 * key_value_size + 3 * config.intermediate_size)
+        attention = 2 * query_size * sequence_length
+        layers = config.num_executed_layers(num_loops) * sequence_length * (projections + attention)
+        head = num_logits * config.hidden_size * self.lm_head.out_features
+        return round(2 * batch_size * (layers + head))
+
+
+__all__ = [
+    "LoopMDMForMaskedLM",
+    "LoopMDMMaskedLMOutput",
+    "LoopMDMModel",
+    "LoopMDMModelOutput",
+    "LoopMDMPreTrainedModel",
+]
