@@ -164,7 +164,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
             ("num_return_sequences", 1),
         ):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+            if value is None and self.DEFAULTS[name] is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {low}.")
         for name, low, high in (
             ("loop_tolerance", 0.0, math.inf),
@@ -178,8 +180,10 @@ class LoopMDMGenerationConfig(GenerationConfig):
             ("guidance_scale", 0.0, math.inf),
         ):
             value = getattr(self, name)
+            if value is None and self.DEFAULTS[name] is None:
+                continue
             # `not low <= value` also catches NaN
-            if value is not None and (
+            if (
                 isinstance(value, bool)
                 or not isinstance(value, int | float)
                 or not low <= value <= high
@@ -530,12 +534,38 @@ class _Canvas:
         columns = members.long().argsort(dim=-1, descending=True, stable=True)[:, : int(size.max())]
         return columns, size
 
-    def end_of_sequence(self, eos_token_ids: torch.Tensor) -> torch.Tensor:
-        """Column of the end token that ends each row, or the row's length where none does yet, `(num_rows,)`."""
-        before = self.masked.long().cumsum(-1) == 0
-        ends = torch.isin(self.sequences, eos_token_ids) & self.to_denoise & self.open_end & before
-        length = ends.shape[1]
-        return torch.where(ends.any(-1), ends.long().argmax(-1), length)
+
+class EndTokenStop:
+    """
+    Stopping rule: a row ends at a denoised end token with no [MASK] before it and no given token after it.
+
+    A stopping rule is called with the canvas and returns the last column of every row, or the canvas' length where
+    the row goes on, `(num_rows,)`.
+    """
+
+    def __init__(self, eos_token_ids: torch.Tensor):
+        self.eos_token_ids = eos_token_ids
+
+    def __call__(self, canvas: _Canvas) -> torch.Tensor:
+        before = canvas.masked.long().cumsum(-1) == 0
+        ends = torch.isin(canvas.sequences, self.eos_token_ids) & canvas.to_denoise & canvas.open_end & before
+        return _first(ends)
+
+
+class CriteriaStop:
+    """Stopping rule: transformers' criteria on the text up to `stop`; a row ends before the first [MASK] behind it."""
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.criteria = criteria
+
+    def __call__(self, canvas: _Canvas, stop: int) -> torch.Tensor:
+        stopped = self.criteria(canvas.sequences[:, :stop], None).to(canvas.sequences.device)
+        return torch.where(stopped, _first(canvas.masked) - 1, canvas.sequences.shape[1])
+
+
+def _first(where: torch.Tensor) -> torch.Tensor:
+    """The first column where a row is True, or the number of columns, `(num_rows,)`."""
+    return torch.where(where.any(-1), where.long().argmax(-1), where.shape[1])
 
 
 class LoopMDMGenerationMixin(GenerationMixin):
@@ -591,13 +621,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
             [`LoopMDMGenerationOutput`] with `return_dict_in_generate=True`.
         """
         # 1. Read the arguments
-        config = self._prepare_generation_config(generation_config, kwargs)
+        config, unknown = self._prepare_generation_config(generation_config, **kwargs)
+        reject_unknown(unknown)
         input_ids, real, num_new_tokens = self._prepare_inputs(config, input_ids, attention_mask)
         self._check_extras(input_ids.shape[0], generator, streamer)
         processors = self._prepare_processors(config, logits_processor)
-        stopping_criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
         eos_token_ids, pad_token_id = self._prepare_special_tokens(config)
         rule = commit_rule(config)
+        end_token_stop = EndTokenStop(eos_token_ids)
+        criteria_stop = CriteriaStop(StoppingCriteriaList(stopping_criteria or []))
         noise = _Noise(generator, input_ids.device)
 
         # 2. Lay out the canvas
@@ -670,7 +702,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
 
                 # d. Finish rows that have reached their end token
                 if len(eos_token_ids) > 0:
-                    ends = torch.minimum(ends, canvas.end_of_sequence(eos_token_ids))
+                    ends = torch.minimum(ends, end_token_stop(canvas))
                     finished = ends < length
                 if config.output_trace:
                     trace.append(
@@ -679,20 +711,17 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 stream.draft(block)
 
             # User-defined criteria look at the text up to the end of the block
-            if len(stopping_criteria) > 0:
-                stop = int(columns[size > 0].where(belongs[size > 0], 0).max()) + 1
-                stopped = stopping_criteria(canvas.sequences[:, :stop], None).to(finished.device) & ~finished
-                # A row that was stopped ends with its last token before the next [MASK]
-                next_mask = torch.where(canvas.masked.any(-1), canvas.masked.long().argmax(-1), length)
-                ends = torch.where(stopped, next_mask - 1, ends)
-                finished = finished | stopped
+            if stopping_criteria:
+                stop = int(columns.where(belongs, 0).max()) + 1
+                ends = torch.minimum(ends, criteria_stop(canvas, stop))
+                finished = ends < length
             stream.block(block, ends)
             if bool(finished.all()):
                 break
 
         # 4. Pad behind the ends
         behind = torch.arange(length, device=ends.device) > ends[:, None]
-        sequences = canvas.sequences.masked_fill(behind & canvas.real, pad_token_id)
+        sequences = canvas.sequences.masked_fill(behind & canvas.to_denoise, pad_token_id)
         stream.end(ends)
         if not config.return_dict_in_generate:
             return sequences
@@ -705,21 +734,30 @@ class LoopMDMGenerationMixin(GenerationMixin):
         )
 
     def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, kwargs: dict
-    ) -> LoopMDMGenerationConfig:
+        self, generation_config: GenerationConfig | None, **kwargs
+    ) -> tuple[LoopMDMGenerationConfig, dict]:
+        """The arguments of a call, and those of `kwargs` that are none. transformers 5.17's pipelines call it too."""
         config_class = self.generation_config_class
-        if generation_config is None:
-            config = copy.deepcopy(self.generation_config)
-        elif "DEFAULTS" in vars(type(generation_config)):
-            config = copy.deepcopy(generation_config)
+        config = self.generation_config if generation_config is None else generation_config
+        if hasattr(config, "DEFAULTS"):
+            config = copy.deepcopy(config)
         else:  # transformers' own: take over what is set
-            config = config_class.from_dict(generation_config.to_diff_dict())
-        reject_unknown(name for name in kwargs if name not in config_class.DEFAULTS)
-        config.update(**kwargs)
+            config = config_class.from_dict(config.to_diff_dict())
+        # A config made for one call need not repeat the special tokens.
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(config, name) is None:
+                setattr(config, name, getattr(self.generation_config, name))
+        config.update(**{name: kwargs.pop(name) for name in config_class.DEFAULTS if name in kwargs})
         config.validate()
         if config.loop_tolerance is not None:
             self.model._check_loop_tolerance(config.loop_tolerance)
-        return config
+        for name in ("pad_token_id", "eos_token_id"):
+            if self.config.mask_token_id in _as_list(getattr(config, name)):
+                raise ValueError(
+                    f"`{name}` is the mask token ({self.config.mask_token_id}), which stands for text that is still "
+                    "to be generated; name another token."
+                )
+        return config, kwargs
 
     def _prepare_inputs(
         self, config: LoopMDMGenerationConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
@@ -874,7 +912,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
             return logits
         num_rows, num_positions, vocab_size = logits.shape
         input_ids = sequences.repeat_interleave(num_positions, 0)
-        scores = processors(input_ids, logits.reshape(-1, vocab_size)).view(num_rows, num_positions, vocab_size)
+        # A copy, since processors may write into their argument and confidence is read from `logits`.
+        scores = processors(input_ids, logits.reshape(-1, vocab_size).clone())
+        scores = scores.view(num_rows, num_positions, vocab_size)
         mask_token = torch.tensor([self.config.mask_token_id], device=scores.device)
         return scores.index_fill(-1, mask_token, -math.inf)
 
@@ -918,9 +958,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
     ):
         """Reads generation_config.json when a model is loaded; transformers' own would make a plain config of it."""
         if generation_config is not None:
-            self.generation_config = self.generation_config_class.from_dict(generation_config.to_dict())
+            self.generation_config = self.generation_config_class.from_dict(generation_config.to_diff_dict())
         elif pretrained_model_name_or_path is not None:
-            # Without the file, the config made from the model's config stays.
+            # Without the file, the config made from the model's config stays. `kwargs` override the model's config.
             with contextlib.suppress(OSError):
                 self.generation_config = self.generation_config_class.from_pretrained(
                     pretrained_model_name_or_path,
@@ -933,7 +973,6 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     subfolder=subfolder,
                     _from_auto=from_auto_class,
                     _from_pipeline=from_pipeline,
-                    **kwargs,
                 )
 
 
@@ -944,8 +983,10 @@ class _Stream:
         self.streamer, self.canvas = streamer, canvas
         self.sent = 0
         if streamer is not None:
-            first = canvas.to_denoise[0].long().argmax()
-            self._put(int(first))
+            first = int(canvas.to_denoise[0].long().argmax())
+            # Also where the prompt is empty: `skip_prompt` drops whatever comes first.
+            streamer.put(self._tokens(first))
+            self.sent = first
 
     def _end_of(self, block: int) -> int:
         """Column behind a block and the given tokens that follow it."""

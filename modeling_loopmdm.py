@@ -243,6 +243,46 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
         "attentions": LoopMDMAttention,
     }
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As in transformers, with two differences: a checkpoint that lacks tensors, or has some that the model has not,
+        raises a ValueError, where transformers warns and goes on with random weights; and only safetensors files are
+        read, never pickles, unless `use_safetensors=False` asks for them.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
+        if wrong:
+            found = "; ".join(
+                f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+                for kind, names in wrong.items()
+            )
+            raise ValueError(
+                f"The tensors of {pretrained_model_name_or_path} are not those of a {cls.__name__} with this "
+                f"configuration: {found}. Is config.json the one that the weights were saved with?"
+            )
+        return (model, info) if output_loading_info else model
+
+
+class RelativeChangeExit:
+    """
+    Exit rule of adaptive loops: a row has settled when `||h_new - h|| / ||h||` falls under `tolerance`.
+
+    An exit rule is called after every loop with the states before and after it, `(batch_size, sequence_length,
+    hidden_size)`, and the padding mask `(batch_size, sequence_length)` or None; it returns the settled rows,
+    `(batch_size,)` bool.
+    """
+
+    def __init__(self, tolerance: float):
+        self.tolerance = tolerance
+
+    def __call__(self, before: torch.Tensor, after: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        change, before = after.float() - before.float(), before.float()
+        if real is not None:
+            change, before = change * real.unsqueeze(-1), before * real.unsqueeze(-1)
+        return change.flatten(1).norm(dim=1) < self.tolerance * before.flatten(1).norm(dim=1)
+
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
     """
@@ -257,6 +297,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     >>> last_hidden_state = model.readout(hidden_states, context)  # tail and final norm
     ```
     """
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # in a checkpoint of the whole model
 
     def __init__(self, config: LoopMDMConfig):
         super().__init__(config)
@@ -359,7 +401,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             loops = torch.full((hidden_states.shape[0],), num_loops, device=hidden_states.device)
         else:
             real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, loop_tolerance)
+            exit_rule = RelativeChangeExit(loop_tolerance)
+            hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
         return LoopMDMModelOutput(last_hidden_state=self.readout(hidden_states, context), loops=loops)
 
     def _loop_until_settled(
@@ -368,21 +411,17 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         context: dict[str, Any],
         real: torch.Tensor | None,
         num_loops: int,
-        loop_tolerance: float,
+        exit_rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """
-        Loops each row until its relative change falls under `loop_tolerance`, at most `num_loops` times. A settled
-        row keeps its state while others go on, so its result does not depend on them. `real` is the padding mask
-        `(batch_size, sequence_length)`, or None. Returns the states and the loops of every row.
+        Loops each row until `exit_rule` finds it settled, at most `num_loops` times. A settled row keeps its state
+        while others go on, so its result does not depend on them. Returns the states and the loops of every row.
         """
         active = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         loops = torch.zeros_like(active, dtype=torch.long)
         for _ in range(num_loops):
             updated = self.loop(hidden_states, context)
-            before, change = hidden_states.float(), updated.float() - hidden_states.float()
-            if real is not None:
-                before, change = before * real.unsqueeze(-1), change * real.unsqueeze(-1)
-            settled = change.flatten(1).norm(dim=1) < loop_tolerance * before.flatten(1).norm(dim=1)
+            settled = exit_rule(hidden_states, updated, real)
             hidden_states = torch.where(active[:, None, None], updated, hidden_states)
             loops += active
             active = active & ~settled

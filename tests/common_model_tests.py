@@ -16,6 +16,7 @@ import tempfile
 import types
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
@@ -23,11 +24,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMModel
+from loopmdm.modeling_loopmdm import LoopMDMPreTrainedModel
 
 
 def main() -> int:
     """Downloads the tests if need be and runs pytest on this file."""
-    command = [sys.executable, "-m", "pytest", __file__, *sys.argv[1:]]
+    no_mark_warnings = "-Wignore::pytest.PytestUnknownMarkWarning"
+    command = [sys.executable, "-m", "pytest", no_mark_warnings, __file__, *sys.argv[1:]]
     if "TRANSFORMERS_SDIST" in os.environ:
         return subprocess.call(command)
     with tempfile.TemporaryDirectory() as folder:
@@ -105,6 +108,7 @@ class LoopMDMModelTester:
 
     def __init__(self, num_loops: int):
         self.num_loops = num_loops
+        self.attn_implementation = None
         # The number of hidden states and attentions that the tests expect.
         self.num_hidden_layers = self.get_config().num_effective_layers
 
@@ -120,6 +124,7 @@ class LoopMDMModelTester:
             loop_start=1,
             loop_end=3,
             num_loops=self.num_loops,
+            attn_implementation=self.attn_implementation,
             pad_token_id=0,
             mask_token_id=1,  # a low one, as the tests shrink the vocabulary
         )
@@ -130,6 +135,12 @@ class LoopMDMModelTester:
         attention_mask = torch.ones(shape, dtype=torch.long)
         attention_mask[:, -2:] = 0
         return config, {"input_ids": torch.randint(1, config.vocab_size, shape), "attention_mask": attention_mask}
+
+
+# LoopMDM refuses a checkpoint that lacks tensors. The tests of how those are initialised need it to go on.
+without_checkpoint_check = mock.patch.object(
+    LoopMDMPreTrainedModel, "from_pretrained", classmethod(transformers.PreTrainedModel.from_pretrained.__func__)
+)
 
 
 class OneLoopTest(modeling_tests.ModelTesterMixin, unittest.TestCase):
@@ -148,6 +159,39 @@ class OneLoopTest(modeling_tests.ModelTesterMixin, unittest.TestCase):
     def test_num_layers_is_small(self):
         # Overrides a limit of 2: head, mid and tail all have layers here.
         self.assertEqual(self.model_tester.get_config().num_hidden_layers, 4)
+
+    # These two ask for attentions without asking for eager attention, which LoopMDM needs for it.
+    def test_capture_outputs_decorator(self):
+        self.model_tester.attn_implementation = "eager"
+        super().test_capture_outputs_decorator()
+
+    def test_model_outputs_equivalence(self):
+        self.model_tester.attn_implementation = "eager"
+        super().test_model_outputs_equivalence()
+
+    @without_checkpoint_check
+    def test_can_init_all_missing_weights(self):
+        super().test_can_init_all_missing_weights()
+
+    @without_checkpoint_check
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        super().test_model_weights_reload_no_missing_tied_weights()
+
+
+def expect_refusal(name: str, message: str):
+    """Overrides the test `name`, which asks for something that LoopMDM refuses with `message`."""
+    original = getattr(OneLoopTest, name)
+
+    def test(self):
+        with self.assertRaisesRegex(ValueError, message):
+            original(self)
+
+    setattr(OneLoopTest, name, test)
+
+
+expect_refusal("test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions", "needs eager attention")
+for rope_type in ("0_linear", "1_dynamic", "2_yarn"):
+    expect_refusal(f"test_model_rope_scaling_from_config_{rope_type}", "more than `max_position_embeddings`")
 
 
 class ThreeLoopsTest(OneLoopTest):

@@ -231,7 +231,7 @@ def test_draw_board():
     _, solution = PAIRS[0]
     wrong_digit = "1" if solution[1] != "1" else "2"
     board = solution[0] + wrong_digit + "." + solution[3:80] + "0"
-    lines = puzzles.draw_board(board, wrong=solution).splitlines()
+    lines = puzzles.draw_board(board, solution=solution).splitlines()
     assert len(lines) == 13
     assert {len(line) for line in lines} == {31}
     assert all(set(lines[i]) == set("+-") for i in (0, 4, 8, 12))
@@ -241,7 +241,7 @@ def test_draw_board():
     assert drawn.count("x") == 1
     assert puzzles.draw_board(board) == drawn.replace("x", " ")
     with pytest.raises(ValueError, match="give 81 characters"):
-        puzzles.draw_board(board, wrong="1")
+        puzzles.draw_board(board, solution="1")
 
 
 # Files and the command line

@@ -264,10 +264,10 @@ def is_valid_solution(puzzle: str, answer: str) -> bool:
     return all(set(unit) == set(DIGITS) for unit in rows + columns + boxes)
 
 
-def draw_board(puzzle: str, wrong: str | None = None) -> str:
-    """Draws a board as plain text; an `x` marks filled cells that differ from the solution given as `wrong`."""
+def draw_board(puzzle: str, solution: str | None = None) -> str:
+    """Draws a board as plain text; with the solution, an `x` marks filled cells that differ from it."""
     _check(puzzle)
-    solution = puzzle if wrong is None else wrong
+    solution = puzzle if solution is None else solution
     _check(solution)
     line = "+---------+---------+---------+"
     lines = [line]

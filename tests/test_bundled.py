@@ -1,0 +1,254 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""The bundled checkpoint, the README's code and the `loopmdm` command: what a newcomer runs first."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import loopmdm_cli as cli
+from loopmdm import LoopMDMForMaskedLM
+
+ROOT = Path(__file__).resolve().parents[1]
+SUDOKU = ROOT / "examples" / "sudoku"
+PUZZLE = "..7.583.6.8...1.4734..628.9..497..8.9.8..5..475..2.1.35...496..87..1.4..4..58...."
+SOLUTION = "297458316685391247341762859134976582928135764756824193513249678879613425462587931"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LoopMDMForMaskedLM.from_pretrained(ROOT).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT)
+
+
+@pytest.fixture(scope="module")
+def puzzles():
+    sys.path.insert(0, str(SUDOKU))
+    try:
+        import puzzles
+
+        return puzzles
+    finally:
+        sys.path.remove(str(SUDOKU))
+
+
+def solve_rate(model, tokenizer, pairs, **kwargs) -> float:
+    inputs = tokenizer([puzzle for puzzle, _ in pairs], return_tensors="pt")
+    answers = tokenizer.batch_decode(model.generate(**inputs, **kwargs))
+    return sum(answer == solution for answer, (_, solution) in zip(answers, pairs, strict=True)) / len(pairs)
+
+
+# The bundled model
+
+
+def test_more_loops_solve_more_puzzles(model, tokenizer, puzzles):
+    pairs = puzzles.generate_puzzles(60, seed=11, min_clues=32, max_clues=46)
+    one, trained = (
+        solve_rate(model, tokenizer, pairs, num_loops=loops, max_denoising_steps=1)
+        for loops in (1, model.config.max_train_loops)
+    )
+    assert trained >= 2 * one
+    assert trained >= 0.5
+    assert solve_rate(model, tokenizer, pairs, num_loops=model.config.max_train_loops, max_denoising_steps=8) >= 0.9
+
+
+def test_defaults_of_the_bundled_model(model, tokenizer):
+    """Without any argument it fills in the puzzle, with the loops and steps of its configuration files."""
+    inputs = tokenizer(PUZZLE, return_tensors="pt")
+    output = model.generate(**inputs, return_dict_in_generate=True)
+    assert tokenizer.decode(output.sequences[0]) == SOLUTION
+    assert output.forward_passes.item() == model.generation_config.max_denoising_steps == 8
+    assert output.loops.item() == 8 * model.config.num_loops
+
+
+def test_tokenizer_reads_boards(tokenizer):
+    board = PUZZLE.replace(".", "0")
+    drawn = "\n".join(" ".join(board[9 * row : 9 * row + 9]) for row in range(9))
+    assert tokenizer(drawn)["input_ids"] == tokenizer(PUZZLE)["input_ids"]
+    assert tokenizer.decode(tokenizer(PUZZLE)["input_ids"]) == PUZZLE
+    assert tokenizer(PUZZLE)["input_ids"].count(tokenizer.mask_token_id) == PUZZLE.count(".")
+
+
+def test_bundled_files_are_small_and_complete(model, tokenizer):
+    assert (ROOT / "model.safetensors").stat().st_size <= 8e6
+    assert tokenizer.mask_token_id == model.config.mask_token_id
+    assert tokenizer.pad_token_id == model.config.pad_token_id
+    assert json.loads((ROOT / "config.json").read_text())["auto_map"]["AutoModel"].endswith("LoopMDMForMaskedLM")
+
+
+def test_demo_shows_loops_at_work():
+    command = [sys.executable, str(SUDOKU / "demo.py"), "--count", "20"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"1 loop: \d+ wrong \(x\)\s+6 loops: solved", output)
+    assert re.search(r"^12 loops +\| +\d+\.\d% ", output, re.MULTILINE)
+    assert re.search(r"^no loops \(\*\) +\| +\d+\.\d% ", output, re.MULTILINE)
+
+
+# Training it
+
+
+def test_training_script_resumes_and_writes_a_model(tmp_path):
+    """An interrupted run that is started again ends with the weights of an uninterrupted one."""
+    data = tmp_path / "puzzles.txt"
+    subprocess.run(
+        [sys.executable, str(SUDOKU / "puzzles.py"), "--count", "300", "--output", str(data)],
+        check=True,
+        capture_output=True,
+    )
+
+    def train(folder):
+        settings = {"puzzles": data, "hidden-size": 16, "intermediate-size": 16, "batch-size": 4, "tflop": 0.0016}
+        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        command = [sys.executable, str(SUDOKU / "train.py"), *flags, "--output", str(folder), "--save-steps", "2"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    whole = train(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    record = json.loads((tmp_path / "whole" / "training.json").read_text())
+    assert record["steps"] >= 4
+    assert record["training_tflop"] == pytest.approx(0.0016, rel=0.5)
+
+    checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))
+    interrupted = tmp_path / "interrupted" / "checkpoints"
+    interrupted.mkdir(parents=True)
+    checkpoints[0].rename(interrupted / checkpoints[0].name)
+    assert train(tmp_path / "interrupted").returncode == 0
+    first, second = (LoopMDMForMaskedLM.from_pretrained(tmp_path / name) for name in ("whole", "interrupted"))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first.generation_config.max_new_tokens == 0
+
+
+# The README
+
+
+def test_readme_code_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 4
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_readme_commands_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^loopmdm (.*)$", text, re.MULTILINE)
+    assert len(lines) >= 2
+    for line in lines:
+        result = CliRunner().invoke(cli.app, line.split("#")[0].split())
+        assert result.exit_code == 0, result.output
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make ([a-z-]+)", text)) <= set(targets)
+
+
+def test_readme_table_is_the_measured_one(puzzles):
+    """The README's figures are those of results.json and baseline.json, to the digit."""
+    text = (ROOT / "README.md").read_text()
+    scores = json.loads((SUDOKU / "results.json").read_text())
+    baseline = json.loads((SUDOKU / "baseline.json").read_text())
+    rows = {str(loops): [] for loops in scores["settings"]["loops"]}
+    for row in scores["rows"]:
+        rows[str(row["num_loops"])].append(f"{100 * row['solved']:.1f}")
+    rows["no loops"] = [f"{100 * row['solved']:.1f}" for row in baseline["rows"]]
+    table = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
+    for name, cells in rows.items():
+        assert [cell.strip() for cell in table[name].split("|")[2 : 2 + len(cells)]] == cells, name
+
+
+# The command
+
+
+def invoke(*args: str, input: str | None = None):
+    return CliRunner().invoke(cli.app, list(args), input=input)
+
+
+def test_generate_command():
+    result = invoke("generate", str(ROOT), PUZZLE, "--num-loops", "6", "--max-denoising-steps", "8")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == SOLUTION
+
+
+def test_generate_command_json_and_stdin():
+    result = invoke(
+        "generate",
+        str(ROOT),
+        "-",
+        "--num-loops",
+        "2,6",
+        "--max-denoising-steps",
+        "2",
+        "--json",
+        input=f"{PUZZLE}\n" * 2,
+    )
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == [PUZZLE, PUZZLE]
+    assert lines[0] == lines[1]
+    assert lines[0]["forward_passes"] == 2
+    assert lines[0]["loops"] == 8
+    assert lines[0]["layer_passes"] == 2 * 4 + 8 * 2
+
+
+def test_generate_command_streams():
+    result = invoke("generate", str(ROOT), PUZZLE, "--stream", "--max-denoising-steps", "8")
+    assert result.exit_code == 0, result.output
+    assert SOLUTION in result.stdout.replace("\n", "") or SOLUTION[2:] in result.stdout
+
+
+def test_info_command():
+    facts = json.loads(invoke("info", str(ROOT), "--json", "--length", "40").stdout)
+    assert facts["mid"] == "layers[1:3]"
+    assert facts["parameters"] == 1_218_048
+    assert [row["layers"] for row in facts["cost"]] == [6, 8, 12, 16, 20, 28]
+    assert facts["cost"][0]["length"] == 40
+    assert "num loops" in invoke("info", str(ROOT)).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["info", "./nowhere"], "nowhere"),
+        (["info", ".", "--length", "82"], "--length is 82; the model takes 1 to 81"),
+        (["generate", "./nowhere", "1"], "there is no config.json"),
+        (["generate", "."], "There is no prompt"),
+        (["generate", ".", PUZZLE, "--num-loops", "0"], "`num_loops` is 0"),
+        (["generate", ".", PUZZLE, "--num-loops", "many"], "--num-loops is 'many'"),
+        (["generate", ".", PUZZLE, "--unmasking", "best"], "`unmasking` is 'best'"),
+        (["generate", ".", PUZZLE, "--temperature", "0.5"], "add `do_sample=True`"),
+        (["generate", ".", PUZZLE, "--dtype", "float12"], "--dtype is 'float12'"),
+        (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one prompt"),
+        (["generate", ".", SOLUTION], "nothing to generate"),
+        (["generate", ".", "sudoku"], "cannot read the prompt"),
+    ],
+)
+def test_command_errors_are_one_line_and_exit_2(monkeypatch, capsys, args, message):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["loopmdm", *args])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2
+    assert error.startswith("loopmdm: error: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "import sys, typer.testing, loopmdm_cli as cli\n"
+        "print(typer.testing.CliRunner().invoke(cli.app, ['--help']).output)\n"
+        "assert not {'torch', 'transformers', 'loopmdm'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "generate" in result.stdout and "info" in result.stdout
