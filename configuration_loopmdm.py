@@ -4,6 +4,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -122,7 +123,7 @@ class LoopMDMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None and self.num_attention_heads > 0:
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         # Every saved folder names its own code, whichever way the model was made.
         kwargs.setdefault(
@@ -154,6 +155,11 @@ class LoopMDMConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`: checks values and how they fit together."""
+        if self.head_dim is None and self.num_attention_heads > 0:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads}); change one of them, or give `head_dim`."
+            )
         for name in (
             "vocab_size",
             "hidden_size",
@@ -184,6 +190,10 @@ class LoopMDMConfig(PreTrainedConfig):
             rope_type, known = self.rope_parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS}
             if rope_type not in known:
                 raise ValueError(f"`rope_type` is {rope_type!r}; it must be one of {', '.join(sorted(known))}.")
+            if self.rope_parameters.get("partial_rotary_factor", 1) != 1:
+                raise ValueError("`partial_rotary_factor` is not supported; all of `head_dim` is rotated.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of transformers' ACT2FN.")
         if self.loop_update not in ("replace", "damped"):
             raise ValueError(f'`loop_update` is {self.loop_update!r}; it must be "replace" or "damped".')
         if not 0 <= self.loop_start < self.loop_end <= self.num_hidden_layers:
@@ -201,11 +211,12 @@ class LoopMDMConfig(PreTrainedConfig):
                 f"`mask_token_id` is {self.mask_token_id}, outside the vocabulary of {self.vocab_size} tokens; "
                 "raise `vocab_size` (and resize the embeddings) or name another token."
             )
-        if self.mask_token_id == self.pad_token_id:
-            raise ValueError(
-                f"`mask_token_id` and `pad_token_id` are both {self.mask_token_id}; padding would be denoised. "
-                "Give [MASK] a token of its own."
-            )
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for name, token in [("pad_token_id", self.pad_token_id), *(("eos_token_id", end) for end in ends)]:
+            if token == self.mask_token_id:
+                raise ValueError(f"`mask_token_id` and `{name}` are both {token}; give [MASK] a token of its own.")
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"`{name}` is {token}, outside the vocabulary of {self.vocab_size} tokens.")
 
 
 __all__ = ["LoopMDMConfig", "check_num_loops"]

@@ -278,7 +278,9 @@ class RelativeChangeExit:
         self.tolerance = tolerance
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        change, before = after.float() - before.float(), before.float()
+        dtype = torch.promote_types(before.dtype, torch.float32)
+        before, after = before.to(dtype), after.to(dtype)
+        change = after - before
         if real is not None:
             change, before = change * real.unsqueeze(-1), before * real.unsqueeze(-1)
         return change.flatten(1).norm(dim=1) < self.tolerance * before.flatten(1).norm(dim=1)
@@ -391,7 +393,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """See [`LoopMDMForMaskedLM.forward`]."""
         num_loops = self._resolve_num_loops(num_loops)
         self._check_loop_tolerance(loop_tolerance)
-        self._check_kwargs(kwargs)
+        self._check_kwargs(kwargs, num_loops, loop_tolerance)
 
         hidden_states, context = self.prelude(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         if loop_tolerance is None:
@@ -449,15 +451,25 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 "an earlier state is not the result of fewer loops. Choose `num_loops` instead."
             )
 
-    def _check_kwargs(self, kwargs: dict[str, Any]):
-        known = {*TransformersKwargs.__annotations__, "use_cache"}
+    def _check_kwargs(self, kwargs: dict[str, Any], num_loops: int, loop_tolerance: float | None):
+        # Trainer and pipelines pass on arguments of transformers that have no effect here; others are typing errors.
+        known = {*TransformersKwargs.__annotations__, "use_cache"} - {"is_causal"}
         unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
         if unknown:
-            raise ValueError(f"{type(self).__name__} takes no argument {', '.join(f'`{name}`' for name in unknown)}.")
+            raise ValueError(f"{type(self).__name__} takes no argument `{'`, `'.join(unknown)}`.")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"`output_attentions` needs eager attention, and the model runs "
                 f'{self.config._attn_implementation!r}; call `model.set_attn_implementation("eager")`.'
+            )
+        indices = kwargs.get("output_hidden_states")
+        indices = list(indices) if isinstance(indices, list | tuple) else [indices]
+        if any(index is not None and index < 0 for index in indices) and (
+            num_loops != self.config.num_loops or loop_tolerance is not None
+        ):
+            raise ValueError(
+                f"`output_hidden_states` is {kwargs['output_hidden_states']}; negative indices are counted for "
+                f"`config.num_loops` ({self.config.num_loops}) loops. Use positive ones or `True`."
             )
 
     def _check_input_ids(self, input_ids: torch.LongTensor):

@@ -123,6 +123,7 @@ def plot(rows: list[dict], path: Path):
             f"S={row['num_loops']}", (row["flop_ratio"], row["time_ratio"]), (6, -10), textcoords="offset points"
         )
     axes.set(xlabel="FLOPs (relative)", ylabel="Wall time (relative)", title="Forward pass")
+    axes.margins(0.1)  # room for the labels
     axes.legend()
     figure.savefig(path, dpi=150)
 

@@ -34,7 +34,7 @@ from loopmdm.generation_utils import LoopMDMTraceStep
 from loopmdm.modeling_loopmdm import LoopMDMMaskedLMOutput
 
 MASK, PAD = 22, 0  # of tiny_config
-ROWS = [[5, 9, 3], [7], [4, MASK, MASK, 11, 8, MASK, 2]]
+ROWS = [[5], [7, MASK, 6], [4, MASK, MASK, 11, 8, MASK, 2]]
 
 
 @pytest.fixture(scope="module")
@@ -469,14 +469,14 @@ def test_rows_do_not_depend_on_batch_or_padding(model, arguments):
 
 def test_padding_is_found_by_its_token_or_given_as_a_mask(model):
     batch = torch.tensor([[PAD, PAD, 5, 9], [4, 8, 2, 1]])
-    found = model.generate(batch, max_new_tokens=5)
-    assert torch.equal(found, model.generate(batch, (batch != PAD).long(), max_new_tokens=5))
-    # A mask says that token 0 is text here, and a mask token under padding is no mask.
-    text = model.generate(batch, torch.ones_like(batch), max_new_tokens=5)
-    assert not torch.equal(found, text)
+    arguments = {"max_new_tokens": 7, "max_denoising_steps": 4}
+    found = model.generate(batch, **arguments)
+    assert torch.equal(found, model.generate(batch, (batch != PAD).long(), **arguments))
+    # A mask may say that token 0 is text, or that [MASK] is padding.
+    assert not torch.equal(found, model.generate(batch, torch.ones_like(batch), **arguments))
     hidden = batch.masked_fill(batch == PAD, MASK)
-    output = model.generate(hidden, (batch != PAD).long(), max_new_tokens=5)
-    assert torch.equal(output[:, 4:], found[:, 4:])
+    output = model.generate(hidden, (batch != PAD).long(), **arguments)
+    assert torch.equal(output, torch.cat((hidden, found[:, 4:]), dim=1))
 
 
 # Ends
@@ -527,6 +527,16 @@ def test_an_end_token_before_given_tokens_is_text():
     # Nor do the end tokens of the prompt end anything.
     output = end_tokens(model, torch.tensor([[0, END, mask, mask, mask]]), unmasking="left_to_right")
     assert output.sequences.tolist() == [[0, END, END, 2, 2]]
+
+
+@pytest.mark.parametrize("batch", [[4, 4, 5, 9], [5, 9, 4, 4]])
+def test_end_tokens_used_as_padding_end_nothing(model, batch):
+    arguments = {"max_new_tokens": 5, "eos_token_id": 4, "pad_token_id": 4}
+    batch = torch.tensor([batch])
+    output = model.generate(batch, (batch != 4).long(), **arguments)
+    assert torch.equal(output[:, 4:], model.generate(torch.tensor([[5, 9]]), **arguments)[:, 2:])
+    # Without a mask they are text: this padding token cannot be told from an end.
+    assert torch.equal(model.generate(batch, **arguments), model.generate(batch, torch.ones_like(batch), **arguments))
 
 
 def test_several_end_tokens():
@@ -613,6 +623,16 @@ def test_max_length_criteria(model, wrap):
     free = model.generate(prompt, max_new_tokens=8, block_length=2)
     stopped = model.generate(prompt, max_new_tokens=8, block_length=2, stopping_criteria=wrap([MaxLengthCriteria(5)]))
     assert stopped.tolist() == [[*free[0, :6].tolist(), *[PAD] * 4]]
+
+
+def test_stopping_leaves_given_tokens(model):
+    prompt = torch.tensor([[MASK, 5, MASK, 9, MASK]])
+    criterion = StopRows([False], [True])
+    stopped = model.generate(prompt, block_length=2, stopping_criteria=[criterion])
+    free = model.generate(prompt, block_length=2)
+    assert stopped.tolist() == [[*free[0, :4].tolist(), PAD]]
+    stopped = model.generate(prompt, block_length=2, stopping_criteria=[StopRows([True])])
+    assert stopped.tolist() == [[*free[0, :2].tolist(), PAD, 9, PAD]]
 
 
 # Cost

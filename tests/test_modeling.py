@@ -223,8 +223,9 @@ REFERENCES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("reference", REFERENCES.values(), ids=REFERENCES)
-def test_one_loop_equals_transformers(reference, dtype):
+def test_one_loop_equals_transformers(reference, attention, dtype):
     model_class, overrides = reference
     config = tiny_config(**{"tie_word_embeddings": False, "num_loops": 1, **overrides})
     shared = type(config).__dataclass_fields__.keys() & model_class.config_class.__dataclass_fields__
@@ -233,6 +234,7 @@ def test_one_loop_equals_transformers(reference, dtype):
         torch.manual_seed(0)
         theirs = randomize_vectors(model_class(model_class.config_class(**shared))).eval()
     ours = LoopMDMForMaskedLM(config).eval()
+    ours.set_attn_implementation(attention)
     ours.load_state_dict(theirs.state_dict())
     if dtype is torch.float64:
         # Their norms round to float32 at this precision; torch's own norm does not.
@@ -479,6 +481,13 @@ def test_hidden_states_by_index():
         picked = model(ids, output_hidden_states=indices).hidden_states
         assert all(torch.equal(picked[index], everything[index]) for index in indices)
         assert sum(state is not None for state in picked) == len(indices)
+
+
+def test_negative_indices_of_hidden_states_need_the_default_loops():
+    model = tiny_model()
+    for arguments in ({"num_loops": 2}, {"loop_tolerance": 0.1}):
+        with pytest.raises(ValueError, match="negative indices"):
+            model(random_ids(1, 5), output_hidden_states=[0, -2], **arguments)
 
 
 def test_attentions_come_in_executed_order():
