@@ -91,7 +91,7 @@ def main() -> None:
     if args.output:
         recipe = Path(args.model) / "training.json"  # written by train.py
         record = {
-            "settings": vars(args),
+            "settings": {name: value for name, value in vars(args).items() if name not in ("model", "output")},
             "training": json.loads(recipe.read_text()) if recipe.is_file() else None,
             "machine": {
                 "processor": _processor(),

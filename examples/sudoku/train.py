@@ -164,7 +164,13 @@ def main() -> None:
 
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    record = {**vars(args), "steps": max_steps, "training_tflop": trainer.state.total_flos / 1e12, **result.metrics}
+    settings = {name: value for name, value in vars(args).items() if name not in ("puzzles", "output")}
+    record = {
+        **settings,
+        "steps": max_steps,
+        "training_tflop": trainer.state.total_flos / 1e12,
+        "seconds": result.metrics["train_runtime"],
+    }
     (Path(args.output) / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
