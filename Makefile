@@ -36,6 +36,7 @@ test-common: .venv/.installed
 
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest
+	.venv-floor/bin/python tests/common_model_tests.py
 
 clean:
 	rm -rf .venv .venv-floor build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -47,7 +47,8 @@ class LoopMDMConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`):
             Activation of the gated MLP, a name of transformers' `ACT2FN`.
         max_position_embeddings (`int`, defaults to 1024):
-            Longest sequence, in tokens. With learned positions also the number of position embeddings.
+            Longest sequence that the model is made for, in tokens, and the limit of `generate`. With learned positions
+            also the number of position embeddings.
         position_embedding_type (`"rope"` or `"learned"`, defaults to `"rope"`):
             Rotary position embedding in every layer, or one learned embedding per position added to the token's.
         rope_parameters (`dict`, *optional*):

@@ -336,10 +336,11 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             self._check_input_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size, length = inputs_embeds.shape[:2]
-        if length > self.config.max_position_embeddings:
+        # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
+        if self.config.position_embedding_type == "learned" and length > self.config.max_position_embeddings:
             raise ValueError(
                 f"The input has {length} positions, more than `max_position_embeddings` "
-                f"({self.config.max_position_embeddings}); shorten it."
+                f"({self.config.max_position_embeddings}), and positions are learned; shorten it."
             )
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
             raise ValueError(
