@@ -90,8 +90,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
             entropies less the largest, in nats, stays within the bound, and at least what keeps the block on schedule.
         remask_probability (`float` in [0, 1], defaults to 0.0):
             Remasking sampler (ReMDM, arXiv 2503.00307, "cap" schedule): at each step every token committed earlier in
-            the block goes back to [MASK] with this probability, less towards the end. More `max_denoising_steps`
-            than [MASK]s are useful then.
+            the block goes back to [MASK] with this probability, less towards the end. All `max_denoising_steps` are
+            run then, and more of them than [MASK]s are useful.
         eos_penalty (`float`, defaults to 0.0):
             Taken from the confidence (and margin, and added to the entropy) where the chosen token ends the sequence,
             against early floods of end tokens. The distribution that tokens are drawn from stays as it is.
@@ -103,7 +103,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         temperature (`float`, defaults to 1.0), top_k (`int`), top_p (`float`), min_p (`float`):
             As in transformers; they need `do_sample=True`. Confidence is read from the raw distribution all the same.
         num_return_sequences (`int`, defaults to 1):
-            Independent answers per row; needs `do_sample=True` or `unmasking="ancestral"`.
+            Independent answers per row; needs `do_sample=True` or another source of chance (`unmasking="ancestral"`).
         guidance_scale (`float`, *optional*):
             Classifier-free guidance: `uncond + guidance_scale * (cond - uncond)` on the logits, where the
             unconditional pass sees [MASK] in place of every given token. 1 is off; it doubles the cost.
@@ -200,6 +200,10 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 raise ValueError("`num_loops` is an empty list; give the loops of at least one step.")
             for value in loops:
                 check_num_loops(value)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            for token in _as_list(getattr(self, name)):
+                if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                    raise ValueError(f"`{name}` is {getattr(self, name)!r}; a token id is an integer of at least 0.")
         if self.unmasking not in COMMIT_RULES:
             raise ValueError(f"`unmasking` is {self.unmasking!r}; choose one of {', '.join(sorted(COMMIT_RULES))}.")
         if self.confidence_threshold is not None and self.entropy_bound is not None:
@@ -212,7 +216,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
             for name in ("temperature", "top_k", "top_p", "min_p"):
                 if getattr(self, name) != self.DEFAULTS[name]:
                     raise ValueError(f"`{name}` is {getattr(self, name)} without effect; add `do_sample=True`.")
-            if self.num_return_sequences != 1 and self.unmasking != "ancestral":
+            is_random = self.unmasking in ("ancestral", "random") or self.remask_probability > 0
+            if self.num_return_sequences != 1 and not is_random:
                 raise ValueError(
                     f"`num_return_sequences` is {self.num_return_sequences}, but all answers would be the same; "
                     "add `do_sample=True`."
@@ -341,19 +346,31 @@ class DenoisingStep:
     @cached_property
     def quota(self) -> torch.Tensor:
         """
-        Commitments that keep a row on schedule, `(N,)`: at least one, all that is left in the last step, and an
-        equal share of the block in each step (the first steps take one more where it does not divide).
+        Commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step (the first steps take
+        one more where it does not divide), at least one, and all that is left in the last step. With remasking the
+        shares are spread over all steps, and what this step sends back is made up for.
         """
-        share, remainder = self.size // self.num_steps, self.size % self.num_steps
-        due = share * (self.index + 1) + remainder.clamp(max=self.index + 1)
         left = self.masked.sum(-1)
-        return torch.minimum((due - (self.size - left)).clamp(min=1), left)
+        if self.remask_probability > 0:
+            due, least = self.size * (self.index + 1) // self.num_steps + self.remask.sum(-1), 0
+        else:
+            share, remainder = self.size // self.num_steps, self.size % self.num_steps
+            due, least = share * (self.index + 1) + remainder.clamp(max=self.index + 1), 1
+        return torch.minimum((due - (self.size - left)).clamp(min=least), left)
 
     @cached_property
     def remask_rate(self) -> torch.Tensor:
         """ReMDM's capped probability `min(eta, (1 - alpha_s) / alpha_t)` with alpha = share of steps done, `(N,)`."""
         cap = (self.num_steps - self.index - 1).clamp(min=0) / max(self.index, 1)
         return cap.clamp(max=self.remask_probability)
+
+    @cached_property
+    def remask(self) -> torch.Tensor:
+        """The tokens committed earlier in the block that go back to [MASK], `(N, P)` bool."""
+        if self.remask_probability == 0:
+            return torch.zeros_like(self.masked)
+        belongs = torch.arange(self.masked.shape[1], device=self.size.device) < self.size[:, None]
+        return belongs & ~self.masked & (self.noise() < self.remask_rate[:, None])
 
     def best(self, scores: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
         """The `count` (default: quota) masked positions of highest score in each row; ties go to the leftmost."""
@@ -586,7 +603,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         r"""
         Denoises the [MASK] tokens of `input_ids` in place, then those of `max_new_tokens` new positions behind it:
 
-        1. Read the arguments: `kwargs` over `generation_config` over the model's own generation config.
+        1. Read the arguments: `kwargs` over `generation_config`, or over the model's own where none is given.
         2. Lay out the canvas: input, new positions as [MASK], and the blocks that they fall into.
         3. For every block, from left to right, and every denoising step:
             a. Predict: one forward pass of the rows that still have a [MASK] in the block.
@@ -655,10 +672,13 @@ class LoopMDMGenerationMixin(GenerationMixin):
             if max(sizes) == 0:
                 continue
             steps = [self._num_steps(config, n) for n in sizes]
+            num_steps = torch.tensor(steps, device=columns.device)
             belongs = torch.arange(columns.shape[1], device=columns.device) < size[:, None]
             for index in range(max(steps)):
                 masked = belongs & (canvas.sequences.gather(1, columns) == self.config.mask_token_id)
-                rows = (masked.any(-1) & ~finished).nonzero().squeeze(-1)
+                # A row is done with the block when nothing is masked; with remasking, when its steps are over.
+                busy = masked.any(-1) if config.remask_probability == 0 else index < num_steps
+                rows = (busy & ~finished).nonzero().squeeze(-1)
                 if len(rows) == 0:
                     break
                 row_list = rows.tolist()
@@ -686,16 +706,13 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     masked=masked[rows],
                     size=size[rows],
                     index=index,
-                    num_steps=torch.tensor([steps[row] for row in row_list], device=rows.device),
+                    num_steps=num_steps[rows],
                     penalty=is_end * config.eos_penalty,
                     remask_probability=config.remask_probability,
                     noise=lambda sizes=sizes, row_list=row_list: noise(sizes, row_list),
                 )
                 commit = rule(step)
-                remask = torch.zeros_like(commit)
-                if config.remask_probability > 0:
-                    earlier = belongs[rows] & ~step.masked
-                    remask = earlier & (step.noise() < step.remask_rate[:, None])
+                remask = step.remask
                 current = canvas.sequences[rows[:, None], columns[rows]]
                 updated = current.where(~commit, tokens).where(~remask, self.config.mask_token_id)
                 canvas.sequences[rows[:, None], columns[rows]] = updated
@@ -765,6 +782,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
         """Checks the input and expands it. Returns tokens and mask, `(num_rows, length)`, and the new tokens."""
         if input_ids is None:
             raise ValueError("`input_ids` is missing; give a prompt, or only [MASK] tokens for unconditional samples.")
+        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise ValueError(f'`{name}` is a {type(value).__name__}; give a tensor (`return_tensors="pt"`).')
         if input_ids.ndim != 2 or input_ids.shape[0] == 0:
             raise ValueError(
                 f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (batch_size, length), at least one row."
@@ -908,15 +928,21 @@ class LoopMDMGenerationMixin(GenerationMixin):
 
     def _process(self, processors: LogitsProcessorList, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Applies logits processors, made for one position at a time, to all positions `(N, P, vocab_size)`."""
-        if len(processors) == 0:
-            return logits
         num_rows, num_positions, vocab_size = logits.shape
-        input_ids = sequences.repeat_interleave(num_positions, 0)
-        # A copy, since processors may write into their argument and confidence is read from `logits`.
-        scores = processors(input_ids, logits.reshape(-1, vocab_size).clone())
-        scores = scores.view(num_rows, num_positions, vocab_size)
-        mask_token = torch.tensor([self.config.mask_token_id], device=scores.device)
-        return scores.index_fill(-1, mask_token, -math.inf)
+        scores = logits
+        if len(processors) > 0:
+            input_ids = sequences.repeat_interleave(num_positions, 0)
+            # A copy, since processors may write into their argument and confidence is read from `logits`.
+            scores = processors(input_ids, logits.reshape(-1, vocab_size).clone())
+            scores = scores.view(num_rows, num_positions, vocab_size)
+            mask_token = torch.tensor([self.config.mask_token_id], device=scores.device)
+            scores = scores.index_fill(-1, mask_token, -math.inf)
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise ValueError(
+                "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "
+                "processors that forbid everything, or for an overflow (use `dtype=torch.bfloat16` or float32)."
+            )
+        return scores
 
     @staticmethod
     def _trace_step(block, step, loops_run, commit, remask, scores, canvas, rows, columns) -> LoopMDMTraceStep:

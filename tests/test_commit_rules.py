@@ -260,3 +260,11 @@ def test_noise_of_a_row_depends_on_its_own_generator_only():
     alone = _Noise(generators(7), torch.device("cpu"))([3], rows=[0])
     assert together.shape == (2, 4)
     assert torch.equal(together[1, :3], alone[0])
+
+
+def test_noise_of_one_generator_is_drawn_for_all_rows():
+    def noise(*rows):
+        return _Noise(torch.Generator().manual_seed(5), torch.device("cpu"))([2, 4, 3], list(rows))
+
+    assert noise(0, 1, 2).shape == (3, 4)
+    assert torch.equal(noise(1, 2), noise(0, 1, 2)[1:])

@@ -200,8 +200,57 @@ def test_any_batch_equals_the_reference(model, **arguments):
 # Ancestral sampling and remasking
 
 
-def test_ancestral_opens_uniformly_in_time_and_samples_the_distribution():
-    probabilities, num_steps, num_rows = [0.5, 0.3, 0.2, 0.0], 4, 1000
+@pytest.mark.parametrize("unmasking", ["confidence", "ancestral", "left_to_right"])
+def test_remasking_runs_all_steps_and_stays_on_schedule(model, unmasking):
+    """The share of open tokens follows the steps done, as ReMDM's alpha does, however many steps there are."""
+    output = model.generate(
+        torch.full((40, 8), MASK),
+        unmasking=unmasking,
+        remask_probability=0.1,
+        max_denoising_steps=32,
+        num_loops=1,
+        generator=seeded(0),
+        return_dict_in_generate=True,
+        output_trace=True,
+    )
+    assert output.forward_passes.tolist() == [32] * 40
+    assert (output.sequences != MASK).all()
+    for step in output.trace:
+        share_open = (step.tokens != MASK).float().mean().item()
+        assert share_open == pytest.approx((step.step + 1) / 32, abs=0.13)  # 1/8 is one token
+    assert sum(int(step.remasked.sum()) for step in output.trace) > 40
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_scores_without_a_possible_token_are_refused(model, value, do_sample):
+    class Destroy(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.full_like(scores, value)
+
+    with pytest.raises(ValueError, match="No token can be chosen"):
+        model.generate(
+            torch.tensor([[3, MASK]]), logits_processor=LogitsProcessorList([Destroy()]), do_sample=do_sample
+        )
+
+
+def test_overflowing_models_are_refused():
+    model = tiny_model()
+    model.lm_head.weight.data[0, 0] = math.inf
+    with pytest.raises(ValueError, match="No token can be chosen"):
+        model.generate(torch.tensor([[3, MASK]]))
+
+
+def test_random_orders_give_several_answers_without_sampling(model):
+    answers = model.generate(
+        torch.full((1, 12), MASK), unmasking="random", num_return_sequences=8, generator=seeded(0), num_loops=1
+    )
+    assert len({tuple(row) for row in answers.tolist()}) > 1
+
+
+@pytest.mark.parametrize("num_steps", [4, 9])  # fewer and more than positions
+def test_ancestral_opens_uniformly_in_time_and_samples_the_distribution(num_steps):
+    probabilities, num_rows = [0.5, 0.3, 0.2, 0.0], 1000
     model = TableModel([probabilities] * 6)
     trace = trace_of(
         model,
@@ -215,7 +264,8 @@ def test_ancestral_opens_uniformly_in_time_and_samples_the_distribution():
     assert_fits(trace[-1].tokens.flatten().bincount(minlength=4), probabilities)
     # Positions open independently of each other: the openings of a row in the first step are binomial.
     first = (opened == 0).sum(-1).bincount(minlength=7)
-    assert_fits(first, [math.comb(6, k) * 0.25**k * 0.75 ** (6 - k) for k in range(7)])
+    p = 1 / num_steps
+    assert_fits(first, [math.comb(6, k) * p**k * (1 - p) ** (6 - k) for k in range(7)])
     # ... and tokens are independent of when they open.
     for step in range(num_steps):
         assert_fits(trace[-1].tokens[opened == step].bincount(minlength=4), probabilities)
@@ -262,6 +312,7 @@ def test_remasked_tokens_may_change_and_none_stays_masked(model, unmasking):
         generator=seeded(0),
     )
     final = output.sequences
+    assert max(step.step for step in output.trace) >= 8, "more steps than positions in a block"
     remasked = torch.zeros_like(final, dtype=torch.bool)
     first_choice = torch.cat((prompt, torch.full((4, 12), MASK)), dim=1)
     for step in output.trace:
@@ -467,6 +518,14 @@ def test_rows_do_not_depend_on_batch_or_padding(model, arguments):
                 assert output[cost][i] == single[cost][0], cost
 
 
+def test_several_answers_per_row(model):
+    arguments = {"max_new_tokens": 6, "do_sample": True}
+    batch = torch.tensor([[PAD, PAD, 5], [4, 8, 2]])
+    answers = model.generate(batch, num_return_sequences=3, generator=[seeded(i) for i in range(6)], **arguments)
+    for i, answer in enumerate(answers):
+        assert torch.equal(answer[None], model.generate(batch[i // 3][None], generator=[seeded(i)], **arguments))
+
+
 def test_padding_is_found_by_its_token_or_given_as_a_mask(model):
     batch = torch.tensor([[PAD, PAD, 5, 9], [4, 8, 2, 1]])
     arguments = {"max_new_tokens": 7, "max_denoising_steps": 4}
@@ -529,11 +588,12 @@ def test_an_end_token_before_given_tokens_is_text():
     assert output.sequences.tolist() == [[0, END, END, 2, 2]]
 
 
-@pytest.mark.parametrize("batch", [[4, 4, 5, 9], [5, 9, 4, 4]])
+@pytest.mark.parametrize("batch", [[20, 20, 5, 9], [5, 9, 20, 20]])
 def test_end_tokens_used_as_padding_end_nothing(model, batch):
-    arguments = {"max_new_tokens": 5, "eos_token_id": 4, "pad_token_id": 4}
+    arguments = {"max_new_tokens": 5, "eos_token_id": 20, "pad_token_id": 20}
     batch = torch.tensor([batch])
-    output = model.generate(batch, (batch != 4).long(), **arguments)
+    output = model.generate(batch, (batch != 20).long(), **arguments)
+    assert (output[:, 4:] != 20).all()
     assert torch.equal(output[:, 4:], model.generate(torch.tensor([[5, 9]]), **arguments)[:, 2:])
     # Without a mask they are text: this padding token cannot be told from an end.
     assert torch.equal(model.generate(batch, **arguments), model.generate(batch, torch.ones_like(batch), **arguments))
@@ -660,6 +720,7 @@ def count_passes(model) -> tuple[list[int], list]:
         ({"num_loops": [5, 1], "max_denoising_steps": 3}, [5, 5, 1]),
         ({"num_loops": [1, 2, 4], "block_length": 3}, [1, 2, 4, 1, 2, 4]),
         ({"num_loops": [1, 2, 4], "max_denoising_steps": 2}, [1, 2]),
+        ({"num_loops": [1, 2, 4], "max_denoising_steps": 99}, [1, 1, 2, 2, 4, 4]),
         ({"num_loops": 2, "guidance_scale": 1.5}, [4] * 6),
         ({"num_loops": 2, "guidance_scale": 1.0}, [2] * 6),
         ({"num_loops": 9, "loop_tolerance": 1e9}, [1] * 6),
@@ -991,6 +1052,8 @@ BAD_ARGUMENTS = [
     ({"max_new_tokens": None}, "nothing to generate: `max_new_tokens` is None"),
     ({"max_new_tokens": None, "max_length": 2}, "The input has 3 tokens, more than `max_length` (2)"),
     ({"max_new_tokens": 62}, "3 tokens of input and 62 new ones exceed `max_position_embeddings` (64)"),
+    ({"eos_token_id": "a"}, "`eos_token_id` is 'a'; a token id is an integer"),
+    ({"pad_token_id": -1}, "`pad_token_id` is -1; a token id is an integer of at least 0"),
     ({"num_return_sequences": 2}, "`num_return_sequences` is 2, but all answers would be the same"),
     ({"num_return_sequences": 0, "do_sample": True}, "`num_return_sequences` is 0; it must be"),
     ({"block_length": 0}, "`block_length` is 0; it must be an integer of at least 1"),

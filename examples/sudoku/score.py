@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 
 def load(folder: str):
     """The model, in eval mode, and its tokenizer."""
+    transformers.utils.logging.disable_progress_bar()
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
