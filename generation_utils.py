@@ -50,6 +50,9 @@ OTHER_NAMES = {
     "cache_implementation": "generation does not cache yet",
 }
 
+# Arguments that say how to draw tokens, and mean nothing where none are drawn.
+SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p"})
+
 
 class LoopMDMGenerationConfig(GenerationConfig):
     r"""
@@ -213,7 +216,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 if getattr(self, name) is not None:
                     raise ValueError(f'`{name}` does not go with `unmasking="ancestral"`, which opens at random.')
         if not self.do_sample:
-            for name in ("temperature", "top_k", "top_p", "min_p"):
+            for name in sorted(SAMPLING):
                 if getattr(self, name) != self.DEFAULTS[name]:
                     raise ValueError(f"`{name}` is {getattr(self, name)} without effect; add `do_sample=True`.")
             is_random = self.unmasking in ("ancestral", "random") or self.remask_probability > 0
@@ -764,6 +767,10 @@ class LoopMDMGenerationMixin(GenerationMixin):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(self.generation_config, name))
+        if kwargs.get("do_sample") is False:
+            # Greedy on request, whatever way of sampling the config describes.
+            for name in SAMPLING.difference(kwargs):
+                setattr(config, name, config_class.DEFAULTS[name])
         config.update(**{name: kwargs.pop(name) for name in config_class.DEFAULTS if name in kwargs})
         config.validate()
         if config.loop_tolerance is not None:

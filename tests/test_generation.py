@@ -241,6 +241,15 @@ def test_overflowing_models_are_refused():
         model.generate(torch.tensor([[3, MASK]]))
 
 
+def test_greedy_on_request_where_the_config_samples():
+    model, prompt = tiny_model(), torch.tensor([[3, 5]])
+    greedy = model.generate(prompt, max_new_tokens=8)
+    model.generation_config = LoopMDMGenerationConfig(do_sample=True, temperature=0.7, top_k=5)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, do_sample=False), greedy)
+    with pytest.raises(ValueError, match=r"`top_p` is 0.5 without effect"):
+        model.generate(prompt, max_new_tokens=8, do_sample=False, top_p=0.5)
+
+
 def test_random_orders_give_several_answers_without_sampling(model):
     answers = model.generate(
         torch.full((1, 12), MASK), unmasking="random", num_return_sequences=8, generator=seeded(0), num_loops=1
