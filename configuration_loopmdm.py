@@ -35,7 +35,7 @@ class LoopMDMConfig(PreTrainedConfig):
         hidden_size (`int`, defaults to 768):
             Width of the residual stream.
         intermediate_size (`int`, defaults to 2048):
-            Width of the gated MLP.
+            Width of the MLP.
         num_hidden_layers (`int`, defaults to 12):
             Number of physical layers, head + mid + tail. Looping adds none.
         num_attention_heads (`int`, defaults to 12):
@@ -45,7 +45,9 @@ class LoopMDMConfig(PreTrainedConfig):
         head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
             Width of one head.
         hidden_act (`str`, defaults to `"silu"`):
-            Activation of the gated MLP, a name of transformers' `ACT2FN`.
+            Activation of the MLP, a name of transformers' `ACT2FN`.
+        use_gated_mlp (`bool`, defaults to `True`):
+            `down(act(gate(x)) * up(x))` as in Llama, or without it the plain `down(act(up(x)))` of GPT-2.
         max_position_embeddings (`int`, defaults to 1024):
             Longest sequence that the model is made for, in tokens, and the limit of `generate`. With learned positions
             also the number of position embeddings.
@@ -53,20 +55,34 @@ class LoopMDMConfig(PreTrainedConfig):
             Rotary position embedding in every layer, or one learned embedding per position added to the token's.
         rope_parameters (`dict`, *optional*):
             As in transformers' Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
+        rope_full_precision (`bool`, defaults to `False`):
+            Rotate queries and keys in float32 whatever the model's dtype (LLaDA), or in the model's dtype (Llama).
+        rope_table_dtype (`"float32"`, `"bfloat16"` or `"float16"`, defaults to `"float32"`):
+            Cosines and sines are rounded to this dtype before use. SMDM's models know rounded tables only.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial weights.
+        norm_type (`"rmsnorm"` or `"layernorm"`, defaults to `"rmsnorm"`):
+            RMSNorm, or LayerNorm with weight and bias.
         rms_norm_eps (`float`, defaults to 1e-6):
-            Epsilon of every RMSNorm.
+            Epsilon of every norm, LayerNorm included.
         attention_bias (`bool`, defaults to `False`):
             Whether the query, key and value projections have a bias (Qwen2).
         attention_output_bias (`bool`, defaults to `False`):
             Whether the attention's output projection has a bias (Llama with `attention_bias=True` has both).
         mlp_bias (`bool`, defaults to `False`):
-            Whether the three projections of the MLP have a bias.
+            Whether the projections of the MLP have a bias.
+        lm_head_bias (`bool`, defaults to `False`):
+            Whether the output head has a bias.
         use_qk_norm (`bool`, defaults to `False`):
             RMSNorm over `head_dim` on queries and keys, before the rotary embedding (Qwen3).
         tie_word_embeddings (`bool`, defaults to `True`):
             Whether the output head shares the input embedding's weight.
+        attention_block_size (`int`, *optional*):
+            Block-causal attention (BD3LM, SDAR): positions fall into blocks of this size, counted from position 0, and
+            attend to their own block and to earlier ones. By default attention is over the whole sequence.
+        shift_logits (`bool`, defaults to `False`):
+            The hidden state of position i - 1 predicts token i, as in models made from autoregressive ones (Dream).
+            The model's logits are aligned all the same: row i predicts token i.
         loop_start, loop_end (`int`, default to 1 and 3):
             mid is `layers[loop_start:loop_end]`. Early-middle layers work best when the loops are trained.
         num_loops (`int`, defaults to 6):
@@ -101,16 +117,23 @@ class LoopMDMConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     hidden_act: str = "silu"
+    use_gated_mlp: bool = True
     max_position_embeddings: int = 1024
     position_embedding_type: str = "rope"
     rope_parameters: dict | None = None
+    rope_full_precision: bool = False
+    rope_table_dtype: str = "float32"
     initializer_range: float = 0.02
+    norm_type: str = "rmsnorm"
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    lm_head_bias: bool = False
     use_qk_norm: bool = False
     tie_word_embeddings: bool = True
+    attention_block_size: int | None = None
+    shift_logits: bool = False
     loop_start: int = 1
     loop_end: int = 3
     num_loops: int = 6
@@ -170,21 +193,26 @@ class LoopMDMConfig(PreTrainedConfig):
             "num_key_value_heads",
             "head_dim",
             "max_position_embeddings",
+            "attention_block_size",
             "num_loops",
             "max_train_loops",
         ):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads}); choose a divisor."
             )
-        if self.position_embedding_type not in ("rope", "learned"):
-            raise ValueError(
-                f'`position_embedding_type` is {self.position_embedding_type!r}; it must be "rope" or "learned".'
-            )
+        for name, choices in (
+            ("position_embedding_type", ("rope", "learned")),
+            ("rope_table_dtype", ("float32", "bfloat16", "float16")),
+            ("norm_type", ("rmsnorm", "layernorm")),
+            ("loop_update", ("replace", "damped")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         if self.position_embedding_type == "rope" and self.head_dim % 2 != 0:
             raise ValueError(f"`head_dim` is {self.head_dim}; rotary embeddings need an even one.")
         if self.position_embedding_type == "rope":
@@ -195,8 +223,6 @@ class LoopMDMConfig(PreTrainedConfig):
                 raise ValueError("`partial_rotary_factor` is not supported; all of `head_dim` is rotated.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of transformers' ACT2FN.")
-        if self.loop_update not in ("replace", "damped"):
-            raise ValueError(f'`loop_update` is {self.loop_update!r}; it must be "replace" or "damped".')
         if not 0 <= self.loop_start < self.loop_end <= self.num_hidden_layers:
             raise ValueError(
                 f"mid is layers[{self.loop_start}:{self.loop_end}] of {self.num_hidden_layers} layers; it needs "

@@ -74,7 +74,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
             Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
         block_length (`int`, *optional*):
             Positions that are denoised together; blocks follow each other from left to right. By default all positions
-            are one block. Any value works, and the last block may be short.
+            are one block. Any value works, and the last block may be short. A model with `attention_block_size` takes
+            multiples of it (by default the size itself), and its blocks are counted from position 0.
         max_denoising_steps (`int`, *optional*):
             Forward passes per block at most. By default as many as the block has [MASK]s, one commitment a step.
 
@@ -526,17 +527,29 @@ class _Canvas:
         sequences: Tokens, new positions as [MASK].
         real: False on padding.
         block_length: Positions per block, or None for a single block.
+        from_start: Whether blocks are counted from a row's first real position, or from its first [MASK].
         mask_token_id: Id of [MASK].
     """
 
-    def __init__(self, sequences: torch.Tensor, real: torch.Tensor, block_length: int | None, mask_token_id: int):
+    def __init__(
+        self,
+        sequences: torch.Tensor,
+        real: torch.Tensor,
+        block_length: int | None,
+        from_start: bool,
+        mask_token_id: int,
+    ):
         self.sequences, self.real, self.mask_token_id = sequences, real, mask_token_id
         self.to_denoise = real & (sequences == mask_token_id)
         self.given = real & ~self.to_denoise
-        # Blocks are counted over a row's real positions from its first [MASK], so that padding does not shift them.
+        # Blocks are counted over a row's real positions, so that padding does not shift them. The first one that holds
+        # a [MASK] is block 0.
         rank = real.long().cumsum(-1) - 1
+        block_length = block_length or rank.shape[1]
         first = rank.masked_fill(~self.to_denoise, rank.shape[1]).amin(-1, keepdim=True)
-        block = (rank - first) // (block_length or rank.shape[1])
+        if from_start:
+            first = first // block_length * block_length
+        block = (rank - first) // block_length
         self.block = block.masked_fill(~self.to_denoise, -1)
         self.num_blocks = int(self.block.max()) + 1
         columns = torch.arange(sequences.shape[1], device=sequences.device)
@@ -658,7 +671,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
         canvas = _Canvas(
             torch.cat((input_ids, new_tokens), dim=1),
             torch.cat((real, torch.ones_like(new_tokens, dtype=torch.bool)), dim=1),
-            config.block_length,
+            config.block_length or self.config.attention_block_size,
+            self.config.attention_block_size is not None,
             self.config.mask_token_id,
         )
         length = canvas.sequences.shape[1]
@@ -775,6 +789,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
         config.validate()
         if config.loop_tolerance is not None:
             self.model._check_loop_tolerance(config.loop_tolerance)
+        attention_block_size = self.config.attention_block_size or 1
+        if config.block_length is not None and config.block_length % attention_block_size != 0:
+            raise ValueError(
+                f"`block_length` is {config.block_length}; this model's attention sees blocks of "
+                f"{attention_block_size} positions, so it must be a multiple of that."
+            )
         for name in ("pad_token_id", "eos_token_id"):
             if self.config.mask_token_id in _as_list(getattr(config, name)):
                 raise ValueError(

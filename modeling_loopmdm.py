@@ -83,6 +83,12 @@ class LoopMDMRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
 
 
+def make_norm(config: LoopMDMConfig) -> nn.Module:
+    """The norm over `hidden_size` that `config.norm_type` names."""
+    norm = {"rmsnorm": LoopMDMRMSNorm, "layernorm": nn.LayerNorm}[config.norm_type]
+    return norm(config.hidden_size, config.rms_norm_eps)
+
+
 class LoopMDMRotaryEmbedding(nn.Module):
     """Tables of cosines and sines for the given positions, each `(batch_size, sequence_length, head_dim)`."""
 
@@ -112,13 +118,24 @@ class LoopMDMRotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float32)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+        if self.config.rope_table_dtype != "float32":
+            table_dtype = getattr(torch, self.config.rope_table_dtype)
+            cos, sin = cos.to(table_dtype), sin.to(table_dtype)
+        dtype = hidden_states.dtype
+        if self.config.rope_full_precision:
+            dtype = torch.promote_types(dtype, torch.float32)
+        return cos.to(dtype), sin.to(dtype)
 
 
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates `(batch, heads, length, head_dim)`; feature i pairs with feature i + head_dim / 2, as in Llama."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+    """
+    Rotates `(batch, heads, length, head_dim)` in the dtype of the tables; feature i pairs with feature
+    i + head_dim / 2, as in Llama.
+    """
+    rotated = states.to(cos.dtype)
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+    return rotated.to(states.dtype)
 
 
 def eager_attention_forward(
@@ -192,16 +209,20 @@ class LoopMDMAttention(nn.Module):
 
 
 class LoopMDMMLP(nn.Module):
-    """Gated MLP (SwiGLU with the default activation)."""
+    """Gated MLP (SwiGLU with the default activation), or a plain one."""
 
     def __init__(self, config: LoopMDMConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.is_gated = config.use_gated_mlp
+        if self.is_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.is_gated:
+            return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -212,8 +233,8 @@ class LoopMDMLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = LoopMDMAttention(config, layer_idx)
         self.mlp = LoopMDMMLP(config)
-        self.input_layernorm = LoopMDMRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = LoopMDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
@@ -311,7 +332,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         else:
             self.rotary_emb = LoopMDMRotaryEmbedding(config)
         self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = LoopMDMRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         # Loops of a training pass that names none. Training sets it anew for every optimiser step; kept off the
         # config, where it would be saved with the model.
@@ -355,7 +376,10 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
 
         context = dict(kwargs)
         context["attention_mask"] = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            and_mask_function=self._block_causal(position_ids.expand(batch_size, length)),
         )
         if self.config.position_embedding_type == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
@@ -372,6 +396,19 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     def readout(self, hidden_states: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
         """Applies tail and the final norm."""
         return self.norm(self._run(self.layers[self.config.loop_end :], hidden_states, context))
+
+    def _block_causal(self, position_ids: torch.LongTensor) -> Callable | None:
+        """A mask function for `config.attention_block_size`: True where the query's block may see the key's."""
+        if self.config.attention_block_size is None:
+            return None
+        if "flash" in self.config._attn_implementation:
+            raise ValueError(
+                f"{self.config._attn_implementation!r} attention cannot be block-causal (`attention_block_size` is "
+                f'{self.config.attention_block_size}); call `model.set_attn_implementation("sdpa")`, or '
+                f'"flex_attention".'
+            )
+        blocks = position_ids // self.config.attention_block_size
+        return lambda batch, head, query, key: blocks[batch, query] >= blocks[batch, key]
 
     @staticmethod
     def _run(layers: nn.ModuleList, hidden_states: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
@@ -494,7 +531,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     def __init__(self, config: LoopMDMConfig):
         super().__init__(config)
         self.model = LoopMDMModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
     @can_return_tuple
@@ -517,7 +554,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Tokens, those to predict replaced by `config.mask_token_id`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 on real tokens, 0 on padding, which may stand anywhere. A 4-D mask is passed on as it is.
+                1 on real tokens, 0 on padding, which may stand anywhere. A 4-D mask is passed on as it is, in place of
+                `config.attention_block_size` too.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 By default real tokens are counted from 0 and padding takes no position.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
@@ -549,7 +587,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             loop_tolerance=loop_tolerance,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
+        hidden_states = self.align(outputs.last_hidden_state, attention_mask)
         loss = logits = None
         if labels is not None:
             loss = self._masked_diffusion_loss(hidden_states, labels, loss_weights, num_items_in_batch)
@@ -562,6 +600,22 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def align(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Output states `(batch_size, sequence_length, hidden_size)` such that row i predicts token i. With
+        `config.shift_logits` row i is the state of the real position before i, and a row's first real position keeps
+        its own; otherwise nothing changes.
+        """
+        if not self.config.shift_logits:
+            return hidden_states
+        if attention_mask is None or attention_mask.ndim != 2:
+            return torch.cat((hidden_states[:, :1], hidden_states[:, :-1]), dim=1)
+        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        last_real = torch.where(attention_mask.to(hidden_states.device) != 0, columns, -1).cummax(-1).values
+        before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=1)
+        before = torch.where(before < 0, columns, before)
+        return torch.take_along_dim(hidden_states, before[..., None], dim=1)
 
     @staticmethod
     def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
@@ -631,7 +685,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         num_logits = sequence_length if num_logits is None else num_logits
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        projections = config.hidden_size * (2 * query_size + 2 * key_value_size + 3 * config.intermediate_size)
+        mlp_size = (3 if config.use_gated_mlp else 2) * config.intermediate_size
+        projections = config.hidden_size * (2 * query_size + 2 * key_value_size + mlp_size)
         attention = 2 * query_size * sequence_length
         layers = config.num_executed_layers(num_loops) * sequence_length * (projections + attention)
         head = num_logits * config.hidden_size * self.lm_head.out_features

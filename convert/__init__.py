@@ -1,0 +1,22 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Non-looped checkpoints of masked diffusion language models, turned into looped initialisations."""
+
+from .engine import Plan, convert_checkpoint, plan_conversion
+from .families import FAMILIES, choose_family
+from .family import Family, Recipe
+from .loop_window import calibrate, default_window
+from .source import Source, open_source
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Plan",
+    "Recipe",
+    "Source",
+    "calibrate",
+    "choose_family",
+    "convert_checkpoint",
+    "default_window",
+    "open_source",
+    "plan_conversion",
+]

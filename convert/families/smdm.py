@@ -1,0 +1,112 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+SMDM: bare safetensors files in lit-gpt's format. The embedding has one row more than the head, for [MASK]; queries,
+keys and values are interleaved head by head; cosines and sines are rounded to bfloat16.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+from ..family import Family, Recipe, copy, per_layer
+from ..source import Source
+
+LAYER = "transformer.h.{i}."
+# Heads by size in millions of parameters: the published files have no config, and tensors do not tell.
+HEADS = {
+    **{6: 4, 19: 6, 34: 8, 48: 9, 66: 10, 85: 10, 75: 8, 113: 12, 142: 12, 170: 12, 180: 14, 206: 14, 231: 14},
+    **{268: 16, 302: 16, 336: 16, 472: 10, 551: 10, 571: 11, 629: 10, 666: 11, 717: 12, 761: 11, 831: 12, 944: 12},
+    **{1028: 14, 1233: 14, 1476: 16, 1678: 16, 2121: 17},
+}
+MAX_LENGTH = 2048
+# Takes [MASK] out of every softmax, and is finite in float16 too.
+NEVER = -1e4
+
+
+def _num_heads(source: Source) -> int:
+    if source.weights.name.startswith("ar-"):
+        raise ValueError(f"{source.weights.name} is one of SMDM's autoregressive models, not a diffusion model.")
+    if source.config.get("n_head"):
+        return source.config["n_head"]
+    size = re.search(r"-(\d+)M-", source.weights.name)
+    if size is None or int(size[1]) not in HEADS:
+        raise ValueError(
+            f"{source.weights.name} does not name a known size (such as mdm-170M-...); put a config.json with "
+            "`n_head` and `block_size` beside it."
+        )
+    return HEADS[int(size[1])]
+
+
+def _config(source: Source) -> dict[str, Any]:
+    num_heads = _num_heads(source)
+    rows, hidden_size = source.shape(f"{LAYER}attn.attn.weight".format(i=0))
+    head_dim = hidden_size // num_heads
+    return {
+        "vocab_size": source.shape("transformer.wte.weight")[0],
+        "hidden_size": hidden_size,
+        "intermediate_size": source.shape(f"{LAYER}mlp.swiglu.w1.weight".format(i=0))[0],
+        "num_hidden_layers": source.num_layers(f"{LAYER}norm_1.weight"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": (rows // head_dim - num_heads) // 2,
+        "head_dim": head_dim,
+        "max_position_embeddings": source.config.get("block_size", MAX_LENGTH),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rope_table_dtype": "bfloat16",
+        "rms_norm_eps": source.config.get("norm_eps", 1e-5),
+        "lm_head_bias": True,
+        "tie_word_embeddings": False,
+    }
+
+
+def _part(config: dict[str, Any], part: str) -> Recipe:
+    """Queries, keys or values of the fused weight, whose rows are (queries, key, value) for each key/value head."""
+    groups, head_dim = config["num_key_value_heads"], config["head_dim"]
+    queries = config["num_attention_heads"] // groups
+    start, stop = {"q": (0, queries), "k": (queries, queries + 1), "v": (queries + 1, queries + 2)}[part]
+
+    def compute(tensor: torch.Tensor) -> torch.Tensor:
+        by_head = tensor.reshape(groups, queries + 2, head_dim, -1)
+        return by_head[:, start:stop].reshape(groups * (stop - start) * head_dim, -1)
+
+    return Recipe((f"{LAYER}attn.attn.weight",), f"{part} of every head", compute)
+
+
+def _recipes(source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
+    head = "lm_head.weight"
+    missing = source.shape("transformer.wte.weight")[0] - source.shape(head)[0]
+    layer = {
+        "input_layernorm.weight": f"{LAYER}norm_1.weight",
+        "self_attn.q_proj.weight": _part(config, "q"),
+        "self_attn.k_proj.weight": _part(config, "k"),
+        "self_attn.v_proj.weight": _part(config, "v"),
+        "self_attn.o_proj.weight": f"{LAYER}attn.proj.weight",
+        "post_attention_layernorm.weight": f"{LAYER}norm_2.weight",
+        "mlp.gate_proj.weight": f"{LAYER}mlp.swiglu.w1.weight",
+        "mlp.up_proj.weight": f"{LAYER}mlp.swiglu.w2.weight",
+        "mlp.down_proj.weight": f"{LAYER}mlp.swiglu.w3.weight",
+    }
+
+    def add_rows(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat((tensor, tensor.new_zeros(missing, tensor.shape[1])))
+
+    def add_bias(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat((tensor.new_zeros(tensor.shape[0]), tensor.new_full((missing,), NEVER)))
+
+    return {
+        "model.embed_tokens.weight": copy("transformer.wte.weight"),
+        **per_layer(config["num_hidden_layers"], {f"model.layers.{{i}}.{name}": to for name, to in layer.items()}),
+        "model.norm.weight": copy("transformer.ln_f.weight"),
+        "lm_head.weight": Recipe((head,), "add a row of zeros for [MASK]", add_rows),
+        "lm_head.bias": Recipe((head,), f"0, and {NEVER:g} for [MASK]", add_bias),
+    }
+
+
+FAMILY = Family(
+    name="smdm",
+    models="SMDM (bare safetensors, 6M to 2121M)",
+    matches=lambda source: f"{LAYER}attn.attn.weight".format(i=0) in source and "transformer.wte.weight" in source,
+    config=_config,
+    recipes=_recipes,
+    mask_token_id=lambda source: source.shape("lm_head.weight")[0],
+)

@@ -1,0 +1,138 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Comparison of a converted model, at one loop, with what the source computes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..modeling_loopmdm import LoopMDMForMaskedLM
+from .family import Family
+from .llama_format import rope_parameters
+from .source import Source
+
+# In float32; relative to the largest logit where that is above 1.
+TOLERANCE = 5e-5
+
+
+def verify_with_transformers(
+    model: LoopMDMForMaskedLM, source: Source, family: Family, batch_size: int = 2, length: int = 32, seed: int = 0
+) -> dict[str, Any]:
+    """
+    Runs the source's own weights in the transformers class of its family, with attention over the whole sequence (or
+    block by block), on random tokens. Both models run in `model`'s dtype. Returns what `conversion.json` keeps; raises
+    a ValueError where the difference exceeds the tolerance.
+    """
+    if family.reference is None:
+        raise ValueError(
+            f"transformers has no class of its own for {family.name}; make reference logits where the source still "
+            "runs (convert/write_reference.py says how) and give --verify-against FILE.npz."
+        )
+    config = model.config
+    length = min(length, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(seed)
+    rows = min(config.vocab_size, source.shape(_embedding(source))[0])
+    input_ids = torch.randint(rows, (batch_size, length), generator=generator)
+    reference = _reference_model(source, family, model.dtype)
+    visible = torch.ones(length, length, dtype=torch.bool)
+    if config.attention_block_size is not None:
+        block = torch.arange(length) // config.attention_block_size
+        visible = block[:, None] >= block
+    mask = torch.zeros(batch_size, 1, length, length, dtype=model.dtype)
+    mask = mask.masked_fill(~visible, torch.finfo(model.dtype).min)
+    with torch.no_grad():
+        logits = reference(input_ids=input_ids, attention_mask=mask).logits
+    record = _compare(model, input_ids, logits)
+    return {"against": f"transformers' {type(reference).__name__}", "transformers": transformers.__version__, **record}
+
+
+def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, Any]:
+    """
+    Compares with logits that `convert/write_reference.py` stored: arrays `input_ids` and `logits` as the source
+    returns them (not shifted). As [`verify_with_transformers`].
+    """
+    import numpy
+
+    path = Path(path)
+    try:
+        with numpy.load(path, allow_pickle=False) as arrays:
+            content = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no readable .npz file: {error}") from error
+    missing = {"input_ids", "logits"} - content.keys()
+    if missing:
+        raise ValueError(f"{path} has no array {sorted(missing)[0]!r}; make it with convert/write_reference.py.")
+    input_ids = torch.from_numpy(content["input_ids"]).long()
+    logits = torch.from_numpy(content["logits"])
+    if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"{path} holds tokens {tuple(input_ids.shape)} and logits {tuple(logits.shape)}; they need shapes "
+            "(batch_size, length) and (batch_size, length, vocab_size)."
+        )
+    return {"against": path.name, **_compare(model, input_ids, logits)}
+
+
+def _compare(model: LoopMDMForMaskedLM, input_ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+    with torch.no_grad():
+        ours = model.eval()(input_ids=input_ids, num_loops=1).logits
+    if model.config.shift_logits:
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+    columns = min(logits.shape[-1], ours.shape[-1])
+    logits, ours = logits[..., :columns].double(), ours[..., :columns].double()
+    if not logits.isfinite().all():
+        raise ValueError("The reference logits are not finite, so they say nothing; make them in float32.")
+    difference = (logits - ours).abs().max().item()
+    tolerance = TOLERANCE * max(1.0, logits.abs().max().item())
+    if not difference <= tolerance:
+        raise ValueError(
+            f"The converted model differs from the source by {difference:.3g} in its logits (tolerance "
+            f"{tolerance:.3g}); "
+            "nothing was written. If the reference ran in float32, this is a fault of the conversion: please report "
+            "it."
+        )
+    return {
+        "max_difference": difference,
+        "tolerance": tolerance,
+        "max_logit": logits.abs().max().item(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokens": input_ids.numel(),
+    }
+
+
+def _embedding(source: Source) -> str:
+    names = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight")
+    return next(name for name in names if name in source)
+
+
+def _reference_model(source: Source, family: Family, dtype: torch.dtype) -> nn.Module:
+    """The source in transformers' own class, without any of our code between."""
+    config_class = getattr(transformers, f"{family.reference}Config")
+    known = set(config_class().to_dict())
+    drop = {
+        "architectures",
+        "model_type",
+        "auto_map",
+        "torch_dtype",
+        "dtype",
+        "rope_theta",
+        "rope_scaling",
+        "layer_types",
+    }
+    settings = {name: value for name, value in source.config.items() if name in known and name not in drop}
+    settings["vocab_size"] = source.shape(_embedding(source))[0]
+    settings["tie_word_embeddings"] = "lm_head.weight" not in source
+    if family.reference != "GPT2":
+        settings["rope_parameters"] = rope_parameters(source.config)
+    config = config_class(**settings)
+    config._attn_implementation = "sdpa"
+    suffix = "LMHeadModel" if family.reference == "GPT2" else "ForCausalLM"
+    model_class = getattr(transformers, family.reference + suffix)
+    weights = {family.reference_names(name): source.read(name) for name in source.tensors}
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"The source lacks {min(info['missing_keys'])!r}, which {model_class.__name__} has.")
+    return model.eval()
