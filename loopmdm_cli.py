@@ -274,19 +274,21 @@ def _show_plan(console, record: dict[str, Any]) -> None:
 
 
 def _show_result(console, record: dict[str, Any], output: Path) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     calibration = record.get("calibration")
     if calibration:
         loops, update = calibration["num_loops"], calibration["loop_update"]
         table = Table(title=f"NELBO at {loops} loops ({update}) on {calibration['text']}")
-        for column in ("looped layers", "nats per token"):
+        for column in ("looped", "nats per token", "change"):
             table.add_column(column, justify="right")
         for score in [calibration["without_loops"], *calibration["windows"]]:
             bounds = [score.get("loop_start"), score.get("loop_end")]
-            window = "none" if bounds[0] is None else f"layers {bounds[0]} to {bounds[1] - 1}"
+            window = "none" if bounds[0] is None else escape(f"layers[{bounds[0]}:{bounds[1]}]")
             chosen = " (chosen)" if bounds == calibration["best"] else ""
-            table.add_row(window + chosen, f"{score['nelbo']:.4f} ± {score['standard_error']:.4f}")
+            change = f"{score['change']:+.4f} ± {score['change_standard_error']:.4f}" if "change" in score else ""
+            table.add_row(window + chosen, f"{score['nelbo']:.4f} ± {score['standard_error']:.4f}", change)
         console.print(table)
     for name in ("verification", "verification_against_file"):
         if name in record:
@@ -321,6 +323,7 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
         defaults = LoopMDMGenerationConfig.from_pretrained(model)
     except OSError:
         defaults = LoopMDMGenerationConfig()
+    block_size = config.attention_block_size
     loops = sorted({1, 2, 4, 8, config.num_loops, config.max_train_loops, 2 * config.max_train_loops})
     return {
         "parameters": empty.num_parameters(),
@@ -336,6 +339,7 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "mask_token_id": config.mask_token_id,
         "max_position_embeddings": config.max_position_embeddings,
+        "attention": "whole sequence" if block_size is None else f"block-causal, blocks of {block_size}",
         "generation": {
             name: getattr(defaults, name)
             for name, default in LoopMDMGenerationConfig.DEFAULTS.items()

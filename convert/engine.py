@@ -502,12 +502,8 @@ def _calibrate(
     width = config.num_mid_layers if width is None else width
     if not 1 <= width <= config.num_hidden_layers:
         raise ValueError(f"The width of the loop is {width}; the model has {config.num_hidden_layers} layers.")
-    plan.config.save_pretrained(folder)  # the tokenizer's class may be found by way of the model's
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    finally:
-        (folder / "config.json").unlink()
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     length = min(length, config.max_position_embeddings)
     available = len(ids) // length
     if available == 0:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.likelihood import nelbo
+from ..evaluation.likelihood import NelboEstimate, nelbo
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 
@@ -39,12 +39,17 @@ def candidate_windows(num_layers: int, width: int) -> list[tuple[int, int]]:
 
 @dataclass
 class WindowScore:
-    """NELBO of one window, in nats per token, and its standard error."""
+    """
+    NELBO with one window looped, in nats per token, and its standard error; and how it differs from the NELBO without
+    loops, whose standard error (over sequences) is much smaller, as both see the same masks.
+    """
 
     loop_start: int
     loop_end: int
     nelbo: float
     standard_error: float
+    change: float
+    change_standard_error: float
 
 
 def calibrate(
@@ -56,7 +61,7 @@ def calibrate(
     batch_size: int = 8,
     seed: int = 0,
     progress: Callable[[int, int], Any] = lambda done, total: None,
-) -> tuple[list[WindowScore], WindowScore]:
+) -> tuple[list[WindowScore], NelboEstimate]:
     """
     Measures the NELBO of `input_ids` with every candidate window applied `num_loops` times, with the same noise for
     all.
@@ -67,36 +72,42 @@ def calibrate(
         width (`int`): Layers in a window.
 
     Returns:
-        The scores of all windows from left to right, and that of the model without loops, whose window is empty.
+        The scores of all windows from left to right, and the estimate without loops.
     """
     config = model.config
     before = config.loop_start, config.loop_end
     settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     windows = candidate_windows(config.num_hidden_layers, width)
 
-    def score(loops: int) -> WindowScore:
-        estimate = nelbo(model, input_ids, num_loops=loops, **settings)
-        mean, error = estimate.per_token()
-        return WindowScore(config.loop_start, config.loop_end, mean[0].item(), error[0].item())
+    plain = nelbo(model, input_ids, num_loops=1, **settings)
+    total = plain.num_tokens.sum()
 
+    def score(estimate: NelboEstimate) -> WindowScore:
+        mean, error = estimate.per_token()
+        change = estimate.nats[0] - plain.nats[0]
+        change_error = len(change) ** 0.5 * change.std() / total if len(change) > 1 else torch.tensor(torch.nan)
+        values = (mean[0], error[0], change.sum() / total, change_error)
+        return WindowScore(config.loop_start, config.loop_end, *(value.item() for value in values))
+
+    scores = []
+    progress(1, len(windows) + 1)
     try:
-        plain = score(1)
-        plain.loop_end = plain.loop_start
-        progress(1, len(windows) + 1)
-        scores = []
-        for config.loop_start, config.loop_end in windows:
-            scores.append(score(num_loops))
+        for window in windows:
+            config.loop_start, config.loop_end = window
+            scores.append(score(nelbo(model, input_ids, num_loops=num_loops, **settings)))
             progress(len(scores) + 1, len(windows) + 1)
     finally:
         config.loop_start, config.loop_end = before
     return scores, plain
 
 
-def calibration_record(scores: list[WindowScore], plain: WindowScore, num_loops: int) -> dict[str, Any]:
+def calibration_record(scores: list[WindowScore], plain: NelboEstimate, num_loops: int) -> dict[str, Any]:
+    """What calibration.json keeps; `best` is the window of the lowest NELBO."""
+    mean, error = plain.per_token()
     best = min(scores, key=lambda score: score.nelbo)
     return {
         "num_loops": num_loops,
-        "without_loops": {"nelbo": plain.nelbo, "standard_error": plain.standard_error},
+        "without_loops": {"nelbo": mean[0].item(), "standard_error": error[0].item()},
         "windows": [asdict(score) for score in scores],
         "best": [best.loop_start, best.loop_end],
     }

@@ -76,7 +76,7 @@ def nelbo(
         seed (`int`, defaults to 0):
             Seed of the masks. A sequence's masks depend on the seed and its place in `input_ids` alone.
     """
-    model = next((module for module in model.modules() if hasattr(module, "align")), None)
+    model = next((module for module in model.modules() if hasattr(type(module), "align")), None)
     if model is None:
         raise ValueError("The model holds no LoopMDMForMaskedLM, so it has no NELBO.")
     config = model.config

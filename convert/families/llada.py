@@ -10,27 +10,24 @@ from ..family import Family, Recipe, constant, copy, per_layer, rows, scaled
 from ..source import Source
 
 ROOT = "model.transformer."
+LAYER = ROOT + "blocks.{i}."
 # LLaDA's LayerNorm has this epsilon whatever the config's `rms_norm_eps` says.
 LAYER_NORM_EPS = 1e-5
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "swiglu": "silu"}
 
 
-def _layer(source: Source) -> str:
-    """The name of layer `{i}`. `block_group_size` numbers layers within groups."""
-    return f"{ROOT}blocks.{{i}}."
-
-
 def _ungroup(source: Source) -> Source:
-    """Renames `block_groups.{g}.{j}` to `blocks.{i}`."""
+    """Renames `block_groups.{g}.{j}`, the layers of a config with `block_group_size`, to `blocks.{i}`."""
     group_size = source.config.get("block_group_size") or 1
     prefix = f"{ROOT}block_groups."
-    tensors = {}
-    for name, tensor in source.tensors.items():
-        if name.startswith(prefix):
-            group, member, rest = name.removeprefix(prefix).split(".", 2)
-            name = f"{ROOT}blocks.{int(group) * group_size + int(member)}.{rest}"
-        tensors[name] = tensor
-    source.tensors = tensors
+
+    def rename(name: str) -> str:
+        if not name.startswith(prefix):
+            return name
+        group, member, rest = name.removeprefix(prefix).split(".", 2)
+        return f"{ROOT}blocks.{int(group) * group_size + int(member)}.{rest}"
+
+    source.tensors = {rename(name): tensor for name, tensor in source.tensors.items()}
     return source
 
 
@@ -67,14 +64,13 @@ def _config(source: Source) -> dict[str, Any]:
     num_heads = source.setting("n_heads")
     head_dim = hidden_size // num_heads
     num_kv_heads = 1 if settings.get("multi_query_attention") else settings.get("n_kv_heads") or num_heads
-    layer = _layer(source)
-    first = layer.format(i=0)
+    first = LAYER.format(i=0)
     is_gated = block_type == "llama" or activation == "swiglu"
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": source.shape(f"{first}ff_out.weight")[1],
-        "num_hidden_layers": source.num_layers(f"{layer}ff_out.weight"),
+        "num_hidden_layers": source.num_layers(f"{LAYER}ff_out.weight"),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": head_dim,
@@ -116,42 +112,43 @@ def _norm(source: Source, target: str, name: str) -> dict[str, Recipe]:
     return recipes
 
 
-def _recipes(source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
-    layer, hidden_size = _layer(source), config["hidden_size"]
-    template = {
-        **_norm(source, "model.layers.{i}.input_layernorm", f"{layer}attn_norm"),
-        **_norm(source, "model.layers.{i}.post_attention_layernorm", f"{layer}ff_norm"),
-    }
+def _linears(source: Source, config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """For every projection of a layer: the source's, and which of its rows where several are fused."""
     query_size = config["num_attention_heads"] * config["head_dim"]
     key_value_size = config["num_key_value_heads"] * config["head_dim"]
-    for kind in ("weight", "bias"):
-        attention, mlp = f"model.layers.{{i}}.self_attn.{{}}_proj.{kind}", f"model.layers.{{i}}.mlp.{{}}_proj.{kind}"
+    mlp_size = config["intermediate_size"]
+    common = {"self_attn.o_proj": ("attn_out", None), "mlp.down_proj": ("ff_out", None)}
+    if not _is_sequential(source):
+        separate = {f"self_attn.{part}_proj": (f"{part}_proj", None) for part in "qkv"}
+        return {**separate, "mlp.gate_proj": ("ff_proj", None), "mlp.up_proj": ("up_proj", None), **common}
+    ends = (query_size, query_size + key_value_size, query_size + 2 * key_value_size)
+    fused = {
+        "self_attn.q_proj": ("att_proj", (0, ends[0])),
+        "self_attn.k_proj": ("att_proj", (ends[0], ends[1])),
+        "self_attn.v_proj": ("att_proj", (ends[1], ends[2])),
+    }
+    if not config["use_gated_mlp"]:
+        return {**fused, "mlp.up_proj": ("ff_proj", None), **common}
+    # The second half is the activated one.
+    halves = {
+        "mlp.up_proj": ("ff_proj", (0, mlp_size)),
+        "mlp.gate_proj": ("ff_proj", (mlp_size, 2 * mlp_size)),
+    }
+    return {**fused, **halves, **common}
 
-        def put(target: str, part: str, recipe: str | Recipe, kind: str = kind) -> None:
-            name = (recipe if isinstance(recipe, str) else recipe.sources[0]).format(i=0)
-            if kind == "weight" or name in source:
-                template[target.replace("{}", part)] = recipe
 
-        if _is_sequential(source):
-            fused, start = f"{layer}att_proj.{kind}", 0
-            for part, size in (("q", query_size), ("k", key_value_size), ("v", key_value_size)):
-                put(attention, part, rows(fused, start, start + size))
-                start += size
-        else:
-            for part in "qkv":
-                put(attention, part, f"{layer}{part}_proj.{kind}")
-        put(attention, "o", f"{layer}attn_out.{kind}")
-        if not _is_sequential(source):
-            put(mlp, "gate", f"{layer}ff_proj.{kind}")
-            put(mlp, "up", f"{layer}up_proj.{kind}")
-        elif config["use_gated_mlp"]:
-            # Fused; the second half is the activated one.
-            size = config["intermediate_size"]
-            put(mlp, "up", rows(f"{layer}ff_proj.{kind}", 0, size))
-            put(mlp, "gate", rows(f"{layer}ff_proj.{kind}", size, 2 * size))
-        else:
-            put(mlp, "up", f"{layer}ff_proj.{kind}")
-        put(mlp, "down", f"{layer}ff_out.{kind}")
+def _recipes(source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
+    hidden_size = config["hidden_size"]
+    template = {
+        **_norm(source, "model.layers.{i}.input_layernorm", f"{LAYER}attn_norm"),
+        **_norm(source, "model.layers.{i}.post_attention_layernorm", f"{LAYER}ff_norm"),
+    }
+    for target, (name, part) in _linears(source, config).items():
+        for kind in ("weight", "bias"):
+            stored = f"{LAYER}{name}.{kind}"
+            if kind == "weight" or stored.format(i=0) in source:
+                recipe = copy(stored) if part is None else rows(stored, *part)
+                template[f"model.layers.{{i}}.{target}.{kind}"] = recipe
 
     embedding = f"{ROOT}wte.weight"
     head = embedding if source.config.get("weight_tying") else f"{ROOT}ff_out.weight"

@@ -9,7 +9,10 @@ from ..family import Family, Recipe, copy
 from ..source import Source
 
 # What a conversion decides anew
-_DECIDED = {"loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update", "mask_token_id", "pad_token_id"}
+_DECIDED = {
+    *("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update"),
+    *("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"),
+}
 
 
 def _config(source: Source) -> dict[str, Any]:

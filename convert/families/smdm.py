@@ -14,11 +14,19 @@ from ..source import Source
 
 LAYER = "transformer.h.{i}."
 # Heads by size in millions of parameters: the published files have no config, and tensors do not tell.
-HEADS = {
-    **{6: 4, 19: 6, 34: 8, 48: 9, 66: 10, 85: 10, 75: 8, 113: 12, 142: 12, 170: 12, 180: 14, 206: 14, 231: 14},
-    **{268: 16, 302: 16, 336: 16, 472: 10, 551: 10, 571: 11, 629: 10, 666: 11, 717: 12, 761: 11, 831: 12, 944: 12},
-    **{1028: 14, 1233: 14, 1476: 16, 1678: 16, 2121: 17},
+_SIZES = {
+    4: [6],
+    6: [19],
+    8: [34, 75],
+    9: [48],
+    10: [66, 85, 472, 551, 629],
+    11: [571, 666, 761],
+    12: [113, 142, 170, 717, 831, 944],
+    14: [180, 206, 231, 1028, 1233],
+    16: [268, 302, 336, 1476, 1678],
+    17: [2121],
 }
+HEADS = {size: heads for heads, sizes in _SIZES.items() for size in sizes}
 MAX_LENGTH = 2048
 # Takes [MASK] out of every softmax, and is finite in float16 too.
 NEVER = -1e4

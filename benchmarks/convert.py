@@ -1,0 +1,135 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+Memory and time of a conversion against a plain copy of the files, on a checkpoint of LLaDA 8B's shapes (16 GB in
+bfloat16; three times that is needed on disk).
+
+    python benchmarks/convert.py --folder /tmp/bench-convert --output convert.json
+
+The peak is that of the process's resident memory (VmHWM) over what it holds after its imports. The copy and the
+conversion read and write the same disk; each runs --repeats times, in turn, and the median counts.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+from loopmdm.convert import convert_checkpoint
+import loopmdm.convert.engine
+
+def status(name):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+base, start = status("VmRSS"), time.perf_counter()
+convert_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=sys.argv[3])
+print(json.dumps({"seconds": time.perf_counter() - start, "base": base, "peak": status("VmHWM")}))
+"""
+
+
+def build(folder: Path, args: argparse.Namespace) -> None:
+    """A checkpoint with the names, shapes and shards of LLaDA 8B. The numbers are a tile of noise, repeated."""
+    import torch
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    width, mlp, vocab = 4096, 12288, 126464
+    shapes = {"model.transformer.wte.weight": (vocab, width), "model.transformer.ln_f.weight": (width,)}
+    shapes["model.transformer.ff_out.weight"] = (vocab, width)
+    for layer in range(args.layers):
+        name = f"model.transformer.blocks.{layer}."
+        shapes |= {f"{name}{norm}.weight": (width,) for norm in ("attn_norm", "ff_norm")}
+        shapes |= {f"{name}{proj}.weight": (width, width) for proj in ("q_proj", "k_proj", "v_proj", "attn_out")}
+        shapes |= {f"{name}{proj}.weight": (mlp, width) for proj in ("ff_proj", "up_proj")}
+        shapes[f"{name}ff_out.weight"] = (width, mlp)
+    generator = torch.Generator().manual_seed(0)
+    tile = (0.02 * torch.randn(2**20 + 7, generator=generator)).bfloat16()
+    meta = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    plan = split_torch_state_dict_into_shards(meta, max_shard_size="3GB")
+    folder.mkdir(parents=True)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            count = meta[name].numel()
+            shard[name] = tile.repeat(-(-count // len(tile)))[:count].view(meta[name].shape)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "block_type": "llama",
+        "d_model": width,
+        "eos_token_id": 126081,
+        "layer_norm_type": "rms",
+        "mask_token_id": 126336,
+        "max_sequence_length": 4096,
+        "mlp_hidden_size": mlp,
+        "n_heads": 32,
+        "n_kv_heads": 32,
+        "n_layers": args.layers,
+        "pad_token_id": 126081,
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": 500000.0,
+        "weight_tying": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="scratch folder; removed at the end")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the checkpoint (default: 32, as LLaDA 8B)")
+    parser.add_argument("--max-shard-size", default="2GB")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+
+    source, result = args.folder / "source", args.folder / "result"
+    if not source.exists():
+        build(source, args)
+    runs, copies = [], []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        shutil.copytree(source, result)
+        copies.append(time.perf_counter() - start)
+        shutil.rmtree(result)
+        child = [sys.executable, "-c", CHILD, str(source), str(result), args.max_shard_size]
+        runs.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
+        largest = max(file.stat().st_size for file in result.glob("*.safetensors"))
+        total = sum(file.stat().st_size for file in result.glob("*.safetensors"))
+        shutil.rmtree(result)
+    shutil.rmtree(args.folder)
+
+    largest_tensor = 126464 * 4096 * 2
+    record = {
+        "bytes": total,
+        "largest_shard": largest,
+        "largest_tensor": largest_tensor,
+        "peak_over_base": max(run["peak"] - run["base"] for run in runs),
+        "limit": largest + largest_tensor,
+        "copy_seconds": copies,
+        "convert_seconds": [run["seconds"] for run in runs],
+        "time_over_copy": statistics.median(run["seconds"] for run in runs) / statistics.median(copies),
+        "machine": platform.processor() or platform.machine(),
+    }
+    print(json.dumps(record, indent=2))
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+What looping does to a model that was trained without loops: NELBO of Sudoku solutions given their clues, for every
+window of layers, plain ("replace") and damped loops, at several numbers of loops.
+
+    python examples/sudoku/puzzles.py --count 60000 --seed 0 --output train.txt
+    python examples/sudoku/train.py --puzzles train.txt --output plain --max-train-loops 1 --tflop 90
+    python benchmarks/training_free.py --model plain --output training_free.json --plot training_free.png
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer
+
+from loopmdm import LoopMDMForMaskedLM
+from loopmdm.convert.loop_window import candidate_windows
+from loopmdm.evaluation import nelbo
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
+import puzzles
+
+MASK = "."
+
+
+def measure(model, input_ids, maskable, args) -> list[dict]:
+    """One row for each window, update and number of loops."""
+    config, rows = model.config, []  # changed in place, as no weight depends on it
+    num_layers = config.num_hidden_layers
+    settings = {"maskable": maskable, "num_samples": args.samples, "batch_size": 64, "seed": args.seed}
+
+    def record(loops: list[int]) -> None:
+        mean, error = nelbo(model, input_ids, num_loops=loops, **settings).per_token()
+        for i, num_loops in enumerate(loops):
+            rows.append(
+                {
+                    "loop_start": config.loop_start,
+                    "loop_end": config.loop_end,
+                    "loop_update": config.loop_update,
+                    "num_loops": num_loops,
+                    "nelbo": mean[i].item(),
+                    "standard_error": error[i].item(),
+                }
+            )
+
+    record([1])
+    for width in args.widths:
+        for start, end in candidate_windows(num_layers, width):
+            config.loop_start, config.loop_end = start, end
+            for config.loop_update in ("damped", "replace"):
+                record(args.loops)
+                last = rows[-1]
+                print(
+                    f"layers {last['loop_start']}:{last['loop_end']}  {last['loop_update']:8s}"
+                    + "".join(f"  {row['num_loops']}: {row['nelbo']:.4f}" for row in rows[-len(args.loops) :]),
+                    flush=True,
+                )
+    return rows
+
+
+def plot(rows: list[dict], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    plain = rows[0]["nelbo"]
+    for update, panel in zip(("damped", "replace"), axes, strict=True):
+        windows = sorted({(row["loop_start"], row["loop_end"]) for row in rows[1:]}, key=lambda w: (w[1] - w[0], w[0]))
+        for start, end in windows:
+            line = [row for row in rows[1:] if (row["loop_start"], row["loop_end"]) == (start, end)]
+            line = [row for row in line if row["loop_update"] == update]
+            panel.plot(
+                [1, *(row["num_loops"] for row in line)],
+                [plain, *(row["nelbo"] for row in line)],
+                marker="o",
+                linestyle="-" if end - start == 1 else "--",
+                label=f"layers {start} to {end - 1}" if end - start > 1 else f"layer {start}",
+            )
+        panel.set_title(update)
+        panel.set_xlabel("num_loops")
+        panel.set_yscale("log")
+    axes[0].set_ylabel("NELBO, nats per blank")
+    axes[1].legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a Sudoku model trained with --max-train-loops 1")
+    parser.add_argument("--puzzles", type=int, default=100, help="number of puzzles (default: 100)")
+    parser.add_argument("--samples", type=int, default=16, help="masks per puzzle (default: 16)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2], help="layers of a window (default: 1 2)")
+    parser.add_argument("--loops", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--seed", type=int, default=1, help="seed of puzzles and masks (default: 1)")
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--plot", help="picture to write")
+    args = parser.parse_args()
+
+    model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
+    if model.config.max_train_loops != 1:
+        raise SystemExit(f"{args.model} was trained with loops; this study is about models that were not.")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    pairs = puzzles.generate_puzzles(args.puzzles, args.seed, 32, 46)
+    input_ids = torch.tensor(tokenizer([solution for _, solution in pairs])["input_ids"])
+    maskable = torch.tensor([[cell == MASK for cell in puzzle] for puzzle, _ in pairs])
+    rows = measure(model, input_ids, maskable, args)
+    print(f"without loops: {rows[0]['nelbo']:.4f} +- {rows[0]['standard_error']:.4f} nats per blank")
+    if args.output:
+        recipe = json.loads((Path(args.model) / "training.json").read_text())
+        settings = {name: value for name, value in vars(args).items() if name not in ("model", "output", "plot")}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        record = {"settings": settings, "training": recipe, "versions": versions, "rows": rows}
+        Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
