@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -136,6 +137,12 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
     return rotated.to(states.dtype)
+
+
+def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
+    """Where a row's documents begin, `(batch_size, sequence_length)`, given the id of every token's document."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.cat((torch.ones_like(changes[:, :1]), changes), dim=1)
 
 
 def eager_attention_forward(
@@ -334,9 +341,12 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
-        # Loops of a training pass that names none. Training sets it anew for every optimiser step; kept off the
-        # config, where it would be saved with the model.
+        # What training sets, kept off the config, where it would be saved with the model: the loops of a training pass
+        # that names none, anew for every optimiser step; how many of the last loops pass gradients back in full (None:
+        # all); and whether each loop's activations are computed again in the backward pass.
         self.num_train_loops: int | None = None
+        self.gradient_loops: int | None = None
+        self.checkpoint_loops = False
         self.post_init()
 
     def prelude(
@@ -345,6 +355,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """
@@ -367,19 +378,24 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             raise ValueError(
                 f"`attention_mask` has shape {tuple(attention_mask.shape)}; the input needs {(batch_size, length)}."
             )
+        if document_ids is not None and document_ids.shape != (batch_size, length):
+            raise ValueError(
+                f"`document_ids` has shape {tuple(document_ids.shape)}; the input needs {(batch_size, length)}."
+            )
         if position_ids is None:
+            position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
             if attention_mask is not None and attention_mask.ndim == 2:
                 # Padding takes no position, so that it changes nothing wherever it stands.
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            else:
-                position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
+            if document_ids is not None:
+                position_ids = position_ids - (position_ids * document_starts(document_ids)).cummax(-1).values
 
         context = dict(kwargs)
         context["attention_mask"] = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            and_mask_function=self._block_causal(position_ids.expand(batch_size, length)),
+            and_mask_function=self._visible(position_ids.expand(batch_size, length), document_ids),
         )
         if self.config.position_embedding_type == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
@@ -397,18 +413,27 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """Applies tail and the final norm."""
         return self.norm(self._run(self.layers[self.config.loop_end :], hidden_states, context))
 
-    def _block_causal(self, position_ids: torch.LongTensor) -> Callable | None:
-        """A mask function for `config.attention_block_size`: True where the query's block may see the key's."""
-        if self.config.attention_block_size is None:
+    def _visible(self, position_ids: torch.LongTensor, document_ids: torch.LongTensor | None) -> Callable | None:
+        """
+        A mask function, True where a query may see a key: in its own and earlier blocks with
+        `config.attention_block_size`, and in its own document where several are packed into a row. None: everywhere.
+        """
+        block_size = self.config.attention_block_size
+        if block_size is None and document_ids is None:
             return None
         if "flash" in self.config._attn_implementation:
+            what = "see packed documents apart" if block_size is None else f"be block-causal (blocks of {block_size})"
             raise ValueError(
-                f"{self.config._attn_implementation!r} attention cannot be block-causal (`attention_block_size` is "
-                f'{self.config.attention_block_size}); call `model.set_attn_implementation("sdpa")`, or '
-                f'"flex_attention".'
+                f"{self.config._attn_implementation!r} attention cannot {what}; call "
+                '`model.set_attn_implementation("sdpa")`, or "flex_attention".'
             )
-        blocks = position_ids // self.config.attention_block_size
-        return lambda batch, head, query, key: blocks[batch, query] >= blocks[batch, key]
+        blocks = None if block_size is None else position_ids // block_size
+
+        def is_visible(batch, head, query, key):
+            visible = True if document_ids is None else document_ids[batch, query] == document_ids[batch, key]
+            return visible if blocks is None else (blocks[batch, query] >= blocks[batch, key]) & visible
+
+        return is_visible
 
     @staticmethod
     def _run(layers: nn.ModuleList, hidden_states: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
@@ -424,6 +449,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -433,17 +459,39 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self._check_loop_tolerance(loop_tolerance)
         self._check_kwargs(kwargs, num_loops, loop_tolerance)
 
-        hidden_states, context = self.prelude(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        inputs = (input_ids, attention_mask, position_ids, inputs_embeds, document_ids)
+        hidden_states, context = self.prelude(*inputs, **kwargs)
         if loop_tolerance is None:
-            step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
-            for _ in range(num_loops):
-                hidden_states = self.loop(hidden_states, context, step_size)
+            hidden_states = self._loop_times(hidden_states, context, num_loops)
             loops = torch.full((hidden_states.shape[0],), num_loops, device=hidden_states.device)
         else:
             real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
             exit_rule = RelativeChangeExit(loop_tolerance)
             hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
         return LoopMDMModelOutput(last_hidden_state=self.readout(hidden_states, context), loops=loops)
+
+    def _loop_times(self, hidden_states: torch.Tensor, context: dict[str, Any], num_loops: int) -> torch.Tensor:
+        """
+        Applies mid `num_loops` times. In training, loops before the last `gradient_loops` pass the gradient on
+        unchanged, as if they were the identity: head and embeddings would get none without it.
+        """
+        step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
+        trains = self.training and torch.is_grad_enabled()
+        if trains and self.gradient_loops is not None and self.gradient_loops < num_loops:
+            skipped = num_loops - self.gradient_loops
+            with torch.no_grad():
+                looped = hidden_states
+                for _ in range(skipped):
+                    looped = self.loop(looped, context, step_size)
+            # Adds exactly zero, so that the values are those of the loops in any dtype.
+            hidden_states = looped + (hidden_states - hidden_states.detach())
+            num_loops = self.gradient_loops
+        for _ in range(num_loops):
+            if trains and self.checkpoint_loops:
+                hidden_states = checkpoint(self.loop, hidden_states, context, step_size, use_reentrant=False)
+            else:
+                hidden_states = self.loop(hidden_states, context, step_size)
+        return hidden_states
 
     def _loop_until_settled(
         self,
@@ -543,6 +591,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -558,6 +607,9 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 `config.attention_block_size` too.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 By default real tokens are counted from 0 and padding takes no position.
+            document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Several documents packed into a row: tokens of different ids do not see each other, and positions are
+                counted within each document, whose tokens stand together.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Token embeddings, in place of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -583,11 +635,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            document_ids=document_ids,
             num_loops=num_loops,
             loop_tolerance=loop_tolerance,
             **kwargs,
         )
-        hidden_states = self.align(outputs.last_hidden_state, attention_mask)
+        hidden_states = self.align(outputs.last_hidden_state, attention_mask, document_ids)
         loss = logits = None
         if labels is not None:
             loss = self._masked_diffusion_loss(hidden_states, labels, loss_weights, num_items_in_batch)
@@ -601,20 +654,27 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def align(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def align(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
         """
         Output states `(batch_size, sequence_length, hidden_size)` such that row i predicts token i. With
-        `config.shift_logits` row i is the state of the real position before i, and a row's first real position keeps
-        its own; otherwise nothing changes.
+        `config.shift_logits` row i is the state of the real position before i; the first real position of a row, or of
+        a packed document, keeps its own. Otherwise nothing changes.
         """
         if not self.config.shift_logits:
             return hidden_states
-        if attention_mask is None or attention_mask.ndim != 2:
-            return torch.cat((hidden_states[:, :1], hidden_states[:, :-1]), dim=1)
-        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        last_real = torch.where(attention_mask.to(hidden_states.device) != 0, columns, -1).cummax(-1).values
-        before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=1)
-        before = torch.where(before < 0, columns, before)
+        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        before = (columns - 1).clamp(min=0)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            last_real = torch.where(attention_mask.to(columns.device) != 0, columns, -1).cummax(-1).values
+            before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=1)
+            before = torch.where(before < 0, columns, before)
+        if document_ids is not None:
+            before = torch.where(document_starts(document_ids.to(columns.device)), columns, before)
         return torch.take_along_dim(hidden_states, before[..., None], dim=1)
 
     @staticmethod

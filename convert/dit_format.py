@@ -34,14 +34,14 @@ def check_conditioning(source: Source, time_conditioning: bool) -> None:
         raise ValueError(f"`sigma` is {source.sigma}, but {source.name} is not conditioned on it; leave it out.")
 
 
-def config(source: Source, root: str, num_heads: int, max_length: int) -> dict[str, Any]:
-    """Arguments of a `LoopMDMConfig`. Tensor names start with `root`."""
+def config(source: Source, root: str, num_heads: int, max_length: int, num_layers: int | None) -> dict[str, Any]:
+    """Arguments of a `LoopMDMConfig`. Tensor names start with `root`; the config speaks of `num_layers`."""
     vocab_size, hidden_size = source.shape(f"{root}vocab_embed.embedding")
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": source.shape(f"{root}blocks.0.mlp.0.weight")[0],
-        "num_hidden_layers": source.num_layers(f"{root}blocks.{{i}}.attn_qkv.weight"),
+        "num_hidden_layers": source.num_layers(f"{root}blocks.{{i}}.attn_qkv.weight", num_layers),
         "num_attention_heads": num_heads,
         "hidden_act": "gelu_pytorch_tanh",
         "use_gated_mlp": False,

@@ -118,15 +118,22 @@ def plan_conversion(
     dtype: str | None = None,
 ) -> Plan:
     """See [`convert_checkpoint`]. Reads no weights."""
-    chosen = choose_family(source, family, from_causal)
-    source = chosen.prepare(source)
-    settings = chosen.config(source)
+    try:
+        chosen = choose_family(source, family, from_causal)
+        source = chosen.prepare(source)
+        settings = chosen.config(source)
+        tokenizer = TokenizerFiles(source.folder)
+        tokens = find_special_tokens(source, chosen, tokenizer, settings["vocab_size"], mask_token_id)
+    except (TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+        # What these files hold can be anything; they are read as if they were right.
+        raise ValueError(
+            f"The config or tokenizer of {source.name} has a value that makes no sense ({type(error).__name__}: "
+            f"{error})."
+        ) from error
     if shift_logits is not None:
         if not chosen.from_causal:
             raise ValueError("`shift_logits` is for --from-causal; the other families know theirs.")
         settings["shift_logits"] = shift_logits
-    tokenizer = TokenizerFiles(source.folder)
-    tokens = find_special_tokens(source, chosen, tokenizer, settings["vocab_size"], mask_token_id)
     recipes = chosen.recipes(source, settings)
     if chosen.from_causal:
         recipes = _with_mask_row(recipes, settings, tokens)
@@ -321,8 +328,12 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists already; name a new folder, or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    created = [parent for parent in output.absolute().parents if not parent.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{output} cannot be made, as {error.filename} is a file; name another folder.") from error
     try:
         folder.chmod(0o777 & ~_umask())
         yield folder
@@ -331,6 +342,9 @@ def new_folder(output: Path) -> Iterator[Path]:
         os.rename(folder, output)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
         raise
 
 
@@ -338,6 +352,12 @@ def _umask() -> int:
     value = os.umask(0)
     os.umask(value)
     return value
+
+
+def _check_shard_size(size: int | str) -> None:
+    match = re.fullmatch(r"(\d+(\.\d+)?) *([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"`max_shard_size` is {size!r}; give a number of bytes, or one with a unit such as 5GB.")
 
 
 def check_space(plan: Plan, output: Path) -> None:
@@ -424,6 +444,9 @@ def convert_checkpoint(
         raise ValueError(f"{output} exists already; name a new folder, or remove it.")
     if calibrate_on is not None and (loop_start is not None or loop_end is not None):
         raise ValueError("Calibration chooses the loop's place; leave out `loop_start` and `loop_end`.")
+    if calibrate_on is None and calibration_width is not None:
+        raise ValueError("The calibration's width is given without a text; add --calibrate FILE, or leave it out.")
+    _check_shard_size(max_shard_size)
     for path in (calibrate_on, verify_against):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{path} is no file.")
@@ -441,6 +464,13 @@ def convert_checkpoint(
         mask_token_id=mask_token_id,
         dtype=dtype,
     )
+    if calibrate_on is not None and not plan.tokenizer:
+        raise ValueError(f"{opened.name} has no tokenizer, which calibration needs to read {calibrate_on}.")
+    if verify and plan.family.reference is None:
+        raise ValueError(
+            f"transformers has no class of its own for {plan.family.name}; make reference logits where the source "
+            "still runs (convert/write_reference.py says how) and give --verify-against FILE.npz."
+        )
     check_space(plan, output)
     on_plan(plan)
     with new_folder(output) as folder:
@@ -497,13 +527,15 @@ def _calibrate(
     from transformers import AutoTokenizer
 
     config = plan.config
-    if not plan.tokenizer:
-        raise ValueError(f"{plan.source.name} has no tokenizer, which calibration needs to read {text}.")
     width = config.num_mid_layers if width is None else width
     if not 1 <= width <= config.num_hidden_layers:
         raise ValueError(f"The width of the loop is {width}; the model has {config.num_hidden_layers} layers.")
     tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is no text in UTF-8: {error}") from error
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
     length = min(length, config.max_position_embeddings)
     available = len(ids) // length
     if available == 0:

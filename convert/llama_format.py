@@ -55,7 +55,7 @@ def config(source: Source) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": source.shape("model.layers.0.mlp.up_proj.weight")[0],
-        "num_hidden_layers": source.num_layers(LAYERS),
+        "num_hidden_layers": source.num_layers(LAYERS, settings.get("num_hidden_layers")),
         "num_attention_heads": num_heads,
         "num_key_value_heads": source.shape("model.layers.0.self_attn.k_proj.weight")[0] // head_dim,
         "head_dim": head_dim,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "tokenization*.py"]
@@ -80,14 +80,22 @@ class Source:
             raise ValueError(f"The config of {self.name} has no {name!r}; add it to config.json.")
         return self.config[name]
 
-    def num_layers(self, template: str) -> int:
-        """How many of `template`, e.g. `"layers.{i}.norm.weight"`, there are, counted from 0."""
+    def num_layers(self, template: str, declared: int | None) -> int:
+        """
+        How many of `template`, e.g. `"layers.{i}.norm.weight"`, there are, counted from 0. Raises a ValueError where
+        the config declares another number.
+        """
         count = 0
         while template.format(i=count) in self.tensors:
             count += 1
         if count == 0:
             raise ValueError(
                 f"{self.name} has no tensor {template.format(i=0)!r}, so it has no layers of this format."
+            )
+        if declared is not None and count != declared:
+            raise ValueError(
+                f"{self.name} has no tensor {template.format(i=count)!r} behind those of {count} layers, and its "
+                f"config says {declared} layers; the checkpoint is incomplete, or the config another one's."
             )
         return count
 
@@ -154,8 +162,8 @@ def _download(source: str, revision: str | None, allow_pickle: bool) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise ValueError(f"{source} does not exist, and is no id of the Hugging Face Hub either.") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of the network, the file system, the Hub: all mean that it is not to be had
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source} is no folder here and could not be had from the Hub: {reason}") from error
 
 
@@ -208,11 +216,15 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{file} is no complete safetensors file: {error}") from error
     for name, (_, dtype) in stored.items():
         if dtype not in DTYPES:
-            raise ValueError(
-                f"{name!r} in {file.name} is {dtype}; quantised weights cannot be converted, only "
-                f"{', '.join(DTYPES)} ones. Convert the original checkpoint."
-            )
+            raise _quantised(file, name, dtype)
     return {name: StoredTensor(shape, DTYPES[dtype], reader(name)) for name, (shape, dtype) in stored.items()}
+
+
+def _quantised(file: Path, name: str, dtype: Any) -> ValueError:
+    return ValueError(
+        f"{name!r} in {file.name} is {dtype}; quantised weights cannot be converted, only {', '.join(DTYPES)} ones. "
+        "Convert the original checkpoint."
+    )
 
 
 class _Stub:
@@ -262,7 +274,9 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) in _ADMITTED:
-            return super().find_class(module, name)
+            found = super().find_class(module, name)
+            # A function of its own for every file, as a pickle may set attributes on what it is given.
+            return (lambda *args: found(*args)) if isinstance(found, types.FunctionType) else found
         return type(name, (_Stub,), {"__module__": module})
 
 
@@ -294,11 +308,14 @@ def stub_value(value: Any) -> Any:
 def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"{file} is not a file of torch.save's present (zip) format; convert it to safetensors first."
+            f"{file} is no complete file of torch.save's zip format; get it anew, or convert it to safetensors."
         )
+    with zipfile.ZipFile(file) as archive:
+        if any(entry.endswith("constants.pkl") for entry in archive.namelist()):
+            raise ValueError(f"{file} is a TorchScript program, not weights.")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE_MODULE)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{file} cannot be read as pickled weights: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a dict of tensors.")
@@ -309,6 +326,9 @@ def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise ValueError(f"{file} holds no tensors.")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise _quantised(file, name, tensor.dtype)
     return {name: StoredTensor(tuple(t.shape), t.dtype, lambda t=t: t.detach()) for name, t in tensors.items()}, extras
 
 

@@ -28,7 +28,10 @@ NEW_MASK_TOKEN = "<|mask|>"
 
 @dataclass
 class SpecialTokens:
-    """Ids of the special tokens; `mask_found` says where that of [MASK] is from."""
+    """
+    Ids of the special tokens. `mask_found` says where that of [MASK] is from; `mask_token` is what the tokenizer calls
+    it, None where there is no tokenizer, or one that can have no token of that id.
+    """
 
     mask_token_id: int
     mask_token: str | None
@@ -140,7 +143,9 @@ def find_special_tokens(
         bos_token_id = None
     return SpecialTokens(
         mask_token_id=mask_token_id,
-        mask_token=tokenizer.token_of(mask_token_id) or (NEW_MASK_TOKEN if tokenizer else None),
+        # A tokenizer gives a new token the first free id, so only that one can be added.
+        mask_token=tokenizer.token_of(mask_token_id)
+        or (NEW_MASK_TOKEN if tokenizer and mask_token_id == len(tokenizer) else None),
         mask_found=found,
         pad_token_id=pad_token_id,
         bos_token_id=bos_token_id,
@@ -167,7 +172,7 @@ def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTo
         is_fast = (source.folder / "tokenizer.json").is_file()
         settings["tokenizer_class"] = "PreTrainedTokenizerFast" if is_fast else "GPT2Tokenizer"
     settings["mask_token"] = tokens.mask_token
-    if tokenizer.id_of(tokens.mask_token) is None:
+    if tokens.mask_token is not None and tokenizer.id_of(tokens.mask_token) is None:
         added = settings.setdefault("added_tokens_decoder", {})
         added[str(tokens.mask_token_id)] = {
             "content": tokens.mask_token,

@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Comparison of a converted model, at one loop, with what the source computes."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,6 @@ def verify_with_transformers(
     block by block), on random tokens. Both models run in `model`'s dtype. Returns what `conversion.json` keeps; raises
     a ValueError where the difference exceeds the tolerance.
     """
-    if family.reference is None:
-        raise ValueError(
-            f"transformers has no class of its own for {family.name}; make reference logits where the source still "
-            "runs (convert/write_reference.py says how) and give --verify-against FILE.npz."
-        )
     config = model.config
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
@@ -59,13 +55,19 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is no readable .npz file: {error}") from error
     missing = {"input_ids", "logits"} - content.keys()
     if missing:
         raise ValueError(f"{path} has no array {sorted(missing)[0]!r}; make it with convert/write_reference.py.")
+    for name, kinds, what in (("input_ids", "iu", "integers"), ("logits", "f", "floating point numbers")):
+        if content[name].dtype.kind not in kinds or content[name].size == 0:
+            found = f"{content[name].dtype} {content[name].shape}"
+            raise ValueError(f"{name!r} in {path} is {found}; it must hold {what}.")
     input_ids = torch.from_numpy(content["input_ids"]).long()
     logits = torch.from_numpy(content["logits"])
+    if not 0 <= input_ids.min() <= input_ids.max() < model.config.vocab_size:
+        raise ValueError(f"{path} holds tokens outside the vocabulary of {model.config.vocab_size}; another model's?")
     if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
         raise ValueError(
             f"{path} holds tokens {tuple(input_ids.shape)} and logits {tuple(logits.shape)}; they need shapes "

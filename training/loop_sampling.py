@@ -1,5 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The number of loops of every training step."""
+"""
+The number of loops of every training step: schedules, and how a drawn number reaches the model. A draw depends on the
+seed and the optimiser step alone, so that all ranks and micro-batches loop alike (ranks that do not would wait for
+each other for ever under FSDP), and a resumed run goes on as it would have.
+"""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,17 +14,179 @@ from transformers import TrainerCallback
 from .data import seeded_generator
 
 
+class LoopSchedule:
+    """
+    A distribution of the number of loops S over 1..max_loops, which may change over training. To make another one,
+    subclass it, say its `probabilities`, and pass an object of it wherever a schedule is taken.
+
+    Args:
+        max_loops (`int`): S_max.
+    """
+
+    def __init__(self, max_loops: int):
+        if isinstance(max_loops, bool) or not isinstance(max_loops, int) or max_loops < 1:
+            raise ValueError(f"`max_loops` is {max_loops!r}; it must be an integer of at least 1.")
+        self.max_loops = max_loops
+
+    def probabilities(self, progress: float) -> torch.Tensor:
+        """
+        Probability of S = 1, ..., max_loops, `(max_loops,)` float64, after a share `progress`, from 0 to 1, of the
+        training steps.
+        """
+        raise NotImplementedError
+
+    def draw(self, seed: int, step: int, max_steps: int | None = None) -> int:
+        """S of optimiser step `step` (from 0) of `max_steps`."""
+        progress = step / max_steps if max_steps else 0.0
+        cumulative = self.probabilities(min(progress, 1.0)).cumsum(0)
+        uniform = torch.rand((), generator=seeded_generator(seed, "loops", step), dtype=torch.float64)
+        return min(int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)) + 1, self.max_loops)
+
+    def mean(self, progress: float = 0.0) -> float:
+        """Expected number of loops."""
+        return float(self.probabilities(progress) @ torch.arange(1, self.max_loops + 1, dtype=torch.float64))
+
+
+class UniformLoops(LoopSchedule):
+    """S ~ Uniform{1..max_loops}, the paper's (arXiv 2605.26106)."""
+
+    def probabilities(self, progress):
+        return torch.full((self.max_loops,), 1 / self.max_loops, dtype=torch.float64)
+
+    def draw(self, seed, step, max_steps=None):
+        return int(torch.randint(1, self.max_loops + 1, (), generator=seeded_generator(seed, "loops", step)))
+
+
+class FixedLoops(LoopSchedule):
+    """S = max_loops always."""
+
+    def probabilities(self, progress):
+        return torch.eye(self.max_loops, dtype=torch.float64)[-1]
+
+
+class WeightedLoops(LoopSchedule):
+    """p(S) proportional to S ** power: more large S than uniform, or with a negative power more small ones."""
+
+    def __init__(self, max_loops: int, power: float = 1.0):
+        super().__init__(max_loops)
+        self.power = power
+
+    def probabilities(self, progress):
+        weights = torch.arange(1, self.max_loops + 1, dtype=torch.float64) ** self.power
+        return weights / weights.sum()
+
+
+class GrowingLoops(LoopSchedule):
+    """
+    S ~ Uniform{1..M}, with M growing evenly from 1 to max_loops over a first share `growth` of the training steps
+    (arXiv 2511.07384 finds such a curriculum to save computation when pretrained models are made recurrent).
+    """
+
+    def __init__(self, max_loops: int, growth: float = 0.5):
+        super().__init__(max_loops)
+        if not 0 < growth <= 1:
+            raise ValueError(f"`growth` is {growth}; it is a share of the training steps, above 0 and at most 1.")
+        self.growth = growth
+
+    def probabilities(self, progress):
+        largest = min(self.max_loops, 1 + int(progress / self.growth * self.max_loops))
+        return (torch.arange(1, self.max_loops + 1) <= largest).double() / largest
+
+
+class FlopProportionalLoops(LoopSchedule):
+    """
+    p(S) proportional to 1 / FLOPs(S): every S gets the same share of the computation.
+
+    Args:
+        max_loops (`int`): S_max.
+        num_layers, num_mid_layers (`int`): Layers in all and in mid; a pass runs `num_layers + (S - 1) *
+        num_mid_layers`.
+    """
+
+    def __init__(self, max_loops: int, num_layers: int, num_mid_layers: int):
+        super().__init__(max_loops)
+        self.num_layers, self.num_mid_layers = num_layers, num_mid_layers
+
+    def probabilities(self, progress):
+        loops = torch.arange(1, self.max_loops + 1, dtype=torch.float64)
+        weights = 1 / (self.num_layers + (loops - 1) * self.num_mid_layers)
+        return weights / weights.sum()
+
+
+class PoissonLogNormalLoops(LoopSchedule):
+    """
+    Huginn's heavy-tailed distribution (arXiv 2502.05171): S - 1 ~ Poisson(e^t) with t normal of deviation `sigma` and
+    e^t of mean `mean_loops - 1`; what exceeds max_loops counts as max_loops.
+    """
+
+    def __init__(self, max_loops: int, mean_loops: float | None = None, sigma: float = 0.5):
+        super().__init__(max_loops)
+        mean_loops = (1 + max_loops) / 2 if mean_loops is None else mean_loops
+        if not mean_loops >= 1 or not sigma >= 0:
+            raise ValueError(f"`mean_loops` is {mean_loops} and `sigma` {sigma}; they must be at least 1 and 0.")
+        # Gauss-Hermite quadrature over t: sum of weight * Poisson(e^t)
+        nodes = torch.linspace(-6, 6, 241, dtype=torch.float64)
+        weights = torch.exp(-nodes.square() / 2)
+        rates = max(mean_loops - 1, 1e-12) * torch.exp(sigma * nodes - sigma**2 / 2)
+        counts = torch.arange(max_loops, dtype=torch.float64)[:, None]
+        log_poisson = counts * rates.log() - rates - torch.lgamma(counts + 1)
+        table = (log_poisson.exp() * weights).sum(-1) / weights.sum()
+        table[-1] += (1 - table.sum()).clamp(min=0)
+        self.table = table / table.sum()
+
+    def probabilities(self, progress):
+        return self.table
+
+
+def make_loop_schedule(
+    schedule: str | LoopSchedule, config: Any, max_loops: int | None = None, **options
+) -> LoopSchedule:
+    """
+    A schedule by name (`"uniform"`, `"fixed"`, `"weighted"`, `"growing"`, `"flops"`, `"poisson"`), for a model's
+    config.
+
+    Args:
+        schedule: A name, or a schedule, which is returned as it is.
+        config: A [`LoopMDMConfig`].
+        max_loops (`int`, *optional*, defaults to `config.max_train_loops`): S_max.
+        options: Arguments of the schedule.
+    """
+    if isinstance(schedule, LoopSchedule):
+        return schedule
+    if schedule not in LOOP_SCHEDULES:
+        raise ValueError(f"The loop schedule is {schedule!r}; choose one of {', '.join(LOOP_SCHEDULES)}.")
+    max_loops = config.max_train_loops if max_loops is None else max_loops
+    if schedule == "flops":
+        options = {"num_layers": config.num_hidden_layers, "num_mid_layers": config.num_mid_layers, **options}
+    try:
+        return LOOP_SCHEDULES[schedule](max_loops, **options)
+    except TypeError as error:
+        raise ValueError(f"The loop schedule {schedule!r} does not take these options: {error}.") from error
+
+
+LOOP_SCHEDULES: dict[str, type[LoopSchedule]] = {
+    "uniform": UniformLoops,
+    "fixed": FixedLoops,
+    "weighted": WeightedLoops,
+    "growing": GrowingLoops,
+    "flops": FlopProportionalLoops,
+    "poisson": PoissonLogNormalLoops,
+}
+
+
 def draw_num_loops(max_loops: int, seed: int, step: int) -> int:
     """S ~ Uniform{1..max_loops} for optimiser step `step`: the same on every rank and after a resume."""
-    if max_loops < 1:
-        raise ValueError(f"`max_loops` is {max_loops}; it must be at least 1.")
-    return int(torch.randint(1, max_loops + 1, (), generator=seeded_generator(seed, "loops", step)))
+    return UniformLoops(max_loops).draw(seed, step)
 
 
 def set_num_train_loops(model: nn.Module, num_loops: int | None) -> None:
     """
     Sets the loops of `model`'s training passes that name none; None: `config.num_loops`. Works through the wrappers
-    of PEFT, DDP, FSDP and `torch.compile`.
+    of PEFT, DDP, FSDP and `torch.compile`. In a training loop of your own, call it before every optimiser step:
+
+    ```python
+    >>> set_num_train_loops(model, draw_num_loops(model.config.max_train_loops, seed=0, step=step))
+    ```
     """
     looped = [module for module in model.modules() if hasattr(module, "num_train_loops")]
     if not looped:
@@ -29,17 +197,18 @@ def set_num_train_loops(model: nn.Module, num_loops: int | None) -> None:
 
 class LoopSamplingCallback(TrainerCallback):
     """
-    Lets a plain transformers `Trainer` train with S ~ Uniform{1..max_loops}, drawn once for each optimiser step.
+    Lets a plain transformers `Trainer` train with loops: S is drawn once for each optimiser step.
 
     Args:
-        max_loops (`int`): S_max, e.g. `model.config.max_train_loops`.
+        schedule (`int` or [`LoopSchedule`]): S_max of the uniform distribution (e.g. `model.config.max_train_loops`),
+            or a schedule.
     """
 
-    def __init__(self, max_loops: int):
-        self.max_loops = max_loops
+    def __init__(self, schedule: int | LoopSchedule):
+        self.schedule = schedule if isinstance(schedule, LoopSchedule) else UniformLoops(schedule)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        set_num_train_loops(model, draw_num_loops(self.max_loops, args.seed, state.global_step))
+        set_num_train_loops(model, self.schedule.draw(args.seed, state.global_step, state.max_steps))
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         set_num_train_loops(model, None)

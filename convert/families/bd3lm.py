@@ -15,7 +15,9 @@ def _config(source: Source) -> dict[str, Any]:
     if source.config.get("causal"):
         raise ValueError(f"{source.name} is BD3LM's causal baseline (`causal`), not a diffusion model.")
     return {
-        **dit_format.config(source, ROOT, source.setting("n_heads"), source.setting("model_length")),
+        **dit_format.config(
+            source, ROOT, source.setting("n_heads"), source.setting("model_length"), source.config.get("n_blocks")
+        ),
         "attention_block_size": source.setting("block_size"),
     }
 

@@ -20,7 +20,7 @@ def gpt2_config(source: Source, body: str, embedding: str) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": source.shape(f"{body}h.0.mlp.c_fc.weight")[1],
-        "num_hidden_layers": source.num_layers(f"{body}h.{{i}}.ln_1.weight"),
+        "num_hidden_layers": source.num_layers(f"{body}h.{{i}}.ln_1.weight", settings.get("n_layer")),
         "num_attention_heads": source.setting("n_head"),
         "hidden_act": settings.get("activation_function", "gelu_new"),
         "use_gated_mlp": False,

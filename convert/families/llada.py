@@ -70,7 +70,7 @@ def _config(source: Source) -> dict[str, Any]:
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": source.shape(f"{first}ff_out.weight")[1],
-        "num_hidden_layers": source.num_layers(f"{LAYER}ff_out.weight"),
+        "num_hidden_layers": source.num_layers(f"{LAYER}ff_out.weight", settings.get("n_layers")),
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": head_dim,

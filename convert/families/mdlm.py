@@ -22,6 +22,7 @@ def _settings(source: Source) -> dict[str, Any]:
         return {
             "num_heads": source.setting("n_heads"),
             "max_length": source.setting("model_length"),
+            "num_layers": source.config.get("n_blocks"),
             "time_conditioning": source.setting("time_conditioning"),
         }
     hyper = stub_value(source.extras.get("hyper_parameters", {}))
@@ -35,6 +36,7 @@ def _settings(source: Source) -> dict[str, Any]:
     return {
         "num_heads": int(model["n_heads"]),
         "max_length": int(model["length"]),
+        "num_layers": model.get("n_blocks"),
         "time_conditioning": bool(hyper["time_conditioning"]),
     }
 
@@ -44,7 +46,7 @@ def _config(source: Source) -> dict[str, Any]:
     dit_format.check_conditioning(source, settings["time_conditioning"])
     if source.config.get("cfg"):
         raise ValueError(f"{source.name} is conditioned on classes (`cfg`), which is not supported.")
-    return dit_format.config(source, ROOT, settings["num_heads"], settings["max_length"])
+    return dit_format.config(source, ROOT, settings["num_heads"], settings["max_length"], settings["num_layers"])
 
 
 def _use_averaged_weights(source: Source) -> Source:

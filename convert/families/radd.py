@@ -10,7 +10,7 @@ from ..source import Source
 
 def _config(source: Source) -> dict[str, Any]:
     settings = source.setting("model")
-    return dit_format.config(source, "", settings["n_heads"], settings["length"])
+    return dit_format.config(source, "", settings["n_heads"], settings["length"], settings.get("n_blocks"))
 
 
 FAMILY = Family(

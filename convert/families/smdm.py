@@ -54,7 +54,7 @@ def _config(source: Source) -> dict[str, Any]:
         "vocab_size": source.shape("transformer.wte.weight")[0],
         "hidden_size": hidden_size,
         "intermediate_size": source.shape(f"{LAYER}mlp.swiglu.w1.weight".format(i=0))[0],
-        "num_hidden_layers": source.num_layers(f"{LAYER}norm_1.weight"),
+        "num_hidden_layers": source.num_layers(f"{LAYER}norm_1.weight", source.config.get("n_layer")),
         "num_attention_heads": num_heads,
         "num_key_value_heads": (rows // head_dim - num_heads) // 2,
         "head_dim": head_dim,
