@@ -1,12 +1,14 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Order of the training examples, and randomness that survives a resume."""
+"""Training examples: read from files, tokenised, packed, put in order; and randomness that survives a resume."""
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 
 def seeded_generator(*parts: int | str) -> torch.Generator:
@@ -64,3 +66,143 @@ class ExampleStream(Dataset):
         if self.transform is not None:
             example = self.transform(example, seeded_generator(self.seed, "transform", index))
         return {**example, "index": index}
+
+
+class StreamedExamples(IterableDataset):
+    """
+    Examples that come one after the other, from a data set too large to hold, again from the start when they end.
+    Items have `"index"`, their place in the run, as in [`ExampleStream`]; the order is the source's.
+
+    Args:
+        examples (`Callable[[], Iterable[dict]]`): Starts a pass over the data.
+    """
+
+    def __init__(self, examples: Callable[[], Iterable[dict[str, Any]]]):
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        index = 0
+        while True:
+            start = index
+            for example in self.examples():
+                yield {**example, "index": index}
+                index += 1
+            if index == start:
+                raise ValueError("There are no training examples.")
+
+
+def read_documents(path: str | Path, separator: str | None = "\n\n") -> Iterator[str]:
+    """
+    The documents of a text file in UTF-8.
+
+    Args:
+        path: The file.
+        separator (`str`, *optional*, defaults to a blank line): What stands between documents; None: the whole file
+            is one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+    documents = [text] if separator is None else text.split(separator)
+    documents = [document.strip() for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"{path} holds no text.")
+    yield from documents
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line. Empty lines are skipped; a bad one is named by number."""
+    path, rows = Path(path), []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not valid JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is a {type(row).__name__}; it must be an object.")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no examples.")
+    return rows
+
+
+def pack_documents(
+    documents: Iterable[list[int]], length: int, end_token_id: int | None = None, isolate: bool = False
+) -> Iterator[dict[str, Any]]:
+    """
+    Packs tokenised documents one behind the other into rows of `length` tokens; what is left at the end makes a short
+    row.
+
+    Args:
+        documents: Lists of token ids.
+        length (`int`): Tokens per row.
+        end_token_id (`int`, *optional*): Put behind every document.
+        isolate (`bool`, defaults to `False`):
+            Whether documents in one row are kept from seeing each other (`document_ids`). Otherwise attention runs
+            over the whole row, as is usual in pretraining.
+    """
+    if length < 1:
+        raise ValueError(f"`length` is {length}; it must be at least 1.")
+    tokens, ids = [], []
+
+    def row(count: int) -> dict[str, Any]:
+        packed = {"input_ids": torch.tensor(tokens[:count])}
+        if isolate:
+            packed["document_ids"] = torch.tensor(ids[:count])
+        del tokens[:count], ids[:count]
+        return packed
+
+    for document, part in enumerate(documents):
+        part = part if end_token_id is None else [*part, end_token_id]
+        tokens.extend(part)
+        ids.extend([document] * len(part))
+        while len(tokens) >= length:
+            yield row(length)
+    if tokens:
+        yield row(len(tokens))
+
+
+def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An example") -> dict[str, Any]:
+    """
+    Tokens of a prompt and its answer, of which only the answer is learnt.
+
+    Args:
+        tokenizer: With a chat template where examples are conversations; with an end token, which is put behind the
+            answer of a plain pair.
+        example: `{"prompt": str, "answer": str}` (`question`, `instruction` and `response`, `output`, `completion` are
+            understood too), or `{"messages": [{"role": ..., "content": ...}, ...]}`, whose last message is the answer.
+        where: What to call the example in errors.
+    """
+    if "messages" in example:
+        messages = example["messages"]
+        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
+            raise ValueError(f"{where}: `messages` must be a list that ends with one of the role `assistant`.")
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
+        whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=True, return_dict=True, add_generation_prompt=True
+        )["input_ids"]
+        if whole[: len(prompt)] != prompt:
+            raise ValueError(f"{where}: the chat template does not put the answer behind the prompt.")
+        return {"input_ids": whole, "prompt_length": len(prompt)}
+    prompt = _first(example, ("prompt", "question", "instruction"), where)
+    answer = _first(example, ("answer", "response", "output", "completion"), where)
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if prompt_ids and end and prompt_ids[-1] == end[0]:
+        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text
+    return {"input_ids": [*prompt_ids, *answer_ids, *end], "prompt_length": len(prompt_ids)}
+
+
+def _first(example: dict[str, Any], names: tuple[str, ...], where: str) -> str:
+    for name in names:
+        if isinstance(example.get(name), str):
+            return example[name]
+    raise ValueError(f"{where} has no text called {' or '.join(names)}; it has {', '.join(example) or 'nothing'}.")
