@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..configuration_loopmdm import check_num_loops
-from ..training.data import seeded_generator
+from ..randomness import seeded_generator
 
 # Logits of at most so many numbers are held at a time.
 MAX_LOGITS = 2**26
@@ -76,9 +76,10 @@ def nelbo(
         seed (`int`, defaults to 0):
             Seed of the masks. A sequence's masks depend on the seed and its place in `input_ids` alone.
     """
-    model = next((module for module in model.modules() if hasattr(type(module), "align")), None)
-    if model is None:
-        raise ValueError("The model holds no LoopMDMForMaskedLM, so it has no NELBO.")
+    wrapped, model = model, find_model(model)
+    # FSDP gathers the weights of a module in its forward method alone, so the parts cannot be called one by one.
+    is_sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    score = _masked_losses_by_forward if is_sharded else _masked_losses
     config = model.config
     wanted = (
         [config.num_loops] if num_loops is None else [num_loops] if isinstance(num_loops, int) else list(num_loops)
@@ -120,7 +121,7 @@ def nelbo(
             rows = torch.tensor([row for row, _ in batch])
             masked = torch.stack([masks[row][0][sample] for row, sample in batch])
             weights = torch.tensor([masks[row][1][sample] for row, sample in batch], dtype=torch.float64)
-            losses = _masked_losses(model, input_ids[rows], real[rows], masked, wanted)
+            losses = score(wrapped if is_sharded else model, input_ids[rows], real[rows], masked, wanted)
             for i, (row, sample) in enumerate(batch):
                 samples[:, row, sample] = losses[:, i] * weights[i]
     finally:
@@ -129,6 +130,14 @@ def nelbo(
     pairs = samples.unflatten(-1, (num_samples // 2, 2))
     variance = (pairs[..., 0] - pairs[..., 1]).square().sum(-1) / num_samples**2
     return NelboEstimate(wanted, samples.mean(-1), variance.sqrt(), maskable.sum(-1))
+
+
+def find_model(model: nn.Module) -> nn.Module:
+    """The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none."""
+    for module in model.modules():
+        if hasattr(type(module), "align"):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no LoopMDMForMaskedLM.")
 
 
 def _draw_masks(
@@ -198,6 +207,28 @@ def _masked_losses(
         ]
         losses[i].index_add_(0, rows, torch.cat(token_losses).double().cpu())
     return losses
+
+
+def _masked_losses_by_forward(
+    model: nn.Module, input_ids: torch.Tensor, real: torch.Tensor, masked: torch.Tensor, wanted: list[int]
+) -> torch.Tensor:
+    """The same by way of the model's forward method, one pass for each number of loops."""
+    mask_token_id = find_model(model).config.mask_token_id
+    device = next(model.parameters()).device
+    inputs = input_ids.masked_fill(masked, mask_token_id).to(device)
+    # The masked positions of every row, filled up with others
+    positions = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
+    counts = masked.gather(1, positions)
+    targets = input_ids.gather(1, positions).masked_fill(~counts, -100)
+    losses = []
+    for loops in wanted:
+        mask = real.long().to(device)
+        logits = model(
+            input_ids=inputs, attention_mask=mask, num_loops=loops, logits_to_keep=positions.to(device)
+        ).logits
+        token_losses = _cross_entropy(logits.flatten(0, 1), targets.flatten().to(device), mask_token_id)
+        losses.append(token_losses.view(targets.shape).double().cpu().sum(-1))
+    return torch.stack(losses)
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:

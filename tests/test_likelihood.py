@@ -209,5 +209,5 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_models_without_a_nelbo_are_refused():
-    with pytest.raises(ValueError, match="no LoopMDMForMaskedLM"):
+    with pytest.raises(ValueError, match="holds no LoopMDMForMaskedLM"):
         nelbo(torch.nn.Linear(2, 2), clean_ids(1, 4))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .data import seeded_generator
+from ..randomness import seeded_generator
 
 
 class MaskedDiffusionCollator:
@@ -96,6 +96,16 @@ class MaskedDiffusionCollator:
             weights = torch.cat((weights, torch.stack(weights_of_others)))
         batch["input_ids"] = batch["input_ids"].masked_fill(masked, self.mask_token_id)
         return {**batch, "loss_weights": weights}
+
+    def clean(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        The same examples padded but not masked: `input_ids` and `attention_mask`, int64, and `maskable`, bool, each of
+        shape `(batch_size, sequence_length)`, as [`~loopmdm.evaluation.nelbo`] takes them.
+        """
+        rows = [self._read(feature) for feature in features]
+        length = max(len(row["input_ids"]) for row in rows)
+        rows = [self._fill(row, length) for row in rows]
+        return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask", "maskable")}
 
     def _read(self, feature: dict[str, Any]) -> dict[str, Any]:
         """One example as tensors, checked."""

@@ -1,7 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Training examples: read from files, tokenised, packed, put in order; and randomness that survives a resume."""
+"""Training examples: read from files, tokenised, packed, put in order."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,14 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-
-def seeded_generator(*parts: int | str) -> torch.Generator:
-    """
-    A CPU generator that depends on `parts` alone, e.g. `(seed, "noise", index)`. Training draws all its noise from
-    such generators, never from torch's global one, so that a resumed run repeats an uninterrupted one.
-    """
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+from ..randomness import seeded_generator
 
 
 class ExampleStream(Dataset):

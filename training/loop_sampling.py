@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .data import seeded_generator
+from ..randomness import seeded_generator
 
 
 class LoopSchedule:

@@ -16,10 +16,15 @@ import puzzles
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMGenerationConfig
-from loopmdm.training import ExampleStream, LoopMDMTrainer, MaskedDiffusionCollator, MuonAdamW
+from loopmdm.training import (
+    ExampleStream,
+    LoopMDMTrainer,
+    MaskedDiffusionCollator,
+    MuonAdamW,
+    last_complete_checkpoint,
+)
 
 CELLS = 81
 PAD, MASK, DIGITS = "[PAD]", ".", "123456789"
@@ -159,8 +164,7 @@ def main() -> None:
         data_collator=MaskedDiffusionCollator(tokenizer.mask_token_id, tokenizer.pad_token_id, seed=args.seed),
         optimizers=(MuonAdamW(model, lr=args.lr), None),
     )
-    checkpoint = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
 
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
