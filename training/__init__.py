@@ -2,6 +2,7 @@
 """Training of masked diffusion models with loops: what to add to transformers' Trainer."""
 
 from ..randomness import seeded_generator
+from .adapters import layers_of, lora_config
 from .collator import MaskedDiffusionCollator
 from .data import ExampleStream, StreamedExamples, encode_answer, pack_documents, read_documents, read_jsonl
 from .loop_sampling import (
@@ -27,6 +28,8 @@ __all__ = [
     "draw_num_loops",
     "encode_answer",
     "last_complete_checkpoint",
+    "layers_of",
+    "lora_config",
     "make_loop_schedule",
     "pack_documents",
     "read_documents",
