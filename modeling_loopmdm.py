@@ -707,6 +707,14 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             loss_weights = loss_weights.to(hidden_states.device)
             labelled = labelled & (loss_weights != 0)
         targets = labels[labelled]
+        # On an accelerator looking at the values would make every step wait for it.
+        if targets.device.type == "cpu" and targets.numel() > 0:
+            low, high = (int(bound) for bound in targets.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"`labels` holds {low if low < 0 else high}, outside the vocabulary of {self.config.vocab_size} "
+                    "tokens; give token ids, and -100 where there is nothing to learn."
+                )
         if (targets == self.config.mask_token_id).any():
             raise ValueError(
                 f"`labels` holds the mask token ({self.config.mask_token_id}), which is never produced; "

@@ -1,21 +1,25 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What test_distributed.py runs, on one process in the test itself and on two under torchrun:
+What test_distributed.py runs: on one process in the test itself, and on two by
 
-torchrun --nproc_per_node 2 tests/distributed_worker.py ddp|fsdp FOLDER
+torchrun --nproc_per_node 2 tests/distributed_worker.py FOLDER
 
-Every rank leaves its results in FOLDER/rank<n>.pt.
+where every rank leaves its results in FOLDER/rank<n>.pt.
 """
 
 import datetime
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from tiny import tiny_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback, TrainingArguments
 
 from loopmdm.evaluation import nelbo
@@ -37,15 +41,11 @@ STEPS = 4
 def examples(count: int = 11, shortest: int = 3, longest: int = 9, seed: int = 0) -> list[dict]:
     """Clean sequences of different lengths, some with a prompt."""
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int, count: int = 1) -> torch.Tensor:
-        return torch.randint(low, high, (count,), generator=generator)
-
-    rows = []
-    for i in range(count):
-        tokens = draw(1, 22, int(draw(shortest, longest + 1)))
-        rows.append({"input_ids": tokens, "prompt_length": i % 3})
-    return rows
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    return [
+        {"input_ids": torch.randint(1, 22, (length,), generator=generator), "prompt_length": i % 3}
+        for i, length in enumerate(lengths)
+    ]
 
 
 def make_model() -> nn.Module:
@@ -58,8 +58,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    # accelerate wraps some layers for checkpointing
+def full_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: full(parameter) for name, parameter in model.named_parameters()}
 
 
@@ -99,32 +98,36 @@ def trainer_args(folder: Path, world_size: int, **overrides) -> TrainingArgument
     return TrainingArguments(**values | overrides)
 
 
-def make_trainer(args: TrainingArguments, stream: bool = False, model: nn.Module | None = None, **kwargs):
-    rows = examples()
-    data = ExampleStream(rows, STEPS * ACCUMULATION * RANKS * BATCH, seed=0)
-    if stream:
-        rows = examples(shortest=7, longest=7)
-        data = StreamedExamples(lambda: rows)
+def make_trainer(args: TrainingArguments, stream: list[dict] | None = None, **kwargs) -> LoopMDMTrainer:
+    data = ExampleStream(examples(), STEPS * ACCUMULATION * RANKS * BATCH, seed=0)
     return LoopMDMTrainer(
-        make_model() if model is None else model,
+        make_model(),
         args,
-        train_dataset=data,
+        train_dataset=data if stream is None else StreamedExamples(lambda: stream),
         eval_dataset=examples(3, seed=1),
         data_collator=MaskedDiffusionCollator(MASK, PAD),
         **kwargs,
     )
 
 
-def train(folder: Path, world_size: int, resume: str | None = None, stream: bool = False, trainer_kwargs=None, **args):
-    """Trains, and returns all that must not depend on the number of processes."""
+def train(
+    folder: Path,
+    world_size: int,
+    resume: str | None = None,
+    stream: list[dict] | None = None,
+    trainer_kwargs: dict[str, Any] | None = None,
+    **overrides,
+) -> dict[str, Any]:
+    """Trains, and returns what must not depend on the number of processes."""
     recorder = Recorder()
-    trainer = make_trainer(
-        trainer_args(folder, world_size, **args), stream, callbacks=[recorder], **(trainer_kwargs or {})
-    )
-    assert trainer.args.world_size == world_size, "torchrun's processes know of each other"
+    args = trainer_args(folder, world_size, **overrides)
+    if args.fsdp:
+        # accelerate shards models on GPUs only, and trains with DDP on CPUs without a word.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    trainer = make_trainer(args, stream, callbacks=[recorder], **(trainer_kwargs or {}))
+    assert args.world_size == world_size, "the processes know of each other"
     trainer.train(resume_from_checkpoint=resume)
-    # Averages over the time are the machine's business.
-    timed = ("runtime", "per_second")
+    timed = ("runtime", "per_second")  # the machine's business
     log = [
         {name: value for name, value in entry.items() if not name.endswith(timed)}
         for entry in trainer.state.log_history
@@ -132,38 +135,54 @@ def train(folder: Path, world_size: int, resume: str | None = None, stream: bool
     return {
         "loops": recorder.loops,
         "gradients": recorder.gradients,
-        "weights": full_state(trainer.model),
+        "weights": full_weights(trainer.model),
         "log": log,
         "wrapper": type(trainer.model_wrapped).__name__,
-        "flops": trainer.state.total_flos,
         "steps": trainer.state.global_step,
     }
 
 
-# Runs of the trainer, by name: arguments of `train`.
-RUNS = {
-    "saved loops": {
-        "trainer_kwargs": {"gradient_loops": 2, "checkpoint_loops": True, "eval_loops": [1, 3], "eval_samples": 4},
-        "save_strategy": "steps",
-        "save_steps": 2,
+# Arguments of `train`
+SAVED = {
+    "trainer_kwargs": {"gradient_loops": 2, "checkpoint_loops": True, "eval_loops": [1, 3], "eval_samples": 4},
+    "optim": "adamw_torch",
+    "learning_rate": 1e-3,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+DDP_RUNS = {
+    "saved": SAVED,
+    "distilled and averaged": {
+        "trainer_kwargs": {"distillation": 0.5, "ema_decay": 0.9, "eval_loops": [2]},
         "eval_strategy": "steps",
         "eval_steps": 2,
     },
-    "distilled": {"trainer_kwargs": {"distillation": 0.5, "ema_decay": 0.9, "eval_loops": [2]}, "optim": "adamw_torch"},
-    "stream": {"stream": True, "max_steps": 2},
+    "stream": {"stream": examples(shortest=7, longest=7), "max_steps": 2},
+    "stream of different lengths": {
+        "stream": examples(),
+        "max_steps": 2,
+        "accelerator_config": {"dispatch_batches": False},
+    },
+}
+FSDP_RUNS = {
+    "saved": {
+        **SAVED,
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LoopMDMLayer"]},
+    },
 }
 
 
-def run_ddp(folder: Path) -> dict:
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
-    results = {name: train(folder / name, world_size, **settings) for name, settings in RUNS.items()}
-    checkpoint = str(folder / "saved loops" / "checkpoint-2")
-    resumed = {**RUNS["saved loops"], "save_strategy": "no"}
-    results["resumed"] = train(folder / "resumed", world_size, resume=checkpoint, **resumed)
+def run_trainers(folder: Path, world_size: int, runs: dict[str, dict]) -> dict[str, dict]:
+    results = {name: train(folder / name, world_size, **settings) for name, settings in runs.items()}
+    checkpoint = str(folder / "saved" / "checkpoint-2")
+    results["resumed"] = train(folder / "resumed", world_size, resume=checkpoint, **runs["saved"])
     return results
 
 
-# --- FSDP2 ---
+# --- a training loop of one's own ---
 
 LOOPS = (1, 4, 3)  # of three steps
 MODES = {
@@ -211,21 +230,17 @@ def own_loop(model: nn.Module, rank: int = 0, world_size: int = 1) -> dict:
     set_num_train_loops(model, None)
     results["nelbo"] = nelbo(model, **evaluation_rows(), num_loops=[1, 3], num_samples=4, batch_size=5).nats
     results["training"] = model.training
-    results["weights"] = full_state(model)
+    results["weights"] = full_weights(model)
     return results
 
 
-def run_fsdp(folder: Path) -> dict:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from torch.distributed.fsdp import fully_shard
-
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def run_sharded(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     mesh = dist.init_device_mesh("cpu", (world_size,))
     model = make_model()
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    results = {"own loop": own_loop(model, rank, world_size)}
+    results = own_loop(model, rank, world_size)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         make_model().save_pretrained(folder / "gathered", state_dict=state)
@@ -233,11 +248,15 @@ def run_fsdp(folder: Path) -> dict:
 
 
 def main():
-    kind, folder = sys.argv[1], Path(sys.argv[2])
+    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    rank = dist.get_rank()
-    results = {"ddp": run_ddp, "fsdp": run_fsdp}[kind](folder)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    results = {
+        "own loop": run_sharded(folder, rank, world_size),
+        "ddp": run_trainers(folder / "ddp", world_size, DDP_RUNS),
+        "fsdp": run_trainers(folder / "fsdp", world_size, FSDP_RUNS),
+    }
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

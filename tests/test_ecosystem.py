@@ -225,3 +225,29 @@ def test_num_parameters():
     expected = 4 * layer + 32 + 23 * 32
     assert tiny_model().num_parameters() == tiny_model(num_loops=9).num_parameters() == expected
     assert tiny_model(tie_word_embeddings=False).num_parameters() == expected + 23 * 32
+
+
+def test_lora_on_a_base_in_four_bits(tmp_path):
+    """Quantisers find plain linear layers under the usual names, and gradients flow past them through every loop."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+    from transformers import TorchAoConfig
+
+    tiny_model(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path)
+    four_bits = TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    base = LoopMDMForMaskedLM.from_pretrained(tmp_path, quantization_config=four_bits)
+    low, high = base.model.layers[1].mlp.up_proj.weight.qdata.aminmax()
+    assert -8 <= low < high <= 7
+    ids = random_ids(2, 8)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(10):
+        loss = model(ids, labels=ids.masked_fill(ids == 22, 3), num_loops=3).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert model.eval().generate(input_ids=ids, max_new_tokens=4, num_loops=2).shape == (2, 12)

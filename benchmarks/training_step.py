@@ -1,0 +1,356 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Speed and memory of a training step of LoopMDM against transformers' Llama with the loops unrolled as layers.
+
+Llama is made bidirectional and has as many layers as LoopMDM executes, the same width, heads, MLP and vocabulary; both
+see the same batch and compute the head at the same masked positions. A step is forward, backward and AdamW.
+
+python benchmarks/training_step.py --output training_step.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.training import MaskedDiffusionCollator, set_num_train_loops, training_flops
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--mlp-width", type=int, help="default: 8/3 of the width, rounded up to a multiple of 64")
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=12, help="physical layers")
+    parser.add_argument("--loop-start", type=int, default=1, help="layers before mid")
+    parser.add_argument("--mid", type=int, default=2, help="layers that are looped")
+    parser.add_argument("--loops", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens per row")
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=12, help="steps of each model; the median counts")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--peak-size", type=int, help="side of the matrices that give the machine's peak")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    args = parser.parse_args()
+    if args.mlp_width is None:
+        args.mlp_width = -(-args.width * 8 // 3 // 64) * 64
+    if args.peak_size is None:
+        args.peak_size = 8192 if args.device.startswith("cuda") else 2048
+    return args
+
+
+def machine_info(device: str) -> dict:
+    """What the times depend on besides this code."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # Linux names the model nowhere else
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    loadavg = Path("/proc/loadavg")
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "load_before": loadavg.read_text().split()[0] if loadavg.exists() else None,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def synchronize(device: str):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+# --- models ---
+
+
+def make_models(args: argparse.Namespace) -> tuple[LoopMDMForMaskedLM, LlamaForCausalLM]:
+    """Both models in training mode, with the same values: Llama's layers are LoopMDM's in the order of execution."""
+    shared = {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.width,
+        "intermediate_size": args.mlp_width,
+        "num_attention_heads": args.heads,
+        "max_position_embeddings": args.length,
+    }
+    config = LoopMDMConfig(
+        **shared,
+        num_hidden_layers=args.layers,
+        loop_start=args.loop_start,
+        loop_end=args.loop_start + args.mid,
+        num_loops=args.loops,
+        mask_token_id=args.vocab_size - 1,
+    )
+    looped = LoopMDMForMaskedLM(config)
+    unrolled = LlamaForCausalLM(
+        LlamaConfig(
+            **shared,
+            num_hidden_layers=config.num_executed_layers(args.loops),
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters=config.rope_parameters,
+            tie_word_embeddings=config.tie_word_embeddings,
+            use_cache=False,
+        )
+    )
+    numbers = list(range(args.layers))
+    mid = slice(config.loop_start, config.loop_end)
+    executed = numbers[: mid.start] + numbers[mid] * args.loops + numbers[mid.stop :]
+    for layer, number in zip(unrolled.model.layers, executed, strict=True):
+        layer.load_state_dict(looped.model.layers[number].state_dict())
+        layer.self_attn.is_causal = False
+    unrolled.model.embed_tokens.load_state_dict(looped.model.embed_tokens.state_dict())
+    unrolled.model.norm.load_state_dict(looped.model.norm.state_dict())
+    unrolled.lm_head.load_state_dict(looped.lm_head.state_dict())
+    dtype = getattr(torch, args.dtype)
+    looped, unrolled = (model.to(args.device, dtype).train() for model in (looped, unrolled))
+    set_num_train_loops(looped, args.loops)
+    return looped, unrolled
+
+
+def make_batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(args.vocab_size - 1, (args.batch_size, args.length))
+    rows = [{"input_ids": row, "index": index} for index, row in enumerate(tokens)]
+    batch = MaskedDiffusionCollator(mask_token_id=args.vocab_size - 1, seed=args.seed)(rows)
+    del batch["attention_mask"]  # nothing is padded
+    return {name: tensor.to(args.device) for name, tensor in batch.items()}
+
+
+def unrolled_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same loss by hand. Llama's own computes the head at every position."""
+    hidden_states = model.model(batch["input_ids"]).last_hidden_state
+    masked = batch["loss_weights"] != 0
+    logits = model.lm_head(hidden_states[masked]).float()
+    losses = nn.functional.cross_entropy(logits, batch["labels"][masked], reduction="none")
+    return (losses * batch["loss_weights"][masked]).sum() / batch["labels"].numel()
+
+
+# --- measurements ---
+
+
+def peak_flops(size: int, device: str, dtype: torch.dtype, repeats: int = 8) -> float:
+    """Floating point operations per second of a large matrix product, the best of some."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+class Step:
+    """One of the models compared, with an optimiser of its own."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[], torch.Tensor], device: str, checkpoint_loops: bool = False
+    ):
+        self.model, self.loss, self.device = model, loss, device
+        self.checkpoint_loops = checkpoint_loops
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        self.seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def _prepare(self):
+        if isinstance(self.model, LoopMDMForMaskedLM):
+            self.model.model.checkpoint_loops = self.checkpoint_loops
+
+    def run(self):
+        """A timed step. Other models' gradients do not exist meanwhile."""
+        self._prepare()
+        times = [self._now()]
+        loss = self.loss()
+        times.append(self._now())
+        loss.backward()
+        times.append(self._now())
+        self.optimizer.step()
+        times.append(self._now())
+        for phase, start, end in zip(PHASES, times, times[1:], strict=False):
+            self.seconds[phase].append(end - start)
+        self.optimizer.zero_grad()
+
+    def _now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Exact sizes of what stays between steps (gradients: within one)."""
+        parameters = list(self.model.parameters())
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        state = [tensor for tensors in self.optimizer.state.values() for tensor in tensors.values()]
+        return {
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "weight_bytes": weights,
+            "gradient_bytes": weights,
+            "optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state),
+        }
+
+    def activation_bytes(self) -> int:
+        """Most memory that forward and backward hold at once beyond weights, gradients and optimiser state."""
+        self._prepare()
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.loss().backward()
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() - before
+        else:
+            with LiveTensors() as live:
+                self.loss().backward()
+            peak = live.peak
+        self.optimizer.zero_grad()
+        return peak
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors made since it was entered that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Results in place of an argument, and views, have storages that were there before.
+        before = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs or {}))
+            if isinstance(tensor, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata in before or storage in self._seen:
+                continue
+            self._seen.add(storage)
+            self.bytes += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def _free(self, size: int):
+        self.bytes -= size
+
+
+def summarize(name: str, step: Step, args: argparse.Namespace, flops: int, peak: float) -> dict:
+    seconds = statistics.median(map(sum, zip(*step.seconds.values(), strict=True)))
+    memory = {**step.state_bytes(), "activation_bytes": step.activation_bytes()}
+    return {
+        "model": name,
+        "seconds": seconds,
+        **{f"{phase}_seconds": statistics.median(step.seconds[phase]) for phase in PHASES},
+        "tokens_per_second": args.batch_size * args.length / seconds,
+        "gflop": flops / 1e9,
+        "gflop_per_second": flops / 1e9 / seconds,
+        "share_of_peak": flops / seconds / peak,
+        **memory,
+        "total_bytes": sum(size for part, size in memory.items() if part.endswith("bytes")),
+    }
+
+
+def print_table(rows: list[dict]):
+    header = ("model", "params", "ms", "forward", "backward", "AdamW", "tok/s", "GFLOP/s", "of peak")
+    print(("{:>20}" + "{:>9}" * 8).format(*header), *(f"{part:>9}" for part in ("states", "activ.", "MiB")), sep="")
+    for row in rows:
+        states = row["total_bytes"] - row["activation_bytes"]
+        print(
+            f"{row['model']:>20}{row['parameters'] / 1e6:>8.2f}M{1e3 * row['seconds']:>9.1f}"
+            + "".join(f"{1e3 * row[f'{phase}_seconds']:>9.1f}" for phase in PHASES)
+            + f"{row['tokens_per_second']:>9.0f}{row['gflop_per_second']:>9.1f}{row['share_of_peak']:>9.1%}"
+            + "".join(f"{size / 2**20:>9.1f}" for size in (states, row["activation_bytes"], row["total_bytes"]))
+        )
+
+
+def main():
+    args = parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    machine = machine_info(args.device)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    looped, unrolled = make_models(args)
+    batch = make_batch(args)
+    losses = {"LoopMDM": lambda: looped(**batch).loss, "Llama, unrolled": lambda: unrolled_loss(unrolled, batch)}
+    with torch.no_grad():
+        values = {name: loss().item() for name, loss in losses.items()}
+    print("loss before training:", ", ".join(f"{name} {value:.6f}" for name, value in values.items()))
+    steps = {
+        "Llama, unrolled": Step(unrolled, losses["Llama, unrolled"], args.device),
+        "LoopMDM": Step(looped, losses["LoopMDM"], args.device),
+        "LoopMDM, checkpoints": Step(looped, losses["LoopMDM"], args.device, checkpoint_loops=True),
+    }
+    peaks = []
+    for repeat in range(args.repeats + 1):
+        if repeat % 4 == 0:  # over the whole run, as other work on the machine may come and go
+            peaks.append(peak_flops(args.peak_size, args.device, getattr(torch, args.dtype)))
+        # One step of each in turn, so that a slow spell of the machine falls on all of them.
+        for step in steps.values():
+            step.run()
+        if repeat == 0:  # warm-up
+            for step in steps.values():
+                step.seconds = {phase: [] for phase in PHASES}
+
+    num_logits = int((batch["loss_weights"] != 0).sum()) / args.batch_size
+    rows = []
+    for name, step in steps.items():
+        flops = training_flops(
+            looped, args.batch_size, args.length, args.loops, num_logits, checkpoint_loops=step.checkpoint_loops
+        )
+        rows.append(summarize(name, step, args, flops, max(peaks)))
+    print_table(rows)
+    base = rows[0]
+    ratios = {
+        row["model"]: {
+            "tokens_per_second": row["tokens_per_second"] / base["tokens_per_second"],
+            "forward_and_backward": (base["forward_seconds"] + base["backward_seconds"])
+            / (row["forward_seconds"] + row["backward_seconds"]),
+            "state_bytes": (row["total_bytes"] - row["activation_bytes"])
+            / (base["total_bytes"] - base["activation_bytes"]),
+            "activation_bytes": row["activation_bytes"] / base["activation_bytes"],
+            "total_bytes": row["total_bytes"] / base["total_bytes"],
+        }
+        for row in rows[1:]
+    }
+    for name, ratio in ratios.items():
+        print(f"{name} over Llama: " + ", ".join(f"{part} {value:.3f}" for part, value in ratio.items()))
+    print(f"matrix product of side {args.peak_size}: {max(peaks) / 1e9:.1f} GFLOP/s")
+    if args.output:
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        result = {
+            "machine": machine,
+            "settings": {**settings, "executed_layers": looped.config.num_executed_layers(args.loops)},
+            "masked_positions": round(num_logits * args.batch_size),
+            "losses_before": values,
+            "peak_gflop_per_second": max(peaks) / 1e9,
+            "rows": rows,
+            "ratios_to_llama": ratios,
+        }
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
