@@ -292,6 +292,19 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. FSDP puts a class of its own in place of a model's, which is not the one to save."""
+        cls = type(self)
+        own = next(base for base in cls.__mro__ if base.__module__ == __name__)
+        if cls is own or not cls.__module__.startswith("torch."):
+            return super().save_pretrained(*args, **kwargs)
+        names = cls.__module__, cls.__name__
+        cls.__module__, cls.__name__ = own.__module__, own.__name__
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            cls.__module__, cls.__name__ = names
+
 
 class RelativeChangeExit:
     """

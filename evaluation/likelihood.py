@@ -49,6 +49,7 @@ def nelbo(
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None = None,
     maskable: torch.Tensor | None = None,
+    document_ids: torch.LongTensor | None = None,
     num_loops: int | Sequence[int] | None = None,
     num_samples: int = 32,
     batch_size: int = 16,
@@ -68,6 +69,8 @@ def nelbo(
         attention_mask (`torch.Tensor` of shape `(num_sequences, length)`, *optional*): 0 on padding.
         maskable (`torch.BoolTensor` of shape `(num_sequences, length)`, *optional*):
             The tokens to score, given all others (a prompt). By default all real ones.
+        document_ids (`torch.LongTensor` of shape `(num_sequences, length)`, *optional*):
+            Documents packed into a row, which do not see each other.
         num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`):
             With `loop_update="replace"` a list costs one pass of the most loops and a tail for each of the others;
             with `"damped"` one pass each.
@@ -88,13 +91,12 @@ def nelbo(
         raise ValueError("`num_loops` is an empty list; give at least one number of loops.")
     for loops in wanted:
         check_num_loops(loops)
-    if num_samples < 2 or num_samples % 2 != 0:
-        raise ValueError(f"`num_samples` is {num_samples}; it must be even, at least 2.")
+    check_num_samples(num_samples)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     if input_ids.ndim != 2:
         raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (num_sequences, length).")
-    for name, tensor in (("attention_mask", attention_mask), ("maskable", maskable)):
+    for name, tensor in (("attention_mask", attention_mask), ("maskable", maskable), ("document_ids", document_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; `input_ids` has {tuple(input_ids.shape)}.")
     input_ids = input_ids.cpu()
@@ -106,11 +108,19 @@ def nelbo(
     if (input_ids[maskable] == config.mask_token_id).any():
         raise ValueError(f"`input_ids` holds the mask token ({config.mask_token_id}); give clean tokens.")
 
+    documents = torch.zeros_like(input_ids) if document_ids is None else document_ids.cpu()
+    blocks = torch.zeros_like(input_ids)
+    if config.attention_block_size is not None:
+        # By position within each document; different documents never share a block.
+        starts = torch.cat((torch.ones_like(documents[:, :1]), documents[:, 1:] != documents[:, :-1]), dim=1)
+        positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+        positions = positions - (positions * starts).cummax(-1).values
+        blocks = positions // config.attention_block_size + starts.cumsum(-1) * 2**32
     num_sequences = len(input_ids)
     samples = torch.empty(len(wanted), num_sequences, num_samples, dtype=torch.float64)
     jobs = [(row, sample) for row in range(num_sequences) for sample in range(num_samples)]
     masks = [
-        _draw_masks(maskable[row], real[row], config.attention_block_size, num_samples, seeded_generator(seed, row))
+        _draw_masks(maskable[row], blocks[row], num_samples, seeded_generator(seed, row))
         for row in range(num_sequences)
     ]
     was_training = model.training
@@ -121,7 +131,8 @@ def nelbo(
             rows = torch.tensor([row for row, _ in batch])
             masked = torch.stack([masks[row][0][sample] for row, sample in batch])
             weights = torch.tensor([masks[row][1][sample] for row, sample in batch], dtype=torch.float64)
-            losses = score(wrapped if is_sharded else model, input_ids[rows], real[rows], masked, wanted)
+            packed = None if document_ids is None else documents[rows]
+            losses = score(wrapped if is_sharded else model, input_ids[rows], real[rows], packed, masked, wanted)
             for i, (row, sample) in enumerate(batch):
                 samples[:, row, sample] = losses[:, i] * weights[i]
     finally:
@@ -130,6 +141,12 @@ def nelbo(
     pairs = samples.unflatten(-1, (num_samples // 2, 2))
     variance = (pairs[..., 0] - pairs[..., 1]).square().sum(-1) / num_samples**2
     return NelboEstimate(wanted, samples.mean(-1), variance.sqrt(), maskable.sum(-1))
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Raises a ValueError unless masks can be drawn in pairs."""
+    if num_samples < 2 or num_samples % 2 != 0:
+        raise ValueError(f"`num_samples` is {num_samples}; it must be even, at least 2.")
 
 
 def find_model(model: nn.Module) -> nn.Module:
@@ -141,23 +158,14 @@ def find_model(model: nn.Module) -> nn.Module:
 
 
 def _draw_masks(
-    maskable: torch.Tensor,
-    real: torch.Tensor,
-    block_size: int | None,
-    num_samples: int,
-    generator: torch.Generator,
+    maskable: torch.Tensor, block_ids: torch.Tensor, num_samples: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, list[float]]:
     """
     Masks of one sequence, `(num_samples, length)` bool, and their weights. One uniform number chooses the block and,
-    by its place within it, the number of masked tokens; samples 2i and 2i + 1 share the stratum [2i, 2i + 2) /
-    num_samples.
+    by its place within it, the number of masked tokens; samples 2i and 2i + 1 share a stratum.
     """
     positions = maskable.nonzero().squeeze(-1)
-    if block_size is None:
-        blocks = [positions]
-    else:
-        block_of = (real.long().cumsum(-1) - 1)[positions] // block_size
-        blocks = [positions[block_of == block] for block in block_of.unique()]
+    blocks = [positions[block_ids[positions] == block] for block in block_ids[positions].unique()]
     masks = torch.zeros(num_samples, len(maskable), dtype=torch.bool)
     weights = []
     for sample in range(num_samples):
@@ -172,14 +180,20 @@ def _draw_masks(
 
 
 def _masked_losses(
-    model: nn.Module, input_ids: torch.Tensor, real: torch.Tensor, masked: torch.Tensor, wanted: list[int]
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    real: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    masked: torch.Tensor,
+    wanted: list[int],
 ) -> torch.Tensor:
     """Sum of -log p over each row's masked tokens, `(len(wanted), batch_size)` float64 on the CPU."""
     config, transformer = model.config, model.model
     device = transformer.embed_tokens.weight.device
     inputs = input_ids.masked_fill(masked, config.mask_token_id).to(device)
     attention_mask = None if bool(real.all()) else real.long().to(device)
-    start, context = transformer.prelude(inputs, attention_mask)
+    document_ids = None if document_ids is None else document_ids.to(device)
+    start, context = transformer.prelude(inputs, attention_mask, document_ids=document_ids)
 
     states = {}
     if config.loop_update == "replace":
@@ -198,7 +212,7 @@ def _masked_losses(
     targets, rows = input_ids[masked], masked.nonzero()[:, 0]
     losses = torch.zeros(len(wanted), len(input_ids), dtype=torch.float64)
     for i, loops in enumerate(wanted):
-        picked = model.align(states[loops], attention_mask)[masked.to(device)]
+        picked = model.align(states[loops], attention_mask, document_ids)[masked.to(device)]
         token_losses = [
             _cross_entropy(model.lm_head(chunk), target.to(device), config.mask_token_id)
             for chunk, target in zip(
@@ -210,7 +224,12 @@ def _masked_losses(
 
 
 def _masked_losses_by_forward(
-    model: nn.Module, input_ids: torch.Tensor, real: torch.Tensor, masked: torch.Tensor, wanted: list[int]
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    real: torch.Tensor,
+    document_ids: torch.Tensor | None,
+    masked: torch.Tensor,
+    wanted: list[int],
 ) -> torch.Tensor:
     """The same by way of the model's forward method, one pass for each number of loops."""
     mask_token_id = find_model(model).config.mask_token_id
@@ -222,9 +241,12 @@ def _masked_losses_by_forward(
     targets = input_ids.gather(1, positions).masked_fill(~counts, -100)
     losses = []
     for loops in wanted:
-        mask = real.long().to(device)
         logits = model(
-            input_ids=inputs, attention_mask=mask, num_loops=loops, logits_to_keep=positions.to(device)
+            input_ids=inputs,
+            attention_mask=real.long().to(device),
+            document_ids=None if document_ids is None else document_ids.to(device),
+            num_loops=loops,
+            logits_to_keep=positions.to(device),
         ).logits
         token_losses = _cross_entropy(logits.flatten(0, 1), targets.flatten().to(device), mask_token_id)
         losses.append(token_losses.view(targets.shape).double().cpu().sum(-1))

@@ -196,7 +196,6 @@ def test_checkpoint_of_fsdp_loads(fsdp, folder):
     assert_same_tensors(dict(model.named_parameters()), fsdp[0]["saved"]["weights"], rtol=0, atol=0)
 
 
-@pytest.mark.xfail(strict=True, reason="transformers takes FSDP2's subclass, and torch's source, for the model's")
 def test_checkpoint_of_fsdp_names_the_class_of_the_model(fsdp, folder):
     checkpoint = folder / "fsdp" / "saved" / "checkpoint-4"
     auto_map = json.loads((checkpoint / "config.json").read_text()).get("auto_map", {})

@@ -173,7 +173,6 @@ def test_time_of_evaluation_is_no_time_of_training(tmp_path, monkeypatch):
     assert [line["tokens_per_second"] for line in steps_logged(trainer)] == [12, 12, 12, 12]
 
 
-@pytest.mark.xfail(strict=True, reason="`_flops_before` is of before the checkpoint's state is read")
 @pytest.mark.parametrize("how", ["resumed", "trained again"])
 def test_speed_counts_the_operations_of_this_run_alone(tmp_path, how):
     trainer = make_trainer(tmp_path, args={"save_strategy": "steps"})
@@ -189,7 +188,6 @@ def test_speed_counts_the_operations_of_this_run_alone(tmp_path, how):
     assert line["flops_per_second"] * seconds == pytest.approx(line["training_flops"] - before, rel=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the passes of distillation (S = 1, and the student again) are not counted")
 def test_operations_of_distillation_are_counted(tmp_path):
     totals = []
     for weight in (0.0, 1.0):
@@ -247,21 +245,18 @@ def test_evaluation_needs_examples_and_their_reader(tmp_path):
         trainer.evaluate()
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError: 0; transformers evaluates every data set of a dict by its name")
 def test_several_evaluation_sets(tmp_path):
     sets = {"a": examples(2), "b": examples(2, seed=1)}
     metrics = make_trainer(tmp_path, eval_dataset=sets, eval_loops=[1], eval_samples=2).evaluate()
     assert {"eval_a_loss", "eval_b_loss"} <= metrics.keys()
 
 
-@pytest.mark.xfail(strict=True, reason="found at the first evaluation only, which may be hours into the run")
 @pytest.mark.parametrize("options", [{"eval_loops": [0]}, {"eval_loops": []}, {"eval_loops": [1], "eval_samples": 3}])
 def test_bad_evaluation_options_are_found_at_once(tmp_path, options):
     with pytest.raises(ValueError, match=r"num_loops|num_samples|eval_loops|eval_samples"):
         make_trainer(tmp_path, eval_dataset=examples(2), **options)
 
 
-@pytest.mark.xfail(strict=True, reason="`clean` leaves `document_ids` out, so packed documents see each other")
 def test_evaluation_keeps_packed_documents_apart(tmp_path):
     # Of one token each: there is one mask only, so their bound is exact.
     packed = [{"input_ids": [3, 4, 5, 6, 7, 8], "document_ids": [0, 1, 2, 3, 4, 5]}]
@@ -327,19 +322,11 @@ def test_before_the_first_step_there_is_no_average(tmp_path):
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
-@pytest.mark.xfail(strict=True, reason="the average of the last step hides the best checkpoint, which was loaded")
-def test_the_best_average_is_kept(tmp_path):
-    args = {
-        "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6, "learning_rate": 0.2,
-        "load_best_model_at_end": True,
-    }  # fmt: skip
-    trainer = make_trainer(
-        tmp_path, args=args, ema_decay=0.5, eval_dataset=examples(3), eval_loops=[1], eval_samples=4
-    )
-    trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert min(losses) < losses[-1], "or the case does not show"
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+def test_an_average_does_not_go_with_the_best_checkpoint(tmp_path):
+    """What is loaded at the end would not be what the average is of."""
+    args = {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match="`ema_decay` does not go with `load_best_model_at_end`"):
+        make_trainer(tmp_path, args=args, ema_decay=0.5, eval_dataset=examples(3), eval_loops=[1], eval_samples=4)
 
 
 # --- distillation ---
@@ -439,7 +426,6 @@ def test_models_of_other_kinds_are_refused(tmp_path):
         make_trainer(tmp_path, torch.nn.Linear(2, 2))
 
 
-@pytest.mark.xfail(strict=True, reason="`max_loops` is ignored where a schedule is an object")
 def test_max_loops_beside_a_schedule_that_has_its_own(tmp_path):
     with pytest.raises(ValueError, match="max_loops"):
         make_trainer(tmp_path, loop_schedule=make_loop_schedule("uniform", None, 4), max_loops=8)
@@ -610,8 +596,8 @@ def resume(folder, *, model=None, args=None, stream=None, checkpoint=True, **kwa
         ({"args": {"seed": 6}}, "its seed is 5, here 6"),
         ({"args": {"per_device_train_batch_size": 3}}, "its batch size is 2, here 3"),
         ({"args": {"gradient_accumulation_steps": 2}}, "its gradient accumulation steps is 1, here 2"),
-        ({"loop_schedule": "fixed"}, "its loop schedule is UniformLoops, here FixedLoops"),
-        ({"max_loops": 3}, "its max loops is 4, here 3"),
+        ({"loop_schedule": "fixed"}, "its loop schedule is UniformLoops"),
+        ({"max_loops": 3}, "its loop schedule is UniformLoops"),
         ({"gradient_loops": 2}, "its gradient loops is None, here 2"),
     ],
     ids=lambda value: str(value)[:40],
@@ -700,7 +686,6 @@ def examples_with_index(count: int) -> list[dict]:
     return [{**row, "index": index} for index, row in enumerate(examples(count))]
 
 
-@pytest.mark.xfail(strict=True, reason="complete.json of the earlier save stays while the checkpoint is written over")
 def test_a_checkpoint_written_over_is_incomplete_meanwhile(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -719,7 +704,6 @@ def dies_over_old(folder):
     build_run(folder, cls=DiesInTrainersSave).train()
 
 
-@pytest.mark.xfail(strict=True, reason="FileNotFoundError of ema.safetensors")
 def test_an_average_cannot_begin_on_resume(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -727,7 +711,6 @@ def test_an_average_cannot_begin_on_resume(finished, tmp_path):
         resume(folder, ema_decay=0.9)
 
 
-@pytest.mark.xfail(strict=True, reason="the configuration's `_name_or_path` counts as part of the model")
 def test_the_same_model_from_another_folder_is_the_same_run(tmp_path):
     tiny_model(max_train_loops=4).save_pretrained(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -736,7 +719,6 @@ def test_the_same_model_from_another_folder_is_the_same_run(tmp_path):
     assert resume(tmp_path / "run", model=LoopMDMForMaskedLM.from_pretrained(tmp_path / "b")).steps_run == [3, 4, 5]
 
 
-@pytest.mark.xfail(strict=True, reason="ValueError: invalid literal for int() with base 10: 'best'")
 def test_folders_of_other_names_are_no_checkpoints(finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
@@ -768,8 +750,11 @@ def test_adapters_learn_and_travel(tmp_path, name):
     args = {"max_steps": 24, "learning_rate": 0.05, "lr_scheduler_type": "constant"}
     trainer = make_trainer(tmp_path, model, stream, args, ema_decay=0.5 if name == "lora" else None)
     trainer.train()
-    losses = [line["loss"] for line in steps_logged(trainer)]
-    assert sum(losses[-6:]) < 0.85 * sum(losses[:6])
+    learnt = torch.tensor([[2, 4, 6, 8, 10, 12]])
+    before, after = (
+        nelbo(m, learnt, num_loops=[1, 4], num_samples=32).per_token()[0] for m in (adapted_model(name), model)
+    )
+    assert (after < 0.8 * before).all()
     draws = [draw_num_loops(4, 5, step) for step in range(24)]
     assert [line["num_loops"] for line in steps_logged(trainer)] == draws
     inner = {

@@ -357,7 +357,6 @@ def test_max_length_itself_is_allowed():
     assert batch["input_ids"].shape == (1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="torch's errors about shapes name neither the example nor the key")
 @pytest.mark.parametrize("key", ["maskable", "document_ids"])
 def test_lists_of_another_length_are_named(key):
     rows = [{"input_ids": [1, 2, 3], key: [1, 1], "index": 6}, {"input_ids": [1, 2, 3], key: [1, 1, 1], "index": 7}]
@@ -369,7 +368,6 @@ def test_lists_of_another_length_are_named(key):
         raise AssertionError("accepted")
 
 
-@pytest.mark.xfail(strict=True, reason="a first row without `document_ids` drops those of the other rows")
 def test_rows_with_and_without_documents_in_a_batch():
     plain, packed = (
         {"input_ids": [1, 2, 3], "index": 0},
@@ -910,7 +908,6 @@ def test_read_jsonl(tmp_path):
         read_jsonl(tmp_path / "none.jsonl")
 
 
-@pytest.mark.xfail(strict=True, reason="a file that is no UTF-8 raises UnicodeDecodeError without the file's name")
 def test_read_jsonl_names_a_file_that_is_no_utf8(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"a": 1}\n{"a": "ü"}\n'.encode("latin-1"))
@@ -1049,7 +1046,6 @@ def test_bad_answers_are_named(example, template, message):
         encode_answer(word_tokenizer(template), example, "Row 3")
 
 
-@pytest.mark.xfail(strict=True, reason="AttributeError: 'str' object has no attribute 'get'")
 def test_messages_that_are_no_objects():
     with pytest.raises(ValueError, match="Row 3: `messages`"):
         encode_answer(word_tokenizer(TEMPLATE), {"messages": ["two", "six"]}, "Row 3")
@@ -1075,7 +1071,6 @@ def test_streamed_examples_go_on_over_the_epochs():
         list(StreamedExamples(lambda: left.pop(0)))
 
 
-@pytest.mark.xfail(strict=True, reason="every worker of a DataLoader goes through the whole stream")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_streamed_examples_are_shared_between_workers():
     stream = StreamedExamples(lambda: [{"input_ids": i} for i in range(100)])

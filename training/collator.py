@@ -72,7 +72,7 @@ class MaskedDiffusionCollator:
         self.max_length = max_length
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [self._read(feature) for feature in features]
+        rows = self._read_all(features)
         length = max(len(row["input_ids"]) for row in rows)
         if self.pad_token_id is None and any(len(row["input_ids"]) != length for row in rows):
             raise ValueError("Rows of different lengths need a `pad_token_id`.")
@@ -99,13 +99,22 @@ class MaskedDiffusionCollator:
 
     def clean(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
-        The same examples padded but not masked: `input_ids` and `attention_mask`, int64, and `maskable`, bool, each of
-        shape `(batch_size, sequence_length)`, as [`~loopmdm.evaluation.nelbo`] takes them.
+        The same examples padded but not masked: `input_ids`, `attention_mask` and, of packed rows, `document_ids`,
+        int64, and `maskable`, bool, each of shape `(batch_size, sequence_length)`, as
+        [`~loopmdm.evaluation.nelbo`] takes them.
         """
-        rows = [self._read(feature) for feature in features]
+        rows = self._read_all(features)
         length = max(len(row["input_ids"]) for row in rows)
         rows = [self._fill(row, length) for row in rows]
-        return {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask", "maskable")}
+        names = ("input_ids", "attention_mask", "maskable", "document_ids")
+        return {name: torch.stack([row[name] for row in rows]) for name in names if name in rows[0]}
+
+    def _read_all(self, features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        rows = [self._read(feature) for feature in features]
+        packed = [row["index"] for row in rows if "document_ids" in row]
+        if packed and len(packed) != len(rows):
+            raise ValueError(f"Example {packed[0]} has `document_ids`, and others of its batch have none.")
+        return rows
 
     def _read(self, feature: dict[str, Any]) -> dict[str, Any]:
         """One example as tensors, checked."""
@@ -122,15 +131,22 @@ class MaskedDiffusionCollator:
             raise ValueError(f"Example {index} holds the mask token ({self.mask_token_id}); give clean tokens.")
         maskable = torch.ones(len(tokens), dtype=torch.bool)
         if feature.get("maskable") is not None:
-            maskable = torch.as_tensor(feature["maskable"], dtype=torch.bool)
+            maskable = self._same_length("maskable", feature, index, len(tokens)).bool()
         if feature.get("prompt_length") is not None:
             maskable = maskable & (torch.arange(len(tokens)) >= int(feature["prompt_length"]))
         if not maskable.any():
             raise ValueError(f"Example {index} has no maskable token, so there is nothing to learn.")
         row = {"index": index, "input_ids": tokens, "maskable": maskable}
         if feature.get("document_ids") is not None:
-            row["document_ids"] = torch.as_tensor(feature["document_ids"], dtype=torch.long)
+            row["document_ids"] = self._same_length("document_ids", feature, index, len(tokens)).long()
         return row
+
+    @staticmethod
+    def _same_length(name: str, feature: dict[str, Any], index: int, length: int) -> torch.Tensor:
+        values = torch.as_tensor(feature[name])
+        if values.shape != (length,):
+            raise ValueError(f"Example {index} has {length} tokens and `{name}` of shape {tuple(values.shape)}.")
+        return values
 
     def _fill(self, row: dict[str, Any], length: int) -> dict[str, Any]:
         """Brings a row to the batch's length, and labels what is maskable."""

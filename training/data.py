@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..randomness import seeded_generator
 
@@ -63,7 +63,8 @@ class ExampleStream(Dataset):
 class StreamedExamples(IterableDataset):
     """
     Examples that come one after the other, from a data set too large to hold, again from the start when they end.
-    Items have `"index"`, their place in the run, as in [`ExampleStream`]; the order is the source's.
+    Items have `"index"`, their place in the run, as in [`ExampleStream`]; the order is the source's. Each of several
+    workers takes every n-th example.
 
     Args:
         examples (`Callable[[], Iterable[dict]]`): Starts a pass over the data.
@@ -73,11 +74,14 @@ class StreamedExamples(IterableDataset):
         self.examples = examples
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
         index = 0
         while True:
             start = index
             for example in self.examples():
-                yield {**example, "index": index}
+                if index % parts == part:
+                    yield {**example, "index": index}
                 index += 1
             if index == start:
                 raise ValueError("There are no training examples.")
@@ -107,12 +111,12 @@ def read_documents(path: str | Path, separator: str | None = "\n\n") -> Iterator
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line. Empty lines are skipped; a bad one is named by number."""
     path, rows = Path(path), []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line)  # bytes, so that text in another encoding is an error of its line too
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is not valid JSON: {error}.") from error
             if not isinstance(row, dict):
@@ -172,7 +176,8 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
     """
     if "messages" in example:
         messages = example["messages"]
-        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "assistant":
+        is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        if not is_list or not messages or messages[-1].get("role") != "assistant":
             raise ValueError(f"{where}: `messages` must be a list that ends with one of the role `assistant`.")
         if tokenizer.chat_template is None:
             raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")

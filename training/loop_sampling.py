@@ -152,6 +152,10 @@ def make_loop_schedule(
         options: Arguments of the schedule.
     """
     if isinstance(schedule, LoopSchedule):
+        if options or max_loops not in (None, schedule.max_loops):
+            raise ValueError(
+                f"{type(schedule).__name__} is a schedule with its own `max_loops` and options; leave out others."
+            )
         return schedule
     if schedule not in LOOP_SCHEDULES:
         raise ValueError(f"The loop schedule is {schedule!r}; choose one of {', '.join(LOOP_SCHEDULES)}.")

@@ -203,6 +203,8 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 
         trained = get_peft_model(model, lora_config(model.config, **config.lora))
     optimizers = (None, None)
+    if config.optimizer == "muon" and arguments.fsdp:
+        raise ValueError("`optimizer: muon` does not go with FSDP, whose ranks hold parts of the matrices; use adamw.")
     if config.optimizer == "muon":
         optimizers = (MuonAdamW(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay), None)
     trainer = LoopMDMTrainer(
@@ -302,6 +304,8 @@ def _arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> Train
         "save_total_limit": 2,
         "report_to": "none",
         "eval_strategy": "steps" if evaluates else "no",
+        # Each rank reads a stream for itself, as batches of it may differ in length.
+        "accelerator_config": {"dispatch_batches": False},
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
     if evaluates:

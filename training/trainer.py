@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 
-from ..evaluation.likelihood import find_model, nelbo
+from ..configuration_loopmdm import check_num_loops
+from ..evaluation.likelihood import check_num_samples, find_model, nelbo
 from .collator import MaskedDiffusionCollator
 from .data import ExampleStream
 from .loop_sampling import LoopSamplingCallback, LoopSchedule, make_loop_schedule
@@ -25,17 +26,21 @@ from .loop_sampling import LoopSamplingCallback, LoopSchedule, make_loop_schedul
 COMPLETE = "complete.json"
 EMA_FILE = "ema.safetensors"
 # Of a configuration, what two runs may differ in all the same
-_FREE = {"transformers_version", "dtype", "architectures", "auto_map", "num_loops"}
+_FREE = {"_name_or_path", "transformers_version", "dtype", "architectures", "auto_map", "num_loops"}
 
 
-class _AveragingCallback(TrainerCallback):
-    """Updates a trainer's moving average after every optimiser step."""
+class _OwnCallback(TrainerCallback):
+    """What a trainer does itself at these moments of the run."""
 
     def __init__(self, trainer: "LoopMDMTrainer"):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._reset_counters()  # now that the state of a resumed run is loaded
+
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.ema.update_parameters(self.trainer.looped_model)
+        if self.trainer.ema is not None:
+            self.trainer.ema.update_parameters(self.trainer.looped_model)
 
 
 class LoopMDMTrainer(Trainer):
@@ -49,23 +54,20 @@ class LoopMDMTrainer(Trainer):
     - With `eval_loops`, evaluation is the NELBO at those numbers of loops (`eval_nelbo_1`, ...), each rank computing
       all of it; `eval_loss` is that of the last one.
     - A checkpoint is complete when it has complete.json, which is written last; `resume_from_checkpoint=True` takes
-    the
-      last complete one, and refuses one of another model, data set or batch size.
+      the last complete one, and refuses one of another model, data set or batch size.
 
     Args:
         loop_schedule (`str` or [`LoopSchedule`], defaults to `"uniform"`): Distribution of S, see
             [`make_loop_schedule`].
         max_loops (`int`, *optional*, defaults to `config.max_train_loops`): S_max.
         gradient_loops (`int`, *optional*): Backpropagate through the last so many loops; earlier ones pass the
-            gradient
-            on unchanged.
+            gradient on unchanged.
         checkpoint_loops (`bool`, defaults to `False`): Compute each loop's activations again in the backward pass, so
             that memory hardly grows with S.
         eval_loops (`Sequence[int]`, *optional*): See above. By default evaluation is the Trainer's own.
         eval_samples (`int`, defaults to 8): Masks per sequence of the NELBO.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, which is evaluated, and
-            saved
-            as the final model. Not with FSDP.
+            saved as the final model. Not with FSDP.
         distillation (`float`, defaults to 0.0): Weight of a second loss that keeps the looped model close to itself at
             one loop: KL(p at one loop, without gradient || p at S loops) at masked positions, weighted like the first.
         args, kwargs: As for `Trainer`.
@@ -97,6 +99,15 @@ class LoopMDMTrainer(Trainer):
             raise ValueError(f"`ema_decay` is {ema_decay}; it must be between 0 and 1, e.g. 0.999.")
         if ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError("`ema_decay` does not go with FSDP, whose ranks hold parts of the weights.")
+        if ema_decay is not None and self.args.load_best_model_at_end:
+            raise ValueError("`ema_decay` does not go with `load_best_model_at_end`: the average is of the whole run.")
+        if eval_loops is not None:
+            eval_loops = list(eval_loops)
+            if not eval_loops:
+                raise ValueError("`eval_loops` is empty; give at least one number of loops.")
+            for loops in eval_loops:
+                check_num_loops(loops)
+            check_num_samples(eval_samples)
         if distillation < 0:
             raise ValueError(f"`distillation` is {distillation}; it must be at least 0.")
         if self.args.save_strategy != "no" and self.args.save_total_limit == 1:
@@ -105,14 +116,15 @@ class LoopMDMTrainer(Trainer):
             )
         self.gradient_loops = gradient_loops
         self.checkpoint_loops = checkpoint_loops
-        self.eval_loops = None if eval_loops is None else list(eval_loops)
+        self.eval_loops = eval_loops
+        self.ema_decay = ema_decay
         self.eval_samples = eval_samples
         self.distillation = distillation
         self.ema = None
         if ema_decay is not None:
             self.ema = AveragedModel(self.looped_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-            self.add_callback(_AveragingCallback(self))
         self.add_callback(LoopSamplingCallback(self.loop_schedule))
+        self.add_callback(_OwnCallback(self))
         self._reset_counters()
 
     def _reset_counters(self) -> None:
@@ -134,7 +146,6 @@ class LoopMDMTrainer(Trainer):
                 self.ema.load_state_dict(averages, strict=False)
         transformer = self.looped_model.model
         transformer.gradient_loops, transformer.checkpoint_loops = self.gradient_loops, self.checkpoint_loops
-        self._reset_counters()
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:
@@ -146,33 +157,34 @@ class LoopMDMTrainer(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self.distillation or not self.looped_model.training:
-            return loss
-        outputs = None
-        if return_outputs:
-            loss, outputs = loss
-        loss = loss + self.distillation * self._distillation_loss(model, inputs, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self._loss_with_distillation(model, inputs, num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _distillation_loss(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch) -> torch.Tensor:
-        labels, weights = inputs["labels"], inputs["loss_weights"]
+    def _loss_with_distillation(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch) -> torch.Tensor:
+        """Both losses from one pass of the looped model and one, without gradient, at one loop."""
+        labels = inputs["labels"]
+        weights = inputs.get("loss_weights", torch.ones_like(labels, dtype=torch.float32))
         masked = (labels != -100) & (weights != 0)
         # The masked positions of every row, filled up with others that count nothing.
         positions = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
         weights = weights.gather(1, positions) * masked.gather(1, positions)
+        targets = labels.gather(1, positions).clamp(min=0)
         rest = {name: value for name, value in inputs.items() if name not in ("labels", "loss_weights")}
         log_probs = []
         for loops in (1, None):
             with torch.no_grad() if loops == 1 else contextlib.nullcontext():
-                logits = model(**rest, num_loops=loops, logits_to_keep=positions).logits.float()
+                logits = model(**rest, num_loops=loops, logits_to_keep=positions).logits
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 forbidden = torch.tensor([self.looped_model.config.mask_token_id], device=logits.device)
                 # Finite, so that 0 * inf does not come up; softmax makes it zero all the same.
                 log_probs.append(logits.index_fill(-1, forbidden, -1e4).log_softmax(-1))
         teacher, student = log_probs
         divergence = (teacher.exp() * (teacher - student)).sum(-1)
+        cross_entropy = -student.gather(-1, targets[..., None]).squeeze(-1)
         count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = (divergence * weights).sum() / count
+        loss = ((cross_entropy + self.distillation * divergence) * weights).sum() / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return loss
@@ -184,7 +196,8 @@ class LoopMDMTrainer(Trainer):
         else:
             self._head_positions = self._head_positions + inputs["input_ids"].numel()
         transformer = self.looped_model.model
-        return training_flops(
+        teacher = self.looped_model.flops(batch_size, length, 1, 0) if self.distillation else 0
+        return teacher + training_flops(
             self.looped_model,
             batch_size,
             length,
@@ -197,7 +210,7 @@ class LoopMDMTrainer(Trainer):
 
     def store_flos(self) -> None:
         head = self.looped_model.flops(1, 1, 1, 1) - self.looped_model.flops(1, 1, 1, 0)
-        self.current_flos += 3.0 * head * int(self._head_positions)
+        self.current_flos += (4.0 if self.distillation else 3.0) * head * int(self._head_positions)
         self._head_positions = 0
         super().store_flos()
 
@@ -215,11 +228,17 @@ class LoopMDMTrainer(Trainer):
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict) and self.eval_loops is not None:
+            metrics = {}
+            for name, dataset in eval_dataset.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
         with self.averaged_weights():
             if self.eval_loops is None:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             start = time.perf_counter()
-            rows = self._clean_rows(self.eval_dataset if eval_dataset is None else eval_dataset)
+            rows = self._clean_rows(eval_dataset)
             mean, error = nelbo(
                 self.model_wrapped if self.is_fsdp_enabled else self.model,
                 **rows,
@@ -272,8 +291,10 @@ class LoopMDMTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)  # of a run that was here before
+        super()._save_checkpoint(model, trial)
         if self.ema is not None and self.args.should_save:
             # Tied weights are one tensor under two names; one of them is enough.
             averages = {name: tensor.contiguous() for name, tensor in self.ema.module.named_parameters()}
@@ -292,12 +313,15 @@ class LoopMDMTrainer(Trainer):
         return {
             "model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
             "data": data_fingerprint(self.train_dataset),
+            "order": getattr(self.train_dataset, "seed", None),
+            "noise": _settings(self.data_collator),
             "seed": self.args.seed,
             "batch_size": self.args.per_device_train_batch_size * self.args.world_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "loop_schedule": type(self.loop_schedule).__name__,
-            "max_loops": self.loop_schedule.max_loops,
+            "loop_schedule": _settings(self.loop_schedule),
             "gradient_loops": self.gradient_loops,
+            "ema_decay": self.ema_decay,
+            "distillation": self.distillation,
         }
 
     def _check_same_run(self, checkpoint: Path) -> None:
@@ -315,9 +339,16 @@ class LoopMDMTrainer(Trainer):
                 )
 
 
+def _settings(thing: Any) -> str:
+    """The class and the plain attributes of an object, as text."""
+    plain = {name: value for name, value in vars(thing).items() if isinstance(value, bool | int | float | str | tuple)}
+    return f"{type(thing).__name__} {json.dumps(plain, sort_keys=True)}"
+
+
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The checkpoint of the most steps in `folder` that is complete, or None."""
     found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
+    found = [path for path in found if path.name.rpartition("-")[2].isdigit()]
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
@@ -330,7 +361,9 @@ def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
     count = min(num_examples, len(examples))
     for i in range(count):
         example = examples[i * len(examples) // count]
-        digest.update(torch.as_tensor(example["input_ids"]).to(torch.int64).numpy().tobytes())
+        for name in ("input_ids", "maskable", "prompt_length", "document_ids"):
+            if example.get(name) is not None:
+                digest.update(torch.as_tensor(example[name]).to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -346,7 +379,8 @@ def training_flops(
 ) -> int:
     """
     Floating point operations of one training step: the forward pass, twice as many for the backward pass, which leaves
-    out loops without gradients, and what is computed again. Arguments as in [`LoopMDMForMaskedLM.flops`].
+    out loops without gradients, and what is computed again (an upper bound: torch stops recomputing where it needs no
+    more). Arguments as in [`LoopMDMForMaskedLM.flops`].
     """
     once = model.flops(batch_size, sequence_length, 1, 0)
     mid = model.flops(batch_size, sequence_length, 2, 0) - once
