@@ -306,6 +306,7 @@ def _arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> Train
         "eval_strategy": "steps" if evaluates else "no",
         # Each rank reads a stream for itself, as batches of it may differ in length.
         "accelerator_config": {"dispatch_batches": False},
+        "ddp_find_unused_parameters": False,
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
     if evaluates:
