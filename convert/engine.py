@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Plan:
                 "loop_update": config.loop_update,
                 "chosen": self.window_chosen,
             },
-            "special_tokens": dict(vars(self.tokens).items()),
+            "special_tokens": asdict(self.tokens),
             "tensors": {
                 target: {"from": list(recipe.sources), "how": recipe.how} for target, recipe in self.recipes.items()
             },

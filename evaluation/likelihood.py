@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..configuration_loopmdm import check_num_loops
+from ..modeling_loopmdm import document_starts
 from ..randomness import seeded_generator
 
 # Logits of at most so many numbers are held at a time.
@@ -87,11 +88,7 @@ def nelbo(
     wanted = (
         [config.num_loops] if num_loops is None else [num_loops] if isinstance(num_loops, int) else list(num_loops)
     )
-    if not wanted:
-        raise ValueError("`num_loops` is an empty list; give at least one number of loops.")
-    for loops in wanted:
-        check_num_loops(loops)
-    check_num_samples(num_samples)
+    check_settings(wanted, num_samples)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     if input_ids.ndim != 2:
@@ -112,7 +109,7 @@ def nelbo(
     blocks = torch.zeros_like(input_ids)
     if config.attention_block_size is not None:
         # By position within each document; different documents never share a block.
-        starts = torch.cat((torch.ones_like(documents[:, :1]), documents[:, 1:] != documents[:, :-1]), dim=1)
+        starts = document_starts(documents)
         positions = (real.long().cumsum(-1) - 1).clamp(min=0)
         positions = positions - (positions * starts).cummax(-1).values
         blocks = positions // config.attention_block_size + starts.cumsum(-1) * 2**32
@@ -143,8 +140,12 @@ def nelbo(
     return NelboEstimate(wanted, samples.mean(-1), variance.sqrt(), maskable.sum(-1))
 
 
-def check_num_samples(num_samples: int) -> None:
-    """Raises a ValueError unless masks can be drawn in pairs."""
+def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
+    """Raises a ValueError where [`nelbo`] cannot read out `num_loops`, or draw masks in pairs."""
+    if len(num_loops) == 0:
+        raise ValueError("`num_loops` is an empty list; give at least one number of loops.")
+    for loops in num_loops:
+        check_num_loops(loops)
     if num_samples < 2 or num_samples % 2 != 0:
         raise ValueError(f"`num_samples` is {num_samples}; it must be even, at least 2.")
 

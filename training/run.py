@@ -184,7 +184,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     eval_examples = None
     if config.eval_data is not None:
         rows = _examples(
-            dataclasses.replace(config, isolate_documents=False, dataset={**config.dataset, "streaming": False}),
+            dataclasses.replace(config, dataset={**config.dataset, "streaming": False}),
             config.eval_data,
             tokenizer,
             length,

@@ -16,8 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 
-from ..configuration_loopmdm import check_num_loops
-from ..evaluation.likelihood import check_num_samples, find_model, nelbo
+from ..evaluation.likelihood import check_settings, find_model, nelbo
 from .collator import MaskedDiffusionCollator
 from .data import ExampleStream
 from .loop_sampling import LoopSamplingCallback, LoopSchedule, make_loop_schedule
@@ -103,11 +102,7 @@ class LoopMDMTrainer(Trainer):
             raise ValueError("`ema_decay` does not go with `load_best_model_at_end`: the average is of the whole run.")
         if eval_loops is not None:
             eval_loops = list(eval_loops)
-            if not eval_loops:
-                raise ValueError("`eval_loops` is empty; give at least one number of loops.")
-            for loops in eval_loops:
-                check_num_loops(loops)
-            check_num_samples(eval_samples)
+            check_settings(eval_loops, eval_samples)
         if distillation < 0:
             raise ValueError(f"`distillation` is {distillation}; it must be at least 0.")
         if self.args.save_strategy != "no" and self.args.save_total_limit == 1:
