@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_utils import LayerMemory, LoopMDMCache, OpenCache, remember
 from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
 
@@ -38,6 +39,10 @@ class LoopMDMModelOutput(BaseModelOutput):
             Output of tail, after the final norm.
         loops (`torch.LongTensor` of shape `(batch_size,)`):
             Applications of mid that changed each row; below `num_loops` only with `loop_tolerance`.
+        token_loops (`torch.LongTensor` of shape `(batch_size,)`, with `loop_exit="token"`):
+            Applications of mid to single positions, over the row's real ones.
+        past_key_values ([`LoopMDMCache`], with `use_cache=True` or where one was given):
+            Keys and values of every executed layer.
         hidden_states (`tuple(torch.FloatTensor)`, with `output_hidden_states=True`):
             Embeddings, then the output of every executed layer in order: head, mid of each loop, tail. The last one
             is `last_hidden_state`. Each of shape `(batch_size, sequence_length, hidden_size)`.
@@ -47,6 +52,8 @@ class LoopMDMModelOutput(BaseModelOutput):
     """
 
     loops: torch.LongTensor | None = None
+    token_loops: torch.LongTensor | None = None
+    past_key_values: LoopMDMCache | None = None
 
 
 @dataclass
@@ -59,11 +66,13 @@ class LoopMDMMaskedLMOutput(MaskedLMOutput):
             The masked diffusion loss in nats per label.
         logits (`torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`):
             Raw scores; row `i` predicts token `i`. `None` in training with `labels`, where nobody reads them.
-        loops, hidden_states, attentions:
+        loops, token_loops, past_key_values, hidden_states, attentions:
             As in [`LoopMDMModelOutput`].
     """
 
     loops: torch.LongTensor | None = None
+    token_loops: torch.LongTensor | None = None
+    past_key_values: LoopMDMCache | None = None
 
 
 class LoopMDMRMSNorm(nn.Module):
@@ -145,6 +154,11 @@ def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
     return torch.cat((torch.ones_like(changes[:, :1]), changes), dim=1)
 
 
+def take_positions(values: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    """Of `values`, `(1 or batch_size, length, size)`, the rows at `positions`, `(batch_size, num_positions)`."""
+    return values.expand(positions.shape[0], -1, -1).take_along_dim(positions[..., None], dim=1)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -191,11 +205,20 @@ class LoopMDMAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        memory: LayerMemory | None = None,
+        queries: torch.Tensor | None = None,
+        query_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        `memory` are the layer's stored keys and values. `queries`, `(batch_size, num_queries)`, are the positions whose
+        output is wanted, by default all; `query_embeddings` are their rotary tables, `attention_mask` is theirs too.
+        """
         batch_and_length = hidden_states.shape[:-1]
+        asking = hidden_states if queries is None else take_positions(hidden_states, queries)
+        batch_and_queries = asking.shape[:-1]
         # (batch, length, heads, head_dim); the norm is over head_dim
-        query = self.q_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
+        query = self.q_proj(asking).view(*batch_and_queries, -1, self.head_dim)
         key = self.k_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
         value = self.v_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
         if self.config.use_qk_norm:
@@ -203,8 +226,10 @@ class LoopMDMAttention(nn.Module):
         # (batch, heads, length, head_dim)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if position_embeddings is not None:
-            query = apply_rotary_pos_emb(query, *position_embeddings)
+            query = apply_rotary_pos_emb(query, *(position_embeddings if queries is None else query_embeddings))
             key = apply_rotary_pos_emb(key, *position_embeddings)
+        if memory is not None:
+            key, value = remember(memory, key, value)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -212,7 +237,7 @@ class LoopMDMAttention(nn.Module):
         output, probabilities = attention(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*batch_and_length, -1)), probabilities
+        return self.o_proj(output.reshape(*batch_and_queries, -1)), probabilities
 
 
 class LoopMDMMLP(nn.Module):
@@ -243,8 +268,9 @@ class LoopMDMLayer(GradientCheckpointingLayer):
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+    def forward(self, hidden_states: torch.Tensor, queries: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden_states), queries=queries, **kwargs)[0]
+        hidden_states = (hidden_states if queries is None else take_positions(hidden_states, queries)) + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -312,19 +338,84 @@ class RelativeChangeExit:
 
     An exit rule is called after every loop with the states before and after it, `(batch_size, sequence_length,
     hidden_size)`, and the padding mask `(batch_size, sequence_length)` or None; it returns the settled rows,
-    `(batch_size,)` bool.
+    `(batch_size,)` bool, or with `per_token` the settled positions, `(batch_size, sequence_length)` bool.
     """
 
-    def __init__(self, tolerance: float):
-        self.tolerance = tolerance
+    def __init__(self, tolerance: float, per_token: bool = False):
+        self.tolerance, self.per_token = tolerance, per_token
 
     def __call__(self, before: torch.Tensor, after: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         dtype = torch.promote_types(before.dtype, torch.float32)
         before, after = before.to(dtype), after.to(dtype)
         change = after - before
+        if self.per_token:
+            return change.norm(dim=-1) < self.tolerance * before.norm(dim=-1)
         if real is not None:
             change, before = change * real.unsqueeze(-1), before * real.unsqueeze(-1)
         return change.flatten(1).norm(dim=1) < self.tolerance * before.flatten(1).norm(dim=1)
+
+
+class HostCopy:
+    """A tensor on its way to the host: on the CPU it is there, from CUDA it is copied without waiting for it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.event = tensor, None
+        if tensor.device.type == "cuda":
+            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def get(self) -> torch.Tensor:
+        """The copy, waiting for it if it has not arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor.cpu()
+
+
+def _one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+    return input_ids if inputs_embeds is None else inputs_embeds
+
+
+def _can_narrow(mask: Any) -> bool:
+    """Whether rows and queries can be picked from an attention mask: not from flex attention's or flash attention's."""
+    return mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
+
+
+def _narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
+    """The mask, `(1 or batch_size, heads, length, keys)`, of the `queries`, `(batch_size, num_queries)`."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    return mask.expand(queries.shape[0], -1, -1, -1).take_along_dim(queries[:, None, :, None], dim=2)
+
+
+def _narrow_context(
+    context: dict[str, Any],
+    rows: torch.LongTensor | None = None,
+    queries: torch.LongTensor | None = None,
+    real: torch.BoolTensor | None = None,
+) -> dict[str, Any]:
+    """
+    The context of [`LoopMDMModel.prelude`] for some `rows`, `(M,)`, of the pass, and of their positions for `queries`,
+    `(M, P)`, False in `real` where they are filler.
+    """
+    narrowed = dict(context)
+    mask, tables = context["attention_mask"], context.get("position_embeddings")
+    if rows is not None and mask is not None and mask.shape[0] > 1:
+        mask = mask[rows]
+    if rows is not None and tables is not None and tables[0].shape[0] > 1:
+        tables = tuple(table[rows] for table in tables)
+    if queries is not None:
+        mask = _narrow_mask(mask, queries)
+        tables = None if tables is None else tuple(take_positions(table, queries) for table in tables)
+    narrowed["attention_mask"] = mask
+    if tables is not None:
+        narrowed["position_embeddings"] = tables
+    if "cache" in context:
+        narrowed["cache"] = context["cache"].narrow(rows, queries, real)
+    return narrowed
 
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
@@ -369,32 +460,19 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         document_ids: torch.LongTensor | None = None,
+        past_key_values: LoopMDMCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Embeddings and head. Returns the hidden states, `(batch_size, sequence_length, hidden_size)`, and the context
-        (mask, rotary tables, attention arguments) that [`~LoopMDMModel.loop`] and [`~LoopMDMModel.readout`] take.
+        (mask, rotary tables, cache, attention arguments) that [`~LoopMDMModel.loop`] and [`~LoopMDMModel.readout`] take.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+        _one_of(input_ids, inputs_embeds)
         if inputs_embeds is None:
             self._check_input_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
+        self._check_shapes(inputs_embeds, attention_mask, document_ids, past_key_values)
         batch_size, length = inputs_embeds.shape[:2]
-        # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
-        if self.config.position_embedding_type == "learned" and length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"The input has {length} positions, more than `max_position_embeddings` "
-                f"({self.config.max_position_embeddings}), and positions are learned; shorten it."
-            )
-        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}; the input needs {(batch_size, length)}."
-            )
-        if document_ids is not None and document_ids.shape != (batch_size, length):
-            raise ValueError(
-                f"`document_ids` has shape {tuple(document_ids.shape)}; the input needs {(batch_size, length)}."
-            )
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
             if attention_mask is not None and attention_mask.ndim == 2:
@@ -402,29 +480,56 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             if document_ids is not None:
                 position_ids = position_ids - (position_ids * document_starts(document_ids)).cummax(-1).values
+            if past_key_values is not None:
+                position_ids = position_ids + past_key_values.row_lengths(position_ids.device)[:, None]
 
         context = dict(kwargs)
-        context["attention_mask"] = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            and_mask_function=self._visible(position_ids.expand(batch_size, length), document_ids),
-        )
+        if past_key_values is None:
+            context["attention_mask"] = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                and_mask_function=self._visible(position_ids.expand(batch_size, length), document_ids),
+            )
+        else:
+            context["cache"] = past_key_values.open(position_ids, attention_mask)
+            context["attention_mask"] = self._mask_with_cache(inputs_embeds, position_ids, context["cache"])
         if self.config.position_embedding_type == "learned":
             hidden_states = inputs_embeds + self.embed_positions(position_ids)
         else:
             hidden_states = inputs_embeds
             context["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
-        return self._run(self.layers[: self.config.loop_start], hidden_states, context), context
+        return self._run(0, self.config.loop_start, hidden_states, context), context
 
-    def loop(self, hidden_states: torch.Tensor, context: dict[str, Any], step_size: float = 1.0) -> torch.Tensor:
-        """Applies mid once: `h <- h + step_size * (mid(h) - h)`, which is `mid(h)` itself at `step_size=1`."""
-        updated = self._run(self.layers[self.config.loop_start : self.config.loop_end], hidden_states, context)
+    def loop(
+        self, hidden_states: torch.Tensor, context: dict[str, Any], step_size: float = 1.0, index: int = 0
+    ) -> torch.Tensor:
+        """
+        Applies mid once: `h <- h + step_size * (mid(h) - h)`, which is `mid(h)` itself at `step_size=1`. `index`, the
+        loop's number from 0, matters where there is a cache.
+        """
+        updated = self._run(self.config.loop_start, self.config.loop_end, hidden_states, context, index)
         return updated if step_size == 1.0 else torch.lerp(hidden_states, updated, step_size)
 
-    def readout(self, hidden_states: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
-        """Applies tail and the final norm."""
-        return self.norm(self._run(self.layers[self.config.loop_end :], hidden_states, context))
+    def readout(
+        self, hidden_states: torch.Tensor, context: dict[str, Any], positions: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """
+        Applies tail and the final norm. With `positions`, `(batch_size, num_positions)`, only their states are
+        returned, and the last layer asks and computes for them alone.
+        """
+        start, stop = self.config.loop_end, self.config.num_hidden_layers
+        mask = context["attention_mask"]
+        if positions is None or start == stop or not _can_narrow(mask):
+            hidden_states = self._run(start, stop, hidden_states, context)
+            return self.norm(hidden_states if positions is None else take_positions(hidden_states, positions))
+        hidden_states = self._run(start, stop - 1, hidden_states, context)
+        narrowed = {**context, "queries": positions, "attention_mask": _narrow_mask(mask, positions)}
+        if "position_embeddings" in context:
+            narrowed["query_embeddings"] = tuple(
+                take_positions(table, positions) for table in context["position_embeddings"]
+            )
+        return self.norm(self._run(stop - 1, stop, hidden_states, narrowed))
 
     def _visible(self, position_ids: torch.LongTensor, document_ids: torch.LongTensor | None) -> Callable | None:
         """
@@ -448,10 +553,118 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
 
         return is_visible
 
-    @staticmethod
-    def _run(layers: nn.ModuleList, hidden_states: torch.Tensor, context: dict[str, Any]) -> torch.Tensor:
-        for layer in layers:
-            hidden_states = layer(hidden_states, **context)
+    def _mask_with_cache(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.LongTensor, cache: OpenCache
+    ) -> torch.Tensor | None:
+        """The mask of queries at `position_ids`, `(1 or batch_size, length)`, over the places of the cache."""
+        batch_size, length = inputs_embeds.shape[:2]
+        places = torch.arange(cache.stop, device=position_ids.device)
+        stored = places < cache.lengths[:, None].expand(batch_size, 1)
+        block_size = self.config.attention_block_size
+        # On an accelerator looking at the values would make every pass wait for it; there a mask costs less.
+        looks = position_ids.device.type == "cpu"
+        if looks and bool(stored.all()):
+            stored = None
+        is_visible = None
+        if block_size is not None and not (
+            looks and int(position_ids.min()) // block_size == (cache.stop - 1) // block_size
+        ):
+            blocks = (position_ids // block_size).expand(batch_size, length)
+
+            def is_visible(batch, head, query, key):
+                return blocks[batch, query] >= key // block_size
+
+        if "flash" in self.config._attn_implementation and (stored is not None or is_visible is not None):
+            raise ValueError(
+                f"{self.config._attn_implementation!r} attention cannot mask stored keys, which rows of different "
+                'lengths and blocks need; call `model.set_attn_implementation("sdpa")`.'
+            )
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=stored,
+            # Says how many keys there are.
+            encoder_hidden_states=inputs_embeds.new_empty(1, 1, 1).expand(batch_size, cache.stop, 1),
+            and_mask_function=is_visible,
+        )
+
+    def _check_shapes(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.LongTensor | None,
+        past_key_values: LoopMDMCache | None,
+    ):
+        batch_size, length = inputs_embeds.shape[:2]
+        # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
+        if self.config.position_embedding_type == "learned" and length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The input has {length} positions, more than `max_position_embeddings` "
+                f"({self.config.max_position_embeddings}), and positions are learned; shorten it."
+            )
+        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}; the input needs {(batch_size, length)}"
+                + ("." if past_key_values is None else ", its own positions without those of the cache.")
+            )
+        if document_ids is not None and document_ids.shape != (batch_size, length):
+            raise ValueError(
+                f"`document_ids` has shape {tuple(document_ids.shape)}; the input needs {(batch_size, length)}."
+            )
+        if past_key_values is not None and document_ids is not None:
+            raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
+        if past_key_values is not None and attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"`attention_mask` has {attention_mask.ndim} dimensions; with `past_key_values` give (batch_size, length)."
+            )
+
+    def _prepare_cache(
+        self,
+        past_key_values: LoopMDMCache | None,
+        use_cache: bool | None,
+        batch_size: int,
+        num_loops: int,
+        loop_tolerance: float | None,
+    ) -> LoopMDMCache | None:
+        if past_key_values is None and not use_cache:
+            return None
+        if self.training:
+            raise ValueError(
+                "A cache passes no gradients on; call `model.eval()`, or train without `past_key_values`."
+            )
+        if use_cache and loop_tolerance is not None and not getattr(past_key_values, "share_loops", False):
+            raise ValueError(
+                "`use_cache=True` stores the keys and values of every loop, and `loop_tolerance` would leave some out; "
+                "leave out one of the two."
+            )
+        if past_key_values is None:
+            if self.config.attention_block_size is None:
+                raise ValueError(
+                    "`use_cache=True` needs block-causal attention: in this model every position sees all others, and "
+                    "its keys and values change with them. Pass a `LoopMDMCache` where stale ones will do, as "
+                    '`generate(cache_implementation="dual")` does.'
+                )
+            return LoopMDMCache(self.config, num_loops, batch_size, 0)
+        if not isinstance(past_key_values, LoopMDMCache):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}; a looped model needs a `LoopMDMCache`, "
+                "which has a place for every loop."
+            )
+        past_key_values.check(self, batch_size, num_loops)
+        if use_cache and past_key_values.rows is not None:
+            raise ValueError("`use_cache=True` is for all rows of a cache; a selection of rows stores nothing.")
+        return past_key_values
+
+    def _run(
+        self, start: int, stop: int, hidden_states: torch.Tensor, context: dict[str, Any], loop: int = 0
+    ) -> torch.Tensor:
+        """Applies the physical layers `start` to `stop` in turn; `loop` is the number of the loop that they run in."""
+        cache = context.get("cache")
+        arguments = {name: value for name, value in context.items() if name != "cache"}
+        for index in range(start, stop):
+            if cache is not None:
+                arguments["memory"] = cache.layer(index, loop, hidden_states)
+            hidden_states = self.layers[index](hidden_states, **arguments)
         return hidden_states
 
     @merge_with_config_defaults
@@ -463,25 +676,46 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         document_ids: torch.LongTensor | None = None,
+        past_key_values: LoopMDMCache | None = None,
+        use_cache: bool | None = None,
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
+        loop_exit: str = "row",
+        positions_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMModelOutput:
-        """See [`LoopMDMForMaskedLM.forward`]."""
+        """
+        See [`LoopMDMForMaskedLM.forward`]. `positions_to_keep`, `(batch_size, num_positions)`, are those that
+        `last_hidden_state` is wanted of; the last layer computes no others.
+        """
         num_loops = self._resolve_num_loops(num_loops)
-        self._check_loop_tolerance(loop_tolerance)
+        self._check_loop_tolerance(loop_tolerance, loop_exit)
         self._check_kwargs(kwargs, num_loops, loop_tolerance)
+        batch_size = _one_of(input_ids, inputs_embeds).shape[0]
+        past_key_values = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, loop_tolerance)
 
-        inputs = (input_ids, attention_mask, position_ids, inputs_embeds, document_ids)
-        hidden_states, context = self.prelude(*inputs, **kwargs)
+        hidden_states, context = self.prelude(
+            input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, **kwargs
+        )
+        token_loops = None
         if loop_tolerance is None:
             hidden_states = self._loop_times(hidden_states, context, num_loops)
             loops = torch.full((hidden_states.shape[0],), num_loops, device=hidden_states.device)
         else:
             real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            exit_rule = RelativeChangeExit(loop_tolerance)
-            hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
-        return LoopMDMModelOutput(last_hidden_state=self.readout(hidden_states, context), loops=loops)
+            exit_rule = RelativeChangeExit(loop_tolerance, per_token=loop_exit == "token")
+            if loop_exit == "token":
+                hidden_states, loops, token_loops = self._loop_until_tokens_settle(
+                    hidden_states, context, real, num_loops, exit_rule
+                )
+            else:
+                hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
+        hidden_states = self.readout(hidden_states, context, positions_to_keep)
+        if past_key_values is not None and use_cache:
+            past_key_values.store(context["cache"].lengths, context["cache"].stop, past_key_values.rows)
+        return LoopMDMModelOutput(
+            last_hidden_state=hidden_states, loops=loops, token_loops=token_loops, past_key_values=past_key_values
+        )
 
     def _loop_times(self, hidden_states: torch.Tensor, context: dict[str, Any], num_loops: int) -> torch.Tensor:
         """
@@ -499,11 +733,11 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             # Adds exactly zero, so that the values are those of the loops in any dtype.
             hidden_states = looped + (hidden_states - hidden_states.detach())
             num_loops = self.gradient_loops
-        for _ in range(num_loops):
+        for index in range(num_loops):
             if trains and self.checkpoint_loops:
                 hidden_states = checkpoint(self.loop, hidden_states, context, step_size, use_reentrant=False)
             else:
-                hidden_states = self.loop(hidden_states, context, step_size)
+                hidden_states = self.loop(hidden_states, context, step_size, index)
         return hidden_states
 
     def _loop_until_settled(
@@ -517,18 +751,95 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         Loops each row until `exit_rule` finds it settled, at most `num_loops` times. A settled row keeps its state
         while others go on, so its result does not depend on them. Returns the states and the loops of every row.
+
+        On the CPU a settled row leaves the batch at once. On an accelerator it stays, and that all have settled is
+        read one loop late, so that the host never waits.
         """
+        settled_states, rows = hidden_states, None  # `rows` still loop; None: all
         active = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
         loops = torch.zeros_like(active, dtype=torch.long)
-        for _ in range(num_loops):
-            updated = self.loop(hidden_states, context)
+        narrows = hidden_states.device.type == "cpu" and _can_narrow(context["attention_mask"])
+        flag = None
+        for index in range(num_loops):
+            updated = self.loop(hidden_states, context, index=index)
             settled = exit_rule(hidden_states, updated, real)
             hidden_states = torch.where(active[:, None, None], updated, hidden_states)
-            loops += active
+            loops = loops + active if rows is None else loops.index_add(0, rows, active.long())
             active = active & ~settled
-            if not active.any():
+            if index + 1 == num_loops:
                 break
-        return hidden_states, loops
+            late, flag = flag, HostCopy(active)
+            if hidden_states.device.type == "cpu":
+                late = flag
+            going = None if late is None else late.get()
+            if going is not None and not going.any():
+                break
+            if narrows and not going.all():
+                keep = going.nonzero().squeeze(-1)
+                settled_states = self._put_rows(settled_states, rows, hidden_states)
+                hidden_states, active = hidden_states[keep], active[keep]
+                real = None if real is None else real[keep]
+                context = _narrow_context(context, keep)
+                rows = keep if rows is None else rows[keep]
+        return self._put_rows(settled_states, rows, hidden_states), loops
+
+    @staticmethod
+    def _put_rows(states: torch.Tensor, rows: torch.Tensor | None, updated: torch.Tensor) -> torch.Tensor:
+        return updated if rows is None else states.index_copy(0, rows, updated)
+
+    def _loop_until_tokens_settle(
+        self,
+        hidden_states: torch.Tensor,
+        context: dict[str, Any],
+        real: torch.Tensor | None,
+        num_loops: int,
+        exit_rule: RelativeChangeExit,
+    ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
+        """
+        Loops each position until it has settled, at most `num_loops` times. Settled positions keep their state, and
+        with it the keys and values of their last update, which the others go on attending to. Returns the states, the
+        loops of every row, and the applications of mid to its single positions.
+        """
+        if not _can_narrow(context["attention_mask"]):
+            raise ValueError(
+                f'`loop_exit="token"` cannot be run by {self.config._attn_implementation!r} attention here; call '
+                '`model.set_attn_implementation("sdpa")`.'
+            )
+        batch_size, length = hidden_states.shape[:2]
+        if "cache" not in context:
+            # The positions' own keys and values, for this pass alone. They are numbered by column.
+            columns = torch.arange(length, device=hidden_states.device)
+            memory = LoopMDMCache(self.config, 1, batch_size, length, share_loops=True)
+            context = {**context, "cache": OpenCache(memory, columns, length, columns.new_full((batch_size,), length))}
+        active = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
+        if real is not None:
+            active = active & real.bool()
+        loops, token_loops = torch.ones_like(active[:, 0], dtype=torch.long), active.sum(-1)
+        updated = self.loop(hidden_states, context)
+        active = active & ~exit_rule(hidden_states, updated, real)
+        hidden_states = updated
+        for index in range(1, num_loops):
+            counts = active.sum(-1)
+            width = int(counts.max())
+            if width == 0:
+                break
+            context["cache"].carry(index)
+            loops, token_loops = loops + (counts > 0), token_loops + counts
+            # The moving positions of the moving rows; a row with fewer than others is filled up.
+            rows = counts.nonzero().squeeze(-1)
+            rows = None if len(rows) == batch_size else rows
+            moving = active if rows is None else active[rows]
+            queries = moving.long().argsort(dim=-1, descending=True, stable=True)[:, :width]
+            moving = moving.gather(1, queries)
+            before = take_positions(hidden_states if rows is None else hidden_states[rows], queries)
+            after = self.loop(before, _narrow_context(context, rows, queries, moving), index=index)
+            settled = exit_rule(before, after, None)
+            row_index = torch.arange(batch_size, device=queries.device)[:, None] if rows is None else rows[:, None]
+            hidden_states = hidden_states.index_put(
+                (row_index, queries), torch.where(moving[..., None], after, before)
+            )
+            active = active.index_put((row_index, queries), moving & ~settled)
+        return hidden_states, loops, token_loops
 
     def _resolve_num_loops(self, num_loops: int | None) -> int:
         if num_loops is None:
@@ -536,9 +847,15 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             num_loops = self.num_train_loops if in_training else self.config.num_loops
         return check_num_loops(num_loops)
 
-    def _check_loop_tolerance(self, loop_tolerance: float | None):
+    def _check_loop_tolerance(self, loop_tolerance: float | None, loop_exit: str = "row"):
+        if loop_exit not in ("row", "token"):
+            raise ValueError(f'`loop_exit` is {loop_exit!r}; it must be "row" or "token".')
         if loop_tolerance is None:
+            if loop_exit != "row":
+                raise ValueError(f"`loop_exit` is {loop_exit!r} without effect; give a `loop_tolerance`.")
             return
+        if loop_exit == "token" and self.training:
+            raise ValueError('`loop_exit="token"` passes no gradients on; call `model.eval()`.')
         if isinstance(loop_tolerance, bool) or not isinstance(loop_tolerance, int | float) or not loop_tolerance >= 0:
             raise ValueError(
                 f"`loop_tolerance` is {loop_tolerance!r}; it must be a number of at least 0, the relative change of "
@@ -605,8 +922,11 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         labels: torch.LongTensor | None = None,
         loss_weights: torch.FloatTensor | None = None,
         document_ids: torch.LongTensor | None = None,
+        past_key_values: LoopMDMCache | None = None,
+        use_cache: bool | None = None,
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
+        loop_exit: str = "row",
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -633,36 +953,69 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 nats per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
             num_loops (`int`, *optional*):
                 Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
+            past_key_values ([`LoopMDMCache`], *optional*):
+                Keys and values of earlier positions, which the pass attends to; `input_ids` and `attention_mask` are
+                those of its own positions alone, by default those that follow. Exact with block-causal attention.
+            use_cache (`bool`, *optional*):
+                Keep the keys and values of this pass in `past_key_values`, which the output then holds.
             loop_tolerance (`float`, *optional*):
                 Adaptive loops: a row stops looping when `||h_new - h|| / ||h||` over its real positions falls under
                 this, after at most `num_loops`.
+            loop_exit (`"row"` or `"token"`, defaults to `"row"`):
+                With `"token"` the tolerance is that of single positions: those that have settled are no longer updated,
+                while others loop on and attend to them as they are.
             logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
                 Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`,
-                or of positions chosen for every row `(batch_size, num_positions)`.
+                or of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last layer
+                computes no others either.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*):
                 Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels
                 in all micro-batches of an optimiser step.
         """
+        inputs = _one_of(input_ids, inputs_embeds)
+        shifts, before = self.config.shift_logits, None
+        if shifts and past_key_values is not None:
+            before = past_key_values.state_before()
+        # Positions whose states alone are needed, where they were chosen for every row.
+        keep = None
+        records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        if labels is None and not records and isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
+            keep = logits_to_keep
+        if shifts and (use_cache or before is not None):
+            keep = None
+        elif shifts and keep is not None:
+            sources = self._sources(inputs.shape[1], inputs.device, attention_mask, document_ids)
+            keep = sources.expand(inputs.shape[0], -1).gather(1, keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
             num_loops=num_loops,
             loop_tolerance=loop_tolerance,
+            loop_exit=loop_exit,
+            positions_to_keep=keep,
             **kwargs,
         )
-        hidden_states = self.align(outputs.last_hidden_state, attention_mask, document_ids)
+        hidden_states = outputs.last_hidden_state
+        if shifts and use_cache:
+            outputs.past_key_values.keep_state(hidden_states, attention_mask)
+        if keep is None:
+            hidden_states = self.align(hidden_states, attention_mask, document_ids, before)
         loss = logits = None
         if labels is not None:
             loss = self._masked_diffusion_loss(hidden_states, labels, loss_weights, num_items_in_batch)
         if labels is None or not self.training:
-            logits = self.lm_head(self._keep_positions(hidden_states, logits_to_keep))
+            logits = self.lm_head(hidden_states if keep is not None else self._keep(hidden_states, logits_to_keep))
         return LoopMDMMaskedLMOutput(
             loss=loss,
             logits=logits,
             loops=outputs.loops,
+            token_loops=outputs.token_loops,
+            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -672,31 +1025,48 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         document_ids: torch.LongTensor | None = None,
+        before: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Output states `(batch_size, sequence_length, hidden_size)` such that row i predicts token i. With
         `config.shift_logits` row i is the state of the real position before i; the first real position of a row, or of
-        a packed document, keeps its own. Otherwise nothing changes.
+        a packed document, keeps its own, or takes the one that came `before` it, `(batch_size, hidden_size)`.
+        Otherwise nothing changes.
         """
         if not self.config.shift_logits:
             return hidden_states
-        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        sources = self._sources(hidden_states.shape[1], hidden_states.device, attention_mask, document_ids)
+        aligned = take_positions(hidden_states, sources.expand(hidden_states.shape[0], -1))
+        if before is not None:
+            columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            aligned = torch.where((sources == columns)[..., None], before[:, None], aligned)
+        return aligned
+
+    @staticmethod
+    def _sources(
+        length: int,
+        device: torch.device,
+        attention_mask: torch.Tensor | None,
+        document_ids: torch.LongTensor | None = None,
+    ) -> torch.LongTensor:
+        """With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`."""
+        columns = torch.arange(length, device=device).unsqueeze(0)
         before = (columns - 1).clamp(min=0)
         if attention_mask is not None and attention_mask.ndim == 2:
-            last_real = torch.where(attention_mask.to(columns.device) != 0, columns, -1).cummax(-1).values
+            last_real = torch.where(attention_mask.to(device) != 0, columns, -1).cummax(-1).values
             before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=1)
             before = torch.where(before < 0, columns, before)
         if document_ids is not None:
-            before = torch.where(document_starts(document_ids.to(columns.device)), columns, before)
-        return torch.take_along_dim(hidden_states, before[..., None], dim=1)
+            before = torch.where(document_starts(document_ids.to(device)), columns, before)
+        return before
 
     @staticmethod
-    def _keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
         if isinstance(logits_to_keep, int):
             return hidden_states[:, -logits_to_keep:]
         if logits_to_keep.ndim == 1:
             return hidden_states[:, logits_to_keep]
-        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+        return take_positions(hidden_states, logits_to_keep)
 
     def _masked_diffusion_loss(
         self,

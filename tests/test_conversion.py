@@ -44,7 +44,7 @@ from loopmdm import LoopMDMForMaskedLM
 from loopmdm.convert import Plan, Recipe, Source, convert_checkpoint
 from loopmdm.generation_utils import DenoisingStep, LoopMDMGenerationConfig, commit_rule
 
-HUB_FILES = {"configuration_loopmdm.py", "generation_utils.py", "modeling_loopmdm.py"}
+HUB_FILES = {"cache_utils.py", "configuration_loopmdm.py", "generation_utils.py", "modeling_loopmdm.py"}
 exact = {"rtol": 1e-12, "atol": 1e-12}
 
 fixtures = pytest.mark.parametrize("name", NAMES)

@@ -36,7 +36,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMGenerationConfig, LoopMDMModel
 
 ROOT = Path(__file__).parents[1]
-HUB_FILES = {"configuration_loopmdm.py", "generation_utils.py", "modeling_loopmdm.py"}
+HUB_FILES = {"cache_utils.py", "configuration_loopmdm.py", "generation_utils.py", "modeling_loopmdm.py"}
 SAVED_FILES = {"config.json", "generation_config.json", "model.safetensors", *HUB_FILES}
 AUTO_CLASSES = [AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM]
 

@@ -1,0 +1,349 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Keys and values that outlive a forward pass: [`LoopMDMCache`], which knows that a layer runs once for every loop.
+
+Two uses. With block-causal attention the keys and values of finished blocks never change again, and storing them is
+exact. With attention over the whole sequence they do change with every commitment, and reading those of an earlier
+denoising step is an approximation (Fast-dLLM, arXiv 2505.22618).
+"""
+
+import copy
+import weakref
+from typing import NamedTuple
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration_loopmdm import LoopMDMConfig, check_num_loops
+
+
+class LayerMemory(NamedTuple):
+    """
+    One layer's part of a cache, as seen by a forward pass over N rows and Q positions.
+
+    Args:
+        keys, values (`torch.Tensor` of shape `(batch_size, num_key_value_heads, max_length + 1, head_dim)`):
+            Stored by position. The last place takes what filler positions write, and is never read.
+        rows (`torch.LongTensor` of shape `(N,)`, *optional*): Rows of the cache that the pass is about; by default all.
+        places (`torch.LongTensor` of shape `(Q,)` or `(N, Q)`): Where the pass writes its own keys and values.
+        stop (`int`): Places below this are attended to, as far as the attention mask allows.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rows: torch.Tensor | None
+    places: torch.Tensor
+    stop: int
+
+
+def remember(memory: LayerMemory, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stores `(N, heads, Q, head_dim)` and returns all that the pass attends to, `(N, heads, stop, head_dim)`."""
+    read = []
+    for stored, new in ((memory.keys, key), (memory.values, value)):
+        new = new.detach().to(stored.dtype)
+        if memory.places.ndim == 1 and memory.rows is None:
+            stored.index_copy_(2, memory.places, new)
+        else:
+            rows = memory.rows
+            if rows is None:
+                rows = torch.arange(new.shape[0], device=new.device)
+            stored[rows[:, None], :, memory.places.expand(new.shape[0], -1)] = new.transpose(1, 2)
+        kept = stored[:, :, : memory.stop]
+        read.append(kept if memory.rows is None else kept[memory.rows])
+    return read[0], read[1]
+
+
+class LoopMDMCacheLayer(CacheLayerMixin):
+    """Keys and values of one executed layer, `(batch_size, heads, max_length + 1, head_dim)`, by position."""
+
+    is_sliding = False
+
+    def __init__(self, max_length: int):
+        super().__init__()
+        self.max_length = max_length
+
+    def allocate(self, batch_size: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        # Zeros, since places that were never written are masked, and 0 * NaN would be NaN all the same.
+        shape = (batch_size, num_heads, self.max_length + 1, head_dim)
+        self.dtype, self.device = dtype, device
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch_size, num_heads, _, head_dim = key_states.shape
+        self.allocate(batch_size, num_heads, head_dim, key_states.dtype, key_states.device)
+
+    def grow(self, max_length: int) -> None:
+        """Makes room for `max_length` positions and keeps what is stored."""
+        if self.is_initialized:
+            keys, values, stored = self.keys, self.values, self.max_length
+            self.max_length = max_length
+            self.allocate(keys.shape[0], keys.shape[1], keys.shape[3], self.dtype, self.device)
+            self.keys[:, :, :stored], self.values[:, :, :stored] = keys[:, :, :stored], values[:, :, :stored]
+        self.max_length = max_length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise NotImplementedError("A LoopMDMCache is written by position; see `LoopMDMCache.open`.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.max_length if self.is_initialized else 0  # `LoopMDMCache` knows how many of them are used
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.20
+
+
+class LoopMDMCache(Cache):
+    """
+    A depth-aware cache: keys and values by position, for every executed layer, so that loop s of mid finds those of
+    loop s. The `num_hidden_layers + (num_loops - 1) * |mid|` layers lie in executed order: head, mid of every loop,
+    tail.
+
+    Give it to `forward` (or let `generate` make one) as `past_key_values`: the pass attends to the stored positions
+    and to its own, which it writes behind them. With `use_cache=True` its positions stay stored; without, the next
+    pass writes over them, as denoising steps do with a block that is not finished.
+
+    With block-causal attention (`config.attention_block_size`) storing finished blocks is exact. It needs the same
+    `num_loops` for all of them, and none that were still [MASK].
+
+    Args:
+        config ([`LoopMDMConfig`]): Of the model that will fill it.
+        num_loops (`int`): Applications of mid that the keys and values come from.
+        batch_size (`int`): Number of rows.
+        max_length (`int`): Positions per row; it grows when more are needed.
+        share_loops (`bool`, defaults to `False`):
+            One place for all loops of mid, which holds the keys and values of the last loop that wrote them. An
+            approximation which needs the memory of a model without loops.
+    """
+
+    def __init__(
+        self, config: LoopMDMConfig, num_loops: int, batch_size: int, max_length: int, share_loops: bool = False
+    ):
+        self.config = config
+        self.num_loops = check_num_loops(num_loops)
+        self.share_loops = share_loops
+        self.max_length = max_length
+        num_slots = config.num_executed_layers(1 if share_loops else num_loops)
+        super().__init__(layers=[LoopMDMCacheLayer(max_length) for _ in range(num_slots)])
+        self.lengths = torch.zeros(batch_size, dtype=torch.long)  # stored positions of every row
+        self.length = 0  # the most of them, known without asking the device
+        self.tokens: torch.Tensor | None = None  # what is stored, (batch_size, length), where `generate` wrote it
+        self.rows: torch.Tensor | None = None  # rows that the next passes are about; see `select`
+        self.last_state: torch.Tensor | None = None  # see `keep_state`
+        self._reserved: int | None = None
+        self._model: weakref.ref | None = None
+        self._versions = 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @staticmethod
+    def num_bytes(
+        config: LoopMDMConfig, num_loops: int, batch_size: int, length: int, dtype: torch.dtype, share_loops=False
+    ) -> int:
+        """
+        Memory of a cache: `2 * batch_size * (length + 1) * num_key_value_heads * head_dim * element_size` for each of
+        the executed layers.
+        """
+        layers = config.num_executed_layers(1 if share_loops else num_loops)
+        size = config.num_key_value_heads * config.head_dim * dtype.itemsize
+        return 2 * batch_size * (length + 1) * size * layers
+
+    def slot(self, layer_idx: int, loop: int) -> int:
+        """Index in `layers` of a physical layer in the given loop (counted from 0; only mid's layers care)."""
+        if layer_idx < self.config.loop_start:
+            return layer_idx
+        loops = 1 if self.share_loops else self.num_loops
+        past = loop if layer_idx < self.config.loop_end else loops - 1
+        return layer_idx + min(past, loops - 1) * self.config.num_mid_layers
+
+    def open(self, position_ids: torch.Tensor, real: torch.Tensor | None) -> "OpenCache":
+        """
+        Prepares a pass over `position_ids`, `(1 or N, Q)`; `real`, `(N, Q)`, is False on filler, which is stored
+        nowhere. `stop`, how far the pass reaches, is read from them unless `reserve` has told.
+        """
+        stop = self._reserved
+        if stop is None or position_ids.device.type == "cpu":
+            stop = int(position_ids.max() if real is None else position_ids.masked_fill(real == 0, -1).max()) + 1
+            stop = max(stop, self.length)
+        self._make_room(stop)
+        places = position_ids
+        if real is not None:
+            places = torch.where(real.bool(), position_ids, self.max_length)
+        elif position_ids.shape[0] == 1:
+            places = position_ids[0]
+        last = position_ids if real is None else position_ids.masked_fill(real == 0, -1)
+        lengths = torch.maximum(self.row_lengths(last.device), last.amax(-1) + 1)
+        return OpenCache(self, places, stop, lengths)
+
+    def reserve(self, stop: int) -> None:
+        """Says that passes reach to position `stop` at most, which a pass on an accelerator would have to wait for."""
+        self._make_room(stop)
+        self._reserved = stop
+
+    def _make_room(self, stop: int) -> None:
+        if stop > self.max_length:
+            for layer in self.layers:
+                layer.grow(stop)
+            self.max_length = stop
+
+    def select(self, rows: torch.Tensor | None) -> "LoopMDMCache":
+        """The same cache, for passes over some of its rows, `(N,)`. It shares the stored tensors."""
+        view = copy.copy(self)
+        view.rows = rows
+        return view
+
+    def store(self, lengths: torch.Tensor, length: int, rows: torch.Tensor | None = None) -> None:
+        """Keeps the first `lengths`, `(N,)`, written positions of `rows`; `length` is the most of them."""
+        self.lengths = self.lengths.to(lengths.device)
+        self.lengths = lengths if rows is None else self.lengths.index_copy(0, rows, lengths)
+        self.length = max(self.length, length)
+
+    def row_lengths(self, device: torch.device) -> torch.LongTensor:
+        """Stored positions of the rows that the next pass is about, `(N,)`."""
+        self.lengths = self.lengths.to(device)
+        return self.lengths if self.rows is None else self.lengths[self.rows]
+
+    def keep_state(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> None:
+        """
+        With `config.shift_logits`: keeps the output state of every row's last stored position, which predicts the
+        first position of the next pass. `hidden_states` `(N, Q, hidden_size)`, `real` `(N, Q)` False on padding.
+        """
+        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        last = columns[-1:].expand(hidden_states.shape[0]) if real is None else (columns * (real != 0)).amax(-1)
+        state = hidden_states.take_along_dim(last[:, None, None], dim=1).squeeze(1)
+        self.last_state = state
+
+    def state_before(self) -> torch.Tensor | None:
+        """The state that `keep_state` kept for the rows of the next pass, `(N, hidden_size)`."""
+        return self.last_state if self.rows is None or self.last_state is None else self.last_state[self.rows]
+
+    def crop(self, max_length: int) -> None:
+        """
+        Forgets all but the first `max_length` positions of every row, or with a negative number so many at the end.
+        With block-causal attention only whole blocks are kept.
+        """
+        keep = max(self.length + max_length, 0) if max_length < 0 else max_length
+        block_size = self.config.attention_block_size or 1
+        keep = keep // block_size * block_size
+        if self.length > keep:
+            self.lengths, self.length, self.last_state = self.lengths.clamp(max=keep), keep, None
+
+    def reset(self) -> None:
+        self.lengths, self.length, self.tokens, self.last_state = torch.zeros_like(self.lengths), 0, None, None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given rows."""
+        self._map_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def _map_rows(self, change) -> None:
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
+        for name in ("lengths", "tokens", "last_state"):
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
+    def check(self, model: torch.nn.Module, batch_size: int, num_loops: int) -> None:
+        """Raises a ValueError where the model, its weights, the rows or the loops are not those that filled it."""
+        rows = self.batch_size if self.rows is None else self.rows.shape[0]
+        if batch_size != rows:
+            raise ValueError(f"`past_key_values` holds {rows} rows and the input has {batch_size}; they must agree.")
+        if num_loops != self.num_loops and not self.share_loops:
+            raise ValueError(
+                f"`past_key_values` was made with num_loops={self.num_loops} and is used with {num_loops}; the keys "
+                "and values of other loops are different ones. Use the same number, or start a new cache."
+            )
+        filled_by = None if self._model is None else self._model()
+        if self.config is not model.config or (self._model is not None and filled_by is not model):
+            raise ValueError("`past_key_values` was filled by another model; start a new cache for this one.")
+        versions = _weight_versions(model)
+        if self._model is None:
+            self._model, self._versions = weakref.ref(model), versions
+        elif self.length > 0 and versions != self._versions:
+            raise ValueError(
+                "`past_key_values` was filled before the model's weights changed; start a new cache with the weights "
+                "as they are now."
+            )
+        self._versions = versions
+
+    def __deepcopy__(self, memo):
+        new = copy.copy(self)
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            # The model that filled it, and its config, stay the same objects.
+            new.__dict__[name] = value if name in ("_model", "config") else copy.deepcopy(value, memo)
+        return new
+
+
+class OpenCache:
+    """A cache during one forward pass over N rows and Q positions: where the pass writes and what it reads."""
+
+    def __init__(
+        self,
+        cache: LoopMDMCache,
+        places: torch.Tensor,
+        stop: int,
+        lengths: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ):
+        self.cache, self.places, self.stop, self.lengths = cache, places, stop, lengths
+        self.rows = cache.rows if rows is None else rows
+
+    def layer(self, layer_idx: int, loop: int, hidden_states: torch.Tensor) -> LayerMemory:
+        """The memory of a physical layer in the given loop."""
+        stored = self.cache.layers[self.cache.slot(layer_idx, loop)]
+        if not stored.is_initialized:
+            config, device = self.cache.config, hidden_states.device
+            in_autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if in_autocast else hidden_states.dtype
+            stored.allocate(self.cache.batch_size, config.num_key_value_heads, config.head_dim, dtype, device)
+        return LayerMemory(stored.keys, stored.values, self.rows, self.places, self.stop)
+
+    def narrow(self, rows: torch.Tensor | None, queries: torch.Tensor, real: torch.Tensor) -> "OpenCache":
+        """For a part of the pass: some of its rows, `(M,)`, and of their positions `(M, P)`, False in `real` if filler."""
+        places = self.places if rows is None or self.places.ndim == 1 else self.places[rows]
+        places = places.expand(queries.shape[0], -1).gather(1, queries).masked_fill(~real, self.cache.max_length)
+        if rows is not None and self.rows is not None:
+            rows = self.rows[rows]
+        return OpenCache(self.cache, places, self.stop, self.lengths, rows)
+
+    def carry(self, loop: int) -> None:
+        """Makes the pass's positions of the loop before those of `loop` too, where the two have places of their own."""
+        cache = self.cache
+        for layer_idx in range(cache.config.loop_start, cache.config.loop_end):
+            before, after = (cache.layers[cache.slot(layer_idx, number)] for number in (loop - 1, loop))
+            if before is after:
+                return
+            if not after.is_initialized:
+                after.allocate(*before.keys.shape[:2], before.keys.shape[3], before.dtype, before.device)
+            for source, target in ((before.keys, after.keys), (before.values, after.values)):
+                if self.places.ndim == 1 and self.rows is None:
+                    target.index_copy_(2, self.places, source.index_select(2, self.places))
+                else:
+                    rows = torch.arange(source.shape[0], device=source.device) if self.rows is None else self.rows
+                    places = self.places.expand(rows.shape[0], -1)
+                    target[rows[:, None], :, places] = source[rows[:, None], :, places]
+
+
+def _weight_versions(model: torch.nn.Module) -> int:
+    """Changes whenever a weight is written to."""
+    return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+
+
+__all__ = ["LayerMemory", "LoopMDMCache", "LoopMDMCacheLayer", "OpenCache", "remember"]
