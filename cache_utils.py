@@ -16,6 +16,24 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 
 
+class HostCopy:
+    """A tensor on its way to the host: on the CPU it is there, from CUDA it is copied without waiting for it."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor, self.event = tensor, None
+        if tensor.device.type == "cuda":
+            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self.tensor.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def get(self) -> torch.Tensor:
+        """The copy, waiting for it if it has not arrived."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor.cpu()
+
+
 class LayerMemory(NamedTuple):
     """
     One layer's part of a cache, as seen by a forward pass over N rows and Q positions.
@@ -23,8 +41,8 @@ class LayerMemory(NamedTuple):
     Args:
         keys, values (`torch.Tensor` of shape `(batch_size, num_key_value_heads, max_length + 1, head_dim)`):
             Stored by position. The last place takes what filler positions write, and is never read.
-        rows (`torch.LongTensor` of shape `(N,)`, *optional*): Rows of the cache that the pass is about; by default all.
-        places (`torch.LongTensor` of shape `(Q,)` or `(N, Q)`): Where the pass writes its own keys and values.
+        rows (`torch.LongTensor` of shape `(N,)`, *optional*): Rows of the cache that the pass is about; by default
+        all. places (`torch.LongTensor` of shape `(Q,)` or `(N, Q)`): Where the pass writes its own keys and values.
         stop (`int`): Places below this are attended to, as far as the attention mask allows.
     """
 
@@ -131,7 +149,8 @@ class LoopMDMCache(Cache):
         super().__init__(layers=[LoopMDMCacheLayer(max_length) for _ in range(num_slots)])
         self.lengths = torch.zeros(batch_size, dtype=torch.long)  # stored positions of every row
         self.length = 0  # the most of them, known without asking the device
-        self.tokens: torch.Tensor | None = None  # what is stored, (batch_size, length), where `generate` wrote it
+        # What is stored, (batch_size, max_length + 1), -1 where unknown
+        self.tokens = torch.full((batch_size, max_length + 1), -1)
         self.rows: torch.Tensor | None = None  # rows that the next passes are about; see `select`
         self.last_state: torch.Tensor | None = None  # see `keep_state`
         self._reserved: int | None = None
@@ -168,7 +187,7 @@ class LoopMDMCache(Cache):
         nowhere. `stop`, how far the pass reaches, is read from them unless `reserve` has told.
         """
         stop = self._reserved
-        if stop is None or position_ids.device.type == "cpu":
+        if stop is None:
             stop = int(position_ids.max() if real is None else position_ids.masked_fill(real == 0, -1).max()) + 1
             stop = max(stop, self.length)
         self._make_room(stop)
@@ -181,15 +200,18 @@ class LoopMDMCache(Cache):
         lengths = torch.maximum(self.row_lengths(last.device), last.amax(-1) + 1)
         return OpenCache(self, places, stop, lengths)
 
-    def reserve(self, stop: int) -> None:
-        """Says that passes reach to position `stop` at most, which a pass on an accelerator would have to wait for."""
-        self._make_room(stop)
+    def reserve(self, stop: int | None) -> "LoopMDMCache":
+        """Says how far the next passes reach, which they would have to ask the device for. None: they ask."""
+        self._make_room(stop or 0)
         self._reserved = stop
+        return self
 
     def _make_room(self, stop: int) -> None:
         if stop > self.max_length:
             for layer in self.layers:
                 layer.grow(stop)
+            # The last column is that of filler.
+            self.tokens = torch.nn.functional.pad(self.tokens[:, :-1], (0, stop + 1 - self.max_length), value=-1)
             self.max_length = stop
 
     def select(self, rows: torch.Tensor | None) -> "LoopMDMCache":
@@ -198,11 +220,15 @@ class LoopMDMCache(Cache):
         view.rows = rows
         return view
 
-    def store(self, lengths: torch.Tensor, length: int, rows: torch.Tensor | None = None) -> None:
-        """Keeps the first `lengths`, `(N,)`, written positions of `rows`; `length` is the most of them."""
-        self.lengths = self.lengths.to(lengths.device)
-        self.lengths = lengths if rows is None else self.lengths.index_copy(0, rows, lengths)
-        self.length = max(self.length, length)
+    def store(self, lengths: torch.Tensor, length: int, tokens: torch.Tensor | None, places: torch.Tensor) -> None:
+        """
+        Keeps the first `lengths`, `(batch_size,)`, written positions; `length` is the most of them. `tokens`,
+        `(batch_size, Q)`, are those at `places`, or None if they came as embeddings.
+        """
+        self.lengths, self.length = lengths, max(self.length, length)
+        self.tokens = self.tokens.to(lengths.device)
+        places = places.expand(self.batch_size, -1)
+        self.tokens.scatter_(1, places, torch.full_like(places, -1) if tokens is None else tokens)
 
     def row_lengths(self, device: torch.device) -> torch.LongTensor:
         """Stored positions of the rows that the next pass is about, `(N,)`."""
@@ -235,7 +261,8 @@ class LoopMDMCache(Cache):
             self.lengths, self.length, self.last_state = self.lengths.clamp(max=keep), keep, None
 
     def reset(self) -> None:
-        self.lengths, self.length, self.tokens, self.last_state = torch.zeros_like(self.lengths), 0, None, None
+        self.lengths, self.length, self.last_state = torch.zeros_like(self.lengths), 0, None
+        self.tokens = torch.full_like(self.tokens, -1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -303,7 +330,7 @@ class OpenCache:
         rows: torch.Tensor | None = None,
     ):
         self.cache, self.places, self.stop, self.lengths = cache, places, stop, lengths
-        self.rows = cache.rows if rows is None else rows
+        self.rows = cache.rows if rows is None else rows  # of the cache; None: all
 
     def layer(self, layer_idx: int, loop: int, hidden_states: torch.Tensor) -> LayerMemory:
         """The memory of a physical layer in the given loop."""
@@ -315,16 +342,24 @@ class OpenCache:
             stored.allocate(self.cache.batch_size, config.num_key_value_heads, config.head_dim, dtype, device)
         return LayerMemory(stored.keys, stored.values, self.rows, self.places, self.stop)
 
-    def narrow(self, rows: torch.Tensor | None, queries: torch.Tensor, real: torch.Tensor) -> "OpenCache":
-        """For a part of the pass: some of its rows, `(M,)`, and of their positions `(M, P)`, False in `real` if filler."""
+    def narrow(
+        self, rows: torch.Tensor | None, queries: torch.Tensor | None, real: torch.Tensor | None
+    ) -> "OpenCache":
+        """
+        For a part of the pass: some of its rows, `(M,)`, and of their positions, `(M, P)`, which are filler where
+        `real` is False.
+        """
         places = self.places if rows is None or self.places.ndim == 1 else self.places[rows]
-        places = places.expand(queries.shape[0], -1).gather(1, queries).masked_fill(~real, self.cache.max_length)
-        if rows is not None and self.rows is not None:
+        if queries is not None:
+            places = places.expand(queries.shape[0], -1).gather(1, queries).masked_fill(~real, self.cache.max_length)
+        if rows is None:
+            rows = self.rows
+        elif self.rows is not None:
             rows = self.rows[rows]
         return OpenCache(self.cache, places, self.stop, self.lengths, rows)
 
     def carry(self, loop: int) -> None:
-        """Makes the pass's positions of the loop before those of `loop` too, where the two have places of their own."""
+        """Copies the pass's positions from the loop before into `loop`, where the two have places of their own."""
         cache = self.cache
         for layer_idx in range(cache.config.loop_start, cache.config.loop_end):
             before, after = (cache.layers[cache.slot(layer_idx, number)] for number in (loop - 1, loop))
@@ -346,4 +381,133 @@ def _weight_versions(model: torch.nn.Module) -> int:
     return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
 
 
-__all__ = ["LayerMemory", "LoopMDMCache", "LoopMDMCacheLayer", "OpenCache", "remember"]
+class ForwardPass(NamedTuple):
+    """
+    A forward pass of `generate`: for every one of its `rows`, the real positions from `starts` to `stops` are
+    computed, and all before `keys` are attended to. `adaptive`: whether `loop_tolerance` applies to it.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    stops: list[int]
+    keys: list[int]
+    cache: LoopMDMCache | None
+    adaptive: bool = True
+
+
+class PassPlanner:
+    """
+    Which positions every denoising step has to compute, and what it reads from a cache instead. Positions are a row's
+    real ones, counted from 0, so that padding does not matter.
+
+    Args:
+        config ([`LoopMDMConfig`]): Of the model.
+        starts, lengths (`list[int]`): Of every row, where its first block begins and how many positions it has.
+        block_length (`int`): Positions per block.
+        cache_implementation (`str`, *optional*): `"prefix"` or `"dual"`, the approximations for whole-sequence
+        attention. use_cache (`bool`): Whether a block-causal model stores finished blocks.
+        refresh_interval (`int`, *optional*): Denoising steps between passes over everything; once a block by default.
+        share_loops (`bool`): Whether an approximate cache has one place for all loops of mid.
+        max_loops (`int`): The most loops of any step.
+        adaptive (`bool`): Whether loops end early, and so may be too few for what is stored.
+        copies (`int`): Rows of a cache per row; 2 with guidance.
+        cache ([`LoopMDMCache`], *optional*): Filled before, with the first blocks of every row.
+    """
+
+    def __init__(
+        self,
+        config: LoopMDMConfig,
+        starts: list[int],
+        lengths: list[int],
+        block_length: int,
+        cache_implementation: str | None,
+        use_cache: bool,
+        refresh_interval: int | None,
+        share_loops: bool,
+        max_loops: int,
+        adaptive: bool,
+        copies: int,
+        cache: LoopMDMCache | None = None,
+    ):
+        self.config, self.starts, self.lengths, self.block_length = config, starts, lengths, block_length
+        self.cache_implementation, self.use_cache = cache_implementation, use_cache
+        self.refresh_interval, self.share_loops = refresh_interval, share_loops
+        self.max_loops, self.adaptive, self.copies = max_loops, adaptive, copies
+        self.is_block_causal = config.attention_block_size is not None
+        # Finished positions of every row in the cache of each number of loops: their keys and values are different.
+        self.caches: dict[int, LoopMDMCache] = {} if cache is None else {cache.num_loops: cache}
+        self.stored: dict[int, list[int]] = {}
+        if cache is not None:
+            size = config.attention_block_size
+            self.stored[cache.num_loops] = [length // size * size for length in cache.lengths.tolist()]
+
+    def plan(self, rows: list[int], block: int, step: int, num_loops: int) -> list[ForwardPass]:
+        """The passes of a denoising step, in order. The last one gives the logits."""
+        starts = [self.starts[row] + block * self.block_length for row in rows]
+        lengths = [self.lengths[row] for row in rows]
+        stops = [min(start + self.block_length, length) for start, length in zip(starts, lengths, strict=True)]
+        nothing = [0] * len(rows)
+        if self.is_block_causal:
+            return self._plan_block_causal(rows, starts, stops, num_loops)
+        if self.cache_implementation is None:
+            return [ForwardPass(rows, nothing, lengths, lengths, None)]
+        first = step == 0 if self.refresh_interval is None else step % self.refresh_interval == 0
+        cache = self._cache(0, self.max_loops, self.share_loops)
+        if first:
+            return [ForwardPass(rows, nothing, lengths, lengths, cache)]
+        until = lengths if self.cache_implementation == "prefix" else stops
+        return [ForwardPass(rows, [self._source(start) for start in starts], until, lengths, cache)]
+
+    def _plan_block_causal(
+        self, rows: list[int], starts: list[int], stops: list[int], num_loops: int
+    ) -> list[ForwardPass]:
+        """Finished blocks that are not stored yet are computed together with the current one, or before it."""
+        if not self.use_cache:
+            if not self.adaptive:
+                return [ForwardPass(rows, [0] * len(rows), stops, stops, None)]
+            self.caches.clear()
+            self.stored.clear()
+        cache = self._cache(num_loops, num_loops, False)
+        stored = self.stored.setdefault(num_loops, [0] * len(self.starts))
+        before = [stored[row] for row in rows]
+        for row, start in zip(rows, starts, strict=True):
+            stored[row] = start
+        behind = [i for i in range(len(rows)) if before[i] < starts[i]]
+        currents = [self._source(start) for start in starts]
+        passes = []
+        if self.adaptive and behind:
+            # What is stored has all loops, whenever the current block stops.
+            ends = [starts[i] for i in behind]
+            passes.append(
+                ForwardPass([rows[i] for i in behind], [before[i] for i in behind], ends, ends, cache, False)
+            )
+        elif behind:
+            currents = [min(old, current) for old, current in zip(before, currents, strict=True)]
+        return [*passes, ForwardPass(rows, currents, stops, stops, cache)]
+
+    def _source(self, start: int) -> int:
+        """Where a pass over a block begins: with `config.shift_logits` at the position that predicts its first."""
+        return max(start - 1, 0) if self.config.shift_logits else start
+
+    def _cache(self, key: int, num_loops: int, share_loops: bool) -> LoopMDMCache:
+        if key not in self.caches:
+            lengths = self.lengths * self.copies
+            cache = LoopMDMCache(self.config, num_loops, len(lengths), max(lengths), share_loops)
+            if not self.is_block_causal:  # everything is there from the first pass on
+                cache.lengths, cache.length = torch.tensor(lengths), max(lengths)
+            self.caches[key] = cache
+        return self.caches[key]
+
+    def finish(self, num_loops: int, tokens: torch.LongTensor) -> LoopMDMCache | None:
+        """The cache of finished blocks, to go on from; `tokens`, `(num_rows, length)`, by position."""
+        cache = self.caches.get(num_loops)
+        if cache is None or not self.is_block_causal or not self.use_cache:
+            return None
+        lengths = torch.tensor(self.stored[num_loops], device=tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        cache.length = 0
+        cache.store(lengths, max(self.stored[num_loops]), tokens[:, : cache.max_length], places[: cache.max_length])
+        return cache.reserve(None)
+
+
+__all__ = ["HostCopy", "LayerMemory", "LoopMDMCache", "LoopMDMCacheLayer", "OpenCache", "PassPlanner", "remember"]

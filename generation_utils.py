@@ -9,13 +9,15 @@ import contextlib
 import copy
 import difflib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.generation import (
+    CompileConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -28,6 +30,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .cache_utils import ForwardPass, HostCopy, LoopMDMCache, PassPlanner
 from .configuration_loopmdm import check_num_loops
 
 # What other samplers call our arguments, and arguments of autoregressive generation that have no meaning here.
@@ -42,13 +45,15 @@ OTHER_NAMES = {
     "max_tokens": "use `max_new_tokens`",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
     "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
-    "past_key_values": "generation does not cache yet",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
     "steps": "use `max_denoising_steps`, the steps per block",
     "threshold": "use `confidence_threshold`",
-    "use_cache": "generation does not cache yet",
-    "cache_implementation": "generation does not cache yet",
+    "use_block_cache": "use `cache_implementation`",
+    "dual_cache": 'use `cache_implementation="dual"`',
 }
+
+# Modes of torch.compile that record CUDA graphs, one for each combination of shapes.
+STATIC_MODES = frozenset({"reduce-overhead", "max-autotune"})
 
 # Arguments that say how to draw tokens, and mean nothing where none are drawn.
 SAMPLING = frozenset({"temperature", "top_k", "top_p", "min_p"})
@@ -69,15 +74,33 @@ class LoopMDMGenerationConfig(GenerationConfig):
         > Cost and quality
 
         num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`):
-            Applications of mid in a forward pass. A list is stretched over the denoising steps of each block.
+            Applications of mid in a forward pass. A list is stretched over the denoising steps of each block, and has
+            at most as many elements as they are.
         loop_tolerance (`float`, *optional*):
             Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
+        loop_exit (`"row"` or `"token"`, defaults to `"row"`):
+            With `"token"` single positions stop looping when their own state has settled.
         block_length (`int`, *optional*):
             Positions that are denoised together; blocks follow each other from left to right. By default all positions
             are one block. Any value works, and the last block may be short. A model with `attention_block_size` takes
             multiples of it (by default the size itself), and its blocks are counted from position 0.
         max_denoising_steps (`int`, *optional*):
             Forward passes per block at most. By default as many as the block has [MASK]s, one commitment a step.
+
+        > Caching
+
+        use_cache (`bool`, *optional*):
+            Models with `attention_block_size` keep the keys and values of finished blocks, which is exact; `False`
+            computes them again in every step. Other models cannot, and take `cache_implementation`.
+        cache_implementation (`"prefix"` or `"dual"`, *optional*):
+            For models whose attention is over the whole sequence, an approximation (Fast-dLLM, arXiv 2505.22618): the
+            first step of a block computes everything, the others only the block (`"dual"`), or the block and what is
+            behind it (`"prefix"`), and read the keys and values of the rest as they were then.
+        cache_refresh_interval (`int`, *optional*):
+            Compute everything anew in every so many steps of a block; by default in its first one only.
+        cache_loops (`"each"` or `"last"`, defaults to `"last"`):
+            Whether an approximate cache keeps the keys and values of every loop of mid, or those of the last one for
+            all of them, which takes the memory of a model without loops.
 
         > What a step commits
 
@@ -112,6 +135,11 @@ class LoopMDMGenerationConfig(GenerationConfig):
             Classifier-free guidance: `uncond + guidance_scale * (cond - uncond)` on the logits, where the
             unconditional pass sees [MASK] in place of every given token. 1 is off; it doubles the cost.
 
+        > Compilation
+
+        compile_config (`CompileConfig` of transformers, *optional*):
+            Compile the layers with `torch.compile` in this way. They stay compiled for later calls.
+
         > Special tokens and output
 
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
@@ -127,6 +155,12 @@ class LoopMDMGenerationConfig(GenerationConfig):
         "max_length": None,
         "num_loops": None,
         "loop_tolerance": None,
+        "loop_exit": "row",
+        "use_cache": None,
+        "cache_implementation": None,
+        "cache_refresh_interval": None,
+        "cache_loops": "last",
+        "compile_config": None,
         "block_length": None,
         "max_denoising_steps": None,
         "unmasking": "confidence",
@@ -164,6 +198,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             ("max_length", 1),
             ("block_length", 1),
             ("max_denoising_steps", 1),
+            ("cache_refresh_interval", 1),
             ("top_k", 1),
             ("num_return_sequences", 1),
         ):
@@ -204,6 +239,21 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 raise ValueError("`num_loops` is an empty list; give the loops of at least one step.")
             for value in loops:
                 check_num_loops(value)
+            if isinstance(self.num_loops, list | tuple) and len(loops) > (self.max_denoising_steps or len(loops)):
+                raise ValueError(
+                    f"`num_loops` lists the loops of {len(loops)} steps, and `max_denoising_steps` is "
+                    f"{self.max_denoising_steps}; give at most one number for each step."
+                )
+        for name, choices in (
+            ("loop_exit", ("row", "token")),
+            ("cache_implementation", (None, "prefix", "dual")),
+            ("cache_loops", ("each", "last")),
+            ("use_cache", (None, True, False)),
+        ):
+            if getattr(self, name) not in choices:
+                shown = ", ".join(repr(choice) for choice in choices if choice is not None)
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {shown}.")
+        self._validate_combinations()
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             for token in _as_list(getattr(self, name)):
                 if isinstance(token, bool) or not isinstance(token, int) or token < 0:
@@ -228,6 +278,36 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 )
         if self.output_trace and not self.return_dict_in_generate:
             raise ValueError("`output_trace` needs `return_dict_in_generate=True`.")
+
+    def _validate_combinations(self):
+        """What concerns several arguments about loops, caches and compilation."""
+        if self.loop_exit != "row" and self.loop_tolerance is None:
+            raise ValueError(f'`loop_exit` is "{self.loop_exit}" without effect; give a `loop_tolerance`.')
+        if self.cache_implementation is None:
+            for name in ("cache_refresh_interval", "cache_loops"):
+                if getattr(self, name) != self.DEFAULTS[name]:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r} without effect; give `cache_implementation`."
+                    )
+        elif self.use_cache is not None:
+            raise ValueError("`use_cache` is about exact caching; leave it out where `cache_implementation` is given.")
+        if self.cache_loops == "each":
+            for name in ("loop_tolerance", "num_loops"):
+                value = getattr(self, name)
+                if value is not None and not isinstance(value, int):
+                    raise ValueError(
+                        f'`cache_loops="each"` stores a given number of loops, and `{name}` is {value!r}; use "last".'
+                    )
+        if self.compile_config is not None:
+            if isinstance(self.compile_config, dict):
+                self.compile_config = CompileConfig(**self.compile_config)
+            if not isinstance(self.compile_config, CompileConfig):
+                raise ValueError(f"`compile_config` is {self.compile_config!r}; give transformers' CompileConfig.")
+            if self.compile_config.mode in STATIC_MODES and self.loop_exit == "token":
+                raise ValueError(
+                    f'`loop_exit="token"` changes shapes from loop to loop, and the compile mode '
+                    f'"{self.compile_config.mode}" records fixed ones; use `CompileConfig(mode="default")`.'
+                )
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
@@ -282,6 +362,15 @@ class LoopMDMGenerationOutput(ModelOutput):
             Forward passes spent on each row (a guided step takes two).
         loops (`torch.LongTensor` of shape `(num_rows,)`): Applications of mid over all of them.
         layer_passes (`torch.LongTensor` of shape `(num_rows,)`): Layers executed over all of them.
+        token_layer_passes (`torch.LongTensor` of shape `(num_rows,)`):
+            Layers executed for single positions; the last layer counts for those that it computes in full.
+        flops (`torch.LongTensor` of shape `(num_rows,)`):
+            Floating point operations of the matrix products (`model.flops`), without what fills up shorter rows.
+        seconds (`float`): Wall time of the call. The first call of a process takes longer: warm up to compare.
+        tokens_per_second (`float`): Denoised tokens of all rows, up to and including the end token, in that time.
+        past_key_values ([`LoopMDMCache`], *optional*):
+            With exact caching and one number of loops: all blocks but the last one, for a next call whose input
+            continues the sequences.
         tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`):
             Denoised tokens, up to and including the end token, per forward pass.
         trace (`list[LoopMDMTraceStep]`, with `output_trace=True`): Every denoising step in order.
@@ -291,6 +380,11 @@ class LoopMDMGenerationOutput(ModelOutput):
     forward_passes: torch.LongTensor | None = None
     loops: torch.LongTensor | None = None
     layer_passes: torch.LongTensor | None = None
+    token_layer_passes: torch.LongTensor | None = None
+    flops: torch.LongTensor | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    past_key_values: LoopMDMCache | None = None
     tokens_per_forward: torch.FloatTensor | None = None
     trace: list[LoopMDMTraceStep] | None = None
 
@@ -298,7 +392,8 @@ class LoopMDMGenerationOutput(ModelOutput):
 @dataclass
 class DenoisingStep:
     """
-    All that a commit rule may look at: the N rows that still denoise in this block, their P positions in it.
+    All that a commit rule may look at: the N rows that still denoise in this block, and P of their positions in it:
+    those that are [MASK], or with remasking all.
 
     Args:
         logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
@@ -356,11 +451,9 @@ class DenoisingStep:
         """
         left = self.masked.sum(-1)
         if self.remask_probability > 0:
-            due, least = self.size * (self.index + 1) // self.num_steps + self.remask.sum(-1), 0
-        else:
-            share, remainder = self.size // self.num_steps, self.size % self.num_steps
-            due, least = share * (self.index + 1) + remainder.clamp(max=self.index + 1), 1
-        return torch.minimum((due - (self.size - left)).clamp(min=least), left)
+            due = self.size * (self.index + 1) // self.num_steps + self.remask.sum(-1)
+            return torch.minimum((due - (self.size - left)).clamp(min=0), left)
+        return _quota(self.size, self.num_steps, self.index, left)
 
     @cached_property
     def remask_rate(self) -> torch.Tensor:
@@ -383,10 +476,22 @@ class DenoisingStep:
         return self.masked & (ranks < (self.quota if count is None else count)[:, None])
 
 
+def _quota(size: torch.Tensor, num_steps: torch.Tensor, index: int, left: torch.Tensor) -> torch.Tensor:
+    """Commitments of step `index` that keep rows on schedule, `(N,)`, with `left` of `size` positions to go."""
+    share, remainder = size // num_steps, size % num_steps
+    due = share * (index + 1) + remainder.clamp(max=index + 1)
+    return torch.minimum((due - (size - left)).clamp(min=1), left)
+
+
 class CommitRule:
     """Decides which masked positions a step commits. To add one, subclass it and name it in `COMMIT_RULES`."""
 
     samples_tokens = False  # whether the rule needs tokens drawn from the raw distribution
+
+    @property
+    def commits_quota(self) -> bool:
+        """Whether a step commits exactly the quota, so that the schedule alone tells what is left."""
+        return type(self).__call__ is CommitRule.__call__
 
     def score(self, step: DenoisingStep) -> torch.Tensor:
         """Order of commitment, highest first, `(N, P)`."""
@@ -552,6 +657,11 @@ class _Canvas:
         block = (rank - first) // block_length
         self.block = block.masked_fill(~self.to_denoise, -1)
         self.num_blocks = int(self.block.max()) + 1
+        self.rank, self.block_length = rank, block_length
+        # The columns of a row's real positions, and on the host what passes are planned with.
+        self.column = real.long().argsort(dim=-1, descending=True, stable=True)
+        self.lengths = real.sum(-1).tolist()
+        self.starts = first.squeeze(-1).tolist()
         columns = torch.arange(sequences.shape[1], device=sequences.device)
         # An end token ends a row only where no given token follows.
         self.open_end = columns > columns.where(self.given, columns.new_tensor(-1)).amax(-1, keepdim=True)
@@ -614,6 +724,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         streamer: BaseStreamer | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        past_key_values: LoopMDMCache | None = None,
         **kwargs,
     ) -> torch.LongTensor | LoopMDMGenerationOutput:
         r"""
@@ -626,6 +737,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             b. Choose a token for every [MASK] of the block.
             c. Commit those that the commit rule picks; send some earlier ones back (`remask_probability`).
             d. Finish the rows that have reached their end token.
+            e. Tell the host what it cannot work out from the schedule.
         4. Pad behind the ends and return.
 
         Greedy, or with a generator per row, a row's result depends neither on the other rows nor on padding.
@@ -648,12 +760,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 streamer takes drafts (`TextDiffusionStreamer`). One row only.
             generator (`torch.Generator`, or a `list` with one per row of the output, *optional*):
                 Source of all random numbers.
+            past_key_values ([`LoopMDMCache`], *optional*):
+                Of an earlier call, whose sequences the input continues (block-causal models only). It is filled on.
 
         Returns:
             The sequences `(batch_size * num_return_sequences, length + max_new_tokens)`, or a
             [`LoopMDMGenerationOutput`] with `return_dict_in_generate=True`.
         """
         # 1. Read the arguments
+        started = time.perf_counter()
         config, unknown = self._prepare_generation_config(generation_config, **kwargs)
         reject_unknown(unknown)
         input_ids, real, num_new_tokens = self._prepare_inputs(config, input_ids, attention_mask)
@@ -678,61 +793,78 @@ class LoopMDMGenerationMixin(GenerationMixin):
         length = canvas.sequences.shape[1]
         ends = torch.full((num_rows,), length, device=input_ids.device)  # the column where each row ends
         finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
-        cost = {name: torch.zeros_like(ends) for name in ("forward_passes", "loops", "layer_passes")}
+        names = ("forward_passes", "loops", "layer_passes", "token_layer_passes", "flops")
+        cost = {name: torch.zeros_like(ends) for name in names}
         trace: list[LoopMDMTraceStep] = []
+        planner = self._prepare_planner(config, canvas, past_key_values)
+        self._compile_layers(config.compile_config)
         stream = _Stream(streamer, canvas)
+        remasks = config.remask_probability > 0
+        follows_schedule = rule.commits_quota and not remasks
+        reports = _Reports(waits=not follows_schedule)
 
         # 3. Denoise block after block
         for block in range(canvas.num_blocks):
-            columns, size = canvas.block_positions(block, finished)
+            block_columns, size = canvas.block_positions(block, finished)
             sizes = size.tolist()
             if max(sizes) == 0:
                 continue
+            # What the host knows of the rows: positions still masked, and which rows go on.
+            left, goes_on = torch.tensor(sizes), (~finished).cpu()
+            size_on_host = left
             steps = [self._num_steps(config, n) for n in sizes]
-            num_steps = torch.tensor(steps, device=columns.device)
-            belongs = torch.arange(columns.shape[1], device=columns.device) < size[:, None]
+            num_steps = torch.tensor(steps)
+            steps_on_device = num_steps.to(ends.device)
+            belongs = torch.arange(block_columns.shape[1], device=ends.device) < size[:, None]
+            row_list: list[int] = []
+            last: _Prediction | None = None
             for index in range(max(steps)):
-                masked = belongs & (canvas.sequences.gather(1, columns) == self.config.mask_token_id)
                 # A row is done with the block when nothing is masked; with remasking, when its steps are over.
-                busy = masked.any(-1) if config.remask_probability == 0 else index < num_steps
-                rows = (busy & ~finished).nonzero().squeeze(-1)
-                if len(rows) == 0:
+                busy = goes_on & ((index < num_steps) & (num_steps > 0) if remasks else left > 0)
+                if not busy.any():
                     break
-                row_list = rows.tolist()
+                if len(row_list) != int(busy.sum()):
+                    row_list = busy.nonzero().squeeze(-1).tolist()
+                    rows = torch.tensor(row_list).to(ends.device)
 
-                # a. Predict
+                # a. Predict. Only what is [MASK] can be committed; with remasking a step looks at all of the block.
+                columns = block_columns[rows]
+                masked = belongs[rows] & (canvas.sequences[rows[:, None], columns] == self.config.mask_token_id)
+                slots = None
+                if not remasks and not self._has_static_shapes(config):
+                    slots = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(left[row_list].max())]
+                    masked, columns = masked.gather(1, slots), columns.gather(1, slots)
                 loops = [self._loops_at(config, index, steps[row]) for row in row_list]
-                logits, loops_run, passes = self._predict(canvas, rows, columns[rows], loops, config)
-                cost["forward_passes"][rows] += passes
-                cost["loops"][rows] += loops_run
-                cost["layer_passes"][rows] += (
-                    passes * (self.config.num_hidden_layers - self.config.num_mid_layers)
-                    + loops_run * self.config.num_mid_layers
+                prediction = self._predict_changed(
+                    canvas, planner, block, index, rows, row_list, columns, masked, loops, config, last
                 )
+                for name, spent in prediction.cost.items():
+                    cost[name][rows] += spent
 
                 # b. Choose a token for every [MASK]
                 draws = config.do_sample or rule.samples_tokens
-                scores = self._process(processors, canvas.sequences[rows], logits)
-                tokens = _sample(scores, noise(sizes, row_list)) if draws else scores.argmax(-1)
+                scores, tokens, is_possible = self._process(processors, canvas.sequences[rows], prediction.logits)
+                draw = _narrowed(noise, sizes, row_list, slots)
+                if draws:
+                    tokens = _sample(scores, draw())
 
                 # c. Commit some of them
-                is_end = torch.isin(tokens, eos_token_ids)
                 step = DenoisingStep(
-                    logits=logits,
+                    logits=prediction.logits,
                     tokens=tokens,
-                    masked=masked[rows],
+                    masked=masked,
                     size=size[rows],
                     index=index,
-                    num_steps=num_steps[rows],
-                    penalty=is_end * config.eos_penalty,
+                    num_steps=steps_on_device[rows],
+                    penalty=torch.isin(tokens, eos_token_ids) * config.eos_penalty,
                     remask_probability=config.remask_probability,
-                    noise=lambda sizes=sizes, row_list=row_list: noise(sizes, row_list),
+                    noise=draw,
                 )
                 commit = rule(step)
                 remask = step.remask
-                current = canvas.sequences[rows[:, None], columns[rows]]
+                current = canvas.sequences[rows[:, None], columns]
                 updated = current.where(~commit, tokens).where(~remask, self.config.mask_token_id)
-                canvas.sequences[rows[:, None], columns[rows]] = updated
+                canvas.sequences[rows[:, None], columns] = updated
 
                 # d. Finish rows that have reached their end token
                 if len(eos_token_ids) > 0:
@@ -740,13 +872,26 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     finished = ends < length
                 if config.output_trace:
                     trace.append(
-                        self._trace_step(block, step, loops_run, commit, remask, scores, canvas, rows, columns)
+                        self._trace_step(block, step, prediction, commit, remask, scores, canvas, rows, columns)
                     )
                 stream.draft(block)
 
+                # e. Tell the host what the schedule does not
+                if follows_schedule:
+                    left = left.where(~busy, left - _quota(size_on_host, num_steps.clamp(min=1), index, left))
+                changed = (commit | remask).any(-1)
+                report = reports.send(rows, changed, masked.sum(-1) - commit.sum(-1), finished, is_possible)
+                if report is not None:
+                    goes_on = ~report.finished
+                    if not follows_schedule and not remasks:
+                        left = left.index_copy(0, torch.tensor(row_list), report.left[row_list])
+                    prediction.changed = [bool(report.changed[row]) for row in row_list]
+                last = None if follows_schedule else prediction
+
+            reports.check()
             # User-defined criteria look at the text up to the end of the block
             if stopping_criteria:
-                stop = int(columns.where(belongs, 0).max()) + 1
+                stop = int(block_columns.where(belongs, 0).max()) + 1
                 ends = torch.minimum(ends, criteria_stop(canvas, stop))
                 finished = ends < length
             stream.block(block, ends)
@@ -760,9 +905,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if not config.return_dict_in_generate:
             return sequences
         denoised = (canvas.to_denoise & ~behind).sum(-1)
+        num_denoised = int(denoised.sum())  # waits for the device
+        seconds = time.perf_counter() - started
         return LoopMDMGenerationOutput(
             sequences=sequences,
             tokens_per_forward=denoised / cost["forward_passes"].clamp(min=1),
+            seconds=seconds,
+            tokens_per_second=num_denoised / seconds,
+            past_key_values=self._finish_cache(config, planner, canvas),
             trace=trace if config.output_trace else None,
             **cost,
         )
@@ -788,7 +938,18 @@ class LoopMDMGenerationMixin(GenerationMixin):
         config.update(**{name: kwargs.pop(name) for name in config_class.DEFAULTS if name in kwargs})
         config.validate()
         if config.loop_tolerance is not None:
-            self.model._check_loop_tolerance(config.loop_tolerance)
+            self.model._check_loop_tolerance(config.loop_tolerance, config.loop_exit)
+        is_block_causal = self.config.attention_block_size is not None
+        if config.cache_implementation is not None and is_block_causal:
+            raise ValueError(
+                f"`cache_implementation` is {config.cache_implementation!r}, an approximation for attention over the "
+                f"whole sequence; this model is block-causal and caches exactly: leave it out (`use_cache=True`)."
+            )
+        if config.use_cache and not is_block_causal:
+            raise ValueError(
+                "`use_cache=True` needs block-causal attention, and this model attends to the whole sequence, whose "
+                'keys and values change in every step; `cache_implementation="dual"` or "prefix" approximates them.'
+            )
         attention_block_size = self.config.attention_block_size or 1
         if config.block_length is not None and config.block_length % attention_block_size != 0:
             raise ValueError(
@@ -911,50 +1072,248 @@ class LoopMDMGenerationMixin(GenerationMixin):
         loops = self.config.num_loops if config.num_loops is None else config.num_loops
         return loops[index * len(loops) // num_steps] if isinstance(loops, list | tuple) else loops
 
-    def _predict(
+    def _prepare_planner(
+        self, config: LoopMDMGenerationConfig, canvas: "_Canvas", cache: LoopMDMCache | None
+    ) -> PassPlanner:
+        """The planner of the call's forward passes; checks a cache that was handed in."""
+        loops = self.config.num_loops if config.num_loops is None else config.num_loops
+        guided = config.guidance_scale is not None and config.guidance_scale != 1
+        use_cache = self.config.attention_block_size is not None and config.use_cache is not False
+        if cache is not None:
+            if not use_cache:
+                raise ValueError(
+                    "`past_key_values` needs block-causal attention and `use_cache` not False: otherwise stored keys "
+                    "and values are not those of this call."
+                )
+            if not isinstance(cache, LoopMDMCache) or cache.share_loops:
+                raise ValueError("`past_key_values` is not a LoopMDMCache with a place for every loop.")
+            if guided or isinstance(loops, list | tuple):
+                raise ValueError("`past_key_values` serves one `num_loops` and no guidance; leave it out.")
+            cache.check(self.model, len(canvas.lengths), loops)
+            self._check_cached_tokens(cache, canvas)
+        return PassPlanner(
+            self.config,
+            starts=canvas.starts,
+            lengths=canvas.lengths,
+            block_length=canvas.block_length,
+            cache_implementation=config.cache_implementation,
+            use_cache=use_cache,
+            refresh_interval=config.cache_refresh_interval,
+            share_loops=config.cache_loops == "last",
+            max_loops=max(loops) if isinstance(loops, list | tuple) else loops,
+            adaptive=config.loop_tolerance is not None,
+            copies=2 if guided else 1,
+            cache=cache,
+        )
+
+    @staticmethod
+    def _check_cached_tokens(cache: LoopMDMCache, canvas: "_Canvas") -> None:
+        """The stored tokens must be those that the rows begin with."""
+        width = min(cache.length, canvas.column.shape[1])
+        tokens = canvas.sequences.gather(1, canvas.column)[:, :width]
+        places = torch.arange(cache.length, device=tokens.device)
+        used = places < cache.lengths.to(tokens.device)[:, None]
+        too_long = cache.lengths.to(tokens.device) > torch.tensor(canvas.lengths, device=tokens.device)
+        differs = used[:, :width] & (cache.tokens[:, :width].to(tokens.device) != tokens)
+        if bool(too_long.any()) or bool(differs.any()):
+            row = int((differs.any(-1) | too_long).long().argmax())
+            position = min(int(_first(differs)[row]), canvas.lengths[row])
+            raise ValueError(
+                f"`past_key_values` holds other tokens than the input from position {position} of row {row} on; "
+                f"`past_key_values.crop({position})` keeps what agrees, or leave it out."
+            )
+
+    def _finish_cache(
+        self, config: LoopMDMGenerationConfig, planner: PassPlanner, canvas: "_Canvas"
+    ) -> LoopMDMCache | None:
+        loops = self.config.num_loops if config.num_loops is None else config.num_loops
+        if planner.copies > 1 or isinstance(loops, list | tuple):
+            return None
+        return planner.finish(loops, canvas.sequences.gather(1, canvas.column))
+
+    @staticmethod
+    def _has_static_shapes(config: LoopMDMGenerationConfig) -> bool:
+        return config.compile_config is not None and config.compile_config.mode in STATIC_MODES
+
+    def _compile_layers(self, compile_config: CompileConfig | None) -> None:
+        """Compiles every layer on its own: they share one graph, which loops, steps and lengths do not change."""
+        if compile_config is None or getattr(self, "_compiled_as", None) == compile_config.to_dict():
+            return
+        settings = compile_config.to_dict()
+        if settings["dynamic"] is None and compile_config.mode not in STATIC_MODES:
+            settings["dynamic"] = True
+        if self.device.type == "cpu" and settings["mode"] in STATIC_MODES:
+            settings["mode"] = None  # CUDA graphs
+        if settings["options"] is not None:
+            settings.pop("mode")
+        for layer in self.model.layers:
+            layer.compile(**settings)
+        self._compiled_as = compile_config.to_dict()
+
+    def _predict_changed(
         self,
-        canvas: _Canvas,
+        canvas: "_Canvas",
+        planner: PassPlanner,
+        block: int,
+        index: int,
         rows: torch.Tensor,
+        row_list: list[int],
         columns: torch.Tensor,
+        masked: torch.Tensor,
         loops: list[int],
         config: LoopMDMGenerationConfig,
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """
-        Raw scores of the given `rows`, `(N,)`, at their `columns`, `(N, P)`. The one place that calls the model.
-
-        Returns float32 logits `(N, P, vocab_size)` with -inf for the mask token, the loops that each row ran `(N,)`,
-        and the forward passes that each row took.
-        """
-        guided = config.guidance_scale is not None and config.guidance_scale != 1
-        logits, loops_run = None, torch.zeros_like(rows)
-        for num_loops in sorted(set(loops)):
-            group = torch.tensor([i for i, own in enumerate(loops) if own == num_loops], device=rows.device)
-            sequences, real = canvas.sequences[rows[group]], canvas.real[rows[group]]
-            positions = columns[group]
-            if guided:
-                unconditional = sequences.masked_fill(canvas.given[rows[group]], self.config.mask_token_id)
-                sequences = torch.cat((sequences, unconditional))
-                real, positions = real.repeat(2, 1), positions.repeat(2, 1)
-            outputs = self(
-                input_ids=sequences,
-                attention_mask=None if bool(real.all()) else real.long(),
-                num_loops=num_loops,
-                loop_tolerance=config.loop_tolerance,
-                logits_to_keep=positions,
+        last: "_Prediction | None",
+    ) -> "_Prediction":
+        """As `_predict`, but rows that the `last` step left as they were keep its logits."""
+        same: dict[int, int] = {}  # index in this step: index in the last one
+        if last is not None:
+            where = {row: i for i, row in enumerate(last.rows) if not last.changed[i]}
+            same = {
+                i: where[row]
+                for i, row in enumerate(row_list)
+                if row in where and last.num_loops[where[row]] == loops[i]
+            }
+        new = [i for i in range(len(row_list)) if i not in same]
+        if not same:
+            return self._predict(canvas, planner, block, index, rows, row_list, columns, masked, loops, config)
+        old, kept = (torch.tensor(list(part), device=rows.device) for part in (same, same.values()))
+        logits = last.logits.new_empty(*columns.shape, last.logits.shape[-1])
+        logits[old] = last.logits[kept, : columns.shape[1]]
+        loops_run = torch.zeros_like(rows)
+        cost: dict[str, torch.Tensor] = {}
+        if new:
+            index_new = torch.tensor(new, device=rows.device)
+            part = self._predict(
+                canvas,
+                planner,
+                block,
+                index,
+                rows[index_new],
+                [row_list[i] for i in new],
+                columns[index_new],
+                masked[index_new],
+                [loops[i] for i in new],
+                config,
             )
-            scores, group_loops = outputs.logits.float(), outputs.loops
-            if guided:
-                conditional, unconditional = scores.chunk(2)
-                scores = unconditional + config.guidance_scale * (conditional - unconditional)
-                group_loops = sum(group_loops.chunk(2))
+            logits[index_new], loops_run[index_new] = part.logits, part.loops
+            cost = {name: torch.zeros_like(rows).index_copy(0, index_new, spent) for name, spent in part.cost.items()}
+        return _Prediction(row_list, loops, logits, loops_run, cost)
+
+    def _predict(
+        self,
+        canvas: "_Canvas",
+        planner: PassPlanner,
+        block: int,
+        index: int,
+        rows: torch.Tensor,
+        row_list: list[int],
+        columns: torch.Tensor,
+        masked: torch.Tensor,
+        loops: list[int],
+        config: LoopMDMGenerationConfig,
+    ) -> "_Prediction":
+        """Raw scores of the given `rows`, `(N,)`, at their `columns`, `(N, P)`, and what they cost."""
+        logits, loops_run = None, torch.zeros_like(rows)
+        cost: dict[str, torch.Tensor] = {}
+        for num_loops in sorted(set(loops)):
+            members = [i for i, own in enumerate(loops) if own == num_loops]
+            group = slice(None) if len(members) == len(loops) else torch.tensor(members, device=rows.device)
+            for forward_pass in planner.plan([row_list[i] for i in members], block, index, num_loops):
+                is_last = forward_pass.rows == [row_list[i] for i in members] and forward_pass.adaptive
+                wanted = columns[group] if is_last else None
+                scores, group_loops, spent = self._run_pass(
+                    canvas, planner, forward_pass, wanted, masked[group].sum(-1) if is_last else 0, num_loops, config
+                )
+                where = group if is_last else _positions_of(forward_pass.rows, row_list, rows.device)
+                for name, value in spent.items():
+                    cost.setdefault(name, torch.zeros_like(rows))[where] += value
+            if len(members) == len(loops):
+                logits, loops_run = scores, group_loops
+                break
             if logits is None:
                 logits = scores.new_empty(len(loops), *scores.shape[1:])
             logits[group], loops_run[group] = scores, group_loops
         logits[..., self.config.mask_token_id] = -math.inf
-        return logits, loops_run, 2 if guided else 1
+        return _Prediction(row_list, loops, logits, loops_run, cost)
 
-    def _process(self, processors: LogitsProcessorList, sequences: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Applies logits processors, made for one position at a time, to all positions `(N, P, vocab_size)`."""
+    def _run_pass(
+        self,
+        canvas: "_Canvas",
+        planner: PassPlanner,
+        forward_pass: ForwardPass,
+        columns: torch.Tensor | None,
+        num_wanted: torch.Tensor | int,
+        num_loops: int,
+        config: LoopMDMGenerationConfig,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        The one place that calls the model. Returns float32 logits at `columns`, `(N, P, vocab_size)`, the loops of
+        each row, `(N,)`, and what the pass cost; `num_wanted`, `(N,)`, of the columns are not filler.
+        """
+        device = canvas.sequences.device
+        rows, starts, stops, keys = torch.tensor(forward_pass[:4]).to(device)
+        width = max(stop - start for start, stop in zip(forward_pass.starts, forward_pass.stops, strict=True))
+        # Positions of the rows, and the columns that they stand in. Shorter rows are filled up.
+        is_even = len(set(forward_pass.starts)) == 1 and len(set(forward_pass.stops)) == 1
+        positions = starts[:, None] + torch.arange(width, device=device)
+        real = None if is_even else positions < stops[:, None]
+        positions = positions.clamp(max=canvas.column.shape[1] - 1)
+        sequences = canvas.sequences[rows].gather(1, canvas.column[rows].gather(1, positions))
+        if columns is None:
+            wanted = rows.new_zeros(len(rows), 0)
+        else:
+            wanted = (canvas.rank[rows].gather(1, columns) - starts[:, None]).clamp(min=0, max=width - 1)
+        guided = planner.copies > 1
+        if guided:
+            given = canvas.given[rows].gather(1, canvas.column[rows].gather(1, positions))
+            sequences = torch.cat((sequences, sequences.masked_fill(given, self.config.mask_token_id)))
+            real, wanted = None if is_even else real.repeat(2, 1), wanted.repeat(2, 1)
+        cache = forward_pass.cache
+        if cache is not None:
+            cache_rows = torch.cat((rows, rows + len(canvas.lengths))) if guided else rows
+            is_all = len(cache_rows) == cache.batch_size
+            cache = cache.reserve(max(forward_pass.keys)).select(None if is_all else cache_rows)
+        positions = positions[:1] if is_even else positions.repeat(2, 1) if guided else positions
+        adaptive = forward_pass.adaptive and config.loop_tolerance is not None
+        outputs = self(
+            input_ids=sequences,
+            attention_mask=None if real is None else real.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            num_loops=num_loops,
+            loop_tolerance=config.loop_tolerance if adaptive else None,
+            loop_exit=config.loop_exit if adaptive else "row",
+            logits_to_keep=wanted,
+        )
+        scores, loops_run = outputs.logits.float(), outputs.loops
+        computed = stops - starts
+        token_loops = loops_run * (computed.repeat(2) if guided else computed)
+        if outputs.token_loops is not None:
+            token_loops = outputs.token_loops
+        passes = 1
+        if guided:
+            conditional, unconditional = scores.chunk(2)
+            scores = unconditional + config.guidance_scale * (conditional - unconditional)
+            loops_run, token_loops, passes = sum(loops_run.chunk(2)), sum(token_loops.chunk(2)), 2
+        mid, once = self.config.num_mid_layers, self.config.num_hidden_layers - self.config.num_mid_layers
+        narrows = self.config.loop_end < self.config.num_hidden_layers
+        skipped = (computed - num_wanted) if narrows else 0
+        cost = {
+            "forward_passes": torch.full_like(rows, passes),
+            "loops": loops_run,
+            "layer_passes": passes * once + loops_run * mid,
+            "token_layer_passes": passes * (computed * once - skipped) + token_loops * mid,
+            "flops": self.pass_flops(passes * computed, keys, passes * num_wanted, passes * num_wanted, token_loops),
+        }
+        return scores, loops_run, cost
+
+    def _process(
+        self, processors: LogitsProcessorList, sequences: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Applies logits processors, made for one position at a time, to all positions `(N, P, vocab_size)`. Returns the
+        scores, the best token of each position, and whether there is one everywhere.
+        """
         num_rows, num_positions, vocab_size = logits.shape
         scores = logits
         if len(processors) > 0:
@@ -964,24 +1323,20 @@ class LoopMDMGenerationMixin(GenerationMixin):
             scores = scores.view(num_rows, num_positions, vocab_size)
             mask_token = torch.tensor([self.config.mask_token_id], device=scores.device)
             scores = scores.index_fill(-1, mask_token, -math.inf)
-        if not bool(scores.amax(-1).isfinite().all()):
-            raise ValueError(
-                "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "
-                "processors that forbid everything, or for an overflow (use `dtype=torch.bfloat16` or float32)."
-            )
-        return scores
+        highest, tokens = scores.max(-1)
+        return scores, tokens, highest.isfinite().all()
 
     @staticmethod
-    def _trace_step(block, step, loops_run, commit, remask, scores, canvas, rows, columns) -> LoopMDMTraceStep:
+    def _trace_step(block, step, prediction, commit, remask, scores, canvas, rows, columns) -> LoopMDMTraceStep:
         def scatter(values: torch.Tensor, where: torch.Tensor, fill: Any) -> torch.Tensor:
             out = torch.full(canvas.sequences.shape, fill, dtype=values.dtype, device=values.device)
             i, j = where.nonzero(as_tuple=True)
-            out[rows[i], columns[rows[i], j]] = values[where]
+            out[rows[i], columns[i, j]] = values[where]
             return out
 
         log_probs = scores.log_softmax(-1).gather(-1, step.tokens[..., None]).squeeze(-1)
         loops = torch.zeros(len(canvas.sequences), dtype=torch.long, device=rows.device)
-        loops[rows] = loops_run
+        loops[rows] = prediction.loops
         return LoopMDMTraceStep(
             block=block,
             step=step.index,
@@ -1027,6 +1382,87 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     _from_auto=from_auto_class,
                     _from_pipeline=from_pipeline,
                 )
+
+
+@dataclass
+class _Prediction:
+    """
+    What the model says in one step of N rows at P positions.
+
+    Args:
+        rows, num_loops (`list[int]`): The rows, and the loops asked for.
+        logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
+        loops (`torch.LongTensor` of shape `(N,)`): Loops run; 0 where the scores are those of the step before.
+        cost (`dict[str, torch.LongTensor]`): By name of the output's field, `(N,)` each.
+        changed (`list[bool]`): Whether the step then changed the row.
+    """
+
+    rows: list[int]
+    num_loops: list[int]
+    logits: torch.Tensor
+    loops: torch.Tensor
+    cost: dict[str, torch.Tensor]
+    changed: list[bool] | None = None
+
+
+class _Report(NamedTuple):
+    """On the host, by row: positions left in the block, whether the step changed the row, whether it has ended."""
+
+    left: torch.Tensor
+    changed: torch.Tensor
+    finished: torch.Tensor
+
+
+class _Reports:
+    """
+    What the device tells the host after every step. It is waited for where the next step's work depends on it
+    (`waits`); elsewhere an accelerator's report is read one step late, when it has long arrived: at worst a row that
+    has ended runs another step, which changes nothing.
+    """
+
+    def __init__(self, waits: bool):
+        self.waits = waits
+        self.sent: HostCopy | None = None
+
+    def send(self, rows, changed, left, finished, is_possible) -> _Report | None:
+        report = torch.zeros(4, len(finished), dtype=torch.long, device=finished.device)
+        report[0, rows], report[1, rows] = left, changed.long()
+        report[2], report[3] = finished, is_possible
+        late, self.sent = self.sent, HostCopy(report)
+        return self._read(self.sent if self.waits or report.device.type == "cpu" else late)
+
+    def check(self) -> None:
+        """Raises what the last report of a block has to say."""
+        self._read(self.sent)
+        self.sent = None
+
+    @staticmethod
+    def _read(sent: HostCopy | None) -> _Report | None:
+        if sent is None:
+            return None
+        left, changed, finished, is_possible = sent.get()
+        if not is_possible.all():
+            raise ValueError(
+                "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "
+                "processors that forbid everything, or for an overflow (use `dtype=torch.bfloat16` or float32)."
+            )
+        return _Report(left, changed.bool(), finished.bool())
+
+
+def _narrowed(noise: _Noise, sizes: list[int], row_list: list[int], slots: torch.Tensor | None) -> Callable:
+    """Draws for the positions of a block, `(N, P)`, of which `slots`, `(N, P)`, are looked at."""
+
+    def draw() -> torch.Tensor:
+        numbers = noise(sizes, row_list)
+        return numbers if slots is None else numbers.gather(1, slots)
+
+    return draw
+
+
+def _positions_of(rows: list[int], row_list: list[int], device: torch.device) -> torch.Tensor:
+    """Where `rows` stand in `row_list`."""
+    where = {row: i for i, row in enumerate(row_list)}
+    return torch.tensor([where[row] for row in rows], device=device)
 
 
 class _Stream:

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_utils import LayerMemory, LoopMDMCache, OpenCache, remember
+from .cache_utils import HostCopy, LayerMemory, LoopMDMCache, OpenCache, remember
 from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
 
@@ -211,7 +211,8 @@ class LoopMDMAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        `memory` are the layer's stored keys and values. `queries`, `(batch_size, num_queries)`, are the positions whose
+        `memory` are the layer's stored keys and values. `queries`, `(batch_size, num_queries)`, are the positions
+        whose
         output is wanted, by default all; `query_embeddings` are their rotary tables, `attention_mask` is theirs too.
         """
         batch_and_length = hidden_states.shape[:-1]
@@ -355,24 +356,6 @@ class RelativeChangeExit:
         return change.flatten(1).norm(dim=1) < self.tolerance * before.flatten(1).norm(dim=1)
 
 
-class HostCopy:
-    """A tensor on its way to the host: on the CPU it is there, from CUDA it is copied without waiting for it."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.event = tensor, None
-        if tensor.device.type == "cuda":
-            self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self.tensor.copy_(tensor, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def get(self) -> torch.Tensor:
-        """The copy, waiting for it if it has not arrived."""
-        if self.event is not None:
-            self.event.synchronize()
-        return self.tensor.cpu()
-
-
 def _one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
@@ -380,7 +363,7 @@ def _one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) 
 
 
 def _can_narrow(mask: Any) -> bool:
-    """Whether rows and queries can be picked from an attention mask: not from flex attention's or flash attention's."""
+    """Whether rows and queries can be picked from an attention mask, as from those of sdpa and eager attention."""
     return mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
 
 
@@ -465,7 +448,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Embeddings and head. Returns the hidden states, `(batch_size, sequence_length, hidden_size)`, and the context
-        (mask, rotary tables, cache, attention arguments) that [`~LoopMDMModel.loop`] and [`~LoopMDMModel.readout`] take.
+        (mask, rotary tables, cache, attention arguments) that [`~LoopMDMModel.loop`] and [`~LoopMDMModel.readout`]
+        take.
         """
         _one_of(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -520,6 +504,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
         mask = context["attention_mask"]
+        if positions is not None and positions.shape[1] == 0:  # only the keys and values that a cache takes
+            return self.readout(hidden_states, context, positions.new_zeros(len(positions), 1))[:, :0]
         if positions is None or start == stop or not _can_narrow(mask):
             hidden_states = self._run(start, stop, hidden_states, context)
             return self.norm(hidden_states if positions is None else take_positions(hidden_states, positions))
@@ -615,7 +601,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
         if past_key_values is not None and attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(
-                f"`attention_mask` has {attention_mask.ndim} dimensions; with `past_key_values` give (batch_size, length)."
+                f"`attention_mask` has {attention_mask.ndim} dimensions; `past_key_values` needs (batch_size, length)."
             )
 
     def _prepare_cache(
@@ -634,8 +620,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             )
         if use_cache and loop_tolerance is not None and not getattr(past_key_values, "share_loops", False):
             raise ValueError(
-                "`use_cache=True` stores the keys and values of every loop, and `loop_tolerance` would leave some out; "
-                "leave out one of the two."
+                "`use_cache=True` stores the keys and values of every loop, and `loop_tolerance` leaves some out; use "
+                "one of the two."
             )
         if past_key_values is None:
             if self.config.attention_block_size is None:
@@ -712,7 +698,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
         hidden_states = self.readout(hidden_states, context, positions_to_keep)
         if past_key_values is not None and use_cache:
-            past_key_values.store(context["cache"].lengths, context["cache"].stop, past_key_values.rows)
+            cache = context["cache"]
+            past_key_values.store(cache.lengths, cache.stop, input_ids, cache.places)
         return LoopMDMModelOutput(
             last_hidden_state=hidden_states, loops=loops, token_loops=token_loops, past_key_values=past_key_values
         )
@@ -962,12 +949,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 Adaptive loops: a row stops looping when `||h_new - h|| / ||h||` over its real positions falls under
                 this, after at most `num_loops`.
             loop_exit (`"row"` or `"token"`, defaults to `"row"`):
-                With `"token"` the tolerance is that of single positions: those that have settled are no longer updated,
-                while others loop on and attend to them as they are.
+                With `"token"` the tolerance is that of single positions: those that have settled are no longer
+                updated, while others loop on and attend to them as they are.
             logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
                 Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`,
-                or of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last layer
-                computes no others either.
+                or of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last
+                layer computes no others either.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*):
                 Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels
                 in all micro-batches of an optimiser step.
@@ -1120,6 +1107,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         sequence_length: int,
         num_loops: int | None = None,
         num_logits: float | None = None,
+        num_keys: int | None = None,
+        last_layer: float | None = None,
     ) -> int:
         """
         Floating point operations of the matrix products in one forward pass (a multiply-add is two), the convention of
@@ -1130,18 +1119,38 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             sequence_length (`int`): Positions per row, padding included.
             num_loops (`int`, defaults to `config.num_loops`): Applications of mid.
             num_logits (`float`, defaults to `sequence_length`): Mean number of positions per row that reach the head.
+            num_keys (`int`, defaults to `sequence_length`): Positions attended to, those of a cache included.
+            last_layer (`float`, defaults to `sequence_length`):
+                Mean number of positions per row that the last layer computes; of the others only keys and values.
+        """
+        num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
+        return round(
+            batch_size
+            * self.pass_flops(
+                sequence_length,
+                sequence_length if num_keys is None else num_keys,
+                sequence_length if last_layer is None else last_layer,
+                sequence_length if num_logits is None else num_logits,
+                sequence_length * num_loops,
+            )
+        )
+
+    def pass_flops(self, num_queries, num_keys, last_layer, num_logits, token_loops):
+        """
+        The same for one row, of numbers or tensors: positions computed, positions attended to, those that the last
+        layer computes in full, logits, and applications of mid to single positions.
         """
         config = self.config
-        num_loops = check_num_loops(config.num_loops if num_loops is None else num_loops)
-        num_logits = sequence_length if num_logits is None else num_logits
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
         mlp_size = (3 if config.use_gated_mlp else 2) * config.intermediate_size
-        projections = config.hidden_size * (2 * query_size + 2 * key_value_size + mlp_size)
-        attention = 2 * query_size * sequence_length
-        layers = config.num_executed_layers(num_loops) * sequence_length * (projections + attention)
-        head = num_logits * config.hidden_size * self.lm_head.out_features
-        return round(2 * batch_size * (layers + head))
+        keys_and_values = config.hidden_size * 2 * key_value_size
+        rest = config.hidden_size * (2 * query_size + mlp_size) + 2 * query_size * num_keys
+        once = config.num_hidden_layers - config.num_mid_layers
+        layers = (keys_and_values + rest) * (num_queries * once + token_loops * config.num_mid_layers)
+        if config.loop_end < config.num_hidden_layers:
+            layers = layers - rest * (num_queries - last_layer)
+        return 2 * (layers + num_logits * config.hidden_size * self.lm_head.out_features)
 
 
 __all__ = [
