@@ -197,7 +197,11 @@ class LoopMDMCache(Cache):
         elif position_ids.shape[0] == 1:
             places = position_ids[0]
         last = position_ids if real is None else position_ids.masked_fill(real == 0, -1)
-        lengths = torch.maximum(self.row_lengths(last.device), last.amax(-1) + 1)
+        stored = self.row_lengths(last.device)
+        lengths = torch.maximum(stored, last.amax(-1) + 1)
+        if self.config.shift_logits and self.config.attention_block_size is not None:
+            # A pass over a block begins with the position before it, whose keys and values stay as they are.
+            places = torch.where(position_ids < stored[:, None], self.max_length, places)
         return OpenCache(self, places, stop, lengths)
 
     def reserve(self, stop: int | None) -> "LoopMDMCache":
@@ -234,6 +238,10 @@ class LoopMDMCache(Cache):
         """Stored positions of the rows that the next pass is about, `(N,)`."""
         self.lengths = self.lengths.to(device)
         return self.lengths if self.rows is None else self.lengths[self.rows]
+
+    def set_lengths(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Says how many positions of `rows`, `(N,)`, stay stored from now on, `(N,)`."""
+        self.lengths = self.lengths.to(lengths.device).index_copy(0, rows, lengths)
 
     def keep_state(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> None:
         """
@@ -409,7 +417,7 @@ class PassPlanner:
         refresh_interval (`int`, *optional*): Denoising steps between passes over everything; once a block by default.
         share_loops (`bool`): Whether an approximate cache has one place for all loops of mid.
         max_loops (`int`): The most loops of any step.
-        adaptive (`bool`): Whether loops end early, and so may be too few for what is stored.
+        adaptive (`bool`): Whether a block's loops may be others than those that are to be stored.
         copies (`int`): Rows of a cache per row; 2 with guidance.
         cache ([`LoopMDMCache`], *optional*): Filled before, with the first blocks of every row.
     """

@@ -92,6 +92,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
             Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
         loop_exit (`"row"` or `"token"`, defaults to `"row"`):
             With `"token"` single positions stop looping when their own state has settled.
+        visible_loops (`int`, *optional*):
+            Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them as they
+            are. The more of the sequence is given, the more this saves.
         block_length (`int`, *optional*):
             Positions that are denoised together; blocks follow each other from left to right. By default all positions
             are one block. Any value works, and the last block may be short. A model with `attention_block_size` takes
@@ -169,6 +172,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         "loop_schedule": "constant",
         "loop_tolerance": None,
         "loop_exit": "row",
+        "visible_loops": None,
         "use_cache": None,
         "cache_implementation": None,
         "cache_refresh_interval": None,
@@ -211,6 +215,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             ("max_length", 1),
             ("block_length", 1),
             ("max_denoising_steps", 1),
+            ("visible_loops", 1),
             ("cache_refresh_interval", 1),
             ("top_k", 1),
             ("num_return_sequences", 1),
@@ -322,10 +327,11 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 self.compile_config = CompileConfig(**self.compile_config)
             if not isinstance(self.compile_config, CompileConfig):
                 raise ValueError(f"`compile_config` is {self.compile_config!r}; give transformers' CompileConfig.")
-            if self.compile_config.mode in STATIC_MODES and self.loop_exit == "token":
+            varies = "visible_loops" if self.visible_loops is not None else "loop_exit"
+            if self.compile_config.mode in STATIC_MODES and getattr(self, varies) != self.DEFAULTS[varies]:
                 raise ValueError(
-                    f'`loop_exit="token"` changes shapes from loop to loop, and the compile mode '
-                    f'"{self.compile_config.mode}" records fixed ones; use `CompileConfig(mode="default")`.'
+                    f'`{varies}` changes shapes from loop to loop, and the compile mode "{self.compile_config.mode}" '
+                    'records fixed ones; use `CompileConfig(mode="default")`.'
                 )
 
     @classmethod
@@ -958,6 +964,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
         config.validate()
         if config.loop_tolerance is not None:
             self.model._check_loop_tolerance(config.loop_tolerance, config.loop_exit)
+        arguments = (config.visible_loops, self.dummy_inputs["input_ids"], config.loop_tolerance, config.loop_exit)
+        self.model._check_visible_loops(*arguments)
         is_block_causal = self.config.attention_block_size is not None
         if config.cache_implementation is not None and is_block_causal:
             raise ValueError(
@@ -1125,7 +1133,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
             refresh_interval=config.cache_refresh_interval,
             share_loops=config.cache_loops == "last",
             max_loops=max(loops) if isinstance(loops, list | tuple) else loops,
-            adaptive=config.loop_tolerance is not None,
+            # With `shift_logits` a token before a [MASK] loops more often than it would as a part of finished text.
+            adaptive=config.loop_tolerance is not None
+            or (config.visible_loops is not None and self.config.shift_logits),
             copies=2 if guided else 1,
             cache=cache,
         )
@@ -1312,8 +1322,11 @@ class LoopMDMGenerationMixin(GenerationMixin):
             num_loops=num_loops,
             loop_tolerance=config.loop_tolerance if adaptive else None,
             loop_exit=config.loop_exit if adaptive else "row",
+            visible_loops=config.visible_loops,
             logits_to_keep=wanted,
         )
+        if cache is not None and not forward_pass.adaptive:
+            forward_pass.cache.set_lengths(cache_rows, stops.repeat(planner.copies))
         scores, loops_run = outputs.logits.float(), outputs.loops
         computed = stops - starts
         token_loops = loops_run * (computed.repeat(2) if guided else computed)
