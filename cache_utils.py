@@ -549,9 +549,8 @@ class StepPredictor:
     Args:
         model: The [`LoopMDMForMaskedLM`].
         settings: The call's generation config.
-        canvas: Its sequences: `sequences`, `given`, `rank` (position of every column) and `column` (of every
-        position),
-            each `(num_rows, length)`, and for the host `starts`, `lengths` and `block_length`.
+        canvas: Its sequences: `sequences`, `given`, `rank` (the position of every column) and `column` (that of every
+            position), each `(num_rows, length)`, and for the host `starts`, `lengths` and `block_length`.
         cache ([`LoopMDMCache`], *optional*): What was handed in as `past_key_values`.
     """
 
@@ -779,6 +778,8 @@ class StepPredictor:
             "forward_passes": torch.full_like(rows, passes),
             "loops": loops_run,
             "layer_passes": passes * once + loops_run * mid,
+            "token_passes": passes * computed,
+            "token_loops": token_loops,
             "token_layer_passes": passes * (computed * once - skipped) + token_loops * mid,
             "flops": self.model.pass_flops(
                 passes * computed, keys, passes * num_wanted, passes * num_wanted, token_loops

@@ -387,6 +387,8 @@ class LoopMDMGenerationOutput(ModelOutput):
             Forward passes spent on each row (a guided step takes two).
         loops (`torch.LongTensor` of shape `(num_rows,)`): Applications of mid over all of them.
         layer_passes (`torch.LongTensor` of shape `(num_rows,)`): Layers executed over all of them.
+        token_passes, token_loops (`torch.LongTensor` of shape `(num_rows,)`):
+            Single positions computed over all forward passes, and applications of mid to them.
         token_layer_passes (`torch.LongTensor` of shape `(num_rows,)`):
             Layers executed for single positions; the last layer counts for those that it computes in full.
         flops (`torch.LongTensor` of shape `(num_rows,)`):
@@ -405,6 +407,8 @@ class LoopMDMGenerationOutput(ModelOutput):
     forward_passes: torch.LongTensor | None = None
     loops: torch.LongTensor | None = None
     layer_passes: torch.LongTensor | None = None
+    token_passes: torch.LongTensor | None = None
+    token_loops: torch.LongTensor | None = None
     token_layer_passes: torch.LongTensor | None = None
     flops: torch.LongTensor | None = None
     seconds: float | None = None
@@ -818,7 +822,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
         length = canvas.sequences.shape[1]
         ends = torch.full((num_rows,), length, device=input_ids.device)  # the column where each row ends
         finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
-        names = ("forward_passes", "loops", "layer_passes", "token_layer_passes", "flops")
+        names = (
+            "forward_passes",
+            "loops",
+            "layer_passes",
+            "token_passes",
+            "token_loops",
+            "token_layer_passes",
+            "flops",
+        )
         cost = {name: torch.zeros_like(ends) for name in names}
         trace: list[LoopMDMTraceStep] = []
         predictor = StepPredictor(self, config, canvas, past_key_values)

@@ -230,14 +230,14 @@ def calibrate(
             **{name: value for name, value in options.items() if value is not None},
         )
     table = Table(title=f"Half of {len(examples)} examples of {data}")
-    for column in ("setting", "quality, %", "loss, %", "loops a pass", "forward passes", "GFLOP"):
-        table.add_column(column, justify="left" if column == "setting" else "right")
+    for column in ("setting", "quality, %", "loss, %", "loops", "passes", "GFLOP"):
+        table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=True)
 
     def add(result, name: str = "") -> None:
         table.add_row(
             name or describe(result.arguments),
-            f"{100 * result.quality:.2f} ± {100 * result.standard_error:.2f}",
-            f"{100 * result.loss:+.2f} ± {100 * result.loss_standard_error:.2f}",
+            f"{100 * result.quality:.1f} ± {100 * result.standard_error:.1f}",
+            f"{100 * result.loss:+.1f} ± {100 * result.loss_standard_error:.1f}",
             f"{result.mean_loops:.2f}",
             f"{result.forward_passes:.2f}",
             f"{result.flops / 1e9:,.3f}",
@@ -249,9 +249,8 @@ def calibrate(
     add(budget.check_full, "other half: all loops")
     add(budget.check, "other half: chosen")
     console.print(table)
-    saved = (
-        f"{budget.check.flops / budget.check_full.flops:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops a pass"
-    )
+    share = budget.check.flops / budget.check_full.flops
+    saved = f"{share:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops on average"
     console.print(f"Chosen: {describe(budget.best.arguments)} ({saved}).")
     if output is not None:
         _write_json(output, {"model": model, "data": str(data), **budget.record()})

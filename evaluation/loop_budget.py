@@ -31,7 +31,7 @@ class BudgetResult:
         arguments (`dict`): Arguments of `generate`.
         quality, standard_error (`float`): Mean over the examples, from 0 to 1, and its standard error.
         loss, loss_standard_error (`float`): Quality below that of the most loops, on the same examples (paired).
-        mean_loops (`float`): Loops per forward pass.
+        mean_loops (`float`): Loops of a position in a forward pass.
         forward_passes, token_layer_passes, flops (`float`): Mean per example.
     """
 
@@ -269,7 +269,7 @@ def _run(
     """Fills in all examples; those of similar length go together, padded on the left."""
     order = sorted(range(len(examples)), key=lambda number: len(examples[number]["input_ids"]))
     sequences: list[torch.Tensor | None] = [None] * len(examples)
-    names = ("forward_passes", "loops", "token_layer_passes", "flops")
+    names = ("forward_passes", "token_passes", "token_loops", "token_layer_passes", "flops")
     cost = {name: torch.zeros(len(examples), dtype=torch.float64) for name in names}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
@@ -315,7 +315,7 @@ def _summarize(setting: dict[str, Any], run: _Run, score: torch.Tensor, full: to
         standard_error=score.std().item() / root,
         loss=loss.mean().item(),
         loss_standard_error=loss.std().item() / root,
-        mean_loops=(run.cost["loops"].sum() / run.cost["forward_passes"].sum()).item(),
+        mean_loops=(run.cost["token_loops"].sum() / run.cost["token_passes"].sum()).item(),
         forward_passes=run.cost["forward_passes"].mean().item(),
         token_layer_passes=run.cost["token_layer_passes"].mean().item(),
         flops=run.cost["flops"].mean().item(),
