@@ -154,6 +154,7 @@ class LoopMDMCache(Cache):
         # What is stored, (batch_size, max_length + 1), -1 where unknown
         self.tokens = torch.full((batch_size, max_length + 1), -1)
         self.rows: torch.Tensor | None = None  # rows that the next passes are about; see `select`
+        self._origin: LoopMDMCache = self  # what `select` was called on
         self.last_state: torch.Tensor | None = None  # see `keep_state`
         self._reserved: int | None = None
         self._model: weakref.ref | None = None
@@ -186,7 +187,7 @@ class LoopMDMCache(Cache):
     def open(self, position_ids: torch.Tensor, real: torch.Tensor | None) -> "OpenCache":
         """
         Prepares a pass over `position_ids`, `(1 or N, Q)`; `real`, `(N, Q)`, is False on filler, which is stored
-        nowhere. `stop`, how far the pass reaches, is read from them unless `reserve` has told.
+        nowhere. `stop`, how far the pass reaches, is read from them unless `select` was told.
         """
         stop = self._reserved
         if stop is None:
@@ -206,24 +207,24 @@ class LoopMDMCache(Cache):
             places = torch.where(position_ids < stored[:, None], self.max_length, places)
         return OpenCache(self, places, stop, lengths)
 
-    def reserve(self, stop: int | None) -> "LoopMDMCache":
-        """Says how far the next passes reach, which they would have to ask the device for. None: they ask."""
-        self._make_room(stop or 0)
-        self._reserved = stop
-        return self
-
     def _make_room(self, stop: int) -> None:
-        if stop > self.max_length:
+        if self._origin is not self:
+            self._origin._make_room(stop)
+            self.max_length, self.tokens = self._origin.max_length, self._origin.tokens
+        elif stop > self.max_length:
             for layer in self.layers:
                 layer.grow(stop)
             # The last column is that of filler.
             self.tokens = torch.nn.functional.pad(self.tokens[:, :-1], (0, stop + 1 - self.max_length), value=-1)
             self.max_length = stop
 
-    def select(self, rows: torch.Tensor | None) -> "LoopMDMCache":
-        """The same cache, for passes over some of its rows, `(N,)`. It shares the stored tensors."""
+    def select(self, rows: torch.Tensor | None, stop: int | None = None) -> "LoopMDMCache":
+        """
+        The same cache, for passes over some of its rows, `(N,)`, that reach to position `stop` (by default they ask
+        the device). It shares the stored tensors.
+        """
         view = copy.copy(self)
-        view.rows = rows
+        view.rows, view._reserved = rows, stop
         return view
 
     def store(self, lengths: torch.Tensor, length: int, tokens: torch.Tensor | None, places: torch.Tensor) -> None:
@@ -253,6 +254,8 @@ class LoopMDMCache(Cache):
         columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         last = columns[-1:].expand(hidden_states.shape[0]) if real is None else (columns * (real != 0)).amax(-1)
         state = hidden_states.take_along_dim(last[:, None, None], dim=1).squeeze(1)
+        if real is not None and self.last_state is not None:
+            state = torch.where((real != 0).any(-1, keepdim=True), state, self.last_state)
         self.last_state = state
 
     def state_before(self) -> torch.Tensor | None:
@@ -306,18 +309,17 @@ class LoopMDMCache(Cache):
                 f"`past_key_values` was made with num_loops={self.num_loops} and is used with {num_loops}; the keys "
                 "and values of other loops are different ones. Use the same number, or start a new cache."
             )
-        filled_by = None if self._model is None else self._model()
-        if self.config is not model.config or (self._model is not None and filled_by is not model):
+        owner = self._origin
+        known = owner._model is not None
+        if self.config is not model.config or (known and owner._model() is not model):
             raise ValueError("`past_key_values` was filled by another model; start a new cache for this one.")
         versions = _weight_versions(model)
-        if self._model is None:
-            self._model, self._versions = weakref.ref(model), versions
-        elif self.length > 0 and versions != self._versions:
+        if known and owner.length > 0 and versions != owner._versions:
             raise ValueError(
                 "`past_key_values` was filled before the model's weights changed; start a new cache with the weights "
                 "as they are now."
             )
-        self._versions = versions
+        owner._model, owner._versions = weakref.ref(model), versions
 
     def __deepcopy__(self, memo):
         new = copy.copy(self)
@@ -461,12 +463,17 @@ class PassPlanner:
             return self._plan_block_causal(rows, starts, stops, num_loops)
         if self.cache_implementation is None:
             return [ForwardPass(rows, nothing, lengths, lengths, None)]
-        first = step == 0 if self.refresh_interval is None else step % self.refresh_interval == 0
         cache = self._cache(0, self.max_loops, self.share_loops)
-        if first:
+        if self.refreshes(step):
             return [ForwardPass(rows, nothing, lengths, lengths, cache)]
         until = lengths if self.cache_implementation == "prefix" else stops
         return [ForwardPass(rows, [self._source(start) for start in starts], until, lengths, cache)]
+
+    def refreshes(self, step: int) -> bool:
+        """Whether a step computes what an approximate cache stores."""
+        if self.cache_implementation is None:
+            return False
+        return step == 0 if self.refresh_interval is None else step % self.refresh_interval == 0
 
     def _plan_block_causal(
         self, rows: list[int], starts: list[int], stops: list[int], num_loops: int
@@ -517,7 +524,7 @@ class PassPlanner:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         cache.length = 0
         cache.store(lengths, max(self.stored[num_loops]), tokens[:, : cache.max_length], places[: cache.max_length])
-        return cache.reserve(None)
+        return cache
 
 
 @dataclass
@@ -634,14 +641,14 @@ class StepPredictor:
         rows: torch.Tensor,
         row_list: list[int],
         columns: torch.Tensor,
-        masked: torch.Tensor,
+        counted: torch.Tensor,
         loops: list[int],
     ) -> Prediction:
         """
-        Predicts step `index` of a block for some `rows`, `(N,)`, at their `columns`, `(N, P)`, which are [MASK]s where
-        `masked`, `(N, P)`, with so many `loops`. Rows that the last step left as they were keep its scores.
+        Predicts step `index` of a block for some `rows`, `(N,)`, at their `columns`, `(N, P)`, which are filler where
+        `counted`, `(N, P)`, is False, with so many `loops`. Rows that the last step left as they were keep its scores.
         """
-        last = self.last
+        last = None if self.planner.refreshes(index) else self.last
         same: dict[int, int] = {}  # index in this step: index in the last one
         if last is not None:
             where = {row: i for i, row in enumerate(last.rows) if not last.changed[i]}
@@ -652,7 +659,7 @@ class StepPredictor:
             }
         new = [i for i in range(len(row_list)) if i not in same]
         if not same:
-            return self._predict(block, index, rows, row_list, columns, masked, loops)
+            return self._predict(block, index, rows, row_list, columns, counted, loops)
         old, kept = (torch.tensor(list(part), device=rows.device) for part in (same, same.values()))
         logits = last.logits.new_empty(*columns.shape, last.logits.shape[-1])
         logits[old] = last.logits[kept, : columns.shape[1]]
@@ -666,7 +673,7 @@ class StepPredictor:
                 rows[index_new],
                 [row_list[i] for i in new],
                 columns[index_new],
-                masked[index_new],
+                counted[index_new],
                 [loops[i] for i in new],
             )
             logits[index_new], loops_run[index_new] = part.logits, part.loops
@@ -680,7 +687,7 @@ class StepPredictor:
         rows: torch.Tensor,
         row_list: list[int],
         columns: torch.Tensor,
-        masked: torch.Tensor,
+        counted: torch.Tensor,
         loops: list[int],
     ) -> Prediction:
         """One forward pass for each number of loops, or two where finished blocks are stored first."""
@@ -693,7 +700,7 @@ class StepPredictor:
                 is_last = forward_pass.rows == [row_list[i] for i in members] and forward_pass.adaptive
                 wanted = columns[group] if is_last else None
                 scores, group_loops, spent = self._run_pass(
-                    forward_pass, wanted, masked[group].sum(-1) if is_last else 0, num_loops
+                    forward_pass, wanted, counted[group].sum(-1) if is_last else 0, num_loops
                 )
                 where = (
                     group
@@ -745,7 +752,7 @@ class StepPredictor:
         if cache is not None:
             cache_rows = torch.cat((rows, rows + len(canvas.lengths))) if guided else rows
             is_all = len(cache_rows) == cache.batch_size
-            cache = cache.reserve(max(forward_pass.keys)).select(None if is_all else cache_rows)
+            cache = cache.select(None if is_all else cache_rows, max(forward_pass.keys))
         positions = positions[:1] if is_even else positions.repeat(2, 1) if guided else positions
         adaptive = forward_pass.adaptive and settings.loop_tolerance is not None
         outputs = self.model(

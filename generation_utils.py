@@ -867,12 +867,13 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 # a. Predict. Only what is [MASK] can be committed; with remasking a step looks at all of the block.
                 columns = block_columns[rows]
                 masked = belongs[rows] & (canvas.sequences[rows[:, None], columns] == self.config.mask_token_id)
-                slots = None
+                slots, counted = None, belongs[rows]
                 if not remasks and not self._has_static_shapes(config):
                     slots = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(left[row_list].max())]
                     masked, columns = masked.gather(1, slots), columns.gather(1, slots)
+                    counted = masked
                 loops = [self._loops_at(config, index, steps[row]) for row in row_list]
-                prediction = predictor(block, index, rows, row_list, columns, masked, loops)
+                prediction = predictor(block, index, rows, row_list, columns, counted, loops)
                 for name, spent in prediction.cost.items():
                     cost[name][rows] += spent
 

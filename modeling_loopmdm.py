@@ -219,7 +219,7 @@ class LoopMDMAttention(nn.Module):
         asking = hidden_states if queries is None else take_positions(hidden_states, queries)
         batch_and_queries = asking.shape[:-1]
         # (batch, length, heads, head_dim); the norm is over head_dim
-        query = self.q_proj(asking).view(*batch_and_queries, -1, self.head_dim)
+        query = self.q_proj(asking).view(*batch_and_queries, self.config.num_attention_heads, self.head_dim)
         key = self.k_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
         value = self.v_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
         if self.config.use_qk_norm:
@@ -231,6 +231,8 @@ class LoopMDMAttention(nn.Module):
             key = apply_rotary_pos_emb(key, *position_embeddings)
         if memory is not None:
             key, value = remember(memory, key, value)
+        if batch_and_queries[1] == 0:  # only what a cache stores was wanted
+            return hidden_states.new_zeros(*batch_and_queries, hidden_states.shape[-1]), None
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -238,7 +240,7 @@ class LoopMDMAttention(nn.Module):
         output, probabilities = attention(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*batch_and_queries, -1)), probabilities
+        return self.o_proj(output.reshape(*batch_and_queries, self.o_proj.in_features)), probabilities
 
 
 class LoopMDMMLP(nn.Module):
@@ -455,7 +457,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if inputs_embeds is None:
             self._check_input_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        self._check_shapes(inputs_embeds, attention_mask, document_ids, past_key_values)
+        self._check_shapes(inputs_embeds, attention_mask, document_ids, past_key_values, position_ids is not None)
         batch_size, length = inputs_embeds.shape[:2]
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
@@ -504,8 +506,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
         mask = context["attention_mask"]
-        if positions is not None and positions.shape[1] == 0:  # only the keys and values that a cache takes
-            return self.readout(hidden_states, context, positions.new_zeros(len(positions), 1))[:, :0]
         if positions is None or start == stop or not _can_narrow(mask):
             hidden_states = self._run(start, stop, hidden_states, context)
             return self.norm(hidden_states if positions is None else take_positions(hidden_states, positions))
@@ -580,12 +580,14 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_ids: torch.LongTensor | None,
         past_key_values: LoopMDMCache | None,
+        has_positions: bool,
     ):
         batch_size, length = inputs_embeds.shape[:2]
+        stored = 0 if past_key_values is None or has_positions else past_key_values.length
         # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
-        if self.config.position_embedding_type == "learned" and length > self.config.max_position_embeddings:
+        if self.config.position_embedding_type == "learned" and stored + length > self.config.max_position_embeddings:
             raise ValueError(
-                f"The input has {length} positions, more than `max_position_embeddings` "
+                f"The input has {stored + length} positions, more than `max_position_embeddings` "
                 f"({self.config.max_position_embeddings}), and positions are learned; shorten it."
             )
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
@@ -630,7 +632,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                     "its keys and values change with them. Pass a `LoopMDMCache` where stale ones will do, as "
                     '`generate(cache_implementation="dual")` does.'
                 )
-            return LoopMDMCache(self.config, num_loops, batch_size, 0)
+            past_key_values = LoopMDMCache(self.config, num_loops, batch_size, 0)
         if not isinstance(past_key_values, LoopMDMCache):
             raise ValueError(
                 f"`past_key_values` is a {type(past_key_values).__name__}; a looped model needs a `LoopMDMCache`, "
@@ -978,7 +980,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 on real tokens, 0 on padding, which may stand anywhere. A 4-D mask is passed on as it is, in place of
                 `config.attention_block_size` too.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            position_ids (`torch.LongTensor` of shape `(1 or batch_size, sequence_length)`, *optional*):
                 By default real tokens are counted from 0 and padding takes no position.
             document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Several documents packed into a row: tokens of different ids do not see each other, and positions are
@@ -1017,8 +1019,14 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """
         inputs = _one_of(input_ids, inputs_embeds)
         shifts, before = self.config.shift_logits, None
-        if shifts and past_key_values is not None:
+        if shifts and past_key_values is not None and position_ids is None:
             before = past_key_values.state_before()
+            if before is None and past_key_values.length > 0:
+                raise ValueError(
+                    "This model predicts a token from the position before it, and `past_key_values` does not hold the "
+                    "state of its last position any more (it was cropped, or filled by `generate`). Begin the input "
+                    "with that position again and give `position_ids`."
+                )
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = None
         records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
