@@ -1,0 +1,227 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Calibrating loops: what is measured, what is chosen, and what is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import random_ids, tiny_model
+from typer.testing import CliRunner
+
+import loopmdm_cli as cli
+from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
+from loopmdm.evaluation import calibrate_loops
+from loopmdm.evaluation.loop_budget import budget_settings, describe, write_budget
+
+ROOT = Path(__file__).resolve().parents[1]
+MASK = 22
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(num_loops=4)
+
+
+def examples(model, count: int = 8, right: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Of different lengths; the targets of the first `right` are what the model fills in at its four loops."""
+    made = []
+    for number in range(count):
+        ids = random_ids(1, 6 + number % 3, seed=number)[0]
+        ids[2] = MASK
+        target = model.generate(ids[None], max_new_tokens=0)[0].clone()
+        if number >= right:
+            target[ids == MASK] = (target[ids == MASK] + 1) % 20 + 1
+        made.append({"input_ids": ids, "target": target})
+    return made
+
+
+def test_quality_and_cost_are_those_of_generate(model):
+    data = examples(model)
+    budget = calibrate_loops(model, data, settings=[{"num_loops": 1}, {"num_loops": 2}], max_loss=1.0)
+    assert [result.arguments for result in budget.results] == [{"num_loops": 4}, {"num_loops": 1}, {"num_loops": 2}]
+    assert budget.full.quality == 1.0 and budget.full.loss == 0.0
+    for result in budget.results:
+        right, flops = [], []
+        for example in data[::2]:
+            output = model.generate(
+                example["input_ids"][None],
+                max_new_tokens=0,
+                num_loops=result.arguments["num_loops"],
+                return_dict_in_generate=True,
+            )
+            right.append(float(torch.equal(output.sequences[0], example["target"])))
+            flops.append(output.flops.item())
+        assert result.quality == pytest.approx(sum(right) / len(right))
+        assert result.flops == pytest.approx(sum(flops) / len(flops))
+        assert result.loss == pytest.approx(1.0 - result.quality)
+        assert result.mean_loops == result.arguments["num_loops"]
+    # Any loss will do, so the cheapest one is taken.
+    assert budget.best.arguments == {"num_loops": 1}
+    assert json.loads(json.dumps(budget.record()))["best"]["arguments"] == {"num_loops": 1}
+
+
+def test_the_cheapest_within_the_loss_on_both_halves_is_chosen(model):
+    data = examples(model, count=12)
+    budget = calibrate_loops(model, data, max_loss=0.0)
+    assert budget.best.loss <= 0 and budget.check.loss <= 0
+    for result in budget.results:
+        if result.flops < budget.best.flops:
+            failed = [check for check in budget.checks if check.arguments == result.arguments and check.loss > 0]
+            assert result.loss > 0 or failed, describe(result.arguments)
+    assert budget.checks[-1] is budget.check
+
+
+def test_a_setting_that_fails_on_the_other_half_is_passed_over(model):
+    """Examples whose answer never changes with the loops come first, those that need all loops second."""
+    easy, hard = [], []
+    for number in range(60):
+        ids = random_ids(1, 7, seed=100 + number)[0]
+        ids[2] = MASK
+        one, all_ = (model.generate(ids[None], max_new_tokens=0, num_loops=loops)[0] for loops in (1, 4))
+        (easy if torch.equal(one, all_) else hard).append({"input_ids": ids, "target": all_})
+    pairs = [example for both in zip(easy, hard, strict=False) for example in both]
+    assert len(pairs) >= 8
+    budget = calibrate_loops(model, pairs, settings=[{"num_loops": 1}], max_loss=0.1)
+    assert [check.arguments for check in budget.checks] == [{"num_loops": 1}, {"num_loops": 4}]
+    assert budget.best.arguments == {"num_loops": 4}
+
+
+@pytest.mark.parametrize(("quality", "expected"), [("exact", 0.5), ("agreement", 1.0)])
+def test_what_quality_means(model, quality, expected):
+    data = examples(model, right=0)
+    for number in (0, 2, 1, 3):  # half of either half is right
+        data[number]["target"] = model.generate(data[number]["input_ids"][None], max_new_tokens=0)[0]
+    budget = calibrate_loops(model, data, quality=quality, settings=[{"num_loops": 1}])
+    assert budget.full.quality == expected
+
+
+def test_the_share_of_right_tokens(model):
+    data = examples(model, count=4)
+    for example in data:
+        first = int((example["input_ids"] == MASK).nonzero()[0])
+        example["target"] = example["target"].clone()
+        example["target"][first] = example["target"][first] % 20 + 1
+    budget = calibrate_loops(model, data, quality="tokens", settings=[{"num_loops": 1}])
+    blanks = [int((example["input_ids"] == MASK).sum()) for example in data[::2]]
+    assert budget.full.quality == pytest.approx(sum((count - 1) / count for count in blanks) / len(blanks))
+
+
+def test_settings_stay_within_the_most_loops():
+    for setting in budget_settings(6, num_steps=8):
+        assert 1 <= setting["num_loops"] <= 6
+        assert setting.get("visible_loops", 1) < 6
+        LoopMDMGenerationConfig(**setting)
+    assert not any("loop_schedule" in setting for setting in budget_settings(6, num_steps=1))
+
+
+def test_the_choice_becomes_the_default(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    LoopMDMGenerationConfig(loop_tolerance=0.3, loop_exit="token", max_denoising_steps=5).save_pretrained(tmp_path)
+    file = write_budget(tmp_path, {"num_loops": 3, "visible_loops": 2})
+    loaded = LoopMDMForMaskedLM.from_pretrained(tmp_path).generation_config
+    assert (loaded.num_loops, loaded.visible_loops, loaded.max_denoising_steps) == (3, 2, 5)
+    assert (loaded.loop_tolerance, loaded.loop_exit) == (None, "row")  # nothing of an earlier choice remains
+    assert [path.name for path in tmp_path.glob("*generation_config*")] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_loops": 1}, "`num_loops` is 1, which leaves nothing to save"),
+        ({"num_loops": 0}, "`num_loops` is 0; it must be an integer of at least 1"),
+        ({"quality": "good"}, "`quality` is 'good'; choose"),
+        ({"max_loss": -0.1}, "`max_loss` is -0.1; it is a share"),
+        ({"loop_tolerance": 0.1}, "`loop_tolerance` is what is calibrated"),
+        ({"settings": [{"num_loop": 1}]}, "no argument `num_loop`"),
+        ({"settings": [{"num_loops": 2, "visible_loops": 0}]}, "`visible_loops` is 0; it must be"),
+        ({"unmasking": "best"}, "`unmasking` is 'best'; choose one of"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named_before_anything_runs(model, monkeypatch, arguments, message):
+    data = examples(model, count=4)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("ran all the same")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(ValueError, match=message):
+        calibrate_loops(model, data, **arguments)
+
+
+def test_bad_examples_and_models_are_named(model):
+    data = examples(model, count=4)
+    with pytest.raises(ValueError, match="There are 3 examples; give at least 4"):
+        calibrate_loops(model, data[:3])
+    with pytest.raises(ValueError, match=r"Example 3 holds no \[MASK\]"):
+        calibrate_loops(model, [*data[:3], {"input_ids": torch.tensor([1, 2]), "target": torch.tensor([1, 2])}])
+    with pytest.raises(ValueError, match="Example 3 has 2 tokens and a target of 3"):
+        calibrate_loops(model, [*data[:3], {"input_ids": torch.tensor([1, MASK]), "target": torch.tensor([1, 2, 3])}])
+    with pytest.raises(ValueError, match='`loop_update="damped"`'):
+        calibrate_loops(tiny_model(loop_update="damped"), data)
+
+
+# The command
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copy(ROOT / "tokenizer_config.json", folder)
+    return folder
+
+
+def sudoku_lines(model_folder: Path, count: int = 4) -> str:
+    from test_bundled import PUZZLE, SOLUTION
+
+    return f"{json.dumps({'prompt': PUZZLE, 'answer': SOLUTION})}\n" * count
+
+
+def calibrate(*arguments) -> object:
+    return CliRunner().invoke(cli.app, ["calibrate", *map(str, arguments)])
+
+
+def test_command_writes_what_it_chose(folder, tmp_path):
+    data, output = tmp_path / "data.jsonl", tmp_path / "out.json"
+    data.write_text(sudoku_lines(folder))
+    arguments = (folder, "--data", data, "--max-denoising-steps", 2, "--num-loops", 2, "--output", output)
+    before = (folder / "generation_config.json").read_text()
+    result = calibrate(*arguments, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert (folder / "generation_config.json").read_text() == before
+    result = calibrate(*arguments)
+    assert result.exit_code == 0, result.output
+    record = json.loads(output.read_text())
+    written = json.loads((folder / "generation_config.json").read_text())
+    for name, value in record["best"]["arguments"].items():
+        assert written[name] == value
+    assert f"Chosen: {describe(record['best']['arguments'])}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "message"),
+    [
+        ('{"prompt": "12", "answer": "3"}\n' * 3, [], "There are 3 examples"),
+        ('{"prompt": "1.", "answer": "123"}\n' * 4, [], "the prompt has mask tokens among its 2 tokens"),
+        ('{"text": "12"}\n' * 4, [], "prompt"),
+        ('{"prompt": "12", "answer": "3"}\n' * 4, ["--max-loss", "2"], "`max_loss` is 2.0"),
+    ],
+    ids=["few", "lengths", "fields", "loss"],
+)
+def test_command_refuses_bad_input_and_leaves_the_model(folder, tmp_path, lines, arguments, message):
+    data = tmp_path / "data.jsonl"
+    data.write_text(lines)
+    before = (folder / "generation_config.json").read_text()
+    result = calibrate(folder, "--data", data, *arguments)
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
+    assert (folder / "generation_config.json").read_text() == before
+
+
+def test_command_wants_a_folder(tmp_path):
+    result = calibrate("somebody/model", "--data", tmp_path / "data.jsonl")
+    assert isinstance(result.exception, ValueError) and "is no folder of a model" in str(result.exception)
