@@ -420,12 +420,13 @@ def dynamics(
         "tokens": sum(len(part.input_ids) for part in windows),
         "results": rows,
     }
-    names = [name for name in rows[0] if name != "loop"]
+    names = ("change", "distance", "masked_to_masked", "visible_to_masked", "loss", "accuracy", "changed")
+    names = [name for name in names if name in rows[0]]
     _table(
         f"Loops of {model} on {count} texts, mean of t = {', '.join(f'{t:g}' for t in timesteps)}, "
         f"{watch.seconds:.1f} s",
         ["loop", *(name.replace("_", " ") for name in names)],
-        [[row["loop"], *("" if row[name] != row[name] else f"{row[name]:.4f}" for name in names)] for row in rows],
+        [[row["loop"], *("" if row[name] != row[name] else f"{row[name]:.3g}" for name in names)] for row in rows],
     )
     if output is not None:
         with output_folder(output) as folder:
@@ -634,8 +635,9 @@ def _plot_likelihood(path: Path, rows: list[dict], means: torch.Tensor, errors: 
     left.set(xlabel="num_loops", ylabel="NELBO, nats per token (± 2 standard errors)")
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
     for i, number in enumerate(loops):
-        curve = {"yerr": (2 * errors[i]).tolist(), "label": f"{number} loops", "marker": "o", "markersize": 3}
-        right.errorbar(middles, means[i].tolist(), **curve)
+        name = f"{number} loop{'' if number == 1 else 's'}"
+        error = (2 * errors[i]).tolist()
+        right.errorbar(middles, means[i].tolist(), yerr=error, marker="o", markersize=3, label=name)
     right.set(xlabel="timestep (share of masked tokens)", ylabel="nats per masked token (± 2 standard errors)")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
