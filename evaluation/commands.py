@@ -227,7 +227,7 @@ def lm_eval_tasks(
     num_samples: int = 32,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    max_gen_toks: int = 256,
+    max_gen_toks: int | None = None,
     max_length: int | None = None,
     stride: int | None = None,
     apply_chat_template: bool = False,
@@ -257,26 +257,14 @@ def lm_eval_tasks(
     for name, path in (data_files or {}).items():
         if not Path(path).is_file():
             raise ValueError(f"--data-files {name}={path}: there is no such file.")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    names = []
-    for task in tasks:
-        matches = manager.match_tasks([task])
-        if Path(task).suffix == ".yaml" and Path(task).is_file():
-            matches = [task]
-        if not matches:
-            close = difflib.get_close_matches(task, manager.all_tasks, n=3)
-            raise ValueError(
-                f"lm-eval knows no task {task!r}{'; ' + ', '.join(close) + '?' if close else ''}. "
-                "--include-path names a folder with your own."
-            )
-        names += matches
-    if not names:
-        raise ValueError("There are no tasks; name some with --tasks.")
+    manager, names = _find_tasks(TaskManager, tasks, include_path)
     if data_files is None:
         specs = names
     else:
         source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": dict(data_files)}}
-        specs = [{"task": name, **source} for name in names]
+        # A group of them is how lm-eval takes its own tasks with other settings.
+        group = {"group": "local", "task": [{"task": name, **source} for name in names]}
+        specs = list(manager.load([group])["tasks"].values())
     lm = LoopMDMEvalModel(
         model,
         num_loops=loops[0],
@@ -285,11 +273,13 @@ def lm_eval_tasks(
         batch_size=batch_size,
         max_length=max_length,
         stride=stride,
-        max_gen_toks=max_gen_toks,
         dtype=dtype,
         device=device,
         **(generation or {}),
     )
+    # What is asked for here wins over what the tasks say.
+    asked = (generation or {}) | ({} if max_gen_toks is None else {"max_gen_toks": max_gen_toks})
+    lm.generation_plan(asked)  # checks
     runs, rows, seconds = [], [], 0.0
     for number in loops:
         lm.num_loops = number
@@ -301,6 +291,7 @@ def lm_eval_tasks(
                     task_manager=manager,
                     num_fewshot=num_fewshot,
                     limit=limit,
+                    gen_kwargs=dict(asked) or None,
                     apply_chat_template=apply_chat_template,
                     fewshot_as_multiturn=apply_chat_template,
                     random_seed=seed,
@@ -481,6 +472,28 @@ def _dtype(name: str) -> Any:
     if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
         raise ValueError(f"--dtype is {name!r}; use float32, bfloat16, float16 or auto.")
     return name
+
+
+def _find_tasks(manager_class: Any, tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any, list[str]]:
+    """lm-eval's task manager and the names of the tasks. Its own tasks, thousands of files, are read if needed."""
+    if not tasks:
+        raise ValueError("There are no tasks; name some with --tasks.")
+    folder = None if include_path is None else str(include_path)
+    for with_own in (False, True):
+        manager = manager_class(include_path=folder, include_defaults=with_own)
+        names, unknown = [], []
+        for task in tasks:
+            is_file = Path(task).suffix == ".yaml" and Path(task).is_file()
+            matches = [task] if is_file else manager.match_tasks([task])
+            names += matches
+            unknown += [] if matches else [task]
+        if not unknown:
+            return manager, names
+    close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+    raise ValueError(
+        f"lm-eval knows no task {unknown[0]!r}{'; ' + ', '.join(close) + '?' if close else ''}. --include-path names a "
+        "folder with your own."
+    )
 
 
 def _loops(num_loops: Sequence[int] | None, default: list[int]) -> list[int]:

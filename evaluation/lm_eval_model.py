@@ -311,7 +311,7 @@ class LoopMDMEvalModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         plans = []
         for index, (_, arguments) in enumerate(request.args for request in requests):
-            plans.append(self._generation_plan(arguments))  # all are checked before the first one runs
+            plans.append(self.generation_plan(arguments))  # all are checked before the first one runs
             groups.setdefault(repr(sorted(arguments.items(), key=str)), []).append(index)
         contexts, seeds, seen = [], [], Counter()
         for request, (_, arguments) in zip(requests, plans, strict=True):
@@ -335,7 +335,7 @@ class LoopMDMEvalModel(TemplateLM):
                     bar.update(len(chosen))
         return answers
 
-    def _generation_plan(self, arguments: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    def generation_plan(self, arguments: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         """The stop strings and the arguments of `generate` that a task's `generation_kwargs` ask for."""
         arguments = dict(arguments)
         until = arguments.pop("until", None) or []
@@ -453,7 +453,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The class must be registered once, under the module's own name.
-    from loopmdm.evaluation import lm_eval_model
-
-    lm_eval_model.main()
+    main()
