@@ -391,7 +391,7 @@ def eval_lm_eval(
     num_samples: NumMasks = 32,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt (default: the task's).")] = None,
     limit: Annotated[int | None, typer.Option(help="Documents of each task.")] = None,
-    max_gen_toks: Annotated[int | None, typer.Option(help="Tokens to generate (default: the task's, or 256).")] = None,
+    max_gen_toks: Annotated[int | None, typer.Option(help="Tokens to generate (default: the task's).")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens seen at once (default: the model's).")] = None,
     stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window of a long text.")] = None,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Prompts as chats.")] = False,

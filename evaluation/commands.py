@@ -490,10 +490,8 @@ def _find_tasks(manager_class: Any, tasks: Sequence[str], include_path: str | Pa
         if not unknown:
             return manager, names
     close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
-    raise ValueError(
-        f"lm-eval knows no task {unknown[0]!r}{'; ' + ', '.join(close) + '?' if close else ''}. --include-path names a "
-        "folder with your own."
-    )
+    hint = f" ({', '.join(close)}?)" if close else ""
+    raise ValueError(f"lm-eval knows no task {unknown[0]!r}{hint}; --include-path names a folder with your own.")
 
 
 def _loops(num_loops: Sequence[int] | None, default: list[int]) -> list[int]:

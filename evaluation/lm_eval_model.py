@@ -63,7 +63,8 @@ class LoopMDMEvalModel(TemplateLM):
         max_length (`int`, *optional*, defaults to `max_position_embeddings`, at most 4096): Tokens seen at once. Of a
             longer context the end is kept.
         stride (`int`, *optional*, defaults to `max_length`): Fresh tokens of a window.
-        max_gen_toks (`int`, defaults to 256): Tokens to generate where a task does not say.
+        max_gen_toks (`int`, *optional*, defaults to half of `max_length`, at most 256): Tokens to generate where a
+            task does not say.
         add_bos_token (`bool`, defaults to `False`): Put the tokenizer's start token before every text.
         dtype (`str`, defaults to `"auto"`), device (`str`, *optional*, by default a GPU if there is one),
             revision (`str`, *optional*): As in transformers. Under `accelerate launch` or `torchrun` every process
@@ -83,7 +84,7 @@ class LoopMDMEvalModel(TemplateLM):
         max_batch_size: int | None = None,
         max_length: int | None = None,
         stride: int | None = None,
-        max_gen_toks: int = 256,
+        max_gen_toks: int | None = None,
         add_bos_token: bool = False,
         dtype: str = "auto",
         device: str | None = None,
@@ -126,9 +127,9 @@ class LoopMDMEvalModel(TemplateLM):
             raise ValueError(f"`max_length` is {self.max_length}; the model takes 1 to {longest} positions.")
         self.stride = self.max_length if stride is None else stride
         make_windows([], self.max_length, self.stride)  # checks
-        if not max_gen_toks >= 1:
+        self.max_gen_toks = max(1, min(256, self.max_length // 2)) if max_gen_toks is None else max_gen_toks
+        if self.max_gen_toks < 1:
             raise ValueError(f"`max_gen_toks` is {max_gen_toks}; it must be at least 1.")
-        self.max_gen_toks = max_gen_toks
         self.add_bos_token = add_bos_token
         if add_bos_token and tokenizer.bos_token_id is None:
             raise ValueError("`add_bos_token` is True, and the tokenizer has no start token.")

@@ -255,43 +255,45 @@ def test_chats_reach_the_model(folder, tasks):
     assert results["samples"]["go_on"][0]["arguments"][0][0] == "w0 w1 w2 w3 w0 "
 
 
-def test_several_processes_share_the_work(folder, tasks, tmp_path):
-    """Two processes give the results of one, each having done its part."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import json, sys\n"
-        "import lm_eval, torch\n"
-        "from lm_eval.tasks import TaskManager\n"
-        "import loopmdm.evaluation.lm_eval_model as adapter\n"
-        "torch.set_num_threads(1)\n"
-        "folder, tasks, output = sys.argv[1:]\n"
-        "lm = adapter.LoopMDMEvalModel(folder, num_loops=2, num_samples=8, batch_size=4)\n"
-        "manager = TaskManager(include_path=tasks, include_defaults=False)\n"
-        "names = ['choose', 'go_on']\n"
-        "results = lm_eval.simple_evaluate(model=lm, tasks=names, task_manager=manager, bootstrap_iters=0)\n"
-        "if lm.rank == 0:\n"
-        "    texts = [s['resps'][0][0] for s in results['samples']['go_on']]\n"
-        "    order = [s['doc_id'] for s in results['samples']['go_on']]\n"
-        "    acc = results['results']['choose']['acc,none']\n"
-        "    json.dump({'world': lm.world_size, 'acc': acc, 'texts': dict(zip(order, texts))}, open(output, 'w'))\n"
-        "else:\n"
-        "    assert results is None\n"
+SCRIPT = """
+import json, sys
+import lm_eval, torch
+from lm_eval.tasks import TaskManager
+from loopmdm.evaluation.lm_eval_model import LoopMDMEvalModel
+
+torch.set_num_threads(1)
+folder, tasks, output = sys.argv[1:]
+lm = LoopMDMEvalModel(folder, num_loops=2, num_samples=8, batch_size=4, device="cpu")
+manager = TaskManager(include_path=tasks, include_defaults=False)
+results = lm_eval.simple_evaluate(model=lm, tasks=["choose", "go_on"], task_manager=manager, bootstrap_iters=0)
+assert (results is None) == (lm.rank > 0)
+if lm.rank == 0:
+    samples = {sample["doc_id"]: sample["resps"][0][0] for sample in results["samples"]["go_on"]}
+    accuracy = results["results"]["choose"]["acc,none"]
+    json.dump({"processes": lm.world_size, "accuracy": accuracy, "texts": samples}, open(output, "w"))
+"""
+
+
+def test_several_processes_share_the_work(folder, lm, tasks, tmp_path):
+    """Two processes give the results of one."""
+    (tmp_path / "run.py").write_text(SCRIPT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*launcher, str(tmp_path / "run.py"), folder, str(tasks), str(tmp_path / "two.json")],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    found = {}
-    for count in (1, 2):
-        command = [sys.executable, str(script)]
-        if count > 1:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-            command = [*launcher, str(script)]
-        output = tmp_path / f"{count}.json"
-        run = subprocess.run(
-            [*command, folder, str(tasks), str(output)], env=environment, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
-        found[count] = json.loads(output.read_text())
-    assert found[2].pop("world") == 2 and found[1].pop("world") == 1
-    assert found[1] == found[2] and len(found[1]["texts"]) == 3
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads((tmp_path / "two.json").read_text())
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    alone = lm_eval.simple_evaluate(model=lm, tasks=["choose", "go_on"], task_manager=manager, bootstrap_iters=0)
+    assert found["processes"] == 2
+    assert found["accuracy"] == alone["results"]["choose"]["acc,none"]
+    samples = alone["samples"]["go_on"]
+    assert found["texts"] == {str(sample["doc_id"]): sample["resps"][0][0] for sample in samples}
+    assert len(samples) == 3
 
 
 def test_gsm8k_from_local_files(folder, tmp_path, monkeypatch):
@@ -350,10 +352,8 @@ def test_bad_arguments_are_named(folder, arguments, message):
 def test_bad_generation_arguments_are_named_before_anything_runs(lm, monkeypatch):
     monkeypatch.setattr(lm.model, "generate", lambda **k: pytest.fail("generated"))
     good = ("w1", {"max_gen_toks": 4})
-    for arguments, message in (
-        ({"max_gen_toks": 64}, "`max_gen_toks` is 64"),
-        ({"max_gen_toks": 2, "beams": 2}, "no argument `beams`"),
-    ):
+    too_many, unknown = {"max_gen_toks": 64}, {"max_gen_toks": 2, "beams": 2}
+    for arguments, message in ((too_many, "`max_gen_toks` is 64"), (unknown, "no argument `beams`")):
         with pytest.raises(ValueError, match=message):
             lm.generate_until(requests("generate_until", good, ("w1", arguments)), disable_tqdm=True)
 
@@ -371,13 +371,12 @@ def test_lm_evals_command_says_why_not_hf(monkeypatch, capsys):
     assert "scores a text as a causal language model does" in capsys.readouterr().err
 
 
-def test_lm_evals_command_runs(folder, tasks, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    command = [sys.executable, "-m", "loopmdm.evaluation.lm_eval_model", "--model", "loopmdm", "--tasks", "choose"]
-    command += ["--model_args", f"pretrained={folder},num_loops=1,num_samples=2", "--include_path", str(tasks)]
-    command += ["--output_path", str(tmp_path / "out"), "--device", "cpu"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "|choose|" in run.stdout
-    (saved,) = (tmp_path / "out").rglob("results_*.json")
-    assert json.loads(saved.read_text())["config"]["num_loops"] == 1
+def test_lm_evals_command_knows_the_model(monkeypatch):
+    from lm_eval.api.registry import get_model
+
+    calls = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: calls.append(get_model("loopmdm")))
+    for argv in (["lm_eval", "--model", "loopmdm", "--tasks", "x"], ["lm_eval", "run", "--model=loopmdm"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        main()
+    assert calls == [LoopMDMEvalModel] * 2
