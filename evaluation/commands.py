@@ -6,6 +6,7 @@ What `loopmdm eval` does: each function checks its arguments, measures, prints a
 
 import contextlib
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -607,9 +608,11 @@ def _table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def _pm(value: float, error: float | None) -> str:
-    if error is None or error != error:
-        return f"{value:.4f}"
-    return f"{value:.4f} ± {error:.4f}"
+    """A value with its error, both to the second digit of the error."""
+    if error is None or not 0 < error < math.inf:
+        return f"{value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
