@@ -434,6 +434,7 @@ def dynamics(
 
 def _start(model: str, output: str | Path | None) -> Any:
     """The configuration of a LoopMDM, after what can be checked without it."""
+    logging.disable_progress_bar()  # transformers' own
     if output is not None:
         check_output(output)
     if model.startswith((".", "/", "~")) and not (Path(model) / "config.json").is_file():

@@ -215,14 +215,16 @@ class LoopMDMEvalModel(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         windows = []
-        for (_, text), context, continuation in requests:
+        for (_, text), _, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
                     f"The continuation {text[:40]!r} has {len(continuation)} tokens; it must have 1 to `max_length` "
                     f"({self.max_length})."
                 )
-            ids = self._shorten(context, self.max_length - len(continuation)) + continuation
-            given = len(ids) - len(continuation)
+        rooms = [self.max_length - len(continuation) for _, _, continuation in requests]
+        contexts = self._shorten([context for _, context, _ in requests], rooms)
+        for context, (_, _, continuation) in zip(contexts, requests, strict=True):
+            ids, given = context + continuation, len(context)
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
         scores = self._score(windows, disable_tqdm)
         results: list[tuple[float, bool]] = [None] * len(windows)
@@ -314,13 +316,15 @@ class LoopMDMEvalModel(TemplateLM):
         for index, (_, arguments) in enumerate(request.args for request in requests):
             plans.append(self.generation_plan(arguments))  # all are checked before the first one runs
             groups.setdefault(repr(sorted(arguments.items(), key=str)), []).append(index)
-        contexts, seeds, seen = [], [], Counter()
+        contexts, rooms, seeds, seen = [], [], [], Counter()
         for request, (_, arguments) in zip(requests, plans, strict=True):
             text = request.args[0]
-            contexts.append(self._shorten(self.tok_encode(text), self.max_length - arguments["max_new_tokens"]))
+            contexts.append(self.tok_encode(text))
+            rooms.append(self.max_length - arguments["max_new_tokens"])
             # A prompt that is asked several times gets several answers, where they are drawn.
             seeds.append((self.seed, "generate", seen[text], text))
             seen[text] += 1
+        contexts = self._shorten(contexts, rooms)
         answers: list[str] = [None] * len(requests)
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm or self.rank != 0) as bar:
             for members in groups.values():
@@ -360,10 +364,15 @@ class LoopMDMEvalModel(TemplateLM):
         return until, settings
 
     @staticmethod
-    def _shorten(ids: list[int], room: int) -> list[int]:
-        if len(ids) > room:
-            logger.warning("A context of %d tokens is cut to its last %d.", len(ids), room)
-        return ids[len(ids) - min(room, len(ids)) :]
+    def _shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
+        """The ends of contexts that are longer than there is room for."""
+        cut = sum(len(ids) > room for ids, room in zip(contexts, rooms, strict=True))
+        if cut:
+            longest = max(map(len, contexts))
+            logger.warning(
+                "%d of %d contexts lose their beginning; the longest has %d tokens.", cut, len(rooms), longest
+            )
+        return [ids[max(0, len(ids) - room) :] for ids, room in zip(contexts, rooms, strict=True)]
 
     def _generate(
         self,
