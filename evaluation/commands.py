@@ -60,7 +60,7 @@ def likelihood(
     check_settings(loops, num_samples)
     if bins < 1:
         raise ValueError(f"There are {bins} bins of timesteps; there must be at least 1.")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = _load_tokenizer(model)
     texts = read_texts(text, tokenizer, config, task, text_column, documents, dataset, limit)
     if task == "fill":  # what is given stands on both sides, so nothing can be cut off
         _must_fit(texts, window or config.max_position_embeddings)
@@ -158,7 +158,7 @@ def judged_samples(
         loops = _loops(num_loops, [config.num_loops])
         length = min(256, config.max_position_embeddings) if max_new_tokens is None else max_new_tokens
         LoopMDMGenerationConfig(max_new_tokens=length, **generation)  # checks
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = _load_tokenizer(model)
         starts = _prompts(prompts, tokenizer, config, num_samples, length, text_column)
     else:
         texts = _sample_texts(samples, text_column, documents)
@@ -382,7 +382,7 @@ def dynamics(
     length = min(256, longest) if window is None and task != "fill" else window or longest
     if length > longest:
         raise ValueError(f"--window is {length} tokens; the model takes 1 to {longest} positions.")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = _load_tokenizer(model)
     texts = read_texts(text, tokenizer, config, task, text_column, documents, dataset, limit)
     if task == "fill":
         _must_fit(texts, length)
@@ -463,11 +463,18 @@ def load_judge(judge: str, dtype: str = "auto", device: str | None = None) -> tu
     kind = AutoConfig.from_pretrained(judge).model_type
     if kind == "loopmdm":
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
-    tokenizer = AutoTokenizer.from_pretrained(judge)
+    tokenizer = _load_tokenizer(judge)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(judge, dtype=_dtype(dtype), use_safetensors=True).to(device).eval()
     check_judge(model, tokenizer)
     return model, tokenizer
+
+
+def _load_tokenizer(model: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # transformers raises many kinds, and speaks of backends
+        raise ValueError(f"{model} has no tokenizer that loads; put one's files beside the weights.") from error
 
 
 def _dtype(name: str) -> Any:

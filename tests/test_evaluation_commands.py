@@ -265,6 +265,15 @@ def test_existing_folders_are_left_alone(place, tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_model_without_a_tokenizer_is_refused(place, tmp_path):
+    for path in (place / "model").iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    for args in (LIKELIHOOD, DYNAMICS):
+        with pytest.raises(ValueError, match="has no tokenizer that loads"):
+            run(args[0], tmp_path, "--text", place / "text.txt")
+
+
 def test_a_model_without_a_mask_token_is_refused(place, tmp_path):
     for path in (place / "model").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
