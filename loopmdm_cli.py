@@ -26,6 +26,31 @@ Loops = Annotated[
     str | None, typer.Option(help="Applications of the looped block; a list such as 1,2,4 is spread over the steps.")
 ]
 
+evaluation = typer.Typer(help="Measure a model, at any number of loops.", no_args_is_help=True)
+app.add_typer(evaluation, name="eval")
+Text = Annotated[
+    str,
+    typer.Option(help="Text (.txt), JSON lines (.jsonl), or the name of a data set.", show_default=False),
+]
+Output = Annotated[Path | None, typer.Option(help="Folder for JSON, arrays and pictures; it must not exist.")]
+LoopList = Annotated[str | None, typer.Option(help="Numbers of loops to measure, such as 1,2,4.")]
+Task = Annotated[
+    str,
+    typer.Option(help="Score all of texts, answers given prompts, or what mask tokens stand for (fill)."),
+]
+TextColumn = Annotated[str, typer.Option(help="Where texts are in JSON and data sets.")]
+Documents = Annotated[str, typer.Option(help="What separates the texts of a .txt: file (none), blank_line or line.")]
+Split = Annotated[str, typer.Option(help="Of a data set.")]
+Subset = Annotated[str | None, typer.Option(help="Of a data set: the name of its configuration.")]
+TextLimit = Annotated[int | None, typer.Option(help="Read so many texts.")]
+NumMasks = Annotated[int, typer.Option(help="Masks of each text or window; even.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(help="Arguments of `generate`, such as unmasking=entropy,block_length=32; may be repeated."),
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ... or auto.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
+
 
 def main() -> None:
     """Entry point: runs a command and turns what is wrong with its input into one line and exit status 2."""
@@ -363,6 +388,233 @@ def train(
         for name, value in record["evaluation"].items():
             if "nelbo" in name and "error" not in name:
                 print(f"{name}: {value:.4f} nats per token")
+
+
+@evaluation.command("likelihood")
+def eval_likelihood(
+    model: Model,
+    text: Text,
+    output: Output = None,
+    num_loops: LoopList = None,
+    task: Task = "texts",
+    text_column: TextColumn = "text",
+    documents: Documents = "file",
+    split: Split = "train",
+    subset: Subset = None,
+    limit: TextLimit = None,
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once (default: at most 1024).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window; the others are context.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Score so many windows, evenly spread.")] = None,
+    num_samples: NumMasks = 32,
+    bins: Annotated[int, typer.Option(help="Bins of timesteps.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Masked texts per forward pass.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Bound of the likelihood of texts (NELBO), with error bars, at several numbers of loops and by timestep."""
+    from loopmdm.evaluation.commands import likelihood
+
+    likelihood(
+        model,
+        text,
+        output=output,
+        num_loops=_integers("--num-loops", num_loops),
+        task=task,
+        text_column=text_column,
+        documents=documents,
+        dataset=_dataset(split, subset),
+        limit=limit,
+        window=window,
+        stride=stride,
+        max_windows=windows,
+        num_samples=num_samples,
+        bins=bins,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@evaluation.command("generative-perplexity")
+def eval_generative_perplexity(
+    judge: Annotated[str, typer.Option(help="Folder or Hub id of a causal language model.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="Model that makes samples (or give --samples).", show_default=False)
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="File of texts to judge (.txt, .jsonl), instead of a model.")
+    ] = None,
+    output: Output = None,
+    num_loops: LoopList = None,
+    num_samples: Annotated[int, typer.Option(help="Samples for each number of loops.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a sample (default: the model's positions, at most 256).")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="File of texts to continue; by default from nothing.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens that the judge sees at once.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window of a long sample.")] = None,
+    text_column: TextColumn = "text",
+    documents: Documents = "blank_line",
+    generate: Options = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Perplexity of samples under a causal language model, and their entropy. Ancestral sampling by default."""
+    from loopmdm.evaluation.commands import judged_samples
+
+    judged_samples(
+        judge,
+        model=model,
+        samples=samples,
+        output=output,
+        num_loops=_integers("--num-loops", num_loops),
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        prompts=prompts,
+        window=window,
+        stride=stride,
+        text_column=text_column,
+        documents=documents,
+        generation=_settings("--generate", generate),
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@evaluation.command("lm-eval")
+def eval_lm_eval(
+    model: Model,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, groups or tags of lm-eval, or files (.yaml), by commas.", show_default=False)
+    ],
+    output: Output = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks (.yaml).")] = None,
+    data_files: Annotated[
+        str | None, typer.Option(help="Read the tasks' data from JSON lines, such as test=a.jsonl,train=b.jsonl.")
+    ] = None,
+    num_loops: LoopList = None,
+    num_samples: NumMasks = 32,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt (default: the task's).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task.")] = None,
+    max_gen_toks: Annotated[int | None, typer.Option(help="Tokens to generate (default: the task's).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens seen at once (default: the model's).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window of a long text.")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Prompts as chats.")] = False,
+    generate: Options = None,
+    batch_size: Annotated[int, typer.Option(help="Masked texts, or prompts, per forward pass.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of masks, samples and few-shot examples.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Tasks of EleutherAI's lm-eval. (Its own `--model hf` takes a model for causal, and is wrong for this one.)"""
+    from loopmdm.evaluation.commands import lm_eval_tasks
+
+    lm_eval_tasks(
+        model,
+        [task.strip() for task in tasks.split(",") if task.strip()],
+        output=output,
+        include_path=include_path,
+        data_files=_settings("--data-files", [data_files] if data_files else None, values=str),
+        num_loops=_integers("--num-loops", num_loops),
+        num_samples=num_samples,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        max_gen_toks=max_gen_toks,
+        max_length=max_length,
+        stride=stride,
+        apply_chat_template=apply_chat_template,
+        generation=_settings("--generate", generate),
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@evaluation.command("dynamics")
+def eval_dynamics(
+    model: Model,
+    text: Text,
+    output: Output = None,
+    num_loops: Annotated[int | None, typer.Option(help="Loops to follow (default: those of training).")] = None,
+    timesteps: Annotated[str, typer.Option(help="Shares of masked tokens.")] = "0.1,0.3,0.5,0.7,0.9",
+    task: Task = "texts",
+    text_column: TextColumn = "text",
+    documents: Documents = "file",
+    split: Split = "train",
+    subset: Subset = None,
+    limit: TextLimit = None,
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once (default: at most 256).")] = None,
+    windows: Annotated[int, typer.Option(help="Follow so many windows, evenly spread.")] = 16,
+    masks: Annotated[int, typer.Option(help="Masks of each window and timestep.")] = 2,
+    no_attention: Annotated[bool, typer.Option("--no-attention", help="Leave attention out.")] = False,
+    no_lens: Annotated[bool, typer.Option("--no-lens", help="Leave predictions by loop out.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Masked texts per forward pass.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """What happens in the loop: attention between masked and visible tokens, states, predictions."""
+    from loopmdm.evaluation.commands import dynamics
+
+    try:
+        shares = [float(part) for part in timesteps.split(",")]
+    except ValueError:
+        raise ValueError(f"--timesteps is {timesteps!r}; give a list such as 0.1,0.5,0.9.") from None
+    dynamics(
+        model,
+        text,
+        output=output,
+        num_loops=num_loops,
+        timesteps=shares,
+        task=task,
+        text_column=text_column,
+        documents=documents,
+        dataset=_dataset(split, subset),
+        limit=limit,
+        window=window,
+        max_windows=windows,
+        masks_per_text=masks,
+        attention=not no_attention,
+        lens=not no_lens,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _integers(name: str, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; give an integer, or a list such as 1,2,4.") from None
+
+
+def _settings(name: str, texts: list[str] | None, values: Any = None) -> dict[str, Any] | None:
+    """`key=value` pairs, apart by commas; values are YAML where `values` does not say otherwise."""
+    import yaml
+
+    pairs = {}
+    for part in ",".join(texts or []).split(","):
+        key, equals, value = part.partition("=")
+        if part and not equals:
+            raise ValueError(f"{name} holds {part!r}, which is no `key=value`.")
+        if part:
+            pairs[key.strip()] = (values or yaml.safe_load)(value)
+    return pairs or None
+
+
+def _dataset(split: str, subset: str | None) -> dict[str, str]:
+    return {"split": split} | ({} if subset is None else {"name": subset})
 
 
 def _show_plan(console, record: dict[str, Any]) -> None:

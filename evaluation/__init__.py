@@ -1,7 +1,27 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Measuring models: likelihood at any number of loops, and how few loops are enough."""
+"""
+Measuring models at any number of loops: likelihood, generative perplexity, attention and states by loop, and how few
+loops are enough. The lm-eval adapter is `loopmdm.evaluation.lm_eval_model`, which needs `pip install loopmdm[eval]`.
+"""
 
-from .likelihood import NelboEstimate, nelbo
+from .dynamics import Dynamics, measure_dynamics
+from .generative_perplexity import GenerativePerplexity, generative_perplexity
+from .likelihood import NelboEstimate, TextLikelihood, nelbo, text_likelihood
 from .loop_budget import LoopBudget, calibrate_loops
+from .texts import Text, make_windows, read_texts
 
-__all__ = ["LoopBudget", "NelboEstimate", "calibrate_loops", "nelbo"]
+__all__ = [
+    "Dynamics",
+    "GenerativePerplexity",
+    "LoopBudget",
+    "NelboEstimate",
+    "Text",
+    "TextLikelihood",
+    "calibrate_loops",
+    "generative_perplexity",
+    "make_windows",
+    "measure_dynamics",
+    "nelbo",
+    "read_texts",
+    "text_likelihood",
+]

@@ -1,9 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-The negative evidence lower bound (NELBO) of a masked diffusion model: an upper bound on the negative log-likelihood.
+The negative evidence lower bound (NELBO) of a masked diffusion model: an upper bound on the negative log-likelihood,
+of sequences ([`nelbo`]) and of whole texts ([`text_likelihood`]).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from ..configuration_loopmdm import check_num_loops
 from ..modeling_loopmdm import document_starts
 from ..randomness import seeded_generator
+from .texts import Text, Window, make_windows
 
 # Logits of at most so many numbers are held at a time.
 MAX_LOGITS = 2**26
@@ -28,12 +31,21 @@ class NelboEstimate:
         standard_error (`torch.DoubleTensor`, same shape):
             Standard error of each, from the sampling of masks alone.
         num_tokens (`torch.LongTensor` of shape `(num_sequences,)`): Tokens that were predicted.
+        samples (`torch.DoubleTensor` of shape `(len(num_loops), num_sequences, num_samples)`):
+            What each mask says of the NELBO; `nats` is their mean. All numbers of loops see the same masks.
+        masked_share (`torch.DoubleTensor` of shape `(num_sequences, num_samples)`):
+            The timestep of each mask: its share k/L of the maskable tokens (of its block, in a block-causal model).
+        token_nats (`torch.DoubleTensor` of shape `(len(num_loops), num_sequences, length)`):
+            What each token adds to `nats`: the mean over the masks of L/k times its -log p, 0 where it is visible.
     """
 
     num_loops: list[int]
     nats: torch.Tensor
     standard_error: torch.Tensor
     num_tokens: torch.Tensor
+    samples: torch.Tensor
+    masked_share: torch.Tensor
+    token_nats: torch.Tensor
 
     def per_token(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -42,6 +54,60 @@ class NelboEstimate:
         """
         total = self.num_tokens.sum()
         return self.nats.sum(-1) / total, self.standard_error.square().sum(-1).sqrt() / total
+
+    def change(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Change of [`~NelboEstimate.per_token`] against the first number of loops, and its standard error, each
+        `(len(num_loops),)`. As the masks are the same, this is known far better than the two values are.
+        """
+        total = self.num_tokens.sum()
+        difference = self.samples - self.samples[:1]
+        error = _standard_error(difference).square().sum(-1).sqrt()
+        return difference.mean(-1).sum(-1) / total, error / total
+
+    def by_timestep(self, num_bins: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Mean -log p of a masked token by timestep t, the share of masked tokens: bin b holds the masks with
+        `b / num_bins < t <= (b + 1) / num_bins`. Long sequences weigh more, so that the mean of a fine curve is
+        [`~NelboEstimate.per_token`].
+
+        Returns:
+            Means and standard errors, each `(len(num_loops), num_bins)`, NaN in bins without a mask, and the number of
+            masks in each bin, `(num_bins,)`. The errors come from the spread between sequences where there are several
+            (so they hold for other texts of this kind), and from that between masks where there is one.
+        """
+        if num_bins < 1:
+            raise ValueError(f"`num_bins` is {num_bins}; it must be at least 1.")
+        # A sample is (its weight B L/k) x (sum of -log p over its k masked tokens): L times the mean of a masked token
+        # (times the number of blocks B, which a block-causal model's tokens come in).
+        tokens = self.num_tokens[:, None].expand(self.masked_share.shape).double()
+        per_masked = self.samples / tokens
+        index = (self.masked_share * num_bins - 1e-9).floor().long().clamp(0, num_bins - 1)
+        mean = torch.full((len(self.num_loops), num_bins), math.nan, dtype=torch.float64)
+        error, counts = mean.clone(), torch.bincount(index.flatten(), minlength=num_bins)
+        for number in range(num_bins):
+            weights = tokens * (index == number)
+            if counts[number] == 0:
+                continue
+            mean[:, number] = (per_masked * weights).sum((-1, -2)) / weights.sum()
+            residuals = (per_masked - mean[:, number, None, None]) * weights
+            by_sequence = residuals.sum(-1)[:, weights.sum(-1) > 0]
+            groups = by_sequence if by_sequence.shape[-1] > 1 else residuals[:, weights > 0]
+            num_groups = groups.shape[-1]
+            if num_groups > 1:
+                spread = groups.square().sum(-1) * num_groups / (num_groups - 1)
+                error[:, number] = spread.sqrt() / weights.sum()
+        return mean, error, counts
+
+
+def _standard_error(samples: torch.Tensor) -> torch.Tensor:
+    """
+    Of the mean over the last dimension. Two samples fall into each stratum: a quarter of their squared difference
+    estimates the variance of their mean.
+    """
+    num_samples = samples.shape[-1]
+    pairs = samples.unflatten(-1, (num_samples // 2, 2))
+    return ((pairs[..., 0] - pairs[..., 1]).square().sum(-1) / num_samples**2).sqrt()
 
 
 @torch.no_grad()
@@ -55,6 +121,7 @@ def nelbo(
     num_samples: int = 32,
     batch_size: int = 16,
     seed: int = 0,
+    indices: Sequence[int] | None = None,
 ) -> NelboEstimate:
     """
     Estimates the NELBO of sequences: of a sequence's L maskable tokens, k uniform in 1..L are masked, and L/k times
@@ -77,8 +144,8 @@ def nelbo(
             with `"damped"` one pass each.
         num_samples (`int`, defaults to 32): Masks per sequence; even, as they are drawn in pairs.
         batch_size (`int`, defaults to 16): Masked sequences per forward pass.
-        seed (`int`, defaults to 0):
-            Seed of the masks. A sequence's masks depend on the seed and its place in `input_ids` alone.
+        seed (`int`, defaults to 0): Seed of the masks. A sequence's masks depend on the seed and its index alone.
+        indices (`list[int]`, *optional*): Index of each sequence; by default its place in `input_ids`.
     """
     wrapped, model = model, find_model(model)
     # FSDP gathers the weights of a module in its forward method alone, so the parts cannot be called one by one.
@@ -106,18 +173,16 @@ def nelbo(
         raise ValueError(f"`input_ids` holds the mask token ({config.mask_token_id}); give clean tokens.")
 
     documents = torch.zeros_like(input_ids) if document_ids is None else document_ids.cpu()
-    blocks = torch.zeros_like(input_ids)
-    if config.attention_block_size is not None:
-        # By position within each document; different documents never share a block.
-        starts = document_starts(documents)
-        positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-        positions = positions - (positions * starts).cummax(-1).values
-        blocks = positions // config.attention_block_size + starts.cumsum(-1) * 2**32
+    blocks = block_ids(real, documents, config.attention_block_size)
     num_sequences = len(input_ids)
+    indices = range(num_sequences) if indices is None else indices
+    if len(indices) != num_sequences:
+        raise ValueError(f"`indices` has {len(indices)} entries for {num_sequences} sequences; give one for each.")
     samples = torch.empty(len(wanted), num_sequences, num_samples, dtype=torch.float64)
+    token_nats = torch.zeros(len(wanted), *input_ids.shape, dtype=torch.float64)
     jobs = [(row, sample) for row in range(num_sequences) for sample in range(num_samples)]
     masks = [
-        _draw_masks(maskable[row], blocks[row], num_samples, seeded_generator(seed, row))
+        _draw_masks(maskable[row], blocks[row], num_samples, seeded_generator(seed, indices[row]))
         for row in range(num_sequences)
     ]
     was_training = model.training
@@ -130,14 +195,214 @@ def nelbo(
             weights = torch.tensor([masks[row][1][sample] for row, sample in batch], dtype=torch.float64)
             packed = None if document_ids is None else documents[rows]
             losses = score(wrapped if is_sharded else model, input_ids[rows], real[rows], packed, masked, wanted)
+            losses *= weights[:, None]
+            token_nats.index_add_(1, rows, losses, alpha=1 / num_samples)
             for i, (row, sample) in enumerate(batch):
-                samples[:, row, sample] = losses[:, i] * weights[i]
+                samples[:, row, sample] = losses[:, i].sum(-1)
     finally:
         model.train(was_training)
-    # Two samples fall into each stratum: a quarter of their squared difference estimates the variance of their mean.
-    pairs = samples.unflatten(-1, (num_samples // 2, 2))
-    variance = (pairs[..., 0] - pairs[..., 1]).square().sum(-1) / num_samples**2
-    return NelboEstimate(wanted, samples.mean(-1), variance.sqrt(), maskable.sum(-1))
+    shares = torch.tensor([share for _, _, share in masks], dtype=torch.float64)
+    error = _standard_error(samples)
+    return NelboEstimate(wanted, samples.mean(-1), error, maskable.sum(-1), samples, shares, token_nats)
+
+
+@dataclass
+class TextLikelihood:
+    """
+    The NELBO of texts.
+
+    Args:
+        estimate ([`NelboEstimate`]): Of each window.
+        windows (`list[Window]`), texts (`list[Text]`): What was scored.
+    """
+
+    estimate: NelboEstimate
+    windows: list[Window]
+    texts: list[Text]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens scored."""
+        return int(self.estimate.num_tokens.sum())
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of UTF-8 that they stand for; None where that is not known."""
+        sizes = [window.num_bytes for window in self.windows]
+        return None if None in sizes else sum(sizes)
+
+    def per_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As [`NelboEstimate.per_token`]: nats per token and their standard error from the sampling of masks."""
+        return self.estimate.per_token()
+
+    def error_between_texts(self) -> torch.Tensor:
+        """
+        Standard error of [`~TextLikelihood.per_token`] for other texts of this kind, `(len(num_loops),)`: from the
+        spread between texts, or between windows where there is one text. The sampling of masks is part of it. NaN with
+        a single window.
+        """
+        texts = torch.tensor([window.text for window in self.windows])
+        groups = texts.unique(return_inverse=True)[1]
+        if groups.max() == 0:
+            groups = torch.arange(len(groups))
+        count = int(groups.max()) + 1
+        if count == 1:
+            return torch.full((len(self.estimate.num_loops),), math.nan, dtype=torch.float64)
+        tokens = self.estimate.num_tokens.double()
+        residuals = self.estimate.nats - self.per_token()[0][:, None] * tokens
+        sums = torch.zeros(len(residuals), count, dtype=torch.float64).index_add_(1, groups, residuals)
+        return (sums.square().sum(-1) * count / (count - 1)).sqrt() / tokens.sum()
+
+    def perplexity_bound(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`exp` of the nats per token, which bounds the perplexity from above, and its standard error (masks)."""
+        nats, error = self.per_token()
+        return nats.exp(), nats.exp() * error
+
+    def bits_per_byte(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same per byte of the text's UTF-8 and in bits, comparable between tokenizers; None: bytes not known."""
+        if not self.num_bytes:
+            return None
+        scale = self.num_tokens / self.num_bytes / math.log(2)
+        nats, error = self.per_token()
+        return nats * scale, error * scale
+
+    def by_text(self) -> list[dict]:
+        """Of each text its name, tokens and bytes, and by number of loops its NELBO in nats and the standard error."""
+        rows = []
+        for index in sorted({window.text for window in self.windows}):
+            members = [i for i, window in enumerate(self.windows) if window.text == index]
+            sizes = [self.windows[i].num_bytes for i in members]
+            rows.append(
+                {
+                    "name": self.texts[index].name,
+                    "tokens": int(self.estimate.num_tokens[members].sum()),
+                    "bytes": None if None in sizes else sum(sizes),
+                    "nats": self.estimate.nats[:, members].sum(-1).tolist(),
+                    "standard_error": self.estimate.standard_error[:, members].square().sum(-1).sqrt().tolist(),
+                }
+            )
+        return rows
+
+    def by_token(self) -> dict[str, torch.Tensor]:
+        """
+        Every scored token: `text`, `position` (in the text) and `token`, each `(num_tokens,)`, and `nats`,
+        `(len(num_loops), num_tokens)`, what it adds to the NELBO. A single token's is a rough estimate, as few of the
+        masks hold it.
+        """
+        parts = []
+        for index, window in enumerate(self.windows):
+            places = torch.tensor(window.maskable).nonzero().flatten()
+            parts.append(
+                (
+                    torch.full_like(places, window.text),
+                    places + window.start,
+                    torch.tensor(window.input_ids)[places],
+                    self.estimate.token_nats[:, index, places],
+                )
+            )
+        joined = [torch.cat(part, dim=-1) for part in zip(*parts, strict=True)]
+        return dict(zip(("text", "position", "token", "nats"), joined, strict=True))
+
+
+def text_likelihood(
+    model: nn.Module,
+    texts: Sequence[Text],
+    num_loops: int | Sequence[int] | None = None,
+    length: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    num_samples: int = 32,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextLikelihood:
+    """
+    The NELBO of texts of any length, by windows ([`~loopmdm.evaluation.texts.make_windows`]).
+
+    Args:
+        model: A [`LoopMDMForMaskedLM`].
+        texts: From [`~loopmdm.evaluation.texts.read_texts`].
+        num_loops, num_samples, batch_size, seed: As in [`nelbo`].
+        length (`int`, *optional*, defaults to `max_position_embeddings`, at most 1024): Tokens seen at once.
+        stride (`int`, *optional*, defaults to `length`): Fresh tokens of a window.
+        max_windows (`int`, *optional*): Take so many windows, evenly spread.
+        progress (*optional*): `progress(done, total)`, called with numbers of windows.
+    """
+    longest = find_model(model).config.max_position_embeddings
+    length = min(1024, longest) if length is None else length
+    if length > longest:
+        raise ValueError(f"The window is {length} tokens long; the model takes 1 to {longest} positions.")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"`max_windows` is {max_windows}; it must be at least 1.")
+    windows = make_windows(texts, length, stride)
+    if not windows:
+        raise ValueError("There is no text to score.")
+    count = min(max_windows or len(windows), len(windows))
+    windows = [windows[i * len(windows) // count] for i in range(count)]
+
+    # Windows of about the same length together, as rows are filled up to the longest. Masks do not depend on it.
+    order = sorted(range(count), key=lambda index: len(windows[index].input_ids))
+    longest_window = len(windows[order[-1]].input_ids)
+    parts = []
+    for start in range(0, count, 8):
+        chosen = order[start : start + 8]
+        rows = pad_windows([windows[index] for index in chosen])
+        estimate = nelbo(
+            model,
+            *rows,
+            num_loops=num_loops,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+            indices=chosen,
+        )
+        filling = longest_window - estimate.token_nats.shape[-1]
+        estimate.token_nats = nn.functional.pad(estimate.token_nats, (0, filling))
+        parts.append(estimate)
+        if progress is not None:
+            progress(start + len(chosen), count)
+    back = torch.tensor(order).argsort()
+    joined = {
+        name: torch.cat([getattr(part, name) for part in parts], dim=dim).index_select(dim, back)
+        for name, dim in (
+            ("nats", 1),
+            ("standard_error", 1),
+            ("num_tokens", 0),
+            ("samples", 1),
+            ("masked_share", 0),
+            ("token_nats", 1),
+        )
+    }
+    return TextLikelihood(NelboEstimate(parts[0].num_loops, **joined), windows, list(texts))
+
+
+def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    `input_ids` and `attention_mask`, int64, and `maskable`, bool, each `(len(windows), length)` of the longest one,
+    filled up on the right.
+    """
+    length = max(len(window.input_ids) for window in windows)
+    input_ids = torch.zeros(len(windows), length, dtype=torch.long)
+    attention_mask, maskable = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        size = len(window.input_ids)
+        input_ids[row, :size] = torch.tensor(window.input_ids)
+        attention_mask[row, :size] = 1
+        maskable[row, :size] = torch.tensor(window.maskable)
+    return input_ids, attention_mask, maskable
+
+
+def block_ids(real: torch.Tensor, documents: torch.Tensor, block_size: int | None) -> torch.Tensor:
+    """
+    The block of every token, `(num_sequences, length)` int64, by position within each document; different documents
+    never share a block. All 0 where attention is not block-causal (`block_size=None`).
+    """
+    if block_size is None:
+        return torch.zeros_like(documents)
+    starts = document_starts(documents)
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    positions = positions - (positions * starts).cummax(-1).values
+    return positions // block_size + starts.cumsum(-1) * 2**32
 
 
 def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
@@ -160,15 +425,15 @@ def find_model(model: nn.Module) -> nn.Module:
 
 def _draw_masks(
     maskable: torch.Tensor, block_ids: torch.Tensor, num_samples: int, generator: torch.Generator
-) -> tuple[torch.Tensor, list[float]]:
+) -> tuple[torch.Tensor, list[float], list[float]]:
     """
-    Masks of one sequence, `(num_samples, length)` bool, and their weights. One uniform number chooses the block and,
-    by its place within it, the number of masked tokens; samples 2i and 2i + 1 share a stratum.
+    Masks of one sequence, `(num_samples, length)` bool, their weights and shares of masked tokens. One uniform number
+    chooses the block and, by its place within it, the number of masked tokens; samples 2i and 2i + 1 share a stratum.
     """
     positions = maskable.nonzero().squeeze(-1)
     blocks = [positions[block_ids[positions] == block] for block in block_ids[positions].unique()]
     masks = torch.zeros(num_samples, len(maskable), dtype=torch.bool)
-    weights = []
+    weights, shares = [], []
     for sample in range(num_samples):
         stratum = sample // 2 * 2
         uniform = (stratum + 2 * torch.rand((), generator=generator, dtype=torch.float64).item()) / num_samples
@@ -177,7 +442,8 @@ def _draw_masks(
         num_masked = min(int((place - int(place)) * len(block)), len(block) - 1) + 1
         masks[sample, block[torch.randperm(len(block), generator=generator)[:num_masked]]] = True
         weights.append(len(blocks) * len(block) / num_masked)
-    return masks, weights
+        shares.append(num_masked / len(block))
+    return masks, weights, shares
 
 
 def _masked_losses(
@@ -188,7 +454,7 @@ def _masked_losses(
     masked: torch.Tensor,
     wanted: list[int],
 ) -> torch.Tensor:
-    """Sum of -log p over each row's masked tokens, `(len(wanted), batch_size)` float64 on the CPU."""
+    """-log p of the masked tokens, 0 elsewhere: `(len(wanted), batch_size, length)` float64 on the CPU."""
     config, transformer = model.config, model.model
     device = transformer.embed_tokens.weight.device
     inputs = input_ids.masked_fill(masked, config.mask_token_id).to(device)
@@ -210,8 +476,8 @@ def _masked_losses(
                 state = transformer.loop(state, context, 1 / loops)
             states[loops] = transformer.readout(state, context)
 
-    targets, rows = input_ids[masked], masked.nonzero()[:, 0]
-    losses = torch.zeros(len(wanted), len(input_ids), dtype=torch.float64)
+    targets = input_ids[masked]
+    losses = torch.zeros(len(wanted), *input_ids.shape, dtype=torch.float64)
     for i, loops in enumerate(wanted):
         picked = model.align(states[loops], attention_mask, document_ids)[masked.to(device)]
         token_losses = [
@@ -220,7 +486,7 @@ def _masked_losses(
                 *(part.split(max(1, MAX_LOGITS // config.vocab_size)) for part in (picked, targets)), strict=True
             )
         ]
-        losses[i].index_add_(0, rows, torch.cat(token_losses).double().cpu())
+        losses[i][masked] = torch.cat(token_losses).double().cpu()
     return losses
 
 
@@ -240,8 +506,8 @@ def _masked_losses_by_forward(
     positions = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
     counts = masked.gather(1, positions)
     targets = input_ids.gather(1, positions).masked_fill(~counts, -100)
-    losses = []
-    for loops in wanted:
+    losses = torch.zeros(len(wanted), *input_ids.shape, dtype=torch.float64)
+    for i, loops in enumerate(wanted):
         logits = model(
             input_ids=inputs,
             attention_mask=real.long().to(device),
@@ -250,8 +516,8 @@ def _masked_losses_by_forward(
             logits_to_keep=positions.to(device),
         ).logits
         token_losses = _cross_entropy(logits.flatten(0, 1), targets.flatten().to(device), mask_token_id)
-        losses.append(token_losses.view(targets.shape).double().cpu().sum(-1))
-    return torch.stack(losses)
+        losses[i].scatter_(1, positions, token_losses.view(targets.shape).double().cpu())
+    return losses
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, mask_token_id: int) -> torch.Tensor:

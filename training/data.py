@@ -11,6 +11,12 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..randomness import seeded_generator
 
+# What stands between the documents of a text file
+SEPARATORS = {"blank_line": "\n\n", "line": "\n", "file": None}
+# What prompts and answers are called in examples
+PROMPT_NAMES = ("prompt", "question", "instruction")
+ANSWER_NAMES = ("answer", "response", "output", "completion")
+
 
 class ExampleStream(Dataset):
     """
@@ -127,6 +133,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """The rows of a data set, its training split by default; `options` are arguments of `datasets.load_dataset`."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(f"{name} is no .txt or .jsonl file; `pip install datasets` to load data sets.") from error
+    try:
+        return load_dataset(name, **{"split": "train", **options})
+    except Exception as error:  # of the network, the Hub, the data set's files
+        raise ValueError(f"The data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
 def pack_documents(
     documents: Iterable[list[int]], length: int, end_token_id: int | None = None, isolate: bool = False
 ) -> Iterator[dict[str, Any]]:
@@ -188,8 +206,8 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
         if whole[: len(prompt)] != prompt:
             raise ValueError(f"{where}: the chat template does not put the answer behind the prompt.")
         return {"input_ids": whole, "prompt_length": len(prompt)}
-    prompt = _first(example, ("prompt", "question", "instruction"), where)
-    answer = _first(example, ("answer", "response", "output", "completion"), where)
+    prompt = first_text(example, PROMPT_NAMES, where)
+    answer = first_text(example, ANSWER_NAMES, where)
     prompt_ids = tokenizer(prompt)["input_ids"]
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -198,7 +216,8 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
     return {"input_ids": [*prompt_ids, *answer_ids, *end], "prompt_length": len(prompt_ids)}
 
 
-def _first(example: dict[str, Any], names: tuple[str, ...], where: str) -> str:
+def first_text(example: dict[str, Any], names: tuple[str, ...], where: str) -> str:
+    """The first of the fields `names` that holds a text. Raises a ValueError where none does."""
     for name in names:
         if isinstance(example.get(name), str):
             return example[name]

@@ -21,12 +21,19 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .adapters import lora_config
 from .collator import MaskedDiffusionCollator
-from .data import ExampleStream, StreamedExamples, encode_answer, pack_documents, read_documents, read_jsonl
+from .data import (
+    SEPARATORS,
+    ExampleStream,
+    StreamedExamples,
+    encode_answer,
+    load_dataset_rows,
+    pack_documents,
+    read_documents,
+    read_jsonl,
+)
 from .loop_sampling import make_loop_schedule
 from .optimizer import MuonAdamW
 from .trainer import LoopMDMTrainer, last_complete_checkpoint
-
-SEPARATORS = {"blank_line": "\n\n", "line": "\n", "file": None}
 
 
 @dataclass
@@ -360,7 +367,7 @@ def _rows(config: TrainConfig, data: str | list[str]) -> Iterator[tuple[str, Any
             for number, text in enumerate(read_documents(path, SEPARATORS[config.documents]), start=1):
                 yield f"{name}, document {number}", text
             continue
-        rows = read_jsonl(path) if path.suffix == ".jsonl" else _load_dataset(name, config.dataset)
+        rows = read_jsonl(path) if path.suffix == ".jsonl" else load_dataset_rows(name, config.dataset)
         for number, row in enumerate(rows, start=1):
             where = f"{name}, example {number}"
             if config.task == "answers":
@@ -369,17 +376,6 @@ def _rows(config: TrainConfig, data: str | list[str]) -> Iterator[tuple[str, Any
                 yield where, row[config.text_column]
             else:
                 raise ValueError(f"{where} has no text in {config.text_column!r}; it has {', '.join(row)}.")
-
-
-def _load_dataset(name: str, options: dict[str, Any]):
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(f"{name} is no .txt or .jsonl file; `pip install datasets` to load data sets.") from error
-    try:
-        return load_dataset(name, **{"split": "train", **options})
-    except Exception as error:  # of the network, the Hub, the data set's files
-        raise ValueError(f"The data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _encode(config: TrainConfig, rows: Iterable[tuple[str, Any]], tokenizer: Any, length: int) -> Iterator[dict]:

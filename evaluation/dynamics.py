@@ -1,0 +1,400 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What happens inside the loop: attention between masked and visible tokens, states, and predictions by loop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..configuration_loopmdm import check_num_loops
+from ..randomness import seeded_generator
+from .likelihood import block_ids, find_model
+
+# Distances are looked at to the states of so many loops before.
+MAX_PERIOD = 4
+
+
+@dataclass
+class Dynamics:
+    """
+    T timesteps, S loops, E executed layers (head, S times mid, tail), N predicted tokens. Every array is a mean over
+    the masks of a timestep, each mask counting alike.
+
+    Args:
+        timesteps (`(T,)` float): Shares of masked tokens. At least one token is masked.
+        num_masks (`int`): Masks per timestep: texts times masks for each.
+        layer (`(E,)` int), loop (`(E,)` int): Physical layer of each executed one, and its loop: 0 in head, 1 to S in
+            mid, S + 1 in tail.
+        attention (`(T, E, 2, 2)` float, *optional*): Share of attention that [masked, visible] tokens pay to
+            [masked, visible] ones, over heads and tokens. The last dimension sums to 1.
+        uniform_attention (`(T, 2, 2)` float, *optional*): The same if attention were spread evenly over what a token
+            may see.
+        change (`(T, S, 3)` float): `||h_s - h_(s-1)|| / ||h_(s-1)||` of the state after loop s, over the
+            [masked, visible, all] tokens of a text; h_0 is the state that enters mid.
+        distance (`(T, S, 3)` float): `||h_s - h_S|| / ||h_S||`, the distance that is left.
+        recurrence (`(T, S, 4)` float): `||h_s - h_(s-p)|| / ||h_s||` over all tokens for p = 1 to 4, NaN for p > s.
+            A cycle of p loops shows as a value far below that of p = 1.
+        loss, loss_error, accuracy (`(T, S)` float, *optional*): Logit lens: -log p of the masked tokens in nats when
+            mid stops after loop s, its standard error (over masks), and the share predicted correctly.
+        changed (`(T, S)` float, *optional*): Share of masked tokens whose prediction is another than one loop earlier.
+        corrected, spoiled (`(T, S)` float, *optional*): The share that thereby became, or ceased to be, correct. All
+            three NaN at the first loop.
+        token_timestep, token_text, token_position, token_target (`(N,)` int, *optional*): Every masked token: index of
+            its timestep and text, its place, and the true token.
+        token_predictions (`(N, S)` int, *optional*): What is predicted for it after every loop.
+    """
+
+    timesteps: np.ndarray
+    num_masks: int
+    layer: np.ndarray
+    loop: np.ndarray
+    change: np.ndarray
+    distance: np.ndarray
+    recurrence: np.ndarray
+    attention: np.ndarray | None = None
+    uniform_attention: np.ndarray | None = None
+    loss: np.ndarray | None = None
+    loss_error: np.ndarray | None = None
+    accuracy: np.ndarray | None = None
+    changed: np.ndarray | None = None
+    corrected: np.ndarray | None = None
+    spoiled: np.ndarray | None = None
+    token_timestep: np.ndarray | None = None
+    token_text: np.ndarray | None = None
+    token_position: np.ndarray | None = None
+    token_target: np.ndarray | None = None
+    token_predictions: np.ndarray | None = None
+
+    @property
+    def num_loops(self) -> int:
+        return self.change.shape[1]
+
+    def attention_of_mid(self) -> np.ndarray:
+        """Attention by loop, the mean over mid's layers: `(T, S, 2, 2)`."""
+        return np.stack([self.attention[:, self.loop == s].mean(1) for s in range(1, self.num_loops + 1)], axis=1)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the arrays to an `.npz` file."""
+        arrays = {one.name: getattr(self, one.name) for one in fields(self)}
+        np.savez_compressed(path, **{name: value for name, value in arrays.items() if value is not None})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Dynamics":
+        """Reads what [`~Dynamics.save`] wrote."""
+        with np.load(path) as arrays:
+            values = {name: arrays[name] for name in arrays.files}
+        return cls(**values | {"num_masks": int(values["num_masks"])})
+
+    def plot(self, path: str | Path) -> None:
+        """Draws the curves by loop, one for each timestep, as a PNG."""
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        loops = np.arange(1, self.num_loops + 1)
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(self.timesteps)))
+        figure = Figure(figsize=(13, 7.5), layout="constrained")
+        axes = figure.subplots(2, 3)
+
+        def draw(axis, title, values, what, log=False, **style):
+            axis.set(title=title, xlabel="loop", ylabel=what)
+            if log and np.nanmax(values) > 0:
+                axis.set_yscale("log")
+            for curve, color, timestep in zip(values, colors, self.timesteps, strict=True):
+                axis.plot(loops, curve, color=color, marker="o", markersize=3, label=f"t = {timestep:g}", **style)
+
+        if self.attention is not None:
+            mass = self.attention_of_mid()
+            for axis, (a, b, title) in zip(
+                axes.flat[:2],
+                ((0, 0, "masked to masked"), (1, 0, "visible to masked")),
+                strict=True,
+            ):
+                draw(axis, f"Attention in mid: {title}", mass[..., a, b], "share (dotted: even attention)")
+                for value, color in zip(self.uniform_attention[:, a, b], colors, strict=True):
+                    axis.axhline(value, color=color, linestyle=":", linewidth=1)
+        draw(axes.flat[2], "Change of the state", self.change[..., 2], "relative to the state before", log=True)
+        # The last loop's distance to itself is 0.
+        left = np.where(self.distance[..., 2] > 0, self.distance[..., 2], np.nan)
+        draw(axes.flat[3], "Distance to the last loop's state", left, "relative", log=self.num_loops > 1)
+        if self.loss is not None:
+            draw(axes.flat[4], "Logit lens: mid stops here", self.loss, "nats per masked token")
+            draw(axes.flat[5], "Predictions that change", self.changed, "share of masked tokens")
+        axes.flat[2].legend(fontsize=8)
+        for axis in axes.flat:
+            axis.set_visible(axis.has_data())
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        figure.savefig(path, dpi=110)
+
+    def summary(self) -> list[dict[str, float]]:
+        """Means over the timesteps, one row for each loop."""
+        rows = []
+        mass = None if self.attention is None else self.attention_of_mid().mean(0)
+        for s in range(self.num_loops):
+            row = {"loop": s + 1, "change": self.change[:, s, 2].mean(), "distance": self.distance[:, s, 2].mean()}
+            if mass is not None:
+                row |= {
+                    "masked_to_masked": mass[s, 0, 0],
+                    "masked_to_visible": mass[s, 0, 1],
+                    "visible_to_masked": mass[s, 1, 0],
+                }
+            if self.loss is not None:
+                row |= {
+                    name: getattr(self, name)[:, s].mean() for name in ("loss", "accuracy", "changed", "corrected")
+                }
+                row["spoiled"] = self.spoiled[:, s].mean()
+            rows.append({name: value if name == "loop" else float(value) for name, value in row.items()})
+        return rows
+
+
+@torch.no_grad()
+def measure_dynamics(
+    model: nn.Module,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    maskable: torch.Tensor | None = None,
+    num_loops: int | None = None,
+    timesteps: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    masks_per_text: int = 2,
+    attention: bool = True,
+    lens: bool = True,
+    batch_size: int = 4,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Dynamics:
+    """
+    Masks texts at given timesteps, runs `num_loops` loops, and records attention, states and predictions by loop.
+
+    Of a text's L maskable tokens, `round(t L)` are masked, at least one. In a block-causal model they are of one
+    block, drawn uniformly; what comes after it is left out, as when it decodes.
+
+    Args:
+        model: A [`LoopMDMForMaskedLM`]. It runs in eval mode, for attention with eager attention, and is put back.
+        input_ids (`torch.LongTensor` of shape `(num_texts, length)`): Clean tokens.
+        attention_mask (`torch.Tensor` of shape `(num_texts, length)`, *optional*): 0 on padding.
+        maskable (`torch.BoolTensor` of shape `(num_texts, length)`, *optional*): Tokens that may be masked; by default
+            all real ones.
+        num_loops (`int`, *optional*, defaults to `config.max_train_loops`): Loops to follow.
+        timesteps (`list[float]`): Shares of masked tokens, in (0, 1].
+        masks_per_text (`int`, defaults to 2): Masks of each text and timestep.
+        attention (`bool`, defaults to `True`): Measure attention; it holds every executed layer's maps at once.
+        lens (`bool`, defaults to `True`): Read out predictions after every loop. A damped model's earlier state is
+            not that of fewer loops, so it takes `lens=False`; its states and attention are those of `num_loops` steps.
+        batch_size (`int`, defaults to 4): Masked texts per forward pass.
+        seed (`int`, defaults to 0): Seed of the masks, which depend on it, the text's place and the timestep.
+        progress (*optional*): `progress(done, total)`, called with numbers of masked texts.
+    """
+    model = find_model(model)
+    config = model.config
+    num_loops = check_num_loops(config.max_train_loops if num_loops is None else num_loops)
+    if lens and config.loop_update == "damped":
+        raise ValueError(
+            'The model\'s `loop_update` is "damped": its steps depend on the number of loops, so the state after an '
+            "earlier loop is not the result of fewer loops and there is nothing to read out. Leave the logit lens out "
+            "(`lens=False`, --no-lens)."
+        )
+    timesteps = list(timesteps)
+    bad = [timestep for timestep in timesteps if not 0 < timestep <= 1]
+    if bad or not timesteps:
+        raise ValueError(f"`timesteps` is {timesteps}; it must list shares of masked tokens, above 0 and at most 1.")
+    for name, value in (("masks_per_text", masks_per_text), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    if input_ids.ndim != 2 or len(input_ids) == 0:
+        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (num_texts, length), not empty.")
+    input_ids = input_ids.cpu()
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+    maskable = real if maskable is None else real & maskable.cpu().bool()
+    if not maskable.any(-1).all():
+        raise ValueError("Some texts have no maskable token, so there is nothing to follow.")
+    if (input_ids[maskable] == config.mask_token_id).any():
+        raise ValueError(f"`input_ids` holds the mask token ({config.mask_token_id}); give clean tokens.")
+    blocks = block_ids(real, torch.zeros_like(input_ids), config.attention_block_size)
+
+    jobs = [
+        (step, text, mask)
+        for step in range(len(timesteps))
+        for text in range(len(input_ids))
+        for mask in range(masks_per_text)
+    ]
+    recorder = _Recorder(config, timesteps, num_loops, attention, lens)
+    was_training, implementation = model.training, config._attn_implementation
+    model.eval()
+    if attention:
+        model.set_attn_implementation("eager")
+    try:
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            texts = torch.tensor([text for _, text, _ in batch])
+            drawn = [
+                _draw_mask(
+                    maskable[text], blocks[text], timesteps[step], seeded_generator(seed, "dynamics", text, step, mask)
+                )
+                for step, text, mask in batch
+            ]
+            masked = torch.stack([mask for mask, _ in drawn])
+            last = torch.tensor([block for _, block in drawn])
+            seen = real[texts] & (blocks[texts] <= last[:, None])
+            recorder.add(model, batch, input_ids[texts], seen, blocks[texts], masked)
+            if progress is not None:
+                progress(start + len(batch), len(jobs))
+    finally:
+        model.train(was_training)
+        if attention:
+            model.set_attn_implementation(implementation)
+    return recorder.result(len(input_ids) * masks_per_text)
+
+
+def _draw_mask(
+    maskable: torch.Tensor, blocks: torch.Tensor, timestep: float, generator: torch.Generator
+) -> tuple[torch.Tensor, int]:
+    """A mask of one text, `(length,)` bool, and the block that it is in."""
+    positions = maskable.nonzero().squeeze(-1)
+    choices = blocks[positions].unique()
+    block = choices[int(torch.randint(len(choices), (), generator=generator))]
+    positions = positions[blocks[positions] == block]
+    count = max(1, round(timestep * len(positions)))
+    masked = torch.zeros_like(maskable)
+    masked[positions[torch.randperm(len(positions), generator=generator)[:count]]] = True
+    return masked, int(block)
+
+
+class _Recorder:
+    """Sums up, timestep by timestep, what each masked text shows."""
+
+    def __init__(self, config: Any, timesteps: list[float], num_loops: int, attention: bool, lens: bool):
+        self.config, self.timesteps, self.num_loops = config, timesteps, num_loops
+        self.with_attention, self.with_lens = attention, lens
+        # By name, one list per timestep of the masks' arrays
+        self.records: dict[str, list[list[np.ndarray]]] = {}
+        self.tokens: list[tuple[np.ndarray, ...]] = []
+
+    def add(self, model, batch, input_ids, seen, blocks, masked) -> None:
+        device = model.model.embed_tokens.weight.device
+        inputs = input_ids.masked_fill(masked, self.config.mask_token_id).to(device)
+        attention_mask = None if bool(seen.all()) else seen.long().to(device)
+        kinds = torch.stack((masked, seen & ~masked, seen), dim=1)  # (batch, 3, length)
+
+        state, context = model.model.prelude(inputs, attention_mask)
+        step_size = 1 / self.num_loops if self.config.loop_update == "damped" else 1.0
+        states, predictions, losses = [state], [], []
+        for _ in range(self.num_loops):
+            state = model.model.loop(state, context, step_size)
+            states.append(state)
+            if self.with_lens:
+                output = model.align(model.model.readout(state, context), attention_mask)[masked.to(device)]
+                logits = model.lm_head(output)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                logits[:, self.config.mask_token_id] = -torch.inf
+                log_probs = logits.log_softmax(-1).cpu()
+                predictions.append(log_probs.argmax(-1))
+                losses.append(-log_probs.gather(1, input_ids[masked][:, None])[:, 0].double())
+        self._add_states(batch, states, kinds.to(device))
+        if self.with_lens:
+            self._add_lens(batch, torch.stack(predictions, 1), torch.stack(losses, 1), input_ids, masked)
+        if self.with_attention:
+            maps = model.model(inputs, attention_mask, num_loops=self.num_loops, output_attentions=True).attentions
+            self._add_attention(batch, maps, kinds[:, :2], seen, blocks)
+
+    def _keep(self, batch, name: str, values: torch.Tensor) -> None:
+        """`values` has a row for each mask of the batch."""
+        lists = self.records.setdefault(name, [[] for _ in self.timesteps])
+        for (step, _, _), value in zip(batch, values.double().cpu().numpy(), strict=True):
+            lists[step].append(value)
+
+    def _add_states(self, batch, states: list[torch.Tensor], kinds: torch.Tensor) -> None:
+        states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
+
+        def norms(state: torch.Tensor) -> torch.Tensor:
+            """Over the tokens of each kind and their features, `(batch, 3)`."""
+            return (state.square().sum(-1)[:, None] * kinds).sum(-1).sqrt()
+
+        sizes = [norms(state) for state in states]
+        pairs = list(zip(states[:-1], states[1:], sizes[:-1], strict=True))
+        self._keep(batch, "change", torch.stack([norms(new - old) / size for old, new, size in pairs], 1))
+        left = [norms(state - states[-1]) / sizes[-1] for state in states[1:]]
+        self._keep(batch, "distance", torch.stack(left, 1))
+        recurrence = torch.full((len(batch), self.num_loops, MAX_PERIOD), torch.nan)
+        for s in range(1, self.num_loops + 1):
+            for period in range(1, min(s, MAX_PERIOD) + 1):
+                recurrence[:, s - 1, period - 1] = (norms(states[s] - states[s - period]) / sizes[s])[:, 2]
+        self._keep(batch, "recurrence", recurrence)
+
+    def _add_lens(self, batch, predictions, losses, input_ids, masked) -> None:
+        targets = input_ids[masked]
+        rows, positions = masked.nonzero(as_tuple=True)
+        right = predictions == targets[:, None]
+        before = torch.cat((predictions[:, :1], predictions[:, :-1]), 1)
+        was_right = torch.cat((right[:, :1], right[:, :-1]), 1)
+        changed = predictions != before
+
+        def by_mask(values: torch.Tensor) -> torch.Tensor:
+            sums = torch.zeros(len(batch), self.num_loops, dtype=torch.float64).index_add_(0, rows, values.double())
+            return sums / masked.sum(-1)[:, None]
+
+        for name, values in (
+            ("loss", losses),
+            ("accuracy", right),
+            ("changed", changed),
+            ("corrected", changed & right & ~was_right),
+            ("spoiled", changed & ~right & was_right),
+        ):
+            means = by_mask(values)
+            if name not in ("loss", "accuracy"):
+                means[:, 0] = torch.nan
+            self._keep(batch, name, means)
+        steps, texts = (torch.tensor([job[i] for job in batch])[rows] for i in (0, 1))
+        self.tokens.append(tuple(part.numpy() for part in (steps, texts, positions, targets, predictions)))
+
+    def _add_attention(self, batch, maps, kinds: torch.Tensor, seen: torch.Tensor, blocks: torch.Tensor) -> None:
+        # Without a visible token there are no rows to average; NaN then, which means over masks leave out.
+        kinds = kinds.double()
+        counts = kinds.sum(-1)
+        masses = []
+        for probabilities in maps:
+            mean = probabilities.double().mean(1).cpu()  # over heads: (batch, queries, keys)
+            masses.append(torch.einsum("baq,bqk,bck->bac", kinds, mean, kinds) / counts[..., None])
+        self._keep(batch, "attention", torch.stack(masses, 1))
+        visible = seen[:, None, :] & (blocks[:, None, :] <= blocks[:, :, None])
+        even = visible.double() / visible.sum(-1, keepdim=True).clamp(min=1)
+        self._keep(
+            batch, "uniform_attention", torch.einsum("baq,bqk,bck->bac", kinds, even, kinds) / counts[..., None]
+        )
+
+    def result(self, num_masks: int) -> Dynamics:
+        def mean(name: str) -> np.ndarray:
+            return np.stack([_nanmean(np.stack(masks)) for masks in self.records[name]])
+
+        start, end, layers = self.config.loop_start, self.config.loop_end, self.config.num_hidden_layers
+        executed = [(layer, 0) for layer in range(start)]
+        executed += [(layer, loop) for loop in range(1, self.num_loops + 1) for layer in range(start, end)]
+        executed += [(layer, self.num_loops + 1) for layer in range(end, layers)]
+        values = {name: mean(name) for name in self.records}
+        if self.with_lens:
+            losses = [np.stack(masks) for masks in self.records["loss"]]
+            values["loss_error"] = np.stack(
+                [
+                    one.std(0, ddof=1) / len(one) ** 0.5 if len(one) > 1 else np.full(one.shape[1:], np.nan)
+                    for one in losses
+                ]
+            )
+            names = ("token_timestep", "token_text", "token_position", "token_target", "token_predictions")
+            parts = (np.concatenate(part) for part in zip(*self.tokens, strict=True))
+            values |= dict(zip(names, parts, strict=True))
+        return Dynamics(
+            np.array(self.timesteps),
+            num_masks,
+            np.array([layer for layer, _ in executed]),
+            np.array([loop for _, loop in executed]),
+            **values,
+        )
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Over the first dimension without NaN, NaN where there is nothing else, and without numpy's warning."""
+    known = ~np.isnan(values)
+    counts = known.sum(0)
+    return np.where(counts > 0, np.where(known, values, 0).sum(0) / np.maximum(counts, 1), np.nan)

@@ -1,0 +1,200 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+Generative perplexity: how likely a causal language model finds samples, with their entropy beside it, as repeating one
+likely word makes the perplexity small too.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .texts import Text, encode, make_windows
+
+
+@dataclass
+class GenerativePerplexity:
+    """
+    Args:
+        nats (`torch.DoubleTensor` of shape `(num_samples,)`): Negative log-likelihood of each sample in nats.
+        num_tokens (`torch.LongTensor` of shape `(num_samples,)`): The judge's tokens that were scored of each; 0
+            where a sample is too short.
+        entropy (`torch.DoubleTensor` of shape `(num_samples,)`): Unigram entropy of each in nats per token: of the
+            distribution of its tokens over the vocabulary, at most the logarithm of its length. NaN if empty.
+        repetition (`torch.DoubleTensor` of shape `(num_samples,)`): Share of each one's 4-grams that occurred in it
+            before. NaN below four tokens.
+        distinct (`dict[int, float]`): Different n-grams as a share of all of them over all samples, for n = 1, 2, 3.
+    """
+
+    nats: torch.Tensor
+    num_tokens: torch.Tensor
+    entropy: torch.Tensor
+    repetition: torch.Tensor
+    distinct: dict[int, float]
+
+    def per_token(self) -> tuple[float, float]:
+        """Nats per token over all samples together, and its standard error, from the spread between samples."""
+        total = self.num_tokens.sum().double()
+        mean = self.nats.sum() / total
+        count = int((self.num_tokens > 0).sum())
+        if count < 2:
+            return mean.item(), math.nan
+        residuals = self.nats - mean * self.num_tokens
+        return mean.item(), (residuals.square().sum() * count / (count - 1)).sqrt().item() / total.item()
+
+    def perplexity(self) -> tuple[float, float]:
+        """`exp` of the nats per token, and its standard error."""
+        mean, error = self.per_token()
+        return math.exp(mean), math.exp(mean) * error
+
+    def summary(self) -> dict[str, Any]:
+        """All of it over all samples, as plain numbers."""
+        nats, nats_error = self.per_token()
+        perplexity, error = self.perplexity()
+        return {
+            "perplexity": perplexity,
+            "standard_error": error,
+            "nats_per_token": nats,
+            "nats_standard_error": nats_error,
+            "entropy": self.entropy.nanmean().item(),
+            "repetition": self.repetition.nanmean().item(),
+            **{f"distinct_{n}": value for n, value in self.distinct.items()},
+            "samples": len(self.nats),
+            "unscored": int((self.num_tokens == 0).sum()),
+            "tokens": int(self.num_tokens.sum()),
+        }
+
+
+@torch.no_grad()
+def generative_perplexity(
+    samples: Sequence[str],
+    judge: nn.Module,
+    tokenizer: Any,
+    length: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> GenerativePerplexity:
+    """
+    Scores samples under a causal language model, the judge, in the judge's own tokens.
+
+    Where the judge has a start token, every token of a sample is scored; otherwise the first one only serves as
+    context.
+
+    Args:
+        samples (`list[str]`): Texts. Token ids are refused: another model's mean something else to the judge.
+        judge: A causal language model of transformers, in eval mode.
+        tokenizer: The judge's.
+        length (`int`, *optional*, defaults to the judge's `max_position_embeddings`, at most 1024):
+            Tokens seen at once, the start token included.
+        stride (`int`, *optional*, defaults to half of `length`): Fresh tokens of each further window of a long sample.
+        batch_size (`int`, defaults to 8): Windows per forward pass.
+        progress (*optional*): `progress(done, total)`, called with numbers of windows.
+    """
+    if isinstance(samples, str) or not all(isinstance(sample, str) for sample in samples):
+        raise ValueError(
+            "`samples` must be a list of texts; token ids mean something else to the judge, so decode them with the "
+            "tokenizer of the model that made them."
+        )
+    if len(samples) == 0:
+        raise ValueError("There are no samples to score.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    check_judge(judge, tokenizer)
+    prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    longest = getattr(judge.config, "max_position_embeddings", None) or 1024
+    length = min(1024, longest) if length is None else length
+    if not 2 <= length <= longest:
+        raise ValueError(f"The window is {length} tokens long; the judge takes 2 to {longest}.")
+    # A window's first token is context alone.
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride < length:
+        raise ValueError(f"The stride is {stride}; it must be at least 1 and under the window's length ({length}).")
+    texts = []
+    for number, sample in enumerate(samples, start=1):
+        ids = prefix + encode(tokenizer, sample, f"sample {number}")[0]
+        texts.append(Text(f"sample {number}", ids, [position > 0 for position in range(len(ids))]))
+    largest = max((max(text.input_ids) for text in texts if text.input_ids), default=0)
+    vocabulary = judge.get_input_embeddings().num_embeddings
+    if largest >= vocabulary:
+        raise ValueError(
+            f"The tokenizer gives the token {largest}, outside the judge's vocabulary of {vocabulary}; it is not the "
+            "judge's own."
+        )
+    windows = make_windows(texts, length, stride)
+    if not windows:
+        raise ValueError("All samples are too short: there is no token to score.")
+
+    nats = torch.zeros(len(texts), dtype=torch.float64)
+    order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
+    for start in range(0, len(order), batch_size):
+        batch = [windows[index] for index in order[start : start + batch_size]]
+        size = max(len(window.input_ids) for window in batch)
+        ids, mask = torch.zeros(2, len(batch), size, dtype=torch.long)
+        scored = torch.zeros(len(batch), size, dtype=torch.bool)
+        for row, window in enumerate(batch):
+            count = len(window.input_ids)
+            ids[row, :count], mask[row, :count] = torch.tensor(window.input_ids), 1
+            scored[row, :count] = torch.tensor(window.maskable)
+        logits = judge(input_ids=ids.to(judge.device), attention_mask=mask.to(judge.device)).logits
+        logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(judge.device), reduction="none")
+        sums = (losses.double().cpu() * scored[:, 1:]).sum(-1)
+        nats.index_add_(0, torch.tensor([window.text for window in batch]), sums)
+        if progress is not None:
+            progress(start + len(batch), len(windows))
+    tokens = [text.input_ids[len(prefix) :] for text in texts]
+    return GenerativePerplexity(
+        nats,
+        torch.tensor([sum(text.maskable) for text in texts]),
+        torch.tensor([unigram_entropy(part) for part in tokens], dtype=torch.float64),
+        torch.tensor([_repetition(part) for part in tokens], dtype=torch.float64),
+        {n: _distinct(tokens, n) for n in (1, 2, 3)},
+    )
+
+
+def check_judge(judge: nn.Module, tokenizer: Any) -> None:
+    """
+    Raises a ValueError unless `judge` predicts every token from those before it alone: a bidirectional model sees the
+    token that it is asked for, and its "perplexity" means nothing.
+    """
+    if getattr(judge.config, "model_type", None) == "loopmdm":
+        raise ValueError("The judge is a LoopMDM; it must be a causal language model, such as GPT-2.")
+    vocabulary = judge.get_input_embeddings().num_embeddings
+    ids = torch.arange(6, device=judge.device)[None] % vocabulary
+    changed = ids.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % vocabulary
+    with torch.no_grad():
+        before, after = (judge(input_ids=one).logits[0, :-1].float() for one in (ids, changed))
+    # Kernels may round differently; seeing the last token changes far more.
+    if (before - after).abs().max() > 1e-3 * before.abs().max().clamp(min=1):
+        raise ValueError(
+            f"The judge ({type(judge).__name__}) is not causal: its logits depend on later tokens. Name a causal "
+            "language model."
+        )
+
+
+def unigram_entropy(tokens: Sequence[int]) -> float:
+    """Entropy in nats of the distribution of `tokens` over the vocabulary; NaN without tokens."""
+    if len(tokens) == 0:
+        return math.nan
+    shares = [count / len(tokens) for count in Counter(tokens).values()]
+    return -sum(share * math.log(share) for share in shares) + 0.0
+
+
+def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def _repetition(tokens: Sequence[int]) -> float:
+    grams = _ngrams(tokens, 4)
+    return 1 - len(set(grams)) / len(grams) if grams else math.nan
+
+
+def _distinct(samples: Sequence[Sequence[int]], n: int) -> float:
+    grams = [gram for tokens in samples for gram in _ngrams(tokens, n)]
+    return len(set(grams)) / len(grams) if grams else math.nan

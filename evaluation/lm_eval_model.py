@@ -1,0 +1,466 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+LoopMDM for EleutherAI's lm-eval: importing this module registers the model type `loopmdm`.
+
+    import loopmdm.evaluation.lm_eval_model
+    lm_eval.simple_evaluate(model="loopmdm", model_args="pretrained=FOLDER,num_loops=4", tasks=[...])
+
+`python -m loopmdm.evaluation.lm_eval_model` is lm-eval's own command with that type, and `loopmdm eval lm-eval` runs
+tasks at several numbers of loops.
+"""
+
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, StoppingCriteria
+
+from ..configuration_loopmdm import check_num_loops
+from ..generation_utils import LoopMDMGenerationConfig
+from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..randomness import seeded_generator
+from .likelihood import block_ids, check_settings, nelbo, pad_windows
+from .texts import Text, Window, encode, make_windows
+
+logger = logging.getLogger(__name__)
+
+WHY_NOT_HF = (
+    "lm-eval's model type `hf` scores a text as a causal language model does: it shows the model the whole text and "
+    "takes the logits of position i for those of token i + 1. A masked diffusion model sees both neighbours of a "
+    "position, and the answer itself, so the numbers would mean nothing. Use `--model loopmdm`, which masks what is "
+    "to be scored (NELBO) and generates by denoising."
+)
+
+
+@register_model("loopmdm")
+class LoopMDMEvalModel(TemplateLM):
+    """
+    A LoopMDM as lm-eval sees it.
+
+    - `loglikelihood`: minus the NELBO of the continuation given the context, a Monte-Carlo estimate
+      ([`~loopmdm.evaluation.nelbo`]; LLaDA, arXiv 2502.09992, evaluates so). It depends on the seed and the two texts
+      alone; continuations of the same length meet the same masks, which makes comparing them more exact. A
+      continuation of one token is scored exactly. "Greedy" is a continuation that the model fills in itself,
+      committing its most certain token a pass (in a block-causal model block by block).
+    - `loglikelihood_rolling`: minus the NELBO of the whole text, in windows of `max_length` with `stride` fresh ones.
+    - `generate_until`: `model.generate`, cut at the first of the `until` strings. `max_gen_toks` tokens are denoised;
+      with a `block_length` a row ends after the block that holds a stop string.
+
+    Args:
+        pretrained (`str`): Folder of the model, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
+        tokenizer (*optional*, defaults to `pretrained`'s): Folder, Hub id or object.
+        num_loops (`int`, *optional*, defaults to `config.num_loops`): Loops of every pass.
+        num_samples (`int`, defaults to 32): Masks per continuation or window; even.
+        seed (`int`, defaults to 0): Seed of masks and of sampling.
+        batch_size (`int`, defaults to 16): Masked texts, or prompts, per forward pass.
+        max_length (`int`, *optional*, defaults to `max_position_embeddings`, at most 4096): Tokens seen at once. Of a
+            longer context the end is kept.
+        stride (`int`, *optional*, defaults to `max_length`): Fresh tokens of a window.
+        max_gen_toks (`int`, *optional*, defaults to half of `max_length`, at most 256): Tokens to generate where a
+            task does not say.
+        add_bos_token (`bool`, defaults to `False`): Put the tokenizer's start token before every text.
+        dtype (`str`, defaults to `"auto"`), device (`str`, *optional*, by default a GPU if there is one),
+            revision (`str`, *optional*): As in transformers. Under `accelerate launch` or `torchrun` every process
+            takes its own device and its share of the requests.
+        generation: Any argument of [`LoopMDMGenerationConfig`] (`unmasking`, `block_length`, `max_denoising_steps`,
+            `confidence_threshold`, ...). What a task's `generation_kwargs` name wins.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | LoopMDMForMaskedLM,
+        tokenizer: Any = None,
+        num_loops: int | None = None,
+        num_samples: int = 32,
+        seed: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        stride: int | None = None,
+        max_gen_toks: int | None = None,
+        add_bos_token: bool = False,
+        dtype: str = "auto",
+        device: str | None = None,
+        revision: str = "main",
+        trust_remote_code: bool = False,  # not needed; lm-eval's users are used to give it
+        **generation: Any,
+    ):
+        super().__init__()
+        try:
+            self.batch_size = int(16 if batch_size is None else batch_size)
+        except ValueError:
+            raise ValueError(f"`batch_size` is {batch_size!r}; give an integer.") from None
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+        if isinstance(pretrained, str):
+            kind = AutoConfig.from_pretrained(pretrained, revision=revision).model_type
+            if kind != "loopmdm":
+                raise ValueError(
+                    f"{pretrained} is a {kind!r} model, not a LoopMDM. Convert it (`loopmdm convert`), or use "
+                    "lm-eval's `--model hf` if it is a causal language model."
+                )
+        self._start_processes(device)
+        if isinstance(pretrained, str):
+            self.model = LoopMDMForMaskedLM.from_pretrained(pretrained, revision=revision, dtype=dtype)
+            self.model.to(self._device)
+        else:
+            self.model, self._device = pretrained, pretrained.device
+        self.model.eval()
+        self.pretrained, self.revision = pretrained if isinstance(pretrained, str) else None, revision
+        if tokenizer is None or isinstance(tokenizer, str):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=revision)
+        self.tokenizer = tokenizer
+        config = self.model.config
+        self.num_loops = num_loops
+        self.num_samples, self.seed = num_samples, seed
+        check_settings([self.num_loops], num_samples)
+        longest = config.max_position_embeddings
+        self.max_length = min(4096, longest) if max_length is None else max_length
+        if not 1 <= self.max_length <= longest:
+            raise ValueError(f"`max_length` is {self.max_length}; the model takes 1 to {longest} positions.")
+        self.stride = self.max_length if stride is None else stride
+        make_windows([], self.max_length, self.stride)  # checks
+        self.max_gen_toks = max(1, min(256, self.max_length // 2)) if max_gen_toks is None else max_gen_toks
+        if self.max_gen_toks < 1:
+            raise ValueError(f"`max_gen_toks` is {max_gen_toks}; it must be at least 1.")
+        self.add_bos_token = add_bos_token
+        if add_bos_token and tokenizer.bos_token_id is None:
+            raise ValueError("`add_bos_token` is True, and the tokenizer has no start token.")
+        self.generation = generation
+        LoopMDMGenerationConfig(**generation)  # checks
+
+    @property
+    def num_loops(self) -> int:
+        """Loops of every pass."""
+        return self._num_loops
+
+    @num_loops.setter
+    def num_loops(self, value: int | None) -> None:
+        self._num_loops = check_num_loops(self.model.config.num_loops if value is None else value)
+
+    # Several processes
+
+    def _start_processes(self, device: str | None) -> None:
+        self.accelerator = None
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator(cpu=self._device.type == "cpu")
+            self._device = self.accelerator.device
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.accelerator is None else self.accelerator.gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self.accelerator is None:
+            return [obj]
+        gathered = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    # Texts and tokens
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        ids = encode(self.tokenizer, string, "a text")[0]
+        if not self.add_bos_token or add_special_tokens is False or ids[:1] == [self.tokenizer.bos_token_id]:
+            return ids
+        return [self.tokenizer.bos_token_id, *ids]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError("The tokenizer has no chat template; run without --apply-chat-template.")
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    # Likelihood
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            if context == "":  # nothing need stand before the first token
+                start = [self.tokenizer.bos_token_id] if self.add_bos_token else []
+                pairs.append(((context, continuation), start, self.tok_encode(continuation, False)))
+            else:
+                pairs.append(((context, continuation), *self._encode_pair(context, continuation)))
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        windows = []
+        for (_, text), _, continuation in requests:
+            if not 1 <= len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"The continuation {text[:40]!r} has {len(continuation)} tokens; it must have 1 to `max_length` "
+                    f"({self.max_length})."
+                )
+        rooms = [self.max_length - len(continuation) for _, _, continuation in requests]
+        contexts = self._shorten([context for _, context, _ in requests], rooms)
+        for context, (_, _, continuation) in zip(contexts, requests, strict=True):
+            ids, given = context + continuation, len(context)
+            windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
+        scores = self._score(windows, disable_tqdm)
+        results: list[tuple[float, bool]] = [None] * len(windows)
+        order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            greedy = self._is_greedy([windows[index] for index in chosen])
+            for index, is_greedy in zip(chosen, greedy, strict=True):
+                results[index] = (scores[index], is_greedy)
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        texts = []
+        for (text,) in (request.args for request in requests):
+            ids = self.tok_encode(text)
+            start = len(ids) - len(self.tok_encode(text, False))
+            if len(ids) == start:
+                raise ValueError(f"The text {text[:40]!r} has no token to score.")
+            texts.append(Text(text[:40], ids, [position >= start for position in range(len(ids))]))
+        windows = make_windows(texts, self.max_length, self.stride)
+        totals = [0.0] * len(texts)
+        for window, score in zip(windows, self._score(windows, disable_tqdm), strict=True):
+            totals[window.text] += score
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _score(self, windows: list[Window], disable_tqdm: bool) -> list[float]:
+        """Minus the NELBO in nats of what the windows score."""
+        scores = [0.0] * len(windows)
+        # Of one token there is one mask only, which two samples score exactly.
+        single = [index for index, window in enumerate(windows) if sum(window.maskable) == 1]
+        several = [index for index, window in enumerate(windows) if sum(window.maskable) > 1]
+        with tqdm(total=len(windows), desc="NELBO", disable=disable_tqdm or self.rank != 0) as bar:
+            for members, num_samples in ((single, 2), (several, self.num_samples)):
+                members.sort(key=lambda index: len(windows[index].input_ids))
+                size = max(1, 4 * self.batch_size // num_samples)
+                for start in range(0, len(members), size):
+                    chosen = members[start : start + size]
+                    estimate = nelbo(
+                        self.model,
+                        *pad_windows([windows[index] for index in chosen]),
+                        num_loops=self.num_loops,
+                        num_samples=num_samples,
+                        batch_size=self.batch_size,
+                        seed=self.seed,
+                        indices=[windows[index].start for index in chosen],
+                    )
+                    for index, nats in zip(chosen, estimate.nats[0].tolist(), strict=True):
+                        scores[index] = -nats
+                    bar.update(len(chosen))
+        return scores
+
+    @torch.no_grad()
+    def _is_greedy(self, windows: list[Window]) -> list[bool]:
+        """
+        Whether the model would fill in what the windows score: one forward pass, one commitment of the most certain
+        token, until all is filled in or a token is not the one asked for.
+        """
+        mask_token_id = self.model.config.mask_token_id
+        targets, attention_mask, to_fill = pad_windows(windows)
+        blocks = block_ids(attention_mask != 0, torch.zeros_like(targets), self.model.config.attention_block_size)
+        tokens = targets.masked_fill(to_fill, mask_token_id)
+        alive = torch.ones(len(windows), dtype=torch.bool)
+        while bool((alive & (tokens == mask_token_id).any(-1)).any()):
+            rows = (alive & (tokens == mask_token_id).any(-1)).nonzero().flatten()
+            logits = self.model(
+                tokens[rows].to(self._device),
+                attention_mask=attention_mask[rows].to(self._device),
+                num_loops=self.num_loops,
+            ).logits
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits[..., mask_token_id] = -torch.inf
+            confidence, choice = (part.cpu() for part in logits.softmax(-1).max(-1))
+            open_ = tokens[rows] == mask_token_id
+            first = blocks[rows].where(open_, torch.iinfo(torch.long).max).min(-1, keepdim=True).values
+            place = confidence.where(open_ & (blocks[rows] == first), -1).argmax(-1)
+            chosen = choice[torch.arange(len(rows)), place]
+            tokens[rows, place] = chosen
+            alive[rows] = chosen == targets[rows, place]
+        return alive.tolist()
+
+    # Generation
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        groups: dict[str, list[int]] = {}
+        plans = []
+        for index, (_, arguments) in enumerate(request.args for request in requests):
+            plans.append(self.generation_plan(arguments))  # all are checked before the first one runs
+            groups.setdefault(repr(sorted(arguments.items(), key=str)), []).append(index)
+        contexts, rooms, seeds, seen = [], [], [], Counter()
+        for request, (_, arguments) in zip(requests, plans, strict=True):
+            text = request.args[0]
+            contexts.append(self.tok_encode(text))
+            rooms.append(self.max_length - arguments["max_new_tokens"])
+            # A prompt that is asked several times gets several answers, where they are drawn.
+            seeds.append((self.seed, "generate", seen[text], text))
+            seen[text] += 1
+        contexts = self._shorten(contexts, rooms)
+        answers: list[str] = [None] * len(requests)
+        with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm or self.rank != 0) as bar:
+            for members in groups.values():
+                until, arguments = plans[members[0]]
+                members.sort(key=lambda index: len(contexts[index]))
+                for start in range(0, len(members), self.batch_size):
+                    chosen = members[start : start + self.batch_size]
+                    generators = [seeded_generator(*seeds[index]) for index in chosen]
+                    texts = self._generate([contexts[index] for index in chosen], generators, until, arguments)
+                    for index, text in zip(chosen, texts, strict=True):
+                        answers[index] = text
+                        self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    bar.update(len(chosen))
+        return answers
+
+    def generation_plan(self, arguments: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """The stop strings and the arguments of `generate` that a task's `generation_kwargs` ask for."""
+        arguments = dict(arguments)
+        until = arguments.pop("until", None) or []
+        until = [until] if isinstance(until, str) else list(until)
+        count = [arguments.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+        count = next((value for value in count if value is not None), self.max_gen_toks)
+        if not 1 <= count < self.max_length:
+            raise ValueError(
+                f"`max_gen_toks` is {count}; it must be at least 1 and leave a part of `max_length` "
+                f"({self.max_length}) to the prompt."
+            )
+        settings = {"num_loops": self.num_loops, **self.generation, **arguments}
+        # Tasks say `temperature: 0` for greedy decoding, and leave sampling arguments beside `do_sample: false`.
+        if settings.get("temperature") == 0:
+            settings["do_sample"] = False
+        if not settings.get("do_sample"):
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                settings.pop(name, None)
+        settings |= {"max_new_tokens": count}
+        LoopMDMGenerationConfig(**settings)  # checks
+        return until, settings
+
+    @staticmethod
+    def _shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
+        """The ends of contexts that are longer than there is room for."""
+        cut = sum(len(ids) > room for ids, room in zip(contexts, rooms, strict=True))
+        if cut:
+            longest = max(map(len, contexts))
+            logger.warning(
+                "%d of %d contexts lose their beginning; the longest has %d tokens.", cut, len(rooms), longest
+            )
+        return [ids[max(0, len(ids) - room) :] for ids, room in zip(contexts, rooms, strict=True)]
+
+    def _generate(
+        self,
+        contexts: list[list[int]],
+        generators: list[torch.Generator],
+        until: list[str],
+        arguments: dict[str, Any],
+    ) -> list[str]:
+        width = max(len(context) for context in contexts)
+        input_ids = torch.zeros(len(contexts), width, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, context in enumerate(contexts):
+            input_ids[row, width - len(context) :] = torch.tensor(context)
+            attention_mask[row, width - len(context) :] = 1
+        stop = [StopAtText(self, width, until)] if until and arguments.get("block_length") else None
+        sequences = self.model.generate(
+            input_ids=input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            generator=generators,
+            stopping_criteria=stop,
+            **arguments,
+        )
+        return [self._cut(self._answer(row[width:].tolist(), until), until) for row in sequences]
+
+    def _answer(self, ids: list[int], until: Iterable[str]) -> str:
+        """The text of new tokens, up to the end token, or a stop string that is a special token."""
+        config = self.model.config
+        ends = {self.tokenizer.eos_token_id, *(config.eos_token_id if isinstance(config.eos_token_id, list) else [])}
+        ends.add(config.eos_token_id if isinstance(config.eos_token_id, int) else None)
+        special = set(self.tokenizer.all_special_tokens)
+        ends |= {self.tokenizer.convert_tokens_to_ids(word) for word in until if word in special}
+        end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        kept = [token for token in ids[:end] if token != config.mask_token_id]
+        return self.tokenizer.decode(kept, skip_special_tokens=True)
+
+    @staticmethod
+    def _cut(text: str, until: Iterable[str]) -> str:
+        places = [place for place in (text.find(word) for word in until if word) if place >= 0]
+        return text[: min(places)] if places else text
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval adds to its results."""
+        from importlib.metadata import version
+
+        return {
+            "pretrained": self.pretrained,
+            "model_revision": self.revision,
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": str(self.model.dtype),
+            "model_device": str(self._device),
+            "processes": self.world_size,
+            "loopmdm_version": version("loopmdm"),
+            "num_loops": self.num_loops,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "max_length": self.max_length,
+            "stride": self.stride,
+            "max_gen_toks": self.max_gen_toks,
+            "add_bos_token": self.add_bos_token,
+            "generation": self.generation,
+            "model_batch_size": self.batch_size,
+        }
+
+
+class StopAtText(StoppingCriteria):
+    """Stops rows whose new tokens hold one of the strings `until`. `generate` asks after every block."""
+
+    def __init__(self, lm: LoopMDMEvalModel, prompt_length: int, until: list[str]):
+        self.lm, self.prompt_length, self.until = lm, prompt_length, until
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        texts = [self.lm.tokenizer.decode(row) for row in input_ids[:, self.prompt_length :].tolist()]
+        return torch.tensor([any(word in text for word in self.until) for text in texts], device=input_ids.device)
+
+
+def main() -> None:
+    """lm-eval's command with the model type `loopmdm`."""
+    from lm_eval.__main__ import cli_evaluate
+
+    model = next(
+        (b for a, b in zip(sys.argv[1:], sys.argv[2:], strict=False) if a in ("--model", "-M")),
+        next((part.partition("=")[2] for part in sys.argv if part.startswith("--model=")), "loopmdm"),
+    )
+    if model in ("hf", "hf-auto", "huggingface"):
+        print(f"loopmdm: error: {WHY_NOT_HF}", file=sys.stderr)
+        sys.exit(2)
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

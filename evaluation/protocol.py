@@ -1,0 +1,163 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What makes a result repeatable: versions, hashes, settings and machine; and folders that are complete or absent."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What decides a model's results; generation_config.json holds defaults of `generate`.
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+TIMING = (
+    "seconds of wall time (time.perf_counter) of the evaluation alone: without imports, loading of models and data, "
+    "and writing; without warm-up; the device is waited for at both ends"
+)
+
+
+class Stopwatch:
+    """Wall time in seconds as `TIMING` defines it: `with Stopwatch(device) as watch: ...; watch.seconds`."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.seconds = math.nan
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __enter__(self) -> "Stopwatch":
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds = self._now() - self._start
+
+
+def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = None, **files: Any) -> dict[str, Any]:
+    """
+    The protocol of a result.
+
+    Args:
+        settings (`dict`): All arguments of the evaluation, its seed among them.
+        model (*optional*): The model as it ran, for its device, dtype and attention.
+        folder (`str`, *optional*): Where it was loaded from: a folder, or a Hub id that is in the cache by now.
+        files: By what they are, more folders or files to hash, e.g. `data="text.txt"`.
+    """
+    record: dict[str, Any] = {
+        "versions": {"python": platform.python_version()}
+        | {name: _version(name) for name in ("loopmdm", "torch", "transformers", "datasets", "lm_eval", "evaluate")},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "settings": settings,
+        "timing": TIMING,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if model is not None:
+        record["model"] = {
+            "source": folder,
+            "parameters": model.num_parameters(),
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.config._attn_implementation,
+            "sha256": {} if folder is None else hash_files(_local(folder), MODEL_FILES),
+        }
+    for name, path in files.items():
+        if path is not None:
+            local = _local(str(path))
+            is_model = local is not None and (local / "config.json").is_file()
+            record[name] = {"source": str(path), "sha256": hash_files(local, MODEL_FILES if is_model else ("*",))}
+    return record
+
+
+def hash_files(path: Path | None, patterns: Iterable[str] = ("*",)) -> dict[str, str]:
+    """SHA-256 of a file, or of a folder's files whose names match, by name; nothing where there is no such path."""
+    if path is None or not path.exists():
+        return {}
+    files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
+    hashes = {}
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as stream:
+                hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def _local(name: str) -> Path | None:
+    """The folder or file itself, or the cached files of a Hub id."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (ValueError, OSError):  # no id, or nothing cached: a data set's name
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else platform.machine()
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """Raises a ValueError where [`output_folder`] could not write `path`."""
+    path = Path(path).expanduser()
+    if path.exists():
+        raise ValueError(f"{path} exists already; name another folder for the results.")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder; make it, or put the results elsewhere.")
+    return path
+
+
+@contextlib.contextmanager
+def output_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write results to, which appears as `path` when all is written, and not at all after an error."""
+    path = check_output(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Strict JSON: numbers that are none (NaN, infinities) become null."""
+    path.write_text(json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

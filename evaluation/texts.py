@@ -1,0 +1,227 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Texts to measure a model on: read from files and data sets, tokenised, cut into windows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+TASKS = ("texts", "answers", "fill")
+
+
+@dataclass
+class Text:
+    """
+    A tokenised text.
+
+    Args:
+        name (`str`): What to call it in errors and results.
+        input_ids (`list[int]`): Its tokens.
+        maskable (`list[bool]`): The tokens to score; the others are given.
+        num_bytes (`list[int]`, *optional*): Bytes of its UTF-8 that each token stands for; None where that is not
+            known (a tokenizer without offsets, conversations, texts to fill in).
+    """
+
+    name: str
+    input_ids: list[int]
+    maskable: list[bool]
+    num_bytes: list[int] | None = None
+
+
+@dataclass
+class Window:
+    """
+    Part of a text that the model sees at once.
+
+    Args:
+        text (`int`): Index of the text.
+        start (`int`): Place of the window's first token in it.
+        input_ids (`list[int]`): The window's tokens.
+        maskable (`list[bool]`): The tokens that this window scores; every token of a text is scored in one window.
+        num_bytes (`int`, *optional*): Bytes of the scored tokens.
+    """
+
+    text: int
+    start: int
+    input_ids: list[int]
+    maskable: list[bool]
+    num_bytes: int | None
+
+
+def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) -> list[Window]:
+    """
+    Cuts texts into windows. The first window of a text scores its first `length` tokens; each further one scores
+    `stride` fresh tokens and sees the `length - stride` tokens before them. By the chain rule the sum over the windows
+    bounds the text's negative log-likelihood as one pass over the whole text would, with less context.
+
+    Args:
+        texts: The texts.
+        length (`int`): Tokens that the model sees at once.
+        stride (`int`, *optional*, defaults to `length`): Fresh tokens of a window, 1 to `length`. Smaller ones give
+            every token more context, and cost more passes.
+    """
+    stride = length if stride is None else stride
+    if length < 1:
+        raise ValueError(f"The window is {length} tokens long; it must be at least 1.")
+    if not 1 <= stride <= length:
+        raise ValueError(f"The stride is {stride}; it must be 1 to the length of the window ({length}).")
+    windows = []
+    for index, text in enumerate(texts):
+        fresh = 0
+        while fresh < len(text.input_ids):
+            start = max(0, fresh - (length - stride))
+            end = min(start + length, len(text.input_ids))
+            maskable = [position >= fresh and text.maskable[position] for position in range(start, end)]
+            if any(maskable):
+                size = None
+                if text.num_bytes is not None:
+                    size = sum(text.num_bytes[start + i] for i, scored in enumerate(maskable) if scored)
+                windows.append(Window(index, start, text.input_ids[start:end], maskable, size))
+            fresh = end
+    return windows
+
+
+def read_texts(
+    source: str | Path,
+    tokenizer: Any,
+    config: Any,
+    task: str = "texts",
+    text_column: str = "text",
+    documents: str = "file",
+    dataset: dict[str, Any] | None = None,
+    limit: int | None = None,
+) -> list[Text]:
+    """
+    Reads and tokenises texts, without special tokens.
+
+    Args:
+        source: A text file (`.txt`), a file of one JSON object a line (`.jsonl`), or the name or folder of a data set
+            that the `datasets` library loads.
+        tokenizer: The model's.
+        config ([`LoopMDMConfig`]): The model's.
+        task (`str`, defaults to `"texts"`):
+            `"texts"`: score every token; `"answers"`: score answers given prompts, as
+            [`~loopmdm.training.encode_answer`] reads them; `"fill"`: score the tokens that stand for mask tokens. The
+            latter are lines of a text with mask tokens and the complete text, apart by white space (`.txt`), or
+            objects with `masked` and `text` (`.jsonl`, data sets).
+        text_column (`str`, defaults to `"text"`): Where texts are in JSON and data sets.
+        documents (`"file"`, `"blank_line"` or `"line"`, defaults to `"file"`): What separates the texts of a `.txt`.
+        dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
+        limit (`int`, *optional*): Take the first so many texts.
+
+    Raises:
+        ValueError: Nothing to score, a bad line or example (named by its number), tokens that the model has not, mask
+            tokens where clean ones are needed.
+    """
+    if task not in TASKS:
+        raise ValueError(f"The task is {task!r}; choose one of {', '.join(TASKS)}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"The limit is {limit} texts; it must be at least 1.")
+    read = {"texts": _read_text, "answers": _read_answer, "fill": _read_masked}[task]
+    rows = _rows(str(source), task, documents, dataset or {})
+    texts = []
+    for where, row in islice(rows, limit):
+        text = read(where, row, tokenizer, config, text_column)
+        if not any(text.maskable):
+            raise ValueError(f"{where} has no token to score; it is too short.")
+        largest = max(text.input_ids)
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"{where} gives the token {largest}, outside the model's vocabulary of {config.vocab_size}; is it the "
+                "right tokenizer?"
+            )
+        if config.mask_token_id in text.input_ids:
+            fix = "" if task == "fill" else '; the task "fill" scores what stands for mask tokens'
+            raise ValueError(f"{where} holds the mask token ({config.mask_token_id}); give clean text{fix}.")
+        texts.append(text)
+    return texts
+
+
+def _rows(source: str, task: str, documents: str, dataset: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Strings (of a text file) or objects, each with what to call it in errors."""
+    from ..training.data import SEPARATORS, load_dataset_rows, read_documents, read_jsonl
+
+    path = Path(source).expanduser()
+    if path.suffix in (".txt", ".jsonl") and not path.is_file():
+        raise ValueError(f"{source} is no file.")
+    if path.suffix == ".txt":
+        if documents not in SEPARATORS:
+            raise ValueError(f"The documents are separated by {documents!r}; choose one of {', '.join(SEPARATORS)}.")
+        if task == "answers":
+            raise ValueError(f'{source} is a text; the task "answers" needs prompts and answers (.jsonl).')
+        separator = "\n" if task == "fill" else SEPARATORS[documents]
+        name = "line" if separator == "\n" else "document"
+        rows = enumerate(read_documents(path, separator), start=1)
+        yield from ((f"{source}, {name} {number}", text) for number, text in rows)
+        return
+    rows = read_jsonl(path) if path.suffix == ".jsonl" else load_dataset_rows(source, dataset)
+    yield from ((f"{source}, example {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def encode(tokenizer: Any, text: str, where: str) -> tuple[list[int], list[int] | None]:
+    """
+    Tokens of a text, without special ones, and the bytes of UTF-8 that each stands for: what comes before the next
+    token's first character, so that they add up to the bytes of the text, white space that the tokenizer drops
+    included. None for a tokenizer without offsets.
+    """
+    fast = getattr(tokenizer, "is_fast", False)
+    try:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
+        raise ValueError(f"The tokenizer cannot read {where}: {error}") from error
+    ids = list(encoded["input_ids"])
+    if not fast:
+        return ids, None
+    # Tokens of a part of a character share its offsets; it counts where they begin.
+    starts = [0, *(start for start, _ in encoded["offset_mapping"][1:]), len(text)]
+    return ids, [len(text[a:b].encode()) for a, b in pairwise(starts)][: len(ids)]
+
+
+def _field(row: Any, name: str, where: str) -> str:
+    if isinstance(row.get(name), str):
+        return row[name]
+    raise ValueError(f"{where} has no text in {name!r}; it has {', '.join(row) or 'nothing'}.")
+
+
+def _read_text(where: str, row: Any, tokenizer: Any, config: Any, text_column: str) -> Text:
+    text = row if isinstance(row, str) else _field(row, text_column, where)
+    ids, num_bytes = encode(tokenizer, text, where)
+    return Text(where, ids, [True] * len(ids), num_bytes)
+
+
+def _read_answer(where: str, row: Any, tokenizer: Any, config: Any, text_column: str) -> Text:
+    from ..training.data import ANSWER_NAMES, encode_answer, first_text
+
+    example = encode_answer(tokenizer, row, where)
+    ids, prompt_length = example["input_ids"], example["prompt_length"]
+    num_bytes = None
+    if "messages" not in row:
+        _, num_bytes = encode(tokenizer, first_text(row, ANSWER_NAMES, where), where)
+    if num_bytes is not None:  # a prompt's are never asked for; an end token stands for none
+        num_bytes = [0] * prompt_length + num_bytes
+        num_bytes += [0] * (len(ids) - len(num_bytes))
+    return Text(where, list(ids), [position >= prompt_length for position in range(len(ids))], num_bytes)
+
+
+def _read_masked(where: str, row: Any, tokenizer: Any, config: Any, text_column: str) -> Text:
+    if isinstance(row, str):
+        fields = row.split()
+        if len(fields) != 2:
+            raise ValueError(
+                f"{where} has {len(fields)} fields; it needs two, a text with mask tokens and the complete one."
+            )
+        masked, text = fields
+    else:
+        masked, text = _field(row, "masked", where), _field(row, text_column, where)
+    masked_ids, _ = encode(tokenizer, masked, where)
+    ids, _ = encode(tokenizer, text, where)
+    if len(masked_ids) != len(ids):
+        raise ValueError(f"{where} has {len(masked_ids)} tokens with mask tokens and {len(ids)} complete.")
+    maskable = [token == config.mask_token_id for token in masked_ids]
+    for position, (given, token) in enumerate(zip(masked_ids, ids, strict=True)):
+        if not maskable[position] and given != token:
+            raise ValueError(f"{where}: token {position + 1} is {given} in the text with mask tokens, else {token}.")
+    if not any(maskable):
+        raise ValueError(f"{where} holds no mask token ({config.mask_token_id}), so there is nothing to fill in.")
+    return Text(where, ids, maskable)
