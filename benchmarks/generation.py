@@ -60,12 +60,13 @@ SIZES = {
 }
 QUICK = {
     "size": "tiny",
-    "batch_sizes": [1, 2],
+    "batch_sizes": [2],
     "prompt_length": 16,
-    "new_tokens": 32,
+    "new_tokens": 24,
     "block_length": 8,
-    "steps": 4,
+    "steps": 3,
     "loops": 3,
+    "tolerance": 0.65,
     "repeats": 1,
     "compile_backend": "eager",
 }
@@ -87,9 +88,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--block-length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8, help="denoising steps per block")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="loop_tolerance of the adaptive runs")
+    parser.add_argument("--tolerance", type=float, default=0.3, help="loop_tolerance of the adaptive runs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
+    parser.add_argument(
+        "--clock",
+        choices=("cpu", "wall"),
+        default="wall",
+        help="cpu: seconds of the process, which on one thread hardly feel other work on the machine",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -308,6 +315,14 @@ def plain_generate(
 
 # --- measurements ---
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock = time.perf_counter
+
+
+def set_clock(name: str) -> None:
+    global clock
+    clock = CLOCKS[name]
+
 
 @dataclass
 class Result:
@@ -327,10 +342,10 @@ class Timings:
 
     def once(self, name: str) -> tuple[float, Any]:
         synchronize(self.device)
-        start = time.perf_counter()
+        start = clock()
         result = self.runs[name]()
         synchronize(self.device)
-        return time.perf_counter() - start, result
+        return clock() - start, result
 
     def measure(self, repeats: int, on_result: Callable[[str, Any], None] = lambda name, result: None) -> None:
         for number in range(repeats):
@@ -527,7 +542,7 @@ def watched(model: LoopMDMForMaskedLM, device: str, counter: FlopCounterMode | N
         if counter is not None:
             return counter.get_total_flops()
         synchronize(device)
-        return time.perf_counter()
+        return clock()
 
     def wrap(owner: torch.nn.Module, name: str, phase: str) -> None:
         original = getattr(owner, name)
@@ -559,10 +574,10 @@ def matmul_rate(rows: int, columns: int, outputs: int, args: argparse.Namespace,
     seconds = []
     for _ in range(repeats):
         synchronize(args.device)
-        start = time.perf_counter()
+        start = clock()
         functional.linear(states, weight)
         synchronize(args.device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return 2 * rows * columns * outputs / min(seconds)
 
 
@@ -586,10 +601,10 @@ def phases(model: LoopMDMForMaskedLM, args: argparse.Namespace, batch_size: int)
             head_rates.append(matmul_rate(batch_size * mean_masked, args.width, args.vocab_size, args))
             with watched(model, args.device) as seconds:
                 synchronize(args.device)
-                start = time.perf_counter()
+                start = clock()
                 generate(model, prompt, args, **options)
                 synchronize(args.device)
-                total = time.perf_counter() - start
+                total = clock() - start
             share = {phase: seconds[phase] / total for phase in PHASES}
             shares.append({**share, "rest": 1 - sum(share.values())})
             speeds.append({phase: flops[phase] / seconds[phase] for phase in PHASES})
@@ -709,9 +724,9 @@ def compiled(model: LoopMDMForMaskedLM, args: argparse.Namespace, batch_size: in
             compiled_model, prompt, args, compile_config=compile_config, **options
         )
         results[name] = result_of(runs[name]())
-        before, start = graphs(), time.perf_counter()
+        before, start = graphs(), clock()
         results[f"{name}, compiled"] = result_of(runs[f"{name}, compiled"]())
-        first_calls.append({"run": name, "graphs": graphs() - before, "seconds": time.perf_counter() - start})
+        first_calls.append({"run": name, "graphs": graphs() - before, "seconds": clock() - start})
     warm = graphs()
     timings = Timings(runs, args, f"compiled, batch {batch_size}")
     timings.measure(args.repeats)
@@ -807,6 +822,7 @@ def main() -> None:
     args = parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    set_clock(args.clock)
     machine = machine_info(args.device)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     model = make_model(args)
