@@ -814,7 +814,7 @@ def plot(record: dict, path: Path) -> None:
         axis.set(title=title, xlabel="times as fast", yticks=range(len(names)), yticklabels=names)
         axis.tick_params(axis="y", labelsize=8)
         axis.invert_yaxis()
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=150)
 
 
