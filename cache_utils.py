@@ -7,8 +7,10 @@ denoising step is an approximation (Fast-dLLM, arXiv 2505.22618).
 """
 
 import copy
+import math
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -197,7 +199,11 @@ class LoopMDMCache(Cache):
         elif position_ids.shape[0] == 1:
             places = position_ids[0]
         last = position_ids if real is None else position_ids.masked_fill(real == 0, -1)
-        lengths = torch.maximum(self.row_lengths(last.device), last.amax(-1) + 1)
+        stored = self.row_lengths(last.device)
+        lengths = torch.maximum(stored, last.amax(-1) + 1)
+        if self.config.shift_logits and self.config.attention_block_size is not None:
+            # A pass over a block begins with the position before it, whose keys and values stay as they are.
+            places = torch.where(position_ids < stored[:, None], self.max_length, places)
         return OpenCache(self, places, stop, lengths)
 
     def reserve(self, stop: int | None) -> "LoopMDMCache":
@@ -234,6 +240,10 @@ class LoopMDMCache(Cache):
         """Stored positions of the rows that the next pass is about, `(N,)`."""
         self.lengths = self.lengths.to(device)
         return self.lengths if self.rows is None else self.lengths[self.rows]
+
+    def set_lengths(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Says how many positions of `rows`, `(N,)`, stay stored from now on, `(N,)`."""
+        self.lengths = self.lengths.to(lengths.device).index_copy(0, rows, lengths)
 
     def keep_state(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> None:
         """
@@ -409,7 +419,7 @@ class PassPlanner:
         refresh_interval (`int`, *optional*): Denoising steps between passes over everything; once a block by default.
         share_loops (`bool`): Whether an approximate cache has one place for all loops of mid.
         max_loops (`int`): The most loops of any step.
-        adaptive (`bool`): Whether loops end early, and so may be too few for what is stored.
+        adaptive (`bool`): Whether a block's loops may be others than those that are to be stored.
         copies (`int`): Rows of a cache per row; 2 with guidance.
         cache ([`LoopMDMCache`], *optional*): Filled before, with the first blocks of every row.
     """
@@ -510,4 +520,282 @@ class PassPlanner:
         return cache.reserve(None)
 
 
-__all__ = ["HostCopy", "LayerMemory", "LoopMDMCache", "LoopMDMCacheLayer", "OpenCache", "PassPlanner", "remember"]
+@dataclass
+class Prediction:
+    """
+    What the model says in one step of N rows at P positions.
+
+    Args:
+        rows, num_loops (`list[int]`): The rows, and the loops asked for.
+        logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
+        loops (`torch.LongTensor` of shape `(N,)`): Loops run; 0 where the scores are those of the step before.
+        cost (`dict[str, torch.LongTensor]`): By name of the output's field, `(N,)` each.
+        changed (`list[bool]`): Whether the step then changed the row.
+    """
+
+    rows: list[int]
+    num_loops: list[int]
+    logits: torch.Tensor
+    loops: torch.Tensor
+    cost: dict[str, torch.Tensor]
+    changed: list[bool] | None = None
+
+
+class StepPredictor:
+    """
+    Predicts the [MASK]s of a denoising step with as little work as the settings allow. The one place where `generate`
+    calls the model.
+
+    Args:
+        model: The [`LoopMDMForMaskedLM`].
+        settings: The call's generation config.
+        canvas: Its sequences: `sequences`, `given`, `rank` (the position of every column) and `column` (that of every
+            position), each `(num_rows, length)`, and for the host `starts`, `lengths` and `block_length`.
+        cache ([`LoopMDMCache`], *optional*): What was handed in as `past_key_values`.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: Any, canvas: Any, cache: LoopMDMCache | None):
+        self.model, self.settings, self.canvas = model, settings, canvas
+        loops = model.config.num_loops if settings.num_loops is None else settings.num_loops
+        self.num_loops = loops
+        self.varies = isinstance(loops, list | tuple) or settings.loop_schedule != "constant"
+        self.is_guided = settings.guidance_scale is not None and settings.guidance_scale != 1
+        use_cache = model.config.attention_block_size is not None and settings.use_cache is not False
+        if cache is not None:
+            self._check_cache(cache, use_cache)
+        self.planner = PassPlanner(
+            model.config,
+            starts=canvas.starts,
+            lengths=canvas.lengths,
+            block_length=canvas.block_length,
+            cache_implementation=settings.cache_implementation,
+            use_cache=use_cache,
+            refresh_interval=settings.cache_refresh_interval,
+            share_loops=settings.cache_loops == "last",
+            max_loops=max(loops) if isinstance(loops, list | tuple) else loops,
+            # With `shift_logits` a token before a [MASK] loops more often than it would as a part of finished text.
+            adaptive=settings.loop_tolerance is not None
+            or (settings.visible_loops is not None and model.config.shift_logits),
+            copies=2 if self.is_guided else 1,
+            cache=cache,
+        )
+        self.last: Prediction | None = None
+
+    def _check_cache(self, cache: Any, use_cache: bool) -> None:
+        """Raises a ValueError where a cache that was handed in is not one of this call's."""
+        if not use_cache:
+            raise ValueError(
+                "`past_key_values` needs block-causal attention and `use_cache` not False: otherwise stored keys and "
+                "values are not those of this call."
+            )
+        if not isinstance(cache, LoopMDMCache) or cache.share_loops:
+            raise ValueError("`past_key_values` is not a LoopMDMCache with a place for every loop.")
+        if self.is_guided or self.varies:
+            raise ValueError(
+                "`past_key_values` serves the same `num_loops` in every step and no guidance; leave it out."
+            )
+        canvas = self.canvas
+        cache.check(self.model.model, len(canvas.lengths), self.num_loops)
+        # The stored tokens must be those that the rows begin with.
+        device = canvas.sequences.device
+        width = min(cache.length, canvas.column.shape[1])
+        lengths = cache.lengths.to(device)
+        used = torch.arange(width, device=device) < lengths[:, None]
+        tokens = canvas.sequences.gather(1, canvas.column)[:, :width]
+        differs = used & (cache.tokens[:, :width].to(device) != tokens)
+        too_long = lengths > torch.tensor(canvas.lengths, device=device)
+        if bool(too_long.any()) or bool(differs.any()):
+            row = int((differs.any(-1) | too_long).long().argmax())
+            position = int(differs[row].long().argmax()) if bool(differs[row].any()) else canvas.lengths[row]
+            raise ValueError(
+                f"`past_key_values` holds other tokens than the input from position {position} of row {row} on; "
+                f"`past_key_values.crop({position})` keeps what agrees, or leave it out."
+            )
+
+    def finish(self) -> LoopMDMCache | None:
+        """The cache of finished blocks, where it can serve a next call."""
+        if self.is_guided or self.varies:
+            return None
+        return self.planner.finish(self.num_loops, self.canvas.sequences.gather(1, self.canvas.column))
+
+    def forget(self) -> None:
+        """Forgets the last step's scores, before another block."""
+        self.last = None
+
+    def note(self, prediction: Prediction, changed: list[bool]) -> None:
+        """Remembers a step's scores, and which rows the step then `changed`: those of the others hold on."""
+        prediction.changed = changed
+        self.last = prediction
+
+    def __call__(
+        self,
+        block: int,
+        index: int,
+        rows: torch.Tensor,
+        row_list: list[int],
+        columns: torch.Tensor,
+        masked: torch.Tensor,
+        loops: list[int],
+    ) -> Prediction:
+        """
+        Predicts step `index` of a block for some `rows`, `(N,)`, at their `columns`, `(N, P)`, which are [MASK]s where
+        `masked`, `(N, P)`, with so many `loops`. Rows that the last step left as they were keep its scores.
+        """
+        last = self.last
+        same: dict[int, int] = {}  # index in this step: index in the last one
+        if last is not None:
+            where = {row: i for i, row in enumerate(last.rows) if not last.changed[i]}
+            same = {
+                i: where[row]
+                for i, row in enumerate(row_list)
+                if row in where and last.num_loops[where[row]] == loops[i]
+            }
+        new = [i for i in range(len(row_list)) if i not in same]
+        if not same:
+            return self._predict(block, index, rows, row_list, columns, masked, loops)
+        old, kept = (torch.tensor(list(part), device=rows.device) for part in (same, same.values()))
+        logits = last.logits.new_empty(*columns.shape, last.logits.shape[-1])
+        logits[old] = last.logits[kept, : columns.shape[1]]
+        loops_run = torch.zeros_like(rows)
+        cost: dict[str, torch.Tensor] = {}
+        if new:
+            index_new = torch.tensor(new, device=rows.device)
+            part = self._predict(
+                block,
+                index,
+                rows[index_new],
+                [row_list[i] for i in new],
+                columns[index_new],
+                masked[index_new],
+                [loops[i] for i in new],
+            )
+            logits[index_new], loops_run[index_new] = part.logits, part.loops
+            cost = {name: torch.zeros_like(rows).index_copy(0, index_new, spent) for name, spent in part.cost.items()}
+        return Prediction(row_list, loops, logits, loops_run, cost)
+
+    def _predict(
+        self,
+        block: int,
+        index: int,
+        rows: torch.Tensor,
+        row_list: list[int],
+        columns: torch.Tensor,
+        masked: torch.Tensor,
+        loops: list[int],
+    ) -> Prediction:
+        """One forward pass for each number of loops, or two where finished blocks are stored first."""
+        logits, loops_run = None, torch.zeros_like(rows)
+        cost: dict[str, torch.Tensor] = {}
+        for num_loops in sorted(set(loops)):
+            members = [i for i, own in enumerate(loops) if own == num_loops]
+            group = slice(None) if len(members) == len(loops) else torch.tensor(members, device=rows.device)
+            for forward_pass in self.planner.plan([row_list[i] for i in members], block, index, num_loops):
+                is_last = forward_pass.rows == [row_list[i] for i in members] and forward_pass.adaptive
+                wanted = columns[group] if is_last else None
+                scores, group_loops, spent = self._run_pass(
+                    forward_pass, wanted, masked[group].sum(-1) if is_last else 0, num_loops
+                )
+                where = (
+                    group
+                    if is_last
+                    else torch.tensor([row_list.index(row) for row in forward_pass.rows], device=rows.device)
+                )
+                for name, value in spent.items():
+                    cost.setdefault(name, torch.zeros_like(rows))[where] += value
+            if len(members) == len(loops):
+                logits, loops_run = scores, group_loops
+                break
+            if logits is None:
+                logits = scores.new_empty(len(loops), *scores.shape[1:])
+            logits[group], loops_run[group] = scores, group_loops
+        logits[..., self.model.config.mask_token_id] = -math.inf
+        return Prediction(row_list, loops, logits, loops_run, cost)
+
+    def _run_pass(
+        self,
+        forward_pass: ForwardPass,
+        columns: torch.Tensor | None,
+        num_wanted: torch.Tensor | int,
+        num_loops: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Calls the model. Returns float32 logits at `columns`, `(N, P, vocab_size)`, the loops of
+        each row, `(N,)`, and what the pass cost; `num_wanted`, `(N,)`, of the columns are not filler.
+        """
+        canvas, settings, model_config = self.canvas, self.settings, self.model.config
+        device = canvas.sequences.device
+        rows, starts, stops, keys = torch.tensor(forward_pass[:4]).to(device)
+        width = max(stop - start for start, stop in zip(forward_pass.starts, forward_pass.stops, strict=True))
+        # Positions of the rows, and the columns that they stand in. Shorter rows are filled up.
+        is_even = len(set(forward_pass.starts)) == 1 and len(set(forward_pass.stops)) == 1
+        positions = starts[:, None] + torch.arange(width, device=device)
+        real = None if is_even else positions < stops[:, None]
+        positions = positions.clamp(max=canvas.column.shape[1] - 1)
+        sequences = canvas.sequences[rows].gather(1, canvas.column[rows].gather(1, positions))
+        if columns is None:
+            wanted = rows.new_zeros(len(rows), 0)
+        else:
+            wanted = (canvas.rank[rows].gather(1, columns) - starts[:, None]).clamp(min=0, max=width - 1)
+        guided = self.is_guided
+        if guided:
+            given = canvas.given[rows].gather(1, canvas.column[rows].gather(1, positions))
+            sequences = torch.cat((sequences, sequences.masked_fill(given, model_config.mask_token_id)))
+            real, wanted = None if is_even else real.repeat(2, 1), wanted.repeat(2, 1)
+        cache = forward_pass.cache
+        if cache is not None:
+            cache_rows = torch.cat((rows, rows + len(canvas.lengths))) if guided else rows
+            is_all = len(cache_rows) == cache.batch_size
+            cache = cache.reserve(max(forward_pass.keys)).select(None if is_all else cache_rows)
+        positions = positions[:1] if is_even else positions.repeat(2, 1) if guided else positions
+        adaptive = forward_pass.adaptive and settings.loop_tolerance is not None
+        outputs = self.model(
+            input_ids=sequences,
+            attention_mask=None if real is None else real.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            num_loops=num_loops,
+            loop_tolerance=settings.loop_tolerance if adaptive else None,
+            loop_exit=settings.loop_exit if adaptive else "row",
+            visible_loops=settings.visible_loops,
+            logits_to_keep=wanted,
+        )
+        if cache is not None and not forward_pass.adaptive:
+            forward_pass.cache.set_lengths(cache_rows, stops.repeat(self.planner.copies))
+        scores, loops_run = outputs.logits.float(), outputs.loops
+        computed = stops - starts
+        token_loops = loops_run * (computed.repeat(2) if guided else computed)
+        if outputs.token_loops is not None:
+            token_loops = outputs.token_loops
+        passes = 1
+        if guided:
+            conditional, unconditional = scores.chunk(2)
+            scores = unconditional + settings.guidance_scale * (conditional - unconditional)
+            loops_run, token_loops, passes = sum(loops_run.chunk(2)), sum(token_loops.chunk(2)), 2
+        mid, once = model_config.num_mid_layers, model_config.num_hidden_layers - model_config.num_mid_layers
+        narrows = model_config.loop_end < model_config.num_hidden_layers
+        skipped = (computed - num_wanted) if narrows else 0
+        cost = {
+            "forward_passes": torch.full_like(rows, passes),
+            "loops": loops_run,
+            "layer_passes": passes * once + loops_run * mid,
+            "token_passes": passes * computed,
+            "token_loops": token_loops,
+            "token_layer_passes": passes * (computed * once - skipped) + token_loops * mid,
+            "flops": self.model.pass_flops(
+                passes * computed, keys, passes * num_wanted, passes * num_wanted, token_loops
+            ),
+        }
+        return scores, loops_run, cost
+
+
+__all__ = [
+    "HostCopy",
+    "LayerMemory",
+    "LoopMDMCache",
+    "LoopMDMCacheLayer",
+    "OpenCache",
+    "PassPlanner",
+    "Prediction",
+    "StepPredictor",
+    "remember",
+]

@@ -667,6 +667,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
         loop_exit: str = "row",
+        visible_loops: int | None = None,
         positions_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMModelOutput:
@@ -676,6 +677,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         num_loops = self._resolve_num_loops(num_loops)
         self._check_loop_tolerance(loop_tolerance, loop_exit)
+        self._check_visible_loops(visible_loops, input_ids, loop_tolerance, loop_exit)
         self._check_kwargs(kwargs, num_loops, loop_tolerance)
         batch_size = _one_of(input_ids, inputs_embeds).shape[0]
         past_key_values = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, loop_tolerance)
@@ -684,18 +686,20 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, **kwargs
         )
         token_loops = None
-        if loop_tolerance is None:
+        real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        exit_rule = None
+        if loop_tolerance is not None:
+            exit_rule = RelativeChangeExit(loop_tolerance, per_token=loop_exit == "token")
+        if visible_loops is not None or loop_exit == "token":
+            keeps_looping = None if visible_loops is None else self._keeps_looping(input_ids, real)
+            hidden_states, loops, token_loops = self._loop_positions(
+                hidden_states, context, real, num_loops, keeps_looping, visible_loops or num_loops, exit_rule
+            )
+        elif exit_rule is not None:
+            hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
+        else:
             hidden_states = self._loop_times(hidden_states, context, num_loops)
             loops = torch.full((hidden_states.shape[0],), num_loops, device=hidden_states.device)
-        else:
-            real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            exit_rule = RelativeChangeExit(loop_tolerance, per_token=loop_exit == "token")
-            if loop_exit == "token":
-                hidden_states, loops, token_loops = self._loop_until_tokens_settle(
-                    hidden_states, context, real, num_loops, exit_rule
-                )
-            else:
-                hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
         hidden_states = self.readout(hidden_states, context, positions_to_keep)
         if past_key_values is not None and use_cache:
             cache = context["cache"]
@@ -774,23 +778,26 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     def _put_rows(states: torch.Tensor, rows: torch.Tensor | None, updated: torch.Tensor) -> torch.Tensor:
         return updated if rows is None else states.index_copy(0, rows, updated)
 
-    def _loop_until_tokens_settle(
+    def _loop_positions(
         self,
         hidden_states: torch.Tensor,
         context: dict[str, Any],
         real: torch.Tensor | None,
         num_loops: int,
-        exit_rule: RelativeChangeExit,
+        keeps_looping: torch.BoolTensor | None,
+        visible_loops: int,
+        exit_rule: RelativeChangeExit | None,
     ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
         """
-        Loops each position until it has settled, at most `num_loops` times. Settled positions keep their state, and
-        with it the keys and values of their last update, which the others go on attending to. Returns the states, the
-        loops of every row, and the applications of mid to its single positions.
+        Loops some positions more often than others: after `visible_loops` only those of `keeps_looping`, `(batch_size,
+        sequence_length)`, go on, and each at most until `exit_rule` finds it settled. Those that stopped keep their
+        state, and with it the keys and values of their last update, which the others go on attending to. Returns the
+        states, the loops of every row, and the applications of mid to its single positions.
         """
         if not _can_narrow(context["attention_mask"]):
             raise ValueError(
-                f'`loop_exit="token"` cannot be run by {self.config._attn_implementation!r} attention here; call '
-                '`model.set_attn_implementation("sdpa")`.'
+                f"Loops that differ from position to position cannot be run by {self.config._attn_implementation!r} "
+                'attention here; call `model.set_attn_implementation("sdpa")`.'
             )
         batch_size, length = hidden_states.shape[:2]
         if "cache" not in context:
@@ -798,19 +805,29 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             columns = torch.arange(length, device=hidden_states.device)
             memory = LoopMDMCache(self.config, 1, batch_size, length, share_loops=True)
             context = {**context, "cache": OpenCache(memory, columns, length, columns.new_full((batch_size,), length))}
+        cache = context["cache"]
         active = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
         if real is not None:
             active = active & real.bool()
-        loops, token_loops = torch.ones_like(active[:, 0], dtype=torch.long), active.sum(-1)
-        updated = self.loop(hidden_states, context)
-        active = active & ~exit_rule(hidden_states, updated, real)
-        hidden_states = updated
-        for index in range(1, num_loops):
-            counts = active.sum(-1)
+        counts = active.sum(-1)
+        loops, token_loops = torch.zeros_like(counts), torch.zeros_like(counts)
+        index = 0
+        while index < num_loops:
+            if index == visible_loops and keeps_looping is not None:
+                active = active & keeps_looping
+                counts = active.sum(-1)
+            if index == 0 or (exit_rule is None and index < visible_loops):
+                updated = self.loop(hidden_states, context, index=index)
+                loops, token_loops = loops + 1, token_loops + counts
+                if exit_rule is not None:
+                    active = active & ~exit_rule(hidden_states, updated, real)
+                    counts = active.sum(-1)
+                hidden_states, index = updated, index + 1
+                continue
             width = int(counts.max())
             if width == 0:
                 break
-            context["cache"].carry(index)
+            cache.carry(index)
             loops, token_loops = loops + (counts > 0), token_loops + counts
             # The moving positions of the moving rows; a row with fewer than others is filled up.
             rows = counts.nonzero().squeeze(-1)
@@ -820,12 +837,14 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             moving = moving.gather(1, queries)
             before = take_positions(hidden_states if rows is None else hidden_states[rows], queries)
             after = self.loop(before, _narrow_context(context, rows, queries, moving), index=index)
-            settled = exit_rule(before, after, None)
-            row_index = torch.arange(batch_size, device=queries.device)[:, None] if rows is None else rows[:, None]
-            hidden_states = hidden_states.index_put(
-                (row_index, queries), torch.where(moving[..., None], after, before)
-            )
-            active = active.index_put((row_index, queries), moving & ~settled)
+            places = (torch.arange(batch_size, device=queries.device) if rows is None else rows)[:, None], queries
+            hidden_states = hidden_states.index_put(places, torch.where(moving[..., None], after, before))
+            if exit_rule is not None:
+                active = active.index_put(places, moving & ~exit_rule(before, after, None))
+                counts = active.sum(-1)
+            index += 1
+        for rest in range(index, num_loops):
+            cache.carry(rest)  # for passes that look for them there
         return hidden_states, loops, token_loops
 
     def _resolve_num_loops(self, num_loops: int | None) -> int:
@@ -853,6 +872,39 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 '`loop_tolerance` needs `loop_update="replace"`: a damped model\'s steps depend on `num_loops`, so '
                 "an earlier state is not the result of fewer loops. Choose `num_loops` instead."
             )
+
+    def _check_visible_loops(
+        self,
+        visible_loops: int | None,
+        input_ids: torch.LongTensor | None,
+        loop_tolerance: float | None,
+        loop_exit: str,
+    ):
+        if visible_loops is None:
+            return
+        check_num_loops(visible_loops, "visible_loops")
+        if self.config.loop_update == "damped":
+            raise ValueError(
+                '`visible_loops` needs `loop_update="replace"`: after fewer of its steps a damped model\'s state is '
+                "not the result of fewer loops."
+            )
+        if self.training:
+            raise ValueError("`visible_loops` passes no gradients on; call `model.eval()`.")
+        if input_ids is None:
+            raise ValueError("`visible_loops` has to know which tokens are [MASK]; give `input_ids`.")
+        if loop_tolerance is not None and loop_exit == "row":
+            raise ValueError(
+                '`visible_loops` goes with `loop_tolerance` of single positions; add `loop_exit="token"`.'
+            )
+
+    def _keeps_looping(self, input_ids: torch.LongTensor, real: torch.Tensor | None) -> torch.BoolTensor:
+        """The [MASK]s, and with `config.shift_logits` what predicts them."""
+        masked = input_ids == self.config.mask_token_id
+        if real is not None:
+            masked = masked & real.bool()
+        if self.config.shift_logits:
+            masked = masked | nn.functional.pad(masked[:, 1:], (0, 1))
+        return masked
 
     def _check_kwargs(self, kwargs: dict[str, Any], num_loops: int, loop_tolerance: float | None):
         # Trainer and pipelines pass on arguments of transformers that have no effect here; others are typing errors.
@@ -914,6 +966,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
         loop_exit: str = "row",
+        visible_loops: int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -951,6 +1004,9 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             loop_exit (`"row"` or `"token"`, defaults to `"row"`):
                 With `"token"` the tolerance is that of single positions: those that have settled are no longer
                 updated, while others loop on and attend to them as they are.
+            visible_loops (`int`, *optional*):
+                Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them as
+                they are (with `config.shift_logits` also the tokens before a [MASK], whose states predict it).
             logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
                 Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`,
                 or of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last
@@ -984,6 +1040,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             num_loops=num_loops,
             loop_tolerance=loop_tolerance,
             loop_exit=loop_exit,
+            visible_loops=visible_loops,
             positions_to_keep=keep,
             **kwargs,
         )
