@@ -301,6 +301,8 @@ class LoopMDMCache(Cache):
 
     def check(self, model: torch.nn.Module, batch_size: int, num_loops: int) -> None:
         """Raises a ValueError where the model, its weights, the rows or the loops are not those that filled it."""
+        if self._reserved is not None:  # a selection that `generate` made of a cache that it has checked
+            return
         rows = self.batch_size if self.rows is None else self.rows.shape[0]
         if batch_size != rows:
             raise ValueError(f"`past_key_values` holds {rows} rows and the input has {batch_size}; they must agree.")
@@ -587,6 +589,7 @@ class StepPredictor:
             cache=cache,
         )
         self.last: Prediction | None = None
+        self.checked: list[LoopMDMCache] = []
 
     def _check_cache(self, cache: Any, use_cache: bool) -> None:
         """Raises a ValueError where a cache that was handed in is not one of this call's."""
@@ -750,6 +753,9 @@ class StepPredictor:
             real, wanted = None if is_even else real.repeat(2, 1), wanted.repeat(2, 1)
         cache = forward_pass.cache
         if cache is not None:
+            if cache not in self.checked:
+                cache.check(self.model.model, cache.batch_size, cache.num_loops)
+                self.checked.append(cache)
             cache_rows = torch.cat((rows, rows + len(canvas.lengths))) if guided else rows
             is_all = len(cache_rows) == cache.batch_size
             cache = cache.select(None if is_all else cache_rows, max(forward_pass.keys))
