@@ -52,6 +52,14 @@ OTHER_NAMES = {
     "dual_cache": 'use `cache_implementation="dual"`',
 }
 
+# Share of the loops beyond the first one that a step runs, after a share `u` of a block's steps.
+LOOP_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda u: 1.0,
+    "early": lambda u: 1.0 - u,
+    "middle": lambda u: 4.0 * u * (1.0 - u),
+    "late": lambda u: u,
+}
+
 # Modes of torch.compile that record CUDA graphs, one for each combination of shapes.
 STATIC_MODES = frozenset({"reduce-overhead", "max-autotune"})
 
@@ -76,6 +84,10 @@ class LoopMDMGenerationConfig(GenerationConfig):
         num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`):
             Applications of mid in a forward pass. A list is stretched over the denoising steps of each block, and has
             at most as many elements as they are.
+        loop_schedule (`"constant"`, `"early"`, `"middle"` or `"late"`, defaults to `"constant"`):
+            How `num_loops`, an integer, is spent over the denoising steps of a block: in every step, or falling to one
+            loop, rising from one, or greatest in the middle (`1 + (num_loops - 1) * 4 u (1 - u)` after a share u of
+            the steps), where the paper finds loops to matter most.
         loop_tolerance (`float`, *optional*):
             Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
         loop_exit (`"row"` or `"token"`, defaults to `"row"`):
@@ -154,6 +166,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         "max_new_tokens": None,
         "max_length": None,
         "num_loops": None,
+        "loop_schedule": "constant",
         "loop_tolerance": None,
         "loop_exit": "row",
         "use_cache": None,
@@ -245,6 +258,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
                     f"{self.max_denoising_steps}; give at most one number for each step."
                 )
         for name, choices in (
+            ("loop_schedule", tuple(LOOP_SCHEDULES)),
             ("loop_exit", ("row", "token")),
             ("cache_implementation", (None, "prefix", "dual")),
             ("cache_loops", ("each", "last")),
@@ -281,6 +295,11 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
     def _validate_combinations(self):
         """What concerns several arguments about loops, caches and compilation."""
+        if self.loop_schedule != "constant" and isinstance(self.num_loops, list | tuple):
+            raise ValueError(
+                f"`loop_schedule` is {self.loop_schedule!r} and `num_loops` is a list, which is a schedule itself; "
+                "give one number."
+            )
         if self.loop_exit != "row" and self.loop_tolerance is None:
             raise ValueError(f'`loop_exit` is "{self.loop_exit}" without effect; give a `loop_tolerance`.')
         if self.cache_implementation is None:
@@ -292,9 +311,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
         elif self.use_cache is not None:
             raise ValueError("`use_cache` is about exact caching; leave it out where `cache_implementation` is given.")
         if self.cache_loops == "each":
-            for name in ("loop_tolerance", "num_loops"):
+            for name in ("loop_tolerance", "num_loops", "loop_schedule"):
                 value = getattr(self, name)
-                if value is not None and not isinstance(value, int):
+                if value not in (None, "constant") and not isinstance(value, int):
                     raise ValueError(
                         f'`cache_loops="each"` stores a given number of loops, and `{name}` is {value!r}; use "last".'
                     )
@@ -1068,9 +1087,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return steps if config.unmasking == "ancestral" or config.remask_probability > 0 else min(steps, size)
 
     def _loops_at(self, config: LoopMDMGenerationConfig, index: int, num_steps: int) -> int:
-        """Loops of a row's step; a list is stretched over the row's steps."""
+        """Loops of a row's step; a list or a schedule is stretched over the row's steps."""
         loops = self.config.num_loops if config.num_loops is None else config.num_loops
-        return loops[index * len(loops) // num_steps] if isinstance(loops, list | tuple) else loops
+        if isinstance(loops, list | tuple):
+            return loops[index * len(loops) // num_steps]
+        share = LOOP_SCHEDULES[config.loop_schedule]((index + 0.5) / num_steps)
+        return 1 + round((loops - 1) * share)
 
     def _prepare_planner(
         self, config: LoopMDMGenerationConfig, canvas: "_Canvas", cache: LoopMDMCache | None
@@ -1087,8 +1109,10 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 )
             if not isinstance(cache, LoopMDMCache) or cache.share_loops:
                 raise ValueError("`past_key_values` is not a LoopMDMCache with a place for every loop.")
-            if guided or isinstance(loops, list | tuple):
-                raise ValueError("`past_key_values` serves one `num_loops` and no guidance; leave it out.")
+            if guided or self._loops_vary(config):
+                raise ValueError(
+                    "`past_key_values` serves the same `num_loops` in every step and no guidance; leave it out."
+                )
             cache.check(self.model, len(canvas.lengths), loops)
             self._check_cached_tokens(cache, canvas)
         return PassPlanner(
@@ -1127,9 +1151,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
         self, config: LoopMDMGenerationConfig, planner: PassPlanner, canvas: "_Canvas"
     ) -> LoopMDMCache | None:
         loops = self.config.num_loops if config.num_loops is None else config.num_loops
-        if planner.copies > 1 or isinstance(loops, list | tuple):
+        if planner.copies > 1 or self._loops_vary(config):
             return None
         return planner.finish(loops, canvas.sequences.gather(1, canvas.column))
+
+    @staticmethod
+    def _loops_vary(config: LoopMDMGenerationConfig) -> bool:
+        """Whether denoising steps run different numbers of loops."""
+        return isinstance(config.num_loops, list | tuple) or config.loop_schedule != "constant"
 
     @staticmethod
     def _has_static_shapes(config: LoopMDMGenerationConfig) -> bool:

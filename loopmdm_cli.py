@@ -50,7 +50,14 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens to append; 0 only fills in.")] = None,
     num_loops: Loops = None,
+    loop_schedule: Annotated[
+        str | None, typer.Option(help="Loops over the steps: constant, early, middle or late.")
+    ] = None,
     loop_tolerance: Annotated[float | None, typer.Option(help="Stop looping below this relative change.")] = None,
+    loop_exit: Annotated[str | None, typer.Option(help="What stops looping: a row, or a token on its own.")] = None,
+    cache_implementation: Annotated[
+        str | None, typer.Option(help="Approximate caching: prefix or dual, for attention over the whole sequence.")
+    ] = None,
     block_length: Annotated[int | None, typer.Option(help="Positions denoised together.")] = None,
     max_denoising_steps: Annotated[int | None, typer.Option(help="Forward passes per block at most.")] = None,
     unmasking: Annotated[str | None, typer.Option(help="Commit rule, e.g. confidence or ancestral.")] = None,
@@ -88,7 +95,10 @@ def generate(
     options = {
         "max_new_tokens": max_new_tokens,
         "num_loops": _parse_loops(num_loops),
+        "loop_schedule": loop_schedule,
         "loop_tolerance": loop_tolerance,
+        "loop_exit": loop_exit,
+        "cache_implementation": cache_implementation,
         "block_length": block_length,
         "max_denoising_steps": max_denoising_steps,
         "unmasking": unmasking,
@@ -110,7 +120,8 @@ def generate(
         return
     for i, text in enumerate(tokenizer.batch_decode(outputs.sequences, skip_special_tokens=True)):
         if as_json:
-            cost = {name: outputs[name][i].item() for name in ("forward_passes", "loops", "layer_passes")}
+            names = ("forward_passes", "loops", "layer_passes", "token_layer_passes", "flops")
+            cost = {name: outputs[name][i].item() for name in names}
             print(json.dumps({"prompt": texts[i], "text": text, **cost}))
         else:
             print(text)
@@ -120,10 +131,17 @@ def generate(
 def info(
     model: Model,
     length: Annotated[int | None, typer.Option(help="Sequence length of the FLOPs (default: the longest).")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Generate with the model's settings, and show what it took.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="With --measure: tokens to generate.")] = None,
+    batch_size: Annotated[int, typer.Option(help="With --measure: rows.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's layers, loops, parameters and the cost of a forward pass by number of loops."""
     facts = _facts(model, length)
+    if measure:
+        facts["measured"] = _measure(model, max_new_tokens, batch_size)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -134,7 +152,7 @@ def info(
     console = Console()
     table = Table(show_header=False, title=model)
     for name, value in facts.items():
-        if name not in ("cost", "generation"):
+        if name not in ("cost", "generation", "measured"):
             table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     for name, value in facts["generation"].items():
         table.add_row(f"generate: {name}", str(value))
@@ -146,6 +164,98 @@ def info(
         ratio = row["flops"] / facts["cost"][0]["flops"]
         cost.add_row(str(row["num_loops"]), str(row["layers"]), f"{row['flops'] / 1e9:,.3f}", f"{ratio:.2f}x")
     console.print(cost)
+    if measure:
+        spent = Table(title="Generation, after a warm-up", show_header=False)
+        for name, value in facts["measured"].items():
+            spent.add_row(name.replace("_", " "), f"{value:,.6g}" if isinstance(value, float) else str(value))
+        console.print(spent)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder of a looped model.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines {"prompt": ..., "answer": ...}; a prompt with mask tokens is filled in.',
+            show_default=False,
+        ),
+    ],
+    max_loss: Annotated[float, typer.Option(help="Quality that may be lost, as a share.")] = 0.005,
+    quality: Annotated[
+        str, typer.Option(help="exact answers, right tokens, or agreement with the most loops.")
+    ] = "exact",
+    num_loops: Annotated[int | None, typer.Option(help="The most loops (default: the model's).")] = None,
+    max_denoising_steps: Annotated[int | None, typer.Option(help="Forward passes per block at most.")] = None,
+    block_length: Annotated[int | None, typer.Option(help="Positions denoised together.")] = None,
+    confidence_threshold: Annotated[float | None, typer.Option(help="Commit all tokens at least so likely.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many examples.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples generated together.")] = 32,
+    output: Annotated[Path | None, typer.Option(help="Write all measurements to this JSON file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and leave the model as it is.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ... or auto.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+) -> None:
+    """Find the cheapest loops that keep a model's quality, and make them its default."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+    from transformers import AutoTokenizer
+
+    from loopmdm.evaluation import calibrate_loops
+    from loopmdm.evaluation.loop_budget import read_examples, write_budget
+
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"{model} is no folder of a model; the result is written into it, so download it first.")
+    loaded = _load(model, dtype, device)
+    examples = read_examples(data, AutoTokenizer.from_pretrained(model), loaded.config.mask_token_id)[:limit]
+    options = {
+        "max_denoising_steps": max_denoising_steps,
+        "block_length": block_length,
+        "confidence_threshold": confidence_threshold,
+    }
+    console, bar = Console(), Progress(console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task("settings", total=None)
+        budget = calibrate_loops(
+            loaded,
+            examples,
+            num_loops=num_loops,
+            max_loss=max_loss,
+            quality=quality,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    table = Table(title=f"Half of {len(examples)} examples of {data}")
+    for column in ("setting", "quality, %", "loss, %", "loops a pass", "forward passes", "GFLOP"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+
+    def add(result, name: str = "") -> None:
+        table.add_row(
+            (name or ", ".join(f"{key}={value}" for key, value in result.arguments.items())),
+            f"{100 * result.quality:.2f} ± {100 * result.standard_error:.2f}",
+            f"{100 * result.loss:+.2f} ± {100 * result.loss_standard_error:.2f}",
+            f"{result.mean_loops:.2f}",
+            f"{result.forward_passes:.2f}",
+            f"{result.flops / 1e9:,.3f}",
+        )
+
+    for result in sorted(budget.results, key=lambda result: result.flops):
+        add(result)
+    table.add_section()
+    add(budget.check_full, "the most loops on the other half")
+    add(budget.check, "chosen, on the other half")
+    console.print(table)
+    chosen = ", ".join(f"{name}={value}" for name, value in budget.best.arguments.items())
+    saved = (
+        f"{budget.check.flops / budget.check_full.flops:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops a pass"
+    )
+    console.print(f"Chosen: {chosen} ({saved}).")
+    if output is not None:
+        _write_json(output, {"model": model, "data": str(data), **budget.record()})
+    if not dry_run:
+        console.print(f"{write_budget(model, budget.best.arguments)} is written.")
 
 
 @app.command()
@@ -376,6 +486,39 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
             for num_loops in loops
         ],
     }
+
+
+def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[str, Any]:
+    """Cost and speed of one `generate` from nothing, with the model's own settings, after another one to warm up."""
+    import torch
+
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; it must be at least 1.")
+    loaded = _load(model, "auto", None)
+    room = loaded.config.max_position_embeddings
+    new_tokens = min(room, 128) if max_new_tokens is None else max_new_tokens
+    prompt = torch.full((batch_size, 1), loaded.config.mask_token_id, device=loaded.device)
+    arguments = {"max_new_tokens": new_tokens - 1, "eos_token_id": [], "return_dict_in_generate": True}
+    for _ in range(2):
+        output = loaded.generate(prompt, **arguments)
+    names = ("forward_passes", "loops", "layer_passes", "token_layer_passes", "flops")
+    return {
+        "rows": batch_size,
+        "new_tokens": new_tokens,
+        **{f"{name}_per_row": output[name].double().mean().item() for name in names},
+        "seconds": output.seconds,
+        "tokens_per_second": output.tokens_per_second,
+        "GFLOP_per_second": output.flops.sum().item() / output.seconds / 1e9,
+        "threads": torch.get_num_threads(),
+        "device": str(loaded.device),
+    }
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes all or nothing."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(part, path)
 
 
 def _check_folder(model: str) -> None:
