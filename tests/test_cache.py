@@ -18,7 +18,7 @@ from loopmdm.cache_utils import LoopMDMCache
 
 BLOCK, PAD = 4, 0
 exact = {"rtol": 1e-10, "atol": 1e-10}
-few_examples = settings(max_examples=5, deadline=None, derandomize=True, database=None)
+few_examples = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 
 ARCHITECTURES = {
     "rope": {},
