@@ -7,8 +7,10 @@ denoising step is an approximation (Fast-dLLM, arXiv 2505.22618).
 """
 
 import copy
+import math
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -152,6 +154,7 @@ class LoopMDMCache(Cache):
         # What is stored, (batch_size, max_length + 1), -1 where unknown
         self.tokens = torch.full((batch_size, max_length + 1), -1)
         self.rows: torch.Tensor | None = None  # rows that the next passes are about; see `select`
+        self._origin: LoopMDMCache = self  # what `select` was called on
         self.last_state: torch.Tensor | None = None  # see `keep_state`
         self._reserved: int | None = None
         self._model: weakref.ref | None = None
@@ -184,7 +187,7 @@ class LoopMDMCache(Cache):
     def open(self, position_ids: torch.Tensor, real: torch.Tensor | None) -> "OpenCache":
         """
         Prepares a pass over `position_ids`, `(1 or N, Q)`; `real`, `(N, Q)`, is False on filler, which is stored
-        nowhere. `stop`, how far the pass reaches, is read from them unless `reserve` has told.
+        nowhere. `stop`, how far the pass reaches, is read from them unless `select` was told.
         """
         stop = self._reserved
         if stop is None:
@@ -197,27 +200,31 @@ class LoopMDMCache(Cache):
         elif position_ids.shape[0] == 1:
             places = position_ids[0]
         last = position_ids if real is None else position_ids.masked_fill(real == 0, -1)
-        lengths = torch.maximum(self.row_lengths(last.device), last.amax(-1) + 1)
+        stored = self.row_lengths(last.device)
+        lengths = torch.maximum(stored, last.amax(-1) + 1)
+        if self.config.shift_logits and self.config.attention_block_size is not None:
+            # A pass over a block begins with the position before it, whose keys and values stay as they are.
+            places = torch.where(position_ids < stored[:, None], self.max_length, places)
         return OpenCache(self, places, stop, lengths)
 
-    def reserve(self, stop: int | None) -> "LoopMDMCache":
-        """Says how far the next passes reach, which they would have to ask the device for. None: they ask."""
-        self._make_room(stop or 0)
-        self._reserved = stop
-        return self
-
     def _make_room(self, stop: int) -> None:
-        if stop > self.max_length:
+        if self._origin is not self:
+            self._origin._make_room(stop)
+            self.max_length, self.tokens = self._origin.max_length, self._origin.tokens
+        elif stop > self.max_length:
             for layer in self.layers:
                 layer.grow(stop)
             # The last column is that of filler.
             self.tokens = torch.nn.functional.pad(self.tokens[:, :-1], (0, stop + 1 - self.max_length), value=-1)
             self.max_length = stop
 
-    def select(self, rows: torch.Tensor | None) -> "LoopMDMCache":
-        """The same cache, for passes over some of its rows, `(N,)`. It shares the stored tensors."""
+    def select(self, rows: torch.Tensor | None, stop: int | None = None) -> "LoopMDMCache":
+        """
+        The same cache, for passes over some of its rows, `(N,)`, that reach to position `stop` (by default they ask
+        the device). It shares the stored tensors.
+        """
         view = copy.copy(self)
-        view.rows = rows
+        view.rows, view._reserved = rows, stop
         return view
 
     def store(self, lengths: torch.Tensor, length: int, tokens: torch.Tensor | None, places: torch.Tensor) -> None:
@@ -235,6 +242,10 @@ class LoopMDMCache(Cache):
         self.lengths = self.lengths.to(device)
         return self.lengths if self.rows is None else self.lengths[self.rows]
 
+    def set_lengths(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Says how many positions of `rows`, `(N,)`, stay stored from now on, `(N,)`."""
+        self.lengths = self.lengths.to(lengths.device).index_copy(0, rows, lengths)
+
     def keep_state(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> None:
         """
         With `config.shift_logits`: keeps the output state of every row's last stored position, which predicts the
@@ -243,6 +254,8 @@ class LoopMDMCache(Cache):
         columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         last = columns[-1:].expand(hidden_states.shape[0]) if real is None else (columns * (real != 0)).amax(-1)
         state = hidden_states.take_along_dim(last[:, None, None], dim=1).squeeze(1)
+        if real is not None and self.last_state is not None:
+            state = torch.where((real != 0).any(-1, keepdim=True), state, self.last_state)
         self.last_state = state
 
     def state_before(self) -> torch.Tensor | None:
@@ -296,18 +309,17 @@ class LoopMDMCache(Cache):
                 f"`past_key_values` was made with num_loops={self.num_loops} and is used with {num_loops}; the keys "
                 "and values of other loops are different ones. Use the same number, or start a new cache."
             )
-        filled_by = None if self._model is None else self._model()
-        if self.config is not model.config or (self._model is not None and filled_by is not model):
+        owner = self._origin
+        known = owner._model is not None
+        if self.config is not model.config or (known and owner._model() is not model):
             raise ValueError("`past_key_values` was filled by another model; start a new cache for this one.")
         versions = _weight_versions(model)
-        if self._model is None:
-            self._model, self._versions = weakref.ref(model), versions
-        elif self.length > 0 and versions != self._versions:
+        if known and owner.length > 0 and versions != owner._versions:
             raise ValueError(
                 "`past_key_values` was filled before the model's weights changed; start a new cache with the weights "
                 "as they are now."
             )
-        self._versions = versions
+        owner._model, owner._versions = weakref.ref(model), versions
 
     def __deepcopy__(self, memo):
         new = copy.copy(self)
@@ -409,7 +421,7 @@ class PassPlanner:
         refresh_interval (`int`, *optional*): Denoising steps between passes over everything; once a block by default.
         share_loops (`bool`): Whether an approximate cache has one place for all loops of mid.
         max_loops (`int`): The most loops of any step.
-        adaptive (`bool`): Whether loops end early, and so may be too few for what is stored.
+        adaptive (`bool`): Whether a block's loops may be others than those that are to be stored.
         copies (`int`): Rows of a cache per row; 2 with guidance.
         cache ([`LoopMDMCache`], *optional*): Filled before, with the first blocks of every row.
     """
@@ -451,12 +463,17 @@ class PassPlanner:
             return self._plan_block_causal(rows, starts, stops, num_loops)
         if self.cache_implementation is None:
             return [ForwardPass(rows, nothing, lengths, lengths, None)]
-        first = step == 0 if self.refresh_interval is None else step % self.refresh_interval == 0
         cache = self._cache(0, self.max_loops, self.share_loops)
-        if first:
+        if self.refreshes(step):
             return [ForwardPass(rows, nothing, lengths, lengths, cache)]
         until = lengths if self.cache_implementation == "prefix" else stops
         return [ForwardPass(rows, [self._source(start) for start in starts], until, lengths, cache)]
+
+    def refreshes(self, step: int) -> bool:
+        """Whether a step computes what an approximate cache stores."""
+        if self.cache_implementation is None:
+            return False
+        return step == 0 if self.refresh_interval is None else step % self.refresh_interval == 0
 
     def _plan_block_causal(
         self, rows: list[int], starts: list[int], stops: list[int], num_loops: int
@@ -507,7 +524,285 @@ class PassPlanner:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         cache.length = 0
         cache.store(lengths, max(self.stored[num_loops]), tokens[:, : cache.max_length], places[: cache.max_length])
-        return cache.reserve(None)
+        return cache
 
 
-__all__ = ["HostCopy", "LayerMemory", "LoopMDMCache", "LoopMDMCacheLayer", "OpenCache", "PassPlanner", "remember"]
+@dataclass
+class Prediction:
+    """
+    What the model says in one step of N rows at P positions.
+
+    Args:
+        rows, num_loops (`list[int]`): The rows, and the loops asked for.
+        logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
+        loops (`torch.LongTensor` of shape `(N,)`): Loops run; 0 where the scores are those of the step before.
+        cost (`dict[str, torch.LongTensor]`): By name of the output's field, `(N,)` each.
+        changed (`list[bool]`): Whether the step then changed the row.
+    """
+
+    rows: list[int]
+    num_loops: list[int]
+    logits: torch.Tensor
+    loops: torch.Tensor
+    cost: dict[str, torch.Tensor]
+    changed: list[bool] | None = None
+
+
+class StepPredictor:
+    """
+    Predicts the [MASK]s of a denoising step with as little work as the settings allow. The one place where `generate`
+    calls the model.
+
+    Args:
+        model: The [`LoopMDMForMaskedLM`].
+        settings: The call's generation config.
+        canvas: Its sequences: `sequences`, `given`, `rank` (the position of every column) and `column` (that of every
+            position), each `(num_rows, length)`, and for the host `starts`, `lengths` and `block_length`.
+        cache ([`LoopMDMCache`], *optional*): What was handed in as `past_key_values`.
+    """
+
+    def __init__(self, model: torch.nn.Module, settings: Any, canvas: Any, cache: LoopMDMCache | None):
+        self.model, self.settings, self.canvas = model, settings, canvas
+        loops = model.config.num_loops if settings.num_loops is None else settings.num_loops
+        self.num_loops = loops
+        self.varies = isinstance(loops, list | tuple) or settings.loop_schedule != "constant"
+        self.is_guided = settings.guidance_scale is not None and settings.guidance_scale != 1
+        use_cache = model.config.attention_block_size is not None and settings.use_cache is not False
+        if cache is not None:
+            self._check_cache(cache, use_cache)
+        self.planner = PassPlanner(
+            model.config,
+            starts=canvas.starts,
+            lengths=canvas.lengths,
+            block_length=canvas.block_length,
+            cache_implementation=settings.cache_implementation,
+            use_cache=use_cache,
+            refresh_interval=settings.cache_refresh_interval,
+            share_loops=settings.cache_loops == "last",
+            max_loops=max(loops) if isinstance(loops, list | tuple) else loops,
+            # With `shift_logits` a token before a [MASK] loops more often than it would as a part of finished text.
+            adaptive=settings.loop_tolerance is not None
+            or (settings.visible_loops is not None and model.config.shift_logits),
+            copies=2 if self.is_guided else 1,
+            cache=cache,
+        )
+        self.last: Prediction | None = None
+
+    def _check_cache(self, cache: Any, use_cache: bool) -> None:
+        """Raises a ValueError where a cache that was handed in is not one of this call's."""
+        if not use_cache:
+            raise ValueError(
+                "`past_key_values` needs block-causal attention and `use_cache` not False: otherwise stored keys and "
+                "values are not those of this call."
+            )
+        if not isinstance(cache, LoopMDMCache) or cache.share_loops:
+            raise ValueError("`past_key_values` is not a LoopMDMCache with a place for every loop.")
+        if self.is_guided or self.varies:
+            raise ValueError(
+                "`past_key_values` serves the same `num_loops` in every step and no guidance; leave it out."
+            )
+        canvas = self.canvas
+        cache.check(self.model.model, len(canvas.lengths), self.num_loops)
+        # The stored tokens must be those that the rows begin with.
+        device = canvas.sequences.device
+        width = min(cache.length, canvas.column.shape[1])
+        lengths = cache.lengths.to(device)
+        used = torch.arange(width, device=device) < lengths[:, None]
+        tokens = canvas.sequences.gather(1, canvas.column)[:, :width]
+        differs = used & (cache.tokens[:, :width].to(device) != tokens)
+        too_long = lengths > torch.tensor(canvas.lengths, device=device)
+        if bool(too_long.any()) or bool(differs.any()):
+            row = int((differs.any(-1) | too_long).long().argmax())
+            position = int(differs[row].long().argmax()) if bool(differs[row].any()) else canvas.lengths[row]
+            raise ValueError(
+                f"`past_key_values` holds other tokens than the input from position {position} of row {row} on; "
+                f"`past_key_values.crop({position})` keeps what agrees, or leave it out."
+            )
+
+    def finish(self) -> LoopMDMCache | None:
+        """The cache of finished blocks, where it can serve a next call."""
+        if self.is_guided or self.varies:
+            return None
+        return self.planner.finish(self.num_loops, self.canvas.sequences.gather(1, self.canvas.column))
+
+    def forget(self) -> None:
+        """Forgets the last step's scores, before another block."""
+        self.last = None
+
+    def note(self, prediction: Prediction, changed: list[bool]) -> None:
+        """Remembers a step's scores, and which rows the step then `changed`: those of the others hold on."""
+        prediction.changed = changed
+        self.last = prediction
+
+    def __call__(
+        self,
+        block: int,
+        index: int,
+        rows: torch.Tensor,
+        row_list: list[int],
+        columns: torch.Tensor,
+        counted: torch.Tensor,
+        loops: list[int],
+    ) -> Prediction:
+        """
+        Predicts step `index` of a block for some `rows`, `(N,)`, at their `columns`, `(N, P)`, which are filler where
+        `counted`, `(N, P)`, is False, with so many `loops`. Rows that the last step left as they were keep its scores.
+        """
+        last = None if self.planner.refreshes(index) else self.last
+        same: dict[int, int] = {}  # index in this step: index in the last one
+        if last is not None:
+            where = {row: i for i, row in enumerate(last.rows) if not last.changed[i]}
+            same = {
+                i: where[row]
+                for i, row in enumerate(row_list)
+                if row in where and last.num_loops[where[row]] == loops[i]
+            }
+        new = [i for i in range(len(row_list)) if i not in same]
+        if not same:
+            return self._predict(block, index, rows, row_list, columns, counted, loops)
+        old, kept = (torch.tensor(list(part), device=rows.device) for part in (same, same.values()))
+        logits = last.logits.new_empty(*columns.shape, last.logits.shape[-1])
+        logits[old] = last.logits[kept, : columns.shape[1]]
+        loops_run = torch.zeros_like(rows)
+        cost: dict[str, torch.Tensor] = {}
+        if new:
+            index_new = torch.tensor(new, device=rows.device)
+            part = self._predict(
+                block,
+                index,
+                rows[index_new],
+                [row_list[i] for i in new],
+                columns[index_new],
+                counted[index_new],
+                [loops[i] for i in new],
+            )
+            logits[index_new], loops_run[index_new] = part.logits, part.loops
+            cost = {name: torch.zeros_like(rows).index_copy(0, index_new, spent) for name, spent in part.cost.items()}
+        return Prediction(row_list, loops, logits, loops_run, cost)
+
+    def _predict(
+        self,
+        block: int,
+        index: int,
+        rows: torch.Tensor,
+        row_list: list[int],
+        columns: torch.Tensor,
+        counted: torch.Tensor,
+        loops: list[int],
+    ) -> Prediction:
+        """One forward pass for each number of loops, or two where finished blocks are stored first."""
+        logits, loops_run = None, torch.zeros_like(rows)
+        cost: dict[str, torch.Tensor] = {}
+        for num_loops in sorted(set(loops)):
+            members = [i for i, own in enumerate(loops) if own == num_loops]
+            group = slice(None) if len(members) == len(loops) else torch.tensor(members, device=rows.device)
+            for forward_pass in self.planner.plan([row_list[i] for i in members], block, index, num_loops):
+                is_last = forward_pass.rows == [row_list[i] for i in members] and forward_pass.adaptive
+                wanted = columns[group] if is_last else None
+                scores, group_loops, spent = self._run_pass(
+                    forward_pass, wanted, counted[group].sum(-1) if is_last else 0, num_loops
+                )
+                where = (
+                    group
+                    if is_last
+                    else torch.tensor([row_list.index(row) for row in forward_pass.rows], device=rows.device)
+                )
+                for name, value in spent.items():
+                    cost.setdefault(name, torch.zeros_like(rows))[where] += value
+            if len(members) == len(loops):
+                logits, loops_run = scores, group_loops
+                break
+            if logits is None:
+                logits = scores.new_empty(len(loops), *scores.shape[1:])
+            logits[group], loops_run[group] = scores, group_loops
+        logits[..., self.model.config.mask_token_id] = -math.inf
+        return Prediction(row_list, loops, logits, loops_run, cost)
+
+    def _run_pass(
+        self,
+        forward_pass: ForwardPass,
+        columns: torch.Tensor | None,
+        num_wanted: torch.Tensor | int,
+        num_loops: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Calls the model. Returns float32 logits at `columns`, `(N, P, vocab_size)`, the loops of
+        each row, `(N,)`, and what the pass cost; `num_wanted`, `(N,)`, of the columns are not filler.
+        """
+        canvas, settings, model_config = self.canvas, self.settings, self.model.config
+        device = canvas.sequences.device
+        rows, starts, stops, keys = torch.tensor(forward_pass[:4]).to(device)
+        width = max(stop - start for start, stop in zip(forward_pass.starts, forward_pass.stops, strict=True))
+        # Positions of the rows, and the columns that they stand in. Shorter rows are filled up.
+        is_even = len(set(forward_pass.starts)) == 1 and len(set(forward_pass.stops)) == 1
+        positions = starts[:, None] + torch.arange(width, device=device)
+        real = None if is_even else positions < stops[:, None]
+        positions = positions.clamp(max=canvas.column.shape[1] - 1)
+        sequences = canvas.sequences[rows].gather(1, canvas.column[rows].gather(1, positions))
+        if columns is None:
+            wanted = rows.new_zeros(len(rows), 0)
+        else:
+            wanted = (canvas.rank[rows].gather(1, columns) - starts[:, None]).clamp(min=0, max=width - 1)
+        guided = self.is_guided
+        if guided:
+            given = canvas.given[rows].gather(1, canvas.column[rows].gather(1, positions))
+            sequences = torch.cat((sequences, sequences.masked_fill(given, model_config.mask_token_id)))
+            real, wanted = None if is_even else real.repeat(2, 1), wanted.repeat(2, 1)
+        cache = forward_pass.cache
+        if cache is not None:
+            cache_rows = torch.cat((rows, rows + len(canvas.lengths))) if guided else rows
+            is_all = len(cache_rows) == cache.batch_size
+            cache = cache.select(None if is_all else cache_rows, max(forward_pass.keys))
+        positions = positions[:1] if is_even else positions.repeat(2, 1) if guided else positions
+        adaptive = forward_pass.adaptive and settings.loop_tolerance is not None
+        outputs = self.model(
+            input_ids=sequences,
+            attention_mask=None if real is None else real.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            num_loops=num_loops,
+            loop_tolerance=settings.loop_tolerance if adaptive else None,
+            loop_exit=settings.loop_exit if adaptive else "row",
+            visible_loops=settings.visible_loops,
+            logits_to_keep=wanted,
+        )
+        if cache is not None and not forward_pass.adaptive:
+            forward_pass.cache.set_lengths(cache_rows, stops.repeat(self.planner.copies))
+        scores, loops_run = outputs.logits.float(), outputs.loops
+        computed = stops - starts
+        token_loops = loops_run * (computed.repeat(2) if guided else computed)
+        if outputs.token_loops is not None:
+            token_loops = outputs.token_loops
+        passes = 1
+        if guided:
+            conditional, unconditional = scores.chunk(2)
+            scores = unconditional + settings.guidance_scale * (conditional - unconditional)
+            loops_run, token_loops, passes = sum(loops_run.chunk(2)), sum(token_loops.chunk(2)), 2
+        mid, once = model_config.num_mid_layers, model_config.num_hidden_layers - model_config.num_mid_layers
+        narrows = model_config.loop_end < model_config.num_hidden_layers
+        skipped = (computed - num_wanted) if narrows else 0
+        cost = {
+            "forward_passes": torch.full_like(rows, passes),
+            "loops": loops_run,
+            "layer_passes": passes * once + loops_run * mid,
+            "token_passes": passes * computed,
+            "token_loops": token_loops,
+            "token_layer_passes": passes * (computed * once - skipped) + token_loops * mid,
+            "flops": self.model.pass_flops(
+                passes * computed, keys, passes * num_wanted, passes * num_wanted, token_loops
+            ),
+        }
+        return scores, loops_run, cost
+
+
+__all__ = [
+    "HostCopy",
+    "LayerMemory",
+    "LoopMDMCache",
+    "LoopMDMCacheLayer",
+    "OpenCache",
+    "PassPlanner",
+    "Prediction",
+    "StepPredictor",
+    "remember",
+]

@@ -9,11 +9,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
-def check_num_loops(num_loops: Any) -> int:
+def check_num_loops(num_loops: Any, name: str = "num_loops") -> int:
     """Returns `num_loops` if it is an integer of at least 1, raises ValueError otherwise."""
     if isinstance(num_loops, bool) or not isinstance(num_loops, int) or num_loops < 1:
         raise ValueError(
-            f"`num_loops` is {num_loops!r}; it must be an integer of at least 1 (1 is the plain, non-looped model)."
+            f"`{name}` is {num_loops!r}; it must be an integer of at least 1 (1 is the plain, non-looped model)."
         )
     return num_loops
 

@@ -30,7 +30,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
-from .cache_utils import ForwardPass, HostCopy, LoopMDMCache, PassPlanner
+from .cache_utils import HostCopy, LoopMDMCache, StepPredictor
 from .configuration_loopmdm import check_num_loops
 
 # What other samplers call our arguments, and arguments of autoregressive generation that have no meaning here.
@@ -92,6 +92,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
             Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
         loop_exit (`"row"` or `"token"`, defaults to `"row"`):
             With `"token"` single positions stop looping when their own state has settled.
+        visible_loops (`int`, *optional*):
+            Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them as they
+            are. The more of the sequence is given, the more this saves.
         block_length (`int`, *optional*):
             Positions that are denoised together; blocks follow each other from left to right. By default all positions
             are one block. Any value works, and the last block may be short. A model with `attention_block_size` takes
@@ -169,6 +172,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         "loop_schedule": "constant",
         "loop_tolerance": None,
         "loop_exit": "row",
+        "visible_loops": None,
         "use_cache": None,
         "cache_implementation": None,
         "cache_refresh_interval": None,
@@ -211,6 +215,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             ("max_length", 1),
             ("block_length", 1),
             ("max_denoising_steps", 1),
+            ("visible_loops", 1),
             ("cache_refresh_interval", 1),
             ("top_k", 1),
             ("num_return_sequences", 1),
@@ -322,10 +327,11 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 self.compile_config = CompileConfig(**self.compile_config)
             if not isinstance(self.compile_config, CompileConfig):
                 raise ValueError(f"`compile_config` is {self.compile_config!r}; give transformers' CompileConfig.")
-            if self.compile_config.mode in STATIC_MODES and self.loop_exit == "token":
+            varies = "visible_loops" if self.visible_loops is not None else "loop_exit"
+            if self.compile_config.mode in STATIC_MODES and getattr(self, varies) != self.DEFAULTS[varies]:
                 raise ValueError(
-                    f'`loop_exit="token"` changes shapes from loop to loop, and the compile mode '
-                    f'"{self.compile_config.mode}" records fixed ones; use `CompileConfig(mode="default")`.'
+                    f'`{varies}` changes shapes from loop to loop, and the compile mode "{self.compile_config.mode}" '
+                    'records fixed ones; use `CompileConfig(mode="default")`.'
                 )
 
     @classmethod
@@ -381,6 +387,8 @@ class LoopMDMGenerationOutput(ModelOutput):
             Forward passes spent on each row (a guided step takes two).
         loops (`torch.LongTensor` of shape `(num_rows,)`): Applications of mid over all of them.
         layer_passes (`torch.LongTensor` of shape `(num_rows,)`): Layers executed over all of them.
+        token_passes, token_loops (`torch.LongTensor` of shape `(num_rows,)`):
+            Single positions computed over all forward passes, and applications of mid to them.
         token_layer_passes (`torch.LongTensor` of shape `(num_rows,)`):
             Layers executed for single positions; the last layer counts for those that it computes in full.
         flops (`torch.LongTensor` of shape `(num_rows,)`):
@@ -399,6 +407,8 @@ class LoopMDMGenerationOutput(ModelOutput):
     forward_passes: torch.LongTensor | None = None
     loops: torch.LongTensor | None = None
     layer_passes: torch.LongTensor | None = None
+    token_passes: torch.LongTensor | None = None
+    token_loops: torch.LongTensor | None = None
     token_layer_passes: torch.LongTensor | None = None
     flops: torch.LongTensor | None = None
     seconds: float | None = None
@@ -812,10 +822,18 @@ class LoopMDMGenerationMixin(GenerationMixin):
         length = canvas.sequences.shape[1]
         ends = torch.full((num_rows,), length, device=input_ids.device)  # the column where each row ends
         finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
-        names = ("forward_passes", "loops", "layer_passes", "token_layer_passes", "flops")
+        names = (
+            "forward_passes",
+            "loops",
+            "layer_passes",
+            "token_passes",
+            "token_loops",
+            "token_layer_passes",
+            "flops",
+        )
         cost = {name: torch.zeros_like(ends) for name in names}
         trace: list[LoopMDMTraceStep] = []
-        planner = self._prepare_planner(config, canvas, past_key_values)
+        predictor = StepPredictor(self, config, canvas, past_key_values)
         self._compile_layers(config.compile_config)
         stream = _Stream(streamer, canvas)
         remasks = config.remask_probability > 0
@@ -836,7 +854,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             steps_on_device = num_steps.to(ends.device)
             belongs = torch.arange(block_columns.shape[1], device=ends.device) < size[:, None]
             row_list: list[int] = []
-            last: _Prediction | None = None
+            predictor.forget()
             for index in range(max(steps)):
                 # A row is done with the block when nothing is masked; with remasking, when its steps are over.
                 busy = goes_on & ((index < num_steps) & (num_steps > 0) if remasks else left > 0)
@@ -849,14 +867,13 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 # a. Predict. Only what is [MASK] can be committed; with remasking a step looks at all of the block.
                 columns = block_columns[rows]
                 masked = belongs[rows] & (canvas.sequences[rows[:, None], columns] == self.config.mask_token_id)
-                slots = None
+                slots, counted = None, belongs[rows]
                 if not remasks and not self._has_static_shapes(config):
                     slots = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(left[row_list].max())]
                     masked, columns = masked.gather(1, slots), columns.gather(1, slots)
+                    counted = masked
                 loops = [self._loops_at(config, index, steps[row]) for row in row_list]
-                prediction = self._predict_changed(
-                    canvas, planner, block, index, rows, row_list, columns, masked, loops, config, last
-                )
+                prediction = predictor(block, index, rows, row_list, columns, counted, loops)
                 for name, spent in prediction.cost.items():
                     cost[name][rows] += spent
 
@@ -904,8 +921,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     goes_on = ~report.finished
                     if not follows_schedule and not remasks:
                         left = left.index_copy(0, torch.tensor(row_list), report.left[row_list])
-                    prediction.changed = [bool(report.changed[row]) for row in row_list]
-                last = None if follows_schedule else prediction
+                    if not follows_schedule:
+                        predictor.note(prediction, report.changed[row_list].tolist())
 
             reports.check()
             # User-defined criteria look at the text up to the end of the block
@@ -931,7 +948,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             tokens_per_forward=denoised / cost["forward_passes"].clamp(min=1),
             seconds=seconds,
             tokens_per_second=num_denoised / seconds,
-            past_key_values=self._finish_cache(config, planner, canvas),
+            past_key_values=predictor.finish(),
             trace=trace if config.output_trace else None,
             **cost,
         )
@@ -958,6 +975,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
         config.validate()
         if config.loop_tolerance is not None:
             self.model._check_loop_tolerance(config.loop_tolerance, config.loop_exit)
+        arguments = (config.visible_loops, self.dummy_inputs["input_ids"], config.loop_tolerance, config.loop_exit)
+        self.model._check_visible_loops(*arguments)
         is_block_causal = self.config.attention_block_size is not None
         if config.cache_implementation is not None and is_block_causal:
             raise ValueError(
@@ -1094,72 +1113,6 @@ class LoopMDMGenerationMixin(GenerationMixin):
         share = LOOP_SCHEDULES[config.loop_schedule]((index + 0.5) / num_steps)
         return 1 + round((loops - 1) * share)
 
-    def _prepare_planner(
-        self, config: LoopMDMGenerationConfig, canvas: "_Canvas", cache: LoopMDMCache | None
-    ) -> PassPlanner:
-        """The planner of the call's forward passes; checks a cache that was handed in."""
-        loops = self.config.num_loops if config.num_loops is None else config.num_loops
-        guided = config.guidance_scale is not None and config.guidance_scale != 1
-        use_cache = self.config.attention_block_size is not None and config.use_cache is not False
-        if cache is not None:
-            if not use_cache:
-                raise ValueError(
-                    "`past_key_values` needs block-causal attention and `use_cache` not False: otherwise stored keys "
-                    "and values are not those of this call."
-                )
-            if not isinstance(cache, LoopMDMCache) or cache.share_loops:
-                raise ValueError("`past_key_values` is not a LoopMDMCache with a place for every loop.")
-            if guided or self._loops_vary(config):
-                raise ValueError(
-                    "`past_key_values` serves the same `num_loops` in every step and no guidance; leave it out."
-                )
-            cache.check(self.model, len(canvas.lengths), loops)
-            self._check_cached_tokens(cache, canvas)
-        return PassPlanner(
-            self.config,
-            starts=canvas.starts,
-            lengths=canvas.lengths,
-            block_length=canvas.block_length,
-            cache_implementation=config.cache_implementation,
-            use_cache=use_cache,
-            refresh_interval=config.cache_refresh_interval,
-            share_loops=config.cache_loops == "last",
-            max_loops=max(loops) if isinstance(loops, list | tuple) else loops,
-            adaptive=config.loop_tolerance is not None,
-            copies=2 if guided else 1,
-            cache=cache,
-        )
-
-    @staticmethod
-    def _check_cached_tokens(cache: LoopMDMCache, canvas: "_Canvas") -> None:
-        """The stored tokens must be those that the rows begin with."""
-        width = min(cache.length, canvas.column.shape[1])
-        tokens = canvas.sequences.gather(1, canvas.column)[:, :width]
-        places = torch.arange(cache.length, device=tokens.device)
-        used = places < cache.lengths.to(tokens.device)[:, None]
-        too_long = cache.lengths.to(tokens.device) > torch.tensor(canvas.lengths, device=tokens.device)
-        differs = used[:, :width] & (cache.tokens[:, :width].to(tokens.device) != tokens)
-        if bool(too_long.any()) or bool(differs.any()):
-            row = int((differs.any(-1) | too_long).long().argmax())
-            position = min(int(_first(differs)[row]), canvas.lengths[row])
-            raise ValueError(
-                f"`past_key_values` holds other tokens than the input from position {position} of row {row} on; "
-                f"`past_key_values.crop({position})` keeps what agrees, or leave it out."
-            )
-
-    def _finish_cache(
-        self, config: LoopMDMGenerationConfig, planner: PassPlanner, canvas: "_Canvas"
-    ) -> LoopMDMCache | None:
-        loops = self.config.num_loops if config.num_loops is None else config.num_loops
-        if planner.copies > 1 or self._loops_vary(config):
-            return None
-        return planner.finish(loops, canvas.sequences.gather(1, canvas.column))
-
-    @staticmethod
-    def _loops_vary(config: LoopMDMGenerationConfig) -> bool:
-        """Whether denoising steps run different numbers of loops."""
-        return isinstance(config.num_loops, list | tuple) or config.loop_schedule != "constant"
-
     @staticmethod
     def _has_static_shapes(config: LoopMDMGenerationConfig) -> bool:
         return config.compile_config is not None and config.compile_config.mode in STATIC_MODES
@@ -1178,163 +1131,6 @@ class LoopMDMGenerationMixin(GenerationMixin):
         for layer in self.model.layers:
             layer.compile(**settings)
         self._compiled_as = compile_config.to_dict()
-
-    def _predict_changed(
-        self,
-        canvas: "_Canvas",
-        planner: PassPlanner,
-        block: int,
-        index: int,
-        rows: torch.Tensor,
-        row_list: list[int],
-        columns: torch.Tensor,
-        masked: torch.Tensor,
-        loops: list[int],
-        config: LoopMDMGenerationConfig,
-        last: "_Prediction | None",
-    ) -> "_Prediction":
-        """As `_predict`, but rows that the `last` step left as they were keep its logits."""
-        same: dict[int, int] = {}  # index in this step: index in the last one
-        if last is not None:
-            where = {row: i for i, row in enumerate(last.rows) if not last.changed[i]}
-            same = {
-                i: where[row]
-                for i, row in enumerate(row_list)
-                if row in where and last.num_loops[where[row]] == loops[i]
-            }
-        new = [i for i in range(len(row_list)) if i not in same]
-        if not same:
-            return self._predict(canvas, planner, block, index, rows, row_list, columns, masked, loops, config)
-        old, kept = (torch.tensor(list(part), device=rows.device) for part in (same, same.values()))
-        logits = last.logits.new_empty(*columns.shape, last.logits.shape[-1])
-        logits[old] = last.logits[kept, : columns.shape[1]]
-        loops_run = torch.zeros_like(rows)
-        cost: dict[str, torch.Tensor] = {}
-        if new:
-            index_new = torch.tensor(new, device=rows.device)
-            part = self._predict(
-                canvas,
-                planner,
-                block,
-                index,
-                rows[index_new],
-                [row_list[i] for i in new],
-                columns[index_new],
-                masked[index_new],
-                [loops[i] for i in new],
-                config,
-            )
-            logits[index_new], loops_run[index_new] = part.logits, part.loops
-            cost = {name: torch.zeros_like(rows).index_copy(0, index_new, spent) for name, spent in part.cost.items()}
-        return _Prediction(row_list, loops, logits, loops_run, cost)
-
-    def _predict(
-        self,
-        canvas: "_Canvas",
-        planner: PassPlanner,
-        block: int,
-        index: int,
-        rows: torch.Tensor,
-        row_list: list[int],
-        columns: torch.Tensor,
-        masked: torch.Tensor,
-        loops: list[int],
-        config: LoopMDMGenerationConfig,
-    ) -> "_Prediction":
-        """Raw scores of the given `rows`, `(N,)`, at their `columns`, `(N, P)`, and what they cost."""
-        logits, loops_run = None, torch.zeros_like(rows)
-        cost: dict[str, torch.Tensor] = {}
-        for num_loops in sorted(set(loops)):
-            members = [i for i, own in enumerate(loops) if own == num_loops]
-            group = slice(None) if len(members) == len(loops) else torch.tensor(members, device=rows.device)
-            for forward_pass in planner.plan([row_list[i] for i in members], block, index, num_loops):
-                is_last = forward_pass.rows == [row_list[i] for i in members] and forward_pass.adaptive
-                wanted = columns[group] if is_last else None
-                scores, group_loops, spent = self._run_pass(
-                    canvas, planner, forward_pass, wanted, masked[group].sum(-1) if is_last else 0, num_loops, config
-                )
-                where = group if is_last else _positions_of(forward_pass.rows, row_list, rows.device)
-                for name, value in spent.items():
-                    cost.setdefault(name, torch.zeros_like(rows))[where] += value
-            if len(members) == len(loops):
-                logits, loops_run = scores, group_loops
-                break
-            if logits is None:
-                logits = scores.new_empty(len(loops), *scores.shape[1:])
-            logits[group], loops_run[group] = scores, group_loops
-        logits[..., self.config.mask_token_id] = -math.inf
-        return _Prediction(row_list, loops, logits, loops_run, cost)
-
-    def _run_pass(
-        self,
-        canvas: "_Canvas",
-        planner: PassPlanner,
-        forward_pass: ForwardPass,
-        columns: torch.Tensor | None,
-        num_wanted: torch.Tensor | int,
-        num_loops: int,
-        config: LoopMDMGenerationConfig,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        The one place that calls the model. Returns float32 logits at `columns`, `(N, P, vocab_size)`, the loops of
-        each row, `(N,)`, and what the pass cost; `num_wanted`, `(N,)`, of the columns are not filler.
-        """
-        device = canvas.sequences.device
-        rows, starts, stops, keys = torch.tensor(forward_pass[:4]).to(device)
-        width = max(stop - start for start, stop in zip(forward_pass.starts, forward_pass.stops, strict=True))
-        # Positions of the rows, and the columns that they stand in. Shorter rows are filled up.
-        is_even = len(set(forward_pass.starts)) == 1 and len(set(forward_pass.stops)) == 1
-        positions = starts[:, None] + torch.arange(width, device=device)
-        real = None if is_even else positions < stops[:, None]
-        positions = positions.clamp(max=canvas.column.shape[1] - 1)
-        sequences = canvas.sequences[rows].gather(1, canvas.column[rows].gather(1, positions))
-        if columns is None:
-            wanted = rows.new_zeros(len(rows), 0)
-        else:
-            wanted = (canvas.rank[rows].gather(1, columns) - starts[:, None]).clamp(min=0, max=width - 1)
-        guided = planner.copies > 1
-        if guided:
-            given = canvas.given[rows].gather(1, canvas.column[rows].gather(1, positions))
-            sequences = torch.cat((sequences, sequences.masked_fill(given, self.config.mask_token_id)))
-            real, wanted = None if is_even else real.repeat(2, 1), wanted.repeat(2, 1)
-        cache = forward_pass.cache
-        if cache is not None:
-            cache_rows = torch.cat((rows, rows + len(canvas.lengths))) if guided else rows
-            is_all = len(cache_rows) == cache.batch_size
-            cache = cache.reserve(max(forward_pass.keys)).select(None if is_all else cache_rows)
-        positions = positions[:1] if is_even else positions.repeat(2, 1) if guided else positions
-        adaptive = forward_pass.adaptive and config.loop_tolerance is not None
-        outputs = self(
-            input_ids=sequences,
-            attention_mask=None if real is None else real.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            num_loops=num_loops,
-            loop_tolerance=config.loop_tolerance if adaptive else None,
-            loop_exit=config.loop_exit if adaptive else "row",
-            logits_to_keep=wanted,
-        )
-        scores, loops_run = outputs.logits.float(), outputs.loops
-        computed = stops - starts
-        token_loops = loops_run * (computed.repeat(2) if guided else computed)
-        if outputs.token_loops is not None:
-            token_loops = outputs.token_loops
-        passes = 1
-        if guided:
-            conditional, unconditional = scores.chunk(2)
-            scores = unconditional + config.guidance_scale * (conditional - unconditional)
-            loops_run, token_loops, passes = sum(loops_run.chunk(2)), sum(token_loops.chunk(2)), 2
-        mid, once = self.config.num_mid_layers, self.config.num_hidden_layers - self.config.num_mid_layers
-        narrows = self.config.loop_end < self.config.num_hidden_layers
-        skipped = (computed - num_wanted) if narrows else 0
-        cost = {
-            "forward_passes": torch.full_like(rows, passes),
-            "loops": loops_run,
-            "layer_passes": passes * once + loops_run * mid,
-            "token_layer_passes": passes * (computed * once - skipped) + token_loops * mid,
-            "flops": self.pass_flops(passes * computed, keys, passes * num_wanted, passes * num_wanted, token_loops),
-        }
-        return scores, loops_run, cost
 
     def _process(
         self, processors: LogitsProcessorList, sequences: torch.Tensor, logits: torch.Tensor
@@ -1413,27 +1209,6 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 )
 
 
-@dataclass
-class _Prediction:
-    """
-    What the model says in one step of N rows at P positions.
-
-    Args:
-        rows, num_loops (`list[int]`): The rows, and the loops asked for.
-        logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
-        loops (`torch.LongTensor` of shape `(N,)`): Loops run; 0 where the scores are those of the step before.
-        cost (`dict[str, torch.LongTensor]`): By name of the output's field, `(N,)` each.
-        changed (`list[bool]`): Whether the step then changed the row.
-    """
-
-    rows: list[int]
-    num_loops: list[int]
-    logits: torch.Tensor
-    loops: torch.Tensor
-    cost: dict[str, torch.Tensor]
-    changed: list[bool] | None = None
-
-
 class _Report(NamedTuple):
     """On the host, by row: positions left in the block, whether the step changed the row, whether it has ended."""
 
@@ -1486,12 +1261,6 @@ def _narrowed(noise: _Noise, sizes: list[int], row_list: list[int], slots: torch
         return numbers if slots is None else numbers.gather(1, slots)
 
     return draw
-
-
-def _positions_of(rows: list[int], row_list: list[int], device: torch.device) -> torch.Tensor:
-    """Where `rows` stand in `row_list`."""
-    where = {row: i for i, row in enumerate(row_list)}
-    return torch.tensor([where[row] for row in rows], device=device)
 
 
 class _Stream:

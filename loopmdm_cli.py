@@ -55,6 +55,7 @@ def generate(
     ] = None,
     loop_tolerance: Annotated[float | None, typer.Option(help="Stop looping below this relative change.")] = None,
     loop_exit: Annotated[str | None, typer.Option(help="What stops looping: a row, or a token on its own.")] = None,
+    visible_loops: Annotated[int | None, typer.Option(help="Loops of tokens that are not masked.")] = None,
     cache_implementation: Annotated[
         str | None, typer.Option(help="Approximate caching: prefix or dual, for attention over the whole sequence.")
     ] = None,
@@ -98,6 +99,7 @@ def generate(
         "loop_schedule": loop_schedule,
         "loop_tolerance": loop_tolerance,
         "loop_exit": loop_exit,
+        "visible_loops": visible_loops,
         "cache_implementation": cache_implementation,
         "block_length": block_length,
         "max_denoising_steps": max_denoising_steps,
@@ -203,7 +205,7 @@ def calibrate(
     from transformers import AutoTokenizer
 
     from loopmdm.evaluation import calibrate_loops
-    from loopmdm.evaluation.loop_budget import read_examples, write_budget
+    from loopmdm.evaluation.loop_budget import describe, read_examples, write_budget
 
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} is no folder of a model; the result is written into it, so download it first.")
@@ -228,14 +230,14 @@ def calibrate(
             **{name: value for name, value in options.items() if value is not None},
         )
     table = Table(title=f"Half of {len(examples)} examples of {data}")
-    for column in ("setting", "quality, %", "loss, %", "loops a pass", "forward passes", "GFLOP"):
-        table.add_column(column, justify="left" if column == "setting" else "right")
+    for column in ("setting", "quality, %", "loss, %", "loops", "passes", "GFLOP"):
+        table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=True)
 
     def add(result, name: str = "") -> None:
         table.add_row(
-            (name or ", ".join(f"{key}={value}" for key, value in result.arguments.items())),
-            f"{100 * result.quality:.2f} ± {100 * result.standard_error:.2f}",
-            f"{100 * result.loss:+.2f} ± {100 * result.loss_standard_error:.2f}",
+            name or describe(result.arguments),
+            f"{100 * result.quality:.1f} ± {100 * result.standard_error:.1f}",
+            f"{100 * result.loss:+.1f} ± {100 * result.loss_standard_error:.1f}",
             f"{result.mean_loops:.2f}",
             f"{result.forward_passes:.2f}",
             f"{result.flops / 1e9:,.3f}",
@@ -244,14 +246,12 @@ def calibrate(
     for result in sorted(budget.results, key=lambda result: result.flops):
         add(result)
     table.add_section()
-    add(budget.check_full, "the most loops on the other half")
-    add(budget.check, "chosen, on the other half")
+    add(budget.check_full, "other half: all loops")
+    add(budget.check, "other half: chosen")
     console.print(table)
-    chosen = ", ".join(f"{name}={value}" for name, value in budget.best.arguments.items())
-    saved = (
-        f"{budget.check.flops / budget.check_full.flops:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops a pass"
-    )
-    console.print(f"Chosen: {chosen} ({saved}).")
+    share = budget.check.flops / budget.check_full.flops
+    saved = f"{share:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops on average"
+    console.print(f"Chosen: {describe(budget.best.arguments)} ({saved}).")
     if output is not None:
         _write_json(output, {"model": model, "data": str(data), **budget.record()})
     if not dry_run:

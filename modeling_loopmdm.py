@@ -219,7 +219,7 @@ class LoopMDMAttention(nn.Module):
         asking = hidden_states if queries is None else take_positions(hidden_states, queries)
         batch_and_queries = asking.shape[:-1]
         # (batch, length, heads, head_dim); the norm is over head_dim
-        query = self.q_proj(asking).view(*batch_and_queries, -1, self.head_dim)
+        query = self.q_proj(asking).view(*batch_and_queries, self.config.num_attention_heads, self.head_dim)
         key = self.k_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
         value = self.v_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
         if self.config.use_qk_norm:
@@ -231,6 +231,8 @@ class LoopMDMAttention(nn.Module):
             key = apply_rotary_pos_emb(key, *position_embeddings)
         if memory is not None:
             key, value = remember(memory, key, value)
+        if batch_and_queries[1] == 0:  # only what a cache stores was wanted
+            return hidden_states.new_zeros(*batch_and_queries, hidden_states.shape[-1]), None
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -238,7 +240,7 @@ class LoopMDMAttention(nn.Module):
         output, probabilities = attention(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*batch_and_queries, -1)), probabilities
+        return self.o_proj(output.reshape(*batch_and_queries, self.o_proj.in_features)), probabilities
 
 
 class LoopMDMMLP(nn.Module):
@@ -455,7 +457,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if inputs_embeds is None:
             self._check_input_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        self._check_shapes(inputs_embeds, attention_mask, document_ids, past_key_values)
+        self._check_shapes(inputs_embeds, attention_mask, document_ids, past_key_values, position_ids is not None)
         batch_size, length = inputs_embeds.shape[:2]
         if position_ids is None:
             position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
@@ -504,8 +506,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
         mask = context["attention_mask"]
-        if positions is not None and positions.shape[1] == 0:  # only the keys and values that a cache takes
-            return self.readout(hidden_states, context, positions.new_zeros(len(positions), 1))[:, :0]
         if positions is None or start == stop or not _can_narrow(mask):
             hidden_states = self._run(start, stop, hidden_states, context)
             return self.norm(hidden_states if positions is None else take_positions(hidden_states, positions))
@@ -580,12 +580,14 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         attention_mask: torch.Tensor | None,
         document_ids: torch.LongTensor | None,
         past_key_values: LoopMDMCache | None,
+        has_positions: bool,
     ):
         batch_size, length = inputs_embeds.shape[:2]
+        stored = 0 if past_key_values is None or has_positions else past_key_values.length
         # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
-        if self.config.position_embedding_type == "learned" and length > self.config.max_position_embeddings:
+        if self.config.position_embedding_type == "learned" and stored + length > self.config.max_position_embeddings:
             raise ValueError(
-                f"The input has {length} positions, more than `max_position_embeddings` "
+                f"The input has {stored + length} positions, more than `max_position_embeddings` "
                 f"({self.config.max_position_embeddings}), and positions are learned; shorten it."
             )
         if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
@@ -630,7 +632,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                     "its keys and values change with them. Pass a `LoopMDMCache` where stale ones will do, as "
                     '`generate(cache_implementation="dual")` does.'
                 )
-            return LoopMDMCache(self.config, num_loops, batch_size, 0)
+            past_key_values = LoopMDMCache(self.config, num_loops, batch_size, 0)
         if not isinstance(past_key_values, LoopMDMCache):
             raise ValueError(
                 f"`past_key_values` is a {type(past_key_values).__name__}; a looped model needs a `LoopMDMCache`, "
@@ -667,6 +669,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
         loop_exit: str = "row",
+        visible_loops: int | None = None,
         positions_to_keep: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMModelOutput:
@@ -676,6 +679,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         num_loops = self._resolve_num_loops(num_loops)
         self._check_loop_tolerance(loop_tolerance, loop_exit)
+        self._check_visible_loops(visible_loops, input_ids, loop_tolerance, loop_exit)
         self._check_kwargs(kwargs, num_loops, loop_tolerance)
         batch_size = _one_of(input_ids, inputs_embeds).shape[0]
         past_key_values = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, loop_tolerance)
@@ -684,18 +688,20 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, **kwargs
         )
         token_loops = None
-        if loop_tolerance is None:
+        real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        exit_rule = None
+        if loop_tolerance is not None:
+            exit_rule = RelativeChangeExit(loop_tolerance, per_token=loop_exit == "token")
+        if visible_loops is not None or loop_exit == "token":
+            keeps_looping = None if visible_loops is None else self._keeps_looping(input_ids, real)
+            hidden_states, loops, token_loops = self._loop_positions(
+                hidden_states, context, real, num_loops, keeps_looping, visible_loops or num_loops, exit_rule
+            )
+        elif exit_rule is not None:
+            hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
+        else:
             hidden_states = self._loop_times(hidden_states, context, num_loops)
             loops = torch.full((hidden_states.shape[0],), num_loops, device=hidden_states.device)
-        else:
-            real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            exit_rule = RelativeChangeExit(loop_tolerance, per_token=loop_exit == "token")
-            if loop_exit == "token":
-                hidden_states, loops, token_loops = self._loop_until_tokens_settle(
-                    hidden_states, context, real, num_loops, exit_rule
-                )
-            else:
-                hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
         hidden_states = self.readout(hidden_states, context, positions_to_keep)
         if past_key_values is not None and use_cache:
             cache = context["cache"]
@@ -774,23 +780,26 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     def _put_rows(states: torch.Tensor, rows: torch.Tensor | None, updated: torch.Tensor) -> torch.Tensor:
         return updated if rows is None else states.index_copy(0, rows, updated)
 
-    def _loop_until_tokens_settle(
+    def _loop_positions(
         self,
         hidden_states: torch.Tensor,
         context: dict[str, Any],
         real: torch.Tensor | None,
         num_loops: int,
-        exit_rule: RelativeChangeExit,
+        keeps_looping: torch.BoolTensor | None,
+        visible_loops: int,
+        exit_rule: RelativeChangeExit | None,
     ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
         """
-        Loops each position until it has settled, at most `num_loops` times. Settled positions keep their state, and
-        with it the keys and values of their last update, which the others go on attending to. Returns the states, the
-        loops of every row, and the applications of mid to its single positions.
+        Loops some positions more often than others: after `visible_loops` only those of `keeps_looping`, `(batch_size,
+        sequence_length)`, go on, and each at most until `exit_rule` finds it settled. Those that stopped keep their
+        state, and with it the keys and values of their last update, which the others go on attending to. Returns the
+        states, the loops of every row, and the applications of mid to its single positions.
         """
         if not _can_narrow(context["attention_mask"]):
             raise ValueError(
-                f'`loop_exit="token"` cannot be run by {self.config._attn_implementation!r} attention here; call '
-                '`model.set_attn_implementation("sdpa")`.'
+                f"Loops that differ from position to position cannot be run by {self.config._attn_implementation!r} "
+                'attention here; call `model.set_attn_implementation("sdpa")`.'
             )
         batch_size, length = hidden_states.shape[:2]
         if "cache" not in context:
@@ -798,19 +807,29 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             columns = torch.arange(length, device=hidden_states.device)
             memory = LoopMDMCache(self.config, 1, batch_size, length, share_loops=True)
             context = {**context, "cache": OpenCache(memory, columns, length, columns.new_full((batch_size,), length))}
+        cache = context["cache"]
         active = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
         if real is not None:
             active = active & real.bool()
-        loops, token_loops = torch.ones_like(active[:, 0], dtype=torch.long), active.sum(-1)
-        updated = self.loop(hidden_states, context)
-        active = active & ~exit_rule(hidden_states, updated, real)
-        hidden_states = updated
-        for index in range(1, num_loops):
-            counts = active.sum(-1)
+        counts = active.sum(-1)
+        loops, token_loops = torch.zeros_like(counts), torch.zeros_like(counts)
+        index = 0
+        while index < num_loops:
+            if index == visible_loops and keeps_looping is not None:
+                active = active & keeps_looping
+                counts = active.sum(-1)
+            if index == 0 or (exit_rule is None and index < visible_loops):
+                updated = self.loop(hidden_states, context, index=index)
+                loops, token_loops = loops + 1, token_loops + counts
+                if exit_rule is not None:
+                    active = active & ~exit_rule(hidden_states, updated, real)
+                    counts = active.sum(-1)
+                hidden_states, index = updated, index + 1
+                continue
             width = int(counts.max())
             if width == 0:
                 break
-            context["cache"].carry(index)
+            cache.carry(index)
             loops, token_loops = loops + (counts > 0), token_loops + counts
             # The moving positions of the moving rows; a row with fewer than others is filled up.
             rows = counts.nonzero().squeeze(-1)
@@ -820,12 +839,14 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             moving = moving.gather(1, queries)
             before = take_positions(hidden_states if rows is None else hidden_states[rows], queries)
             after = self.loop(before, _narrow_context(context, rows, queries, moving), index=index)
-            settled = exit_rule(before, after, None)
-            row_index = torch.arange(batch_size, device=queries.device)[:, None] if rows is None else rows[:, None]
-            hidden_states = hidden_states.index_put(
-                (row_index, queries), torch.where(moving[..., None], after, before)
-            )
-            active = active.index_put((row_index, queries), moving & ~settled)
+            places = (torch.arange(batch_size, device=queries.device) if rows is None else rows)[:, None], queries
+            hidden_states = hidden_states.index_put(places, torch.where(moving[..., None], after, before))
+            if exit_rule is not None:
+                active = active.index_put(places, moving & ~exit_rule(before, after, None))
+                counts = active.sum(-1)
+            index += 1
+        for rest in range(index, num_loops):
+            cache.carry(rest)  # for passes that look for them there
         return hidden_states, loops, token_loops
 
     def _resolve_num_loops(self, num_loops: int | None) -> int:
@@ -853,6 +874,39 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 '`loop_tolerance` needs `loop_update="replace"`: a damped model\'s steps depend on `num_loops`, so '
                 "an earlier state is not the result of fewer loops. Choose `num_loops` instead."
             )
+
+    def _check_visible_loops(
+        self,
+        visible_loops: int | None,
+        input_ids: torch.LongTensor | None,
+        loop_tolerance: float | None,
+        loop_exit: str,
+    ):
+        if visible_loops is None:
+            return
+        check_num_loops(visible_loops, "visible_loops")
+        if self.config.loop_update == "damped":
+            raise ValueError(
+                '`visible_loops` needs `loop_update="replace"`: after fewer of its steps a damped model\'s state is '
+                "not the result of fewer loops."
+            )
+        if self.training:
+            raise ValueError("`visible_loops` passes no gradients on; call `model.eval()`.")
+        if input_ids is None:
+            raise ValueError("`visible_loops` has to know which tokens are [MASK]; give `input_ids`.")
+        if loop_tolerance is not None and loop_exit == "row":
+            raise ValueError(
+                '`visible_loops` goes with `loop_tolerance` of single positions; add `loop_exit="token"`.'
+            )
+
+    def _keeps_looping(self, input_ids: torch.LongTensor, real: torch.Tensor | None) -> torch.BoolTensor:
+        """The [MASK]s, and with `config.shift_logits` what predicts them."""
+        masked = input_ids == self.config.mask_token_id
+        if real is not None:
+            masked = masked & real.bool()
+        if self.config.shift_logits:
+            masked = masked | nn.functional.pad(masked[:, 1:], (0, 1))
+        return masked
 
     def _check_kwargs(self, kwargs: dict[str, Any], num_loops: int, loop_tolerance: float | None):
         # Trainer and pipelines pass on arguments of transformers that have no effect here; others are typing errors.
@@ -914,6 +968,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
         loop_exit: str = "row",
+        visible_loops: int | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -925,7 +980,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 1 on real tokens, 0 on padding, which may stand anywhere. A 4-D mask is passed on as it is, in place of
                 `config.attention_block_size` too.
-            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            position_ids (`torch.LongTensor` of shape `(1 or batch_size, sequence_length)`, *optional*):
                 By default real tokens are counted from 0 and padding takes no position.
             document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Several documents packed into a row: tokens of different ids do not see each other, and positions are
@@ -951,6 +1006,9 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             loop_exit (`"row"` or `"token"`, defaults to `"row"`):
                 With `"token"` the tolerance is that of single positions: those that have settled are no longer
                 updated, while others loop on and attend to them as they are.
+            visible_loops (`int`, *optional*):
+                Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them as
+                they are (with `config.shift_logits` also the tokens before a [MASK], whose states predict it).
             logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
                 Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`,
                 or of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last
@@ -961,8 +1019,14 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """
         inputs = _one_of(input_ids, inputs_embeds)
         shifts, before = self.config.shift_logits, None
-        if shifts and past_key_values is not None:
+        if shifts and past_key_values is not None and position_ids is None:
             before = past_key_values.state_before()
+            if before is None and past_key_values.length > 0:
+                raise ValueError(
+                    "This model predicts a token from the position before it, and `past_key_values` does not hold the "
+                    "state of its last position any more (it was cropped, or filled by `generate`). Begin the input "
+                    "with that position again and give `position_ids`."
+                )
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = None
         records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
@@ -984,6 +1048,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             num_loops=num_loops,
             loop_tolerance=loop_tolerance,
             loop_exit=loop_exit,
+            visible_loops=visible_loops,
             positions_to_keep=keep,
             **kwargs,
         )

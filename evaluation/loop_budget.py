@@ -16,11 +16,10 @@ import torch
 
 from ..configuration_loopmdm import check_num_loops
 from ..generation_utils import LoopMDMGenerationConfig
-from ..training.data import encode_answer, read_jsonl
 
-TOLERANCES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
 # What a setting may change, and what is taken back to its default where it does not.
-BUDGET_ARGUMENTS = ("num_loops", "loop_schedule", "loop_tolerance", "loop_exit")
+BUDGET_ARGUMENTS = ("num_loops", "loop_schedule", "loop_tolerance", "loop_exit", "visible_loops")
 
 
 @dataclass
@@ -32,7 +31,7 @@ class BudgetResult:
         arguments (`dict`): Arguments of `generate`.
         quality, standard_error (`float`): Mean over the examples, from 0 to 1, and its standard error.
         loss, loss_standard_error (`float`): Quality below that of the most loops, on the same examples (paired).
-        mean_loops (`float`): Loops per forward pass.
+        mean_loops (`float`): Loops of a position in a forward pass.
         forward_passes, token_layer_passes, flops (`float`): Mean per example.
     """
 
@@ -75,10 +74,15 @@ class LoopBudget:
 
 def budget_settings(num_loops: int, num_steps: int | None = None) -> list[dict[str, Any]]:
     """
-    Settings that spend at most `num_loops`: every smaller number, schedules over the steps (where there is more than
-    one), and tolerances for rows and for tokens.
+    Settings that spend at most `num_loops`: every smaller number, fewer loops for visible tokens, schedules over the
+    steps (where there is more than one), and tolerances for rows and for tokens.
     """
     settings: list[dict[str, Any]] = [{"num_loops": loops} for loops in range(1, num_loops)]
+    settings += [
+        {"num_loops": loops, "visible_loops": visible}
+        for loops in sorted({num_loops, max(2, round(num_loops * 2 / 3))})
+        for visible in range(1, min(loops, 4))
+    ]
     if num_loops > 1 and (num_steps is None or num_steps > 1):
         settings += [
             {"num_loops": loops, "loop_schedule": schedule}
@@ -210,6 +214,8 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
     `training.encode_answer` takes): the answer's tokens are to be filled in behind the prompt. Where the prompt holds
     mask tokens itself, the answer is the whole text and they are filled in.
     """
+    from ..training.data import encode_answer, read_jsonl  # training imports this package
+
     examples = []
     for number, item in enumerate(read_jsonl(path)):
         where = f"Example {number} of {path}"
@@ -220,13 +226,25 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
             tokens = tokens[prompt_length:][: len(input_ids)]
             if len(tokens) != len(input_ids):
                 raise ValueError(
-                    f"{where}: the prompt has mask tokens among its {len(input_ids)} tokens, and the answer, which has "
-                    f"to repeat it with them filled in, has {len(tokens)}."
+                    f"{where}: the prompt has mask tokens among its {len(input_ids)} tokens, and the answer, which "
+                    f"has to repeat it with them filled in, has {len(tokens)}."
                 )
         else:
             input_ids = [*tokens[:prompt_length], *[mask_token_id] * (len(tokens) - prompt_length)]
         examples.append({"input_ids": torch.tensor(input_ids), "target": torch.tensor(tokens)})
     return examples
+
+
+def describe(arguments: dict[str, Any]) -> str:
+    """A setting in a few words."""
+    words = [f"{arguments['num_loops']} loops"]
+    if "visible_loops" in arguments:
+        words.append(f"visible {arguments['visible_loops']}")
+    if "loop_tolerance" in arguments:
+        words.append(f"{arguments.get('loop_exit', 'row')} {arguments['loop_tolerance']:g}")
+    if "loop_schedule" in arguments:
+        words.append(arguments["loop_schedule"])
+    return ", ".join(words)
 
 
 def _complete(setting: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +269,7 @@ def _run(
     """Fills in all examples; those of similar length go together, padded on the left."""
     order = sorted(range(len(examples)), key=lambda number: len(examples[number]["input_ids"]))
     sequences: list[torch.Tensor | None] = [None] * len(examples)
-    names = ("forward_passes", "loops", "token_layer_passes", "flops")
+    names = ("forward_passes", "token_passes", "token_loops", "token_layer_passes", "flops")
     cost = {name: torch.zeros(len(examples), dtype=torch.float64) for name in names}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
@@ -297,7 +315,7 @@ def _summarize(setting: dict[str, Any], run: _Run, score: torch.Tensor, full: to
         standard_error=score.std().item() / root,
         loss=loss.mean().item(),
         loss_standard_error=loss.std().item() / root,
-        mean_loops=(run.cost["loops"].sum() / run.cost["forward_passes"].sum()).item(),
+        mean_loops=(run.cost["token_loops"].sum() / run.cost["token_passes"].sum()).item(),
         forward_passes=run.cost["forward_passes"].mean().item(),
         token_layer_passes=run.cost["token_layer_passes"].mean().item(),
         flops=run.cost["flops"].mean().item(),

@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,23 @@ def test_readme_code_runs(monkeypatch):
         exec(compile(block, "README.md", "exec"), namespace)
 
 
+def calibration(folder: Path) -> str:
+    """A copy of the bundled model and a few examples, as arguments of `loopmdm calibrate`."""
+    copy_of_model = folder / "calibrated"
+    copy_of_model.mkdir()
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
+        shutil.copy(ROOT / name, copy_of_model)
+    data = folder / "validation.jsonl"
+    data.write_text(f"{json.dumps({'prompt': PUZZLE, 'answer': SOLUTION})}\n" * 4)
+    return f"{copy_of_model} --data {data}"
+
+
 def test_readme_commands_run(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "README.md").read_text()
@@ -152,6 +170,8 @@ def test_readme_commands_run(monkeypatch, tmp_path):
             assert read_config(run, overrides).data == "mine.txt"
             continue
         # A tiny model of the same format stands for the one on the Hub.
+        if line.startswith("calibrate"):
+            line = line.replace("calibrate . --data validation.jsonl", f"calibrate {calibration(tmp_path)}")
         line = line.replace("GSAI-ML/LLaDA-8B-Instruct llada-looped", f"tests/fixtures/llada {tmp_path}/looped")
         result = CliRunner().invoke(cli.app, line.split("#")[0].split())
         assert result.exit_code == 0, result.output
