@@ -129,12 +129,7 @@ def test_rows_of_different_lengths_and_any_padding_equal_one_pass(overrides, cou
 
 @pytest.mark.parametrize(
     "shift_logits",
-    [
-        False,
-        pytest.param(
-            True, marks=pytest.mark.xfail(strict=True, reason="`keep_state` keeps a padding state for an empty row")
-        ),
-    ],
+    [False, True],
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_row_may_have_nothing_in_a_chunk(shift_logits, side):
@@ -202,7 +197,6 @@ def test_selected_rows_of_different_lengths(model):
         torch.testing.assert_close(found, plain(model, rows[row])[-4:], **exact)
 
 
-@pytest.mark.xfail(strict=True, reason="a view of `select` grows the layers and not the cache that it came from")
 def test_a_selection_that_makes_the_cache_grow_leaves_it_usable(model):
     ids = random_ids(2, 24)
     cache = filled(model, ids[:, :8])
@@ -244,7 +238,6 @@ def test_cropping_rows_of_different_lengths(model):
     torch.testing.assert_close(logits[1], plain(model, rows[1][:16] + new[1].tolist())[16:], **exact)
 
 
-@pytest.mark.xfail(strict=True, reason="the first position then takes its own state, silently")
 @pytest.mark.parametrize("forget", ["crop", "generate"])
 def test_shifted_logits_behind_a_cache_that_lost_its_last_state(forget):
     """The state before the first position is gone: right logits or a refusal, and no others."""
@@ -391,7 +384,6 @@ def test_training_and_whole_sequence_attention_make_no_cache():
         tiny_model()(random_ids(1, 8), use_cache=True)
 
 
-@pytest.mark.xfail(strict=True, reason="a cache that the model made itself does not know the model")
 @pytest.mark.parametrize(
     "change",
     [
@@ -412,7 +404,6 @@ def test_changed_weights_are_refused_until_the_cache_is_empty(change):
     assert_chunks_equal_plain(model, [[8], [4]], ["left"] * 2, cache=cache)
 
 
-@pytest.mark.xfail(strict=True, reason="a cache that the model made itself does not know the model")
 def test_a_cache_does_not_keep_its_model_alive_and_survives_it():
     model = block_model()
     cache, config = filled(model, random_ids(1, 8)), model.config
@@ -423,7 +414,6 @@ def test_a_cache_does_not_keep_its_model_alive_and_survives_it():
         other(random_ids(1, 4), past_key_values=cache)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the check does not count the stored positions")
 def test_learned_positions_end_with_a_cache_too():
     model = block_model(position_embedding_type="learned", max_position_embeddings=16)
     cache = filled(model, random_ids(1, 16))
