@@ -269,7 +269,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
             ("cache_loops", ("each", "last")),
             ("use_cache", (None, True, False)),
         ):
-            if getattr(self, name) not in choices:
+            value = getattr(self, name)
+            if not any(value == choice and type(value) is type(choice) for choice in choices):
                 shown = ", ".join(repr(choice) for choice in choices if choice is not None)
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {shown}.")
         self._validate_combinations()
@@ -318,7 +319,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         if self.cache_loops == "each":
             for name in ("loop_tolerance", "num_loops", "loop_schedule"):
                 value = getattr(self, name)
-                if value not in (None, "constant") and not isinstance(value, int):
+                if value not in (None, "constant") and (name == "loop_tolerance" or not isinstance(value, int)):
                     raise ValueError(
                         f'`cache_loops="each"` stores a given number of loops, and `{name}` is {value!r}; use "last".'
                     )

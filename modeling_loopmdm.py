@@ -652,7 +652,10 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         for index in range(start, stop):
             if cache is not None:
                 arguments["memory"] = cache.layer(index, loop, hidden_states)
-            hidden_states = self.layers[index](hidden_states, **arguments)
+            layer = self.layers[index]
+            # A compiled layer would need more graphs for the one pass of few queries: its shapes change in every step.
+            run = layer._call_impl if "queries" in arguments else layer
+            hidden_states = run(hidden_states, **arguments)
         return hidden_states
 
     @merge_with_config_defaults

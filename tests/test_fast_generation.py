@@ -981,10 +981,9 @@ BAD = [
         {"cache_implementation": "dual", "cache_loops": "each", "loop_tolerance": 0.1},
         '`loop_tolerance` is 0.1; use "last"',
     ),
-    pytest.param(
+    (
         {"cache_implementation": "dual", "cache_loops": "each", "loop_tolerance": 1},
         '`loop_tolerance` is 1; use "last"',
-        marks=pytest.mark.xfail(strict=True, reason="an integer passes for a number of loops"),
     ),
     ({"num_loops": [1, 2, 3], "max_denoising_steps": 2}, "`num_loops` lists the loops of 3 steps"),
     ({"num_loops": []}, "`num_loops` is an empty list"),
@@ -1070,7 +1069,6 @@ def test_compiled_layers_give_the_same_tokens(compiled_run, block_size):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("block_size", [None, BLOCK])
-@pytest.mark.xfail(strict=True, reason="more variants of a layer's call than `recompile_limit`: the rest runs eagerly")
 def test_layers_are_compiled_within_the_limit_and_then_no_more(compiled_run, block_size):
     graphs = compiled_run(block_size)[1]
     assert graphs[0] > 0, "nothing was compiled"
