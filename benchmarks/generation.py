@@ -555,7 +555,7 @@ def watched(model: LoopMDMForMaskedLM, device: str, counter: FlopCounterMode | N
 
         setattr(owner, name, run)
 
-    places = ((model.model, "prelude"), (model.model, "loop"), (model.model, "readout"), (model.lm_head, "forward"))
+    places = ((model.model, "prelude"), (model.model, "loop"), (model.model, "readout"), (model, "_head"))
     for (owner, name), phase in zip(places, PHASES, strict=True):
         wrap(owner, name, phase)
     try:

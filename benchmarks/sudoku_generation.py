@@ -1,11 +1,13 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Tokens per forward pass against quality, by rule of commitment, on the bundled Sudoku model.
+"""Settings of `generate` against quality and cost, on the bundled Sudoku model.
 
-    python benchmarks/parallel_commit.py --count 1000 --output parallel_commit.json
+    python benchmarks/sudoku_generation.py --study commit --count 1000 --output commit.json
+    python benchmarks/sudoku_generation.py --study caches --count 1000 --output caches.json
 
-Every setting solves the same puzzles. `fixed` commits an equal share of the blanks in every step; `threshold` whatever
-is at least so likely, and `entropy` whatever stays within a joint entropy, besides what keeps the board on schedule.
-Differences are paired: standard errors are those of the difference to `fixed` in 8 steps with the same loops.
+`commit` compares rules of commitment: a fixed share of the blanks in every step, whatever is at least so likely, or
+whatever stays within a joint entropy, besides what keeps the board on schedule. `caches` compares the approximate caches
+where the board is filled in three blocks of three rows. Every setting solves the same puzzles; differences are to the
+study's first setting with as many loops, and their standard errors are paired.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
@@ -23,6 +26,16 @@ sys.path.insert(0, str(ROOT / "examples" / "sudoku"))
 
 import puzzles  # noqa: E402
 
+BLOCKS = {"block_length": 27, "max_denoising_steps": 4}
+CACHES = [
+    BLOCKS,
+    *(
+        {**BLOCKS, "cache_implementation": implementation, "cache_loops": loops, **refresh}
+        for implementation in ("prefix", "dual")
+        for loops in ("last", "each")
+        for refresh in ({}, {"cache_refresh_interval": 2})
+    ),
+]
 RULES = [
     *({"max_denoising_steps": steps} for steps in (8, 4, 2, 1)),
     *(
@@ -57,6 +70,7 @@ def solve(model, tokenizer, pairs, batch_size, **arguments):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=("commit", "caches"), default="commit")
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (default: the bundled one)")
     parser.add_argument("--count", type=int, default=1000, help="number of puzzles (default: 1000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the puzzles (default: 1)")
@@ -79,7 +93,7 @@ def main() -> None:
         if args.visible_loops is not None and args.visible_loops < num_loops:
             loops["visible_loops"] = args.visible_loops
         reference = None
-        for rule in RULES:
+        for rule in {"commit": RULES, "caches": CACHES}[args.study]:
             solved, cost = solve(model, tokenizer, pairs, args.batch_size, **loops, **rule)
             reference = solved if reference is None else reference
             difference = solved.double() - reference.double()
@@ -94,7 +108,8 @@ def main() -> None:
             results.append(row)
             print(json.dumps(row), flush=True)
     if args.output:
-        record = {"count": args.count, "seed": args.seed, "torch": torch.__version__, "results": results}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        record = {"study": args.study, "count": args.count, "seed": args.seed, **versions, "results": results}
         Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
 
 
