@@ -5,9 +5,9 @@
     python benchmarks/sudoku_generation.py --study caches --count 1000 --output caches.json
 
 `commit` compares rules of commitment: a fixed share of the blanks in every step, whatever is at least so likely, or
-whatever stays within a joint entropy, besides what keeps the board on schedule. `caches` compares the approximate caches
-where the board is filled in three blocks of three rows. Every setting solves the same puzzles; differences are to the
-study's first setting with as many loops, and their standard errors are paired.
+whatever stays within a joint entropy, besides what keeps the board on schedule. `caches` compares the approximate
+caches where the board is filled in three blocks of three rows. Every setting solves the same puzzles; differences are
+to the study's first setting with as many loops, and their standard errors are paired.
 """
 
 import argparse
