@@ -279,3 +279,33 @@ def test_help_does_not_import_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "generate" in result.stdout and "info" in result.stdout
+
+
+def test_info_measures_a_generation():
+    result = invoke("info", str(ROOT), "--measure", "--max-new-tokens", "20", "--batch-size", "2", "--json")
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout)["measured"]
+    # 8 steps (generation_config.json) of 6 loops over 20 positions; the last layer computes what is masked.
+    assert (measured["forward_passes_per_row"], measured["loops_per_row"]) == (8, 48)
+    assert measured["layer_passes_per_row"] == 8 * 16
+    left = [20 - 3 * min(step, 4) - 2 * max(step - 4, 0) for step in range(8)]
+    assert measured["token_layer_passes_per_row"] == 8 * 15 * 20 + sum(left)
+    assert measured["tokens_per_second"] == pytest.approx(2 * 20 / measured["seconds"])
+    assert "tokens per second" in invoke("info", str(ROOT), "--measure", "--max-new-tokens", "20").stdout
+    refused = invoke("info", str(ROOT), "--measure", "--batch-size", "0")
+    assert isinstance(refused.exception, ValueError) and "--batch-size is 0" in str(refused.exception)
+
+
+def test_generate_command_spends_fewer_loops_on_request():
+    def cost(*options):
+        result = invoke("generate", str(ROOT), PUZZLE, "--max-denoising-steps", "8", "--json", *options)
+        assert result.exit_code == 0, result.output
+        line = json.loads(result.stdout)
+        assert line["text"] == SOLUTION
+        return line["flops"]
+
+    plain = cost("--num-loops", "6")
+    assert cost("--num-loops", "6", "--visible-loops", "2") < plain
+    assert cost("--num-loops", "6", "--loop-schedule", "early") < plain
+    assert cost("--num-loops", "6", "--loop-tolerance", "0.2", "--loop-exit", "token") < plain
+    assert cost("--num-loops", "6", "--entropy-bound", "0.03") < plain / 2
