@@ -816,7 +816,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             active = active & real.bool()
         counts = active.sum(-1)
         loops, token_loops = torch.zeros_like(counts), torch.zeros_like(counts)
-        index = 0
+        index, part = 0, None
         while index < num_loops:
             if index == visible_loops and keeps_looping is not None:
                 active = active & keeps_looping
@@ -829,20 +829,23 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                     counts = active.sum(-1)
                 hidden_states, index = updated, index + 1
                 continue
-            width = int(counts.max())
-            if width == 0:
-                break
+            if part is None or exit_rule is not None:
+                # The moving positions of the moving rows; a row with fewer than others is filled up. Without an exit
+                # rule they stay the same, and the host waits for their number but once.
+                width = int(counts.max())
+                if width == 0:
+                    break
+                rows = counts.nonzero().squeeze(-1)
+                rows = None if len(rows) == batch_size else rows
+                moving = active if rows is None else active[rows]
+                queries = moving.long().argsort(dim=-1, descending=True, stable=True)[:, :width]
+                moving = moving.gather(1, queries)
+                part = _narrow_context(context, rows, queries, moving)
+                places = (torch.arange(batch_size, device=queries.device) if rows is None else rows)[:, None], queries
             cache.carry(index)
             loops, token_loops = loops + (counts > 0), token_loops + counts
-            # The moving positions of the moving rows; a row with fewer than others is filled up.
-            rows = counts.nonzero().squeeze(-1)
-            rows = None if len(rows) == batch_size else rows
-            moving = active if rows is None else active[rows]
-            queries = moving.long().argsort(dim=-1, descending=True, stable=True)[:, :width]
-            moving = moving.gather(1, queries)
             before = take_positions(hidden_states if rows is None else hidden_states[rows], queries)
-            after = self.loop(before, _narrow_context(context, rows, queries, moving), index=index)
-            places = (torch.arange(batch_size, device=queries.device) if rows is None else rows)[:, None], queries
+            after = self.loop(before, part, index=index)
             hidden_states = hidden_states.index_put(places, torch.where(moving[..., None], after, before))
             if exit_rule is not None:
                 active = active.index_put(places, moving & ~exit_rule(before, after, None))
