@@ -217,8 +217,7 @@ def plan(arm: Arm, task: Task, model: LoopMDMForMaskedLM, seed: int, flops: floa
     masked = sum((length + 1) / 2 for length in lengths) / len(lengths)
     size = task.batch_size, task.length
     costs = {
-        loops: training_flops(model, *size, loops, masked, arm.gradient_loops)
-        for loops in range(1, arm.max_loops + 1)
+        loops: training_flops(model, *size, loops, masked, arm.gradient_loops) for loops in range(1, arm.max_loops + 1)
     }
     more = exit_flops(model, *size, masked)
 
@@ -325,9 +324,7 @@ def train(
         "mean_loops": sum(loops) / len(loops) if loops else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "losses": losses,
-        "seconds": sum(
-            entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry
-        ),
+        "seconds": sum(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry),
     }
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What is measured of a trained arm. Everything returns plain numbers for JSON; rows and masks depend on seeds alone."""
+"""What is measured of a trained arm, as plain numbers for JSON. Rows and masks depend on seeds alone."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -106,7 +106,7 @@ def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int,
 
 def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one arm. Measurements along the training are kept, so that a resumed run has them all."""
-    arm, started = arms.ARMS[name], time.perf_counter()
+    arm, clock = arms.ARMS[name], Clock()
     folder = Path(args.work) / task.name / f"{name}-{seed}"
     model = LoopMDMForMaskedLM(arms.build_config(arm, task))  # a second one, never compiled, which is measured
     model.eval()
@@ -148,7 +148,7 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
         "training": training,
         "marks": [json.loads((folder / "marks" / f"{step}.json").read_text()) for step in sorted(by_step)],
         **measured,
-        "protocol": protocol(time.perf_counter() - started),
+        "protocol": protocol(clock),
     }
 
 
@@ -161,20 +161,30 @@ def summary(record: dict[str, Any]) -> dict[str, Any]:
     return {"nelbo": nelbo, "solved": record.get("solved")}
 
 
-def protocol(seconds: float) -> dict[str, Any]:
+class Clock:
+    """Wall time and CPU time of this process since it was made, in seconds; on a shared machine they differ."""
+
+    def __init__(self):
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+def protocol(clock: Clock) -> dict[str, Any]:
     return {
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "seconds": seconds,
-        "timing": "wall time of this arm in its last process: training, measurements along it and at its end",
+        **clock.read(),
+        "timing": "wall and CPU time of this arm in its last process: training, measurements along it and at its end",
     }
 
 
 def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
     """Solve rate over loops x denoising steps x commit rules of a trained arm."""
-    started, arm = time.perf_counter(), arms.ARMS[name]
+    arm, clock = arms.ARMS[name], Clock()
     folder = Path(args.work) / task.name / f"{name}-{seed}" / "model"
     if not (folder / "config.json").is_file():
         raise SystemExit(f"{folder} holds no trained arm; run it without --grid first.")
@@ -182,7 +192,9 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
         raise SystemExit(f"The task {task.name} has no answers to be right or wrong, so there is no grid.")
     model = LoopMDMForMaskedLM.from_pretrained(folder).eval()
     found = []
-    for loops in [loops for loops in args.grid_loops if loops == 1 or loops <= 2 * arm.max_loops and arm.max_loops > 1]:
+    for loops in [
+        loops for loops in args.grid_loops if loops == 1 or (loops <= 2 * arm.max_loops and arm.max_loops > 1)
+    ]:
         for steps in args.grid_steps:
             for rule in RULES if steps > 1 else RULES[:1]:
                 found.append(measure.generations(model, task.rows, loops, steps, **rule))
@@ -193,7 +205,7 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
         "seed": seed,
         "grid": found,
         "rows": len(task.rows),
-        "protocol": protocol(time.perf_counter() - started),
+        "protocol": protocol(clock),
     }
 
 

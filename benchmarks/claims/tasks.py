@@ -37,7 +37,9 @@ class Rows:
         return len(self.input_ids)
 
     def __getitem__(self, part: slice) -> "Rows":
-        return Rows(*(None if t is None else t[part] for t in (getattr(self, f.name) for f in dataclasses.fields(Rows))))
+        return Rows(
+            *(None if t is None else t[part] for t in (getattr(self, f.name) for f in dataclasses.fields(Rows)))
+        )
 
     def split(self, size: int) -> list["Rows"]:
         return [self[start : start + size] for start in range(0, len(self), size)]
