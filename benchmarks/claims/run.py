@@ -3,7 +3,7 @@
 Matched-FLOP studies: trains arms of one task from scratch, on the same data in the same order and with the same
 training FLOPs, and measures each.
 
-    python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 20 \\
+    python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 10 \\
         --work /tmp/claims --results docs/results/claims
 
 Writes `RESULTS/TASK/ARM-SEED.json` after every arm; an arm whose file is there is not run again, and one that was
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--arms", default="same_size,looped,deeper", help=f"of: {', '.join(arms.ARMS)}")
     parser.add_argument("--seeds", default="0", help="separated by commas; each runs all arms (default: 0)")
     parser.add_argument("--seed", type=int, help="one seed, as --seeds with one number")
-    parser.add_argument("--tflop", type=float, default=20.0, help="training budget of an arm in 10^12 (default: 20)")
+    parser.add_argument("--tflop", type=float, default=10.0, help="training budget of an arm in 10^12 (default: 10)")
     parser.add_argument("--work", required=True, help="folder for data, checkpoints and models")
     parser.add_argument("--results", required=True, help="folder for the results, one JSON file for each arm and seed")
     parser.add_argument("--train-text", help="language: text file to train on, in UTF-8")
