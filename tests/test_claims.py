@@ -121,7 +121,7 @@ def test_the_second_exit_is_counted_and_learnt(tmp_path, task):
     assert result["training_flops"] == pytest.approx(planned, rel=0.01)  # heads are planned in expectation
     one, two = (model.flops(task.batch_size, task.length, loops, 0) for loops in (1, 2))
     once = arms.exit_flops(model, task.batch_size, task.length, 0)
-    assert once == 3 * one * 3 // 6 and two - one == one * 2 // 6  # a tail of three layers of six, a mid of two
+    assert once == 3 * one // 3 and two - one == one // 3  # a tail and a mid of one layer of three
 
 
 def test_mixed_loops():

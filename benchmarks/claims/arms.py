@@ -27,15 +27,15 @@ from loopmdm.training import (
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """
-    One way to spend the budget. Layers are those of a task's model of ordinary size plus `extra_layers`.
+    One way to spend the budget.
 
     Args:
         about: In words.
-        mid: First layer of mid and the one after its last, as shares of 6 layers.
+        mid: Edges of mid in thirds of the physical layers: (1, 2) is the middle one, (0, 3) all.
         max_loops: S_max; 1 trains without loops.
         schedule: Name of a loop schedule, see `make_loop_schedule`, or "mixed", see [`MixedLoops`].
         options: Arguments of the schedule.
-        extra_layers: Physical layers more than the model of ordinary size.
+        depth: Physical layers, as a multiple of the task's.
         gradient_loops: Backpropagate through the last so many loops.
         second_exit: Weight of a second loss, read out after a smaller number of loops of the same pass.
         consistency: Weight of KL(p at S loops, without gradient || p at the second exit).
@@ -43,11 +43,11 @@ class Arm:
     """
 
     about: str
-    mid: tuple[int, int] = (1, 3)
+    mid: tuple[int, int] = (1, 2)
     max_loops: int = 6
     schedule: str = "uniform"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    extra_layers: int = 0
+    depth: int = 1
     gradient_loops: int | None = None
     second_exit: float = 0.0
     consistency: float = 0.0
@@ -57,28 +57,21 @@ class Arm:
 ARMS: dict[str, Arm] = {
     # Claims 1 to 4
     "same_size": Arm("no loops", max_loops=1),
-    "looped": Arm("LoopMDM: head 1, mid 2, tail 3, S ~ Uniform{1..6}"),
-    "deeper": Arm("no loops, as many layers as LoopMDM executes on average", max_loops=1, extra_layers=5),
+    "looped": Arm("LoopMDM: the middle third of the layers is looped, S ~ Uniform{1..6}"),
+    "deeper": Arm("no loops, twice the layers: LoopMDM executes 1.83 times as many on average", max_loops=1, depth=2),
     # FLOPs that LoopMDM needs: runs with whole schedules on parts of the budget
     "looped_30": Arm("LoopMDM on 30 % of the FLOPs", budget=0.3),
     "looped_50": Arm("LoopMDM on 50 % of the FLOPs", budget=0.5),
     "looped_70": Arm("LoopMDM on 70 % of the FLOPs", budget=0.7),
-    # Position of mid
-    "mid_first": Arm("mid = layers 0-1", mid=(0, 2)),
-    "mid_middle": Arm("mid = layers 2-3", mid=(2, 4)),
-    "mid_late": Arm("mid = layers 3-4", mid=(3, 5)),
-    "mid_last": Arm("mid = layers 4-5", mid=(4, 6)),
-    "whole": Arm("mid = all layers, S ~ Uniform{1..3}: 12 layers on average", mid=(0, 6), max_loops=3),
-    # Size of mid, at the same mean executed depth
-    "mid1": Arm("mid = layer 1, S ~ Uniform{1..11}", mid=(1, 2), max_loops=11),
-    "mid4": Arm("mid = layers 1-4, S ~ Uniform{1..3}: 10 layers on average", mid=(1, 5), max_loops=3),
-    # Number of loops
+    # Where, and how much
+    "mid_first": Arm("mid = first third", mid=(0, 1)),
+    "mid_last": Arm("mid = last third", mid=(2, 3)),
+    "mid_two": Arm("mid = first two thirds, S ~ Uniform{1..3}", mid=(0, 2), max_loops=3),
+    "whole": Arm("mid = all layers, S ~ Uniform{1..3}: twice the layers on average", mid=(0, 3), max_loops=3),
     "s4": Arm("S ~ Uniform{1..4}", max_loops=4),
     "s8": Arm("S ~ Uniform{1..8}", max_loops=8),
     "s12": Arm("S ~ Uniform{1..12}", max_loops=12),
     "fixed4": Arm("S = 4 always", max_loops=4, schedule="fixed"),
-    "fixed6": Arm("S = 6 always", max_loops=6, schedule="fixed"),
-    # Distribution of S and gradients
     "gradient2": Arm("gradient through the last two loops", gradient_loops=2),
     "flops": Arm("p(S) ~ 1 / FLOPs(S)", schedule="flops"),
     "growing": Arm("S ~ Uniform{1..M}, M growing to 6 over the first half", schedule="growing"),
@@ -86,17 +79,19 @@ ARMS: dict[str, Arm] = {
     "fixed_then_uniform": Arm(
         "S = 4 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 4, "until": 0.5}
     ),
+    "plain_then_uniform": Arm(
+        "S = 1 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 1, "until": 0.5}
+    ),
+    "plain_then_high": Arm(
+        "S = 1 for the first half, Uniform{3..6} after",
+        schedule="mixed",
+        options={"fixed": 1, "until": 0.5, "low": 3},
+    ),
     "mostly_fixed": Arm(
         "S = 4 in half of the steps, Uniform{1..6} in the others", schedule="mixed", options={"fixed": 4, "share": 0.5}
     ),
     "high": Arm("S ~ Uniform{3..6}", schedule="mixed", options={"low": 3}),
-    "two_exits": Arm(
-        "S = 4, and a second loss at a smaller S of the same pass",
-        max_loops=4,
-        schedule="fixed",
-        second_exit=0.5,
-    ),
-    "two_exits_uniform": Arm("S ~ Uniform{1..6}, and a second loss at a smaller S of the same pass", second_exit=0.5),
+    "two_exits": Arm("S ~ Uniform{1..6}, and a second loss at a smaller S of the same pass", second_exit=0.5),
     "consistency": Arm(
         "S = 4, and a smaller S of the same pass learns its predictions",
         max_loops=4,
@@ -130,8 +125,8 @@ class MixedLoops(LoopSchedule):
 
 
 def build_config(arm: Arm, task: Task) -> LoopMDMConfig:
-    layers = task.layers + arm.extra_layers * task.layers // 6
-    start, end = (edge * task.layers // 6 for edge in arm.mid)
+    layers = arm.depth * task.layers
+    start, end = (edge * task.layers // 3 for edge in arm.mid)
     return task.config(
         num_hidden_layers=layers,
         loop_start=start,

@@ -3,7 +3,7 @@
 Matched-FLOP studies: trains arms of one task from scratch, on the same data in the same order and with the same
 training FLOPs, and measures each.
 
-    python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 10 \\
+    python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 3 \\
         --work /tmp/claims --results docs/results/claims
 
 Writes `RESULTS/TASK/ARM-SEED.json` after every arm; an arm whose file is there is not run again, and one that was
@@ -104,7 +104,7 @@ def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int,
     return result
 
 
-def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
+def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any] | None:
     """Trains and measures one arm. Measurements along the training are kept, so that a resumed run has them all."""
     arm, clock = arms.ARMS[name], Clock()
     folder = Path(args.work) / task.name / f"{name}-{seed}"
@@ -122,7 +122,16 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
         write_json(folder / "marks" / f"{step}.json", record)
         print(f"{name} {seed} {step}/{len(sums)} {json.dumps(rounded(summary(record)))}", flush=True)
 
-    training = arms.train(arm, task, seed, args.tflop * 1e12, folder, by_step, on_mark, fast=args.fast)
+    finished = folder / "training.json"
+    if not finished.is_file():
+        training = arms.train(arm, task, seed, args.tflop * 1e12, folder, by_step, on_mark, fast=args.fast)
+        write_json(finished, {**training, "protocol": protocol(clock)})
+    if args.train_only:
+        return None
+    clock = Clock()
+    training = json.loads(finished.read_text())
+    if training["steps"] != len(sums):
+        raise SystemExit(f"{folder} holds an arm of another budget; give another --work folder.")
     trained = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
     model.load_state_dict(trained.state_dict())
     measured = measure_finally(model, task, arm.max_loops, args.quick)
@@ -178,7 +187,7 @@ def protocol(clock: Clock) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         **clock.read(),
-        "timing": "wall and CPU time of this arm in its last process: training, measurements along it and at its end",
+        "timing": "of the last process that trained (with measurements along it) or measured the arm",
     }
 
 
@@ -215,7 +224,7 @@ def main() -> None:
     parser.add_argument("--arms", default="same_size,looped,deeper", help=f"of: {', '.join(arms.ARMS)}")
     parser.add_argument("--seeds", default="0", help="separated by commas; each runs all arms (default: 0)")
     parser.add_argument("--seed", type=int, help="one seed, as --seeds with one number")
-    parser.add_argument("--tflop", type=float, default=10.0, help="training budget of an arm in 10^12 (default: 10)")
+    parser.add_argument("--tflop", type=float, default=3.0, help="training budget of an arm in 10^12 (default: 3)")
     parser.add_argument("--work", required=True, help="folder for data, checkpoints and models")
     parser.add_argument("--results", required=True, help="folder for the results, one JSON file for each arm and seed")
     parser.add_argument("--train-text", help="language: text file to train on, in UTF-8")
@@ -224,6 +233,7 @@ def main() -> None:
     parser.add_argument("--grid-loops", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
     parser.add_argument("--grid-steps", type=int, nargs="+", default=[1, 2, 3, 4, 8])
     parser.add_argument("--fast", action="store_true", help="train in bfloat16 with compiled layers")
+    parser.add_argument("--train-only", action="store_true", help="leave measuring the trained arms to a later call")
     parser.add_argument("--quick", action="store_true", help="tiny data, models and budgets: a test of the machinery")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
@@ -248,6 +258,8 @@ def main() -> None:
                 print(f"{path} is there", flush=True)
                 continue
             record = (run_grid if args.grid else run_arm)(name, seed, task, args)
+            if record is None:
+                continue
             write_json(path, record)
             print(f"wrote {path} after {record['protocol']['seconds']:.0f} s", flush=True)
 
