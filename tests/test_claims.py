@@ -82,7 +82,16 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     assert capsys.readouterr().out.count("is there") == len(NAMES)
 
     plots = folder / "plots"
-    arguments = ["report.py", "--results", str(folder / "results"), "--task", name, "--plots", str(plots), "--summary"]
+    arguments = [
+        "report.py",
+        "--results",
+        str(folder / "results"),
+        "--study",
+        name,
+        "--plots",
+        str(plots),
+        "--summary",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     report.main()
     printed = capsys.readouterr().out

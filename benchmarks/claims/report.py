@@ -2,11 +2,11 @@
 """
 Tables and plots of the studies, from the JSON files that run.py wrote.
 
-    python benchmarks/claims/report.py --results docs/results/claims --task sudoku6 --plots docs/results
+    python benchmarks/claims/report.py --results docs/results/claims --study sudoku6 --plots docs/results
 
-Prints tables in Markdown, and writes `REPORT.json` beside the results, `PLOTS/TASK.png` with one panel for each claim,
-`PLOTS/TASK-grid.png` where a grid was measured, and `PLOTS/summary.png`. An error bar is the standard deviation over
-seeds where there are several, and otherwise the standard error over held-out rows.
+Prints tables in Markdown, and writes `REPORT.json` beside the results, `PLOTS/STUDY.png` with one panel for each
+claim, `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary` `PLOTS/summary.png`. An error bar is the
+standard deviation over seeds where there are several, and otherwise the standard error over held-out rows.
 """
 
 import argparse
@@ -440,11 +440,11 @@ def _save(figure, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", required=True, help="folder that run.py wrote to")
-    parser.add_argument("--task", default="sudoku6")
+    parser.add_argument("--study", default="sudoku6", help="folder in --results")
     parser.add_argument("--plots", help="folder for the pictures")
-    parser.add_argument("--summary", action="store_true", help="draw summary.png of this task too")
+    parser.add_argument("--summary", action="store_true", help="draw summary.png of this study too")
     args = parser.parse_args()
-    folder = Path(args.results) / args.task
+    folder = Path(args.results) / args.study
     records, grids = read_results(folder)
     print(tables(records, grids))
     report = {
@@ -456,9 +456,9 @@ def main() -> None:
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, folder / "REPORT.json")
     if args.plots:
-        plot_claims(records, Path(args.plots) / f"{args.task}.png")
+        plot_claims(records, Path(args.plots) / f"{args.study}.png")
         if grids:
-            plot_grid(grids, Path(args.plots) / f"{args.task}-grid.png")
+            plot_grid(grids, Path(args.plots) / f"{args.study}-grid.png")
         if args.summary:
             plot_summary(records, grids, Path(args.plots) / "summary.png")
 

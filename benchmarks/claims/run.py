@@ -6,7 +6,7 @@ training FLOPs, and measures each.
     python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 3 \\
         --work /tmp/claims --results docs/results/claims
 
-Writes `RESULTS/TASK/ARM-SEED.json` after every arm; an arm whose file is there is not run again, and one that was
+Writes `RESULTS/STUDY/ARM-SEED.json` after every arm; an arm whose file is there is not run again, and one that was
 interrupted goes on from its last checkpoint in `--work`. `--grid` measures loops x denoising steps x commit rules of
 trained arms instead. benchmarks/claims/report.py makes tables and plots of the files.
 """
@@ -107,7 +107,7 @@ def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int,
 def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any] | None:
     """Trains and measures one arm. Measurements along the training are kept, so that a resumed run has them all."""
     arm, clock = arms.ARMS[name], Clock()
-    folder = Path(args.work) / task.name / f"{name}-{seed}"
+    folder = Path(args.work) / args.study / f"{name}-{seed}"
     model = LoopMDMForMaskedLM(arms.build_config(arm, task))  # a second one, never compiled, which is measured
     model.eval()
     sums = arms.plan(arm, task, model, seed, args.tflop * 1e12 * arm.budget)
@@ -194,7 +194,7 @@ def protocol(clock: Clock) -> dict[str, Any]:
 def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
     """Solve rate over loops x denoising steps x commit rules of a trained arm."""
     arm, clock = arms.ARMS[name], Clock()
-    folder = Path(args.work) / task.name / f"{name}-{seed}" / "model"
+    folder = Path(args.work) / args.study / f"{name}-{seed}" / "model"
     if not (folder / "config.json").is_file():
         raise SystemExit(f"{folder} holds no trained arm; run it without --grid first.")
     if task.rows.scored is None:
@@ -221,6 +221,7 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(tasks.TASKS), default="sudoku6")
+    parser.add_argument("--study", help="folder in --work and --results, one for each budget (default: the task)")
     parser.add_argument("--arms", default="same_size,looped,deeper", help=f"of: {', '.join(arms.ARMS)}")
     parser.add_argument("--seeds", default="0", help="separated by commas; each runs all arms (default: 0)")
     parser.add_argument("--seed", type=int, help="one seed, as --seeds with one number")
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny data, models and budgets: a test of the machinery")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
+    args.study = args.study or args.task
     if args.threads:
         torch.set_num_threads(args.threads)
     names = args.arms.split(",")
@@ -253,7 +255,7 @@ def main() -> None:
     task = tasks.make_task(args.task, Path(args.work) / "data", args.quick, texts)
     for seed in seeds:
         for name in names:
-            path = Path(args.results) / task.name / f"{name}-{seed}{'-grid' if args.grid else ''}.json"
+            path = Path(args.results) / args.study / f"{name}-{seed}{'-grid' if args.grid else ''}.json"
             if path.is_file():
                 print(f"{path} is there", flush=True)
                 continue
