@@ -87,6 +87,11 @@ ARMS: dict[str, Arm] = {
         schedule="mixed",
         options={"fixed": 1, "until": 0.5, "low": 3},
     ),
+    "plain_then_high_late": Arm(
+        "S = 1 for three quarters of the steps, Uniform{3..6} after",
+        schedule="mixed",
+        options={"fixed": 1, "until": 0.75, "low": 3},
+    ),
     "mostly_fixed": Arm(
         "S = 4 in half of the steps, Uniform{1..6} in the others", schedule="mixed", options={"fixed": 4, "share": 0.5}
     ),
@@ -104,6 +109,14 @@ ARMS: dict[str, Arm] = {
         options={"low": 3},
         consistency=0.5,
     ),
+}
+
+
+ARMS |= {
+    f"plain_then_high_{share}": dataclasses.replace(
+        ARMS["plain_then_high"], about=f"plain_then_high on {share} % of the FLOPs", budget=share / 100
+    )
+    for share in (30, 50, 70)
 }
 
 

@@ -120,7 +120,12 @@ def one_step(
 
 @torch.no_grad()
 def generations(
-    model: LoopMDMForMaskedLM, rows: Rows, num_loops: int, max_denoising_steps: int, batch: int = 64, **rule
+    model: LoopMDMForMaskedLM,
+    rows: Rows,
+    num_loops: int | list[int],
+    max_denoising_steps: int,
+    batch: int = 64,
+    **rule,
 ) -> dict[str, Any]:
     """Share of rows that `generate` solves, and what it cost on average: passes, loops, FLOPs; wall time in all."""
     solved, passes, loops, seconds = 0, 0, 0, time.perf_counter()

@@ -19,8 +19,14 @@ from typing import Any
 
 from arms import ARMS
 
-MAIN = ("same_size", "deeper", "looped")
-COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue"}
+MAIN = ("same_size", "deeper", "looped", "plain_then_high")
+COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "plain_then_high": "tab:red"}
+ABOUT = {
+    "same_size": "same size, no loops",
+    "deeper": "deeper, no loops",
+    "looped": "LoopMDM, S ~ Uniform{1..6}",
+    "plain_then_high": "LoopMDM, S = 1 first, then Uniform{3..6}",
+}
 
 
 def read_results(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
@@ -88,30 +94,41 @@ def crossing(points: list[tuple[float, float]], level: float) -> float | None:
 
 def flops_to_match(records: dict[str, list[dict]], held_out: str) -> list[dict[str, Any]]:
     """
-    Claim 1, by seed: the share of the same-size arm's training FLOPs after which LoopMDM, at S_max loops, has its
-    final NELBO. "within" reads it off one run, whose learning rate is still high at the crossing; "budgets" off runs
-    with a whole schedule on a part of the FLOPs each.
+    Claim 1, by arm and seed: the share of the same-size arm's training FLOPs after which a looped arm, at S_max loops,
+    has its final NELBO. "within" reads it off one run, whose learning rate is still high at the crossing; "budgets"
+    off runs with a whole schedule on a part of the FLOPs each (`ARM_30`, ...); None where it is not reached.
     """
     found = []
     same = {run["seed"]: run for run in records.get("same_size", [])}
-    for run in records.get("looped", []):
-        seed, loops = run["seed"], str(training_loops(run))
-        if seed not in same:
-            continue
-        total = same[seed]["training"]["training_flops"]
-        entry = {"seed": seed}
-        level = same[seed]["marks"][-1]["likelihood"]["1"]["nelbo"]
-        marks = [(mark["flops"], mark["likelihood"][loops]["nelbo"]) for mark in run["marks"]]
-        flops = crossing(marks, level)
-        entry["within"] = None if flops is None else flops / total
-        level = same[seed]["likelihood"][held_out]["1"]["nelbo"]
-        shorter = [r for name in records if name.startswith("looped") for r in records[name] if r["seed"] == seed]
-        points = sorted((r["training"]["training_flops"], r["likelihood"][held_out][loops]["nelbo"]) for r in shorter)
-        flops = crossing(points, level) if len(points) > 1 else None
-        entry["budgets"] = None if flops is None else flops / total
-        entry["bound_only"] = flops is not None and flops == points[0][0]
-        found.append(entry)
+    for name in records:
+        for run in records[name]:
+            seed, loops = run["seed"], str(training_loops(run))
+            if loops == "1" or seed not in same or run["settings"]["budget"] < 1:
+                continue
+            total = same[seed]["training"]["training_flops"]
+            level = same[seed]["marks"][-1]["likelihood"]["1"]["nelbo"]
+            within = crossing([(mark["flops"], mark["likelihood"][loops]["nelbo"]) for mark in run["marks"]], level)
+            level = same[seed]["likelihood"][held_out]["1"]["nelbo"]
+            family = [r for other in records for r in records[other] if r["seed"] == seed and is_of(other, name)]
+            points = sorted(
+                (r["training"]["training_flops"], r["likelihood"][held_out][loops]["nelbo"]) for r in family
+            )
+            budgets = crossing(points, level) if len(points) > 1 else None
+            found.append(
+                {
+                    "arm": name,
+                    "seed": seed,
+                    "within": None if within is None else within / total,
+                    "budgets": None if budgets is None else budgets / total,
+                    "budgets_measured": [flops / total for flops, _ in points],
+                }
+            )
     return found
+
+
+def is_of(name: str, base: str) -> bool:
+    """Whether an arm is `base` itself, or `base` on a part of the FLOPs."""
+    return name == base or (name.startswith(f"{base}_") and ARMS[name].budget < 1)
 
 
 def frontier(grids: dict[str, dict]) -> dict[str, list[dict]]:
@@ -148,7 +165,9 @@ def setting_name(entry: dict) -> str:
     steps = entry["max_denoising_steps"]
     at_most = "up to " if entry.get("confidence_threshold") else ""
     rule = f", {rule_name(entry)}" if steps > 1 else ""
-    return f"{entry['num_loops']} loops x {at_most}{steps} steps{rule}"
+    loops = entry["num_loops"]
+    loops = f"{loops[0]} loops, then 1," if isinstance(loops, list) else f"{loops} loop{'s' * (loops > 1)}"
+    return f"{loops} x {at_most}{steps} step{'s' * (steps > 1)}{rule}"
 
 
 def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
@@ -180,14 +199,15 @@ def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
     for held_out in held_out_names(records):
         found = flops_to_match(records, held_out)
         if found:
-            lines += [f"Share of the FLOPs at which LoopMDM has the same-size arm's final NELBO ({held_out})", ""]
-            lines += _header(["seed", "within one run", "ratio", "runs on smaller budgets", "ratio"])
+            lines += [f"Share of the FLOPs at which an arm has the same-size arm's final NELBO ({held_out})", ""]
+            lines += _header(["arm", "seed", "within one run", "ratio", "by runs on smaller budgets", "ratio"])
             for entry in found:
                 cells = []
                 for kind in ("within", "budgets"):
                     share = entry[kind]
-                    cells += ["never", ""] if share is None else [f"{share:.2f}", f"{1 / share:.2f}"]
-                lines.append(_row([entry["seed"], *cells]))
+                    none = "not reached" if kind == "within" or len(entry["budgets_measured"]) > 1 else "not run"
+                    cells += [none, ""] if share is None else [f"{share:.2f}", f"{1 / share:.2f}"]
+                lines.append(_row([entry["arm"], entry["seed"], *cells]))
             lines.append("")
     looped = records.get("looped")
     if looped and "adaptive" in looped[0].get("one_step", {}):
@@ -289,11 +309,12 @@ def _plot_training(records, axis) -> None:
             values = [mark["likelihood"][loops]["nelbo"] for mark in run["marks"]]
             axis.plot(flops, values, color=COLORS[name], marker=".", label=ABOUT[name] if i == 0 else None)
     held_out = held_out_names(records)[0]
-    shorter = [run for name in records if name.startswith("looped_") for run in records[name]]
-    if shorter:
-        flops = [run["training"]["training_flops"] / 1e12 for run in shorter]
-        values = [run["likelihood"][held_out][str(training_loops(run))]["nelbo"] for run in shorter]
-        axis.scatter(flops, values, color=COLORS["looped"], marker="*", s=70, label="LoopMDM, shorter schedules")
+    for base in _main(records):
+        shorter = [run for name in records if name != base and is_of(name, base) for run in records[name]]
+        if shorter:
+            flops = [run["training"]["training_flops"] / 1e12 for run in shorter]
+            values = [run["likelihood"][held_out][str(training_loops(run))]["nelbo"] for run in shorter]
+            axis.scatter(flops, values, color=COLORS[base], marker="*", s=70, label="the same on a smaller budget")
     axis.set_xlabel("training TFLOP")
     axis.set_ylabel(f"NELBO, nats per {next(iter(records.values()))[0]['settings']['unit']}")
     axis.set_yscale("log")
@@ -301,13 +322,10 @@ def _plot_training(records, axis) -> None:
     axis.legend(fontsize="small")
 
 
-ABOUT = {"same_size": "same size, no loops", "deeper": "deeper, no loops", "looped": "LoopMDM"}
-
-
 def _plot_nelbo_by_loops(records, axis) -> None:
     held_out = held_out_names(records)[0]
     for name in records:
-        if name.startswith("looped_") or (name not in MAIN and training_loops(records[name][0]) == 1):
+        if ARMS[name].budget < 1:
             continue
         table = nelbo_by_loops(records[name], held_out)
         means, errors = zip(*table.values(), strict=True)
@@ -325,7 +343,7 @@ def _plot_nelbo_by_loops(records, axis) -> None:
 
 def _plot_solved_by_loops(records, axis) -> None:
     for name in records:
-        if name.startswith("looped_"):
+        if ARMS[name].budget < 1:
             continue
         table = solved_by_loops(records[name])
         means = [100 * mean for mean, _ in table.values()]
@@ -341,16 +359,16 @@ def _plot_solved_by_loops(records, axis) -> None:
 
 
 def _plot_adaptive(records, axis) -> None:
-    for name in ("looped",):
-        if name not in records:
-            continue
+    for name in _main(records):
         runs = records[name]
+        if training_loops(runs[0]) == 1:
+            continue
         table = solved_by_loops(runs)
-        axis.plot(list(table), [100 * mean for mean, _ in table.values()], color="tab:blue", label="fixed num_loops")
+        axis.plot(list(table), [100 * mean for mean, _ in table.values()], color=COLORS[name], label="fixed num_loops")
         entries = list(zip(*(run["one_step"]["adaptive"] for run in runs), strict=True))
         loops = [sum(entry["loops"] for entry in group) / len(group) for group in entries]
         solved = [100 * sum(entry["solved"] for entry in group) / len(group) for group in entries]
-        axis.plot(loops, solved, color="tab:orange", marker="o", label="loop_tolerance")
+        axis.plot(loops, solved, color=COLORS[name], marker="o", linestyle=":", label="loop_tolerance")
     axis.set_xlabel("mean loops")
     axis.set_ylabel("solved in one step, %")
     axis.set_title("Adaptive loops")
@@ -418,7 +436,7 @@ def _plot_frontiers(grids, axis, with_settings: bool) -> None:
 def plot_summary(records: dict[str, list[dict]], grids: dict[str, dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    main = {name: records[name] for name in records if name in MAIN or name.startswith("looped_")}
+    main = {name: records[name] for name in records if any(is_of(name, base) for base in MAIN)}
     panels = [_plot_training, _plot_solved_by_loops if "one_step" in records["looped"][0] else _plot_nelbo_by_loops]
     figure = Figure(figsize=(4.6 * (len(panels) + bool(grids)), 3.7), layout="constrained")
     axes = figure.subplots(1, len(panels) + bool(grids))

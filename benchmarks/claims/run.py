@@ -31,7 +31,8 @@ from loopmdm.training import ExampleStream, MaskedDiffusionCollator
 
 MARKS = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0]  # shares of an arm's budget
 TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
-RULES = [{}, {"confidence_threshold": 0.9}, {"confidence_threshold": 0.99}]
+# Besides a fixed number of steps: commit whatever is certain enough, in 8 steps at most
+THRESHOLDS = [0.7, 0.9]
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -201,13 +202,17 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
         raise SystemExit(f"The task {task.name} has no answers to be right or wrong, so there is no grid.")
     model = LoopMDMForMaskedLM.from_pretrained(folder).eval()
     found = []
-    for loops in [
-        loops for loops in args.grid_loops if loops == 1 or (loops <= 2 * arm.max_loops and arm.max_loops > 1)
-    ]:
-        for steps in args.grid_steps:
-            for rule in RULES if steps > 1 else RULES[:1]:
-                found.append(measure.generations(model, task.rows, loops, steps, **rule))
-                print(f"{name} {seed} {json.dumps(rounded(found[-1]))}", flush=True)
+    for loops in args.grid_loops:
+        if loops > (2 * arm.max_loops if arm.max_loops > 1 else 1):
+            continue
+        settings: list[tuple[int | list[int], int, dict]] = [(loops, steps, {}) for steps in args.grid_steps]
+        settings += [(loops, 8, {"confidence_threshold": threshold}) for threshold in THRESHOLDS]
+        if loops > 1:  # loops in the first step alone
+            settings += [([loops] + [1] * (steps - 1), steps, {}) for steps in args.grid_steps if steps > 1]
+            settings += [([loops] + [1] * 7, 8, {"confidence_threshold": threshold}) for threshold in THRESHOLDS]
+        for num_loops, steps, rule in settings:
+            found.append(measure.generations(model, task.rows, num_loops, steps, **rule))
+            print(f"{name} {seed} {json.dumps(rounded(found[-1]))}", flush=True)
     return {
         "task": task.name,
         "arm": name,
@@ -232,7 +237,7 @@ def main() -> None:
     parser.add_argument("--eval-text", help="language: another text file to evaluate, in UTF-8")
     parser.add_argument("--grid", action="store_true", help="measure loops x steps x rules of trained arms")
     parser.add_argument("--grid-loops", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
-    parser.add_argument("--grid-steps", type=int, nargs="+", default=[1, 2, 3, 4, 8])
+    parser.add_argument("--grid-steps", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--fast", action="store_true", help="train in bfloat16 with compiled layers")
     parser.add_argument("--train-only", action="store_true", help="leave measuring the trained arms to a later call")
     parser.add_argument("--quick", action="store_true", help="tiny data, models and budgets: a test of the machinery")
