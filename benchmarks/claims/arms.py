@@ -92,6 +92,12 @@ ARMS: dict[str, Arm] = {
         schedule="mixed",
         options={"fixed": 1, "until": 0.75, "low": 3},
     ),
+    "plain_then_high_consistency": Arm(
+        "plain_then_high, and a smaller S of the same pass learns its predictions",
+        schedule="mixed",
+        options={"fixed": 1, "until": 0.5, "low": 3},
+        consistency=0.5,
+    ),
     "mostly_fixed": Arm(
         "S = 4 in half of the steps, Uniform{1..6} in the others", schedule="mixed", options={"fixed": 4, "share": 0.5}
     ),

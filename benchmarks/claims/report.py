@@ -296,6 +296,11 @@ def plot_claims(records: dict[str, list[dict]], path: Path) -> None:
     _save(figure, path)
 
 
+def _legend(axis, fontsize: str = "small") -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=fontsize)
+
+
 def _main(records: dict[str, list[dict]]) -> list[str]:
     return [name for name in MAIN if name in records]
 
@@ -319,7 +324,7 @@ def _plot_training(records, axis) -> None:
     axis.set_ylabel(f"NELBO, nats per {next(iter(records.values()))[0]['settings']['unit']}")
     axis.set_yscale("log")
     axis.set_title("Training")
-    axis.legend(fontsize="small")
+    _legend(axis)
 
 
 def _plot_nelbo_by_loops(records, axis) -> None:
@@ -338,7 +343,7 @@ def _plot_nelbo_by_loops(records, axis) -> None:
     axis.set_xlabel("num_loops")
     axis.set_ylabel("NELBO")
     axis.set_title("Likelihood by loops")
-    axis.legend(fontsize="x-small", ncols=2)
+    _legend(axis, fontsize="x-small")
 
 
 def _plot_solved_by_loops(records, axis) -> None:
@@ -372,7 +377,7 @@ def _plot_adaptive(records, axis) -> None:
     axis.set_xlabel("mean loops")
     axis.set_ylabel("solved in one step, %")
     axis.set_title("Adaptive loops")
-    axis.legend(fontsize="small")
+    _legend(axis)
 
 
 def _plot_by_share(records, axis) -> None:
@@ -385,7 +390,7 @@ def _plot_by_share(records, axis) -> None:
     axis.set_xlabel("share masked (timestep)")
     axis.set_ylabel("-log p of a masked token")
     axis.set_title("Gain by timestep")
-    axis.legend(fontsize="small")
+    _legend(axis)
 
 
 def _plot_attention(records, axis) -> None:
@@ -398,7 +403,7 @@ def _plot_attention(records, axis) -> None:
     axis.set_xlabel("loop")
     axis.set_ylabel("attention, masked to masked")
     axis.set_title("Attention by loop (dotted: uniform)")
-    axis.legend(fontsize="small")
+    _legend(axis)
 
 
 def plot_grid(grids: dict[str, dict], path: Path) -> None:
@@ -426,11 +431,13 @@ def _plot_frontiers(grids, axis, with_settings: bool) -> None:
         axis.step([*flops, 1e9], [*solved, solved[-1]], where="post", color=color, label=ABOUT.get(name, name))
     everything = [entry["flops"] / 1e6 for grid in grids.values() for entry in grid["grid"]]
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.xaxis.set_minor_formatter(lambda x, _: f"{x:.0f}" if f"{x:.0e}"[0] in "235" else "")
     axis.set_xlim(min(everything) * 0.9, max(everything) * 1.1)
     axis.set_xlabel("inference MFLOP a puzzle")
     axis.set_ylabel("solved, %")
-    axis.set_title("Loops and denoising steps: best setting per budget")
-    axis.legend(fontsize="small")
+    axis.set_title("Loops and steps: best per budget")
+    _legend(axis)
 
 
 def plot_summary(records: dict[str, list[dict]], grids: dict[str, dict], path: Path) -> None:
@@ -442,7 +449,7 @@ def plot_summary(records: dict[str, list[dict]], grids: dict[str, dict], path: P
     axes = figure.subplots(1, len(panels) + bool(grids))
     for panel, axis in zip(panels, axes, strict=False):
         panel(main, axis)
-        axis.legend(fontsize="small")
+        _legend(axis)
     if grids:
         _plot_frontiers(grids, axes[-1], False)
     _save(figure, path)

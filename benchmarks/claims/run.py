@@ -92,7 +92,7 @@ def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int,
     """Everything that the report needs of one arm."""
     loops = loops_to_measure(max_loops)
     likelihood = {
-        name: measure.likelihood(model, rows[: 16 if quick else 200], loops) for name, rows in task.held_out.items()
+        name: measure.likelihood(model, rows[: 16 if quick else 1000], loops) for name, rows in task.held_out.items()
     }
     result: dict[str, Any] = {"likelihood": likelihood}
     rows = task.rows
