@@ -30,16 +30,26 @@ ABOUT = {
 
 
 def read_results(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
-    """The records of every arm, by seed, and the grids (of the first seed that has one), in the order of `ARMS`."""
+    """The records of every arm, by seed, and its grid averaged over seeds, in the order of `ARMS`."""
     records, grids = {}, {}
     for name in ARMS:
         paths = sorted(folder.glob(f"{name}-*.json"))
         found = [json.loads(path.read_text()) for path in paths if path.stem.removeprefix(f"{name}-").isdigit()]
         if found:
             records[name] = sorted(found, key=lambda record: record["seed"])
-        paths = sorted(folder.glob(f"{name}-[0-9]*-grid.json"))
-        if paths:
-            grids[name] = json.loads(paths[0].read_text())
+        measured = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[0-9]*-grid.json"))]
+        if measured:
+            # The settings that all seeds have
+            keyed = [{setting_name(entry): entry for entry in grid["grid"]} for grid in measured]
+            common = [key for key in keyed[0] if all(key in table for table in keyed)]
+            numbers = ("solved", "forward_passes", "loops", "flops")
+            grids[name] = {
+                "seeds": len(measured),
+                "grid": [
+                    {**keyed[0][key], **{n: sum(table[key][n] for table in keyed) / len(keyed) for n in numbers}}
+                    for key in common
+                ],
+            }
     if not records:
         raise SystemExit(f"{folder} holds no results; make some with benchmarks/claims/run.py.")
     return records, grids
@@ -235,7 +245,7 @@ def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
     if grids:
         lines += ["Best setting within a budget of inference FLOPs", ""]
         names = list(grids)
-        lines += _header(["MFLOP a row", *names])
+        lines += _header(["MFLOP a row", *(f"{name} ({grids[name]['seeds']} seeds)" for name in names)])
         for row in best_per_budget(grids, budgets_of(grids)):
             cells = [f"{100 * row[n]['solved']:.1f}: {setting_name(row[n])}" if row[n] else "" for n in names]
             lines.append(_row([f"{row['flops'] / 1e6:.0f}", *cells]))

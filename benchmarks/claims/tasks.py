@@ -123,7 +123,7 @@ def _shape(width: int, vocab_size: int, **others) -> dict[str, Any]:
 
 def sudoku6_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     """6x6 Sudoku with 14 to 20 clues for 36 cells; digits 1-6 are the tokens 2-7."""
-    count, held_out = (256, 64) if quick else (60_000, 1000)
+    count, held_out = (256, 32) if quick else (60_000, 1000)
 
     def rows(count: int, seed: int) -> Rows:
         path = cache / f"sudoku6-{seed}-{count}-14-20.json"
@@ -150,7 +150,7 @@ def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     Word problems of 2 to 4 events, see word_problems.py; the solution is learnt, its last number is scored. Padding to
     one length is an ordinary token at the end, so that every step of an arm costs the same.
     """
-    count, held_out, length = (256, 64, 72) if quick else (100_000, 1000, 72)
+    count, held_out, length = (256, 32, 72) if quick else (100_000, 1000, 72)
     ids = {word: index for index, word in enumerate(word_problems.VOCABULARY, start=2)}
 
     def read(seed: int, index: int) -> dict:
