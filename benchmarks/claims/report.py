@@ -130,6 +130,8 @@ def flops_to_match(records: dict[str, list[dict]], held_out: str) -> list[dict[s
                     "seed": seed,
                     "within": None if within is None else within / total,
                     "budgets": None if budgets is None else budgets / total,
+                    # With the smallest budget that was run already there, the share is a bound from above.
+                    "is_bound": budgets is not None and budgets == points[0][0],
                     "budgets_measured": [flops / total for flops, _ in points],
                 }
             )
@@ -216,7 +218,8 @@ def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
                 for kind in ("within", "budgets"):
                     share = entry[kind]
                     none = "not reached" if kind == "within" or len(entry["budgets_measured"]) > 1 else "not run"
-                    cells += [none, ""] if share is None else [f"{share:.2f}", f"{1 / share:.2f}"]
+                    most, least = ("<= ", ">= ") if kind == "budgets" and entry["is_bound"] else ("", "")
+                    cells += [none, ""] if share is None else [f"{most}{share:.2f}", f"{least}{1 / share:.2f}"]
                 lines.append(_row([entry["arm"], entry["seed"], *cells]))
             lines.append("")
     looped = records.get("looped")
