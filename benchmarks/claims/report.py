@@ -1,0 +1,505 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+Tables and plots of the studies, from the JSON files that run.py wrote.
+
+    python benchmarks/claims/report.py --results docs/results/claims --study sudoku6 --plots docs/results
+
+Prints tables in Markdown, and writes `REPORT.json` beside the results, `PLOTS/STUDY.png` with one panel for each
+claim, `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary` `PLOTS/summary.png`. An error bar is the
+standard deviation over seeds where there are several, and otherwise the standard error over held-out rows.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from arms import ARMS
+
+MAIN = ("same_size", "deeper", "looped", "plain_then_high")
+COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "plain_then_high": "tab:red"}
+ABOUT = {
+    "same_size": "same size, no loops",
+    "deeper": "deeper, no loops",
+    "looped": "LoopMDM, S ~ Uniform{1..6}",
+    "plain_then_high": "LoopMDM, S = 1 first, then Uniform{3..6}",
+}
+
+
+def read_results(folder: Path) -> tuple[dict[str, list[dict]], dict[str, dict]]:
+    """The records of every arm, by seed, and its grid averaged over seeds, in the order of `ARMS`."""
+    records, grids = {}, {}
+    for name in ARMS:
+        paths = sorted(folder.glob(f"{name}-*.json"))
+        found = [json.loads(path.read_text()) for path in paths if path.stem.removeprefix(f"{name}-").isdigit()]
+        if found:
+            records[name] = sorted(found, key=lambda record: record["seed"])
+        measured = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{name}-[0-9]*-grid.json"))]
+        if measured:
+            # The settings that all seeds have
+            keyed = [{setting_name(entry): entry for entry in grid["grid"]} for grid in measured]
+            common = [key for key in keyed[0] if all(key in table for table in keyed)]
+            numbers = ("solved", "forward_passes", "loops", "flops")
+            grids[name] = {
+                "seeds": len(measured),
+                "grid": [
+                    {**keyed[0][key], **{n: sum(table[key][n] for table in keyed) / len(keyed) for n in numbers}}
+                    for key in common
+                ],
+            }
+    if not records:
+        raise SystemExit(f"{folder} holds no results; make some with benchmarks/claims/run.py.")
+    return records, grids
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def held_out_names(records: dict[str, list[dict]]) -> list[str]:
+    return list(next(iter(records.values()))[0]["likelihood"])
+
+
+def nelbo_by_loops(runs: list[dict], held_out: str) -> dict[int, tuple[float, float]]:
+    """NELBO and error bar by number of loops."""
+    table = {}
+    for loops, entry in runs[0]["likelihood"][held_out].items():
+        mean, deviation = mean_and_deviation([run["likelihood"][held_out][loops]["nelbo"] for run in runs])
+        table[int(loops)] = mean, entry["error"] if deviation is None else deviation
+    return table
+
+
+def solved_by_loops(runs: list[dict]) -> dict[int, tuple[float, float]]:
+    """Share of rows solved in one step, and error bar, by number of loops."""
+    table = {}
+    for loops in runs[0]["one_step"]["solved"]:
+        values = [run["one_step"]["solved"][loops] for run in runs]
+        mean, deviation = mean_and_deviation(values)
+        table[int(loops)] = mean, math.sqrt(mean * (1 - mean) / 1000) if deviation is None else deviation
+    return table
+
+
+def training_loops(run: dict) -> int:
+    return run["settings"]["max_loops"]
+
+
+def crossing(points: list[tuple[float, float]], level: float) -> float | None:
+    """
+    The FLOPs at which a falling curve of (FLOPs, NELBO) first reaches `level`, linear in the logarithm of the NELBO;
+    None where it does not.
+    """
+    for (left, high), (right, low) in itertools.pairwise(points):
+        if low <= level < high:
+            return left + (right - left) * math.log(high / level) / math.log(high / low)
+    if points and points[0][1] <= level:
+        return points[0][0]
+    return None
+
+
+def flops_to_match(records: dict[str, list[dict]], held_out: str) -> list[dict[str, Any]]:
+    """
+    Claim 1, by arm and seed: the share of the same-size arm's training FLOPs after which a looped arm, at S_max loops,
+    has its final NELBO. "within" reads it off one run, whose learning rate is still high at the crossing; "budgets"
+    off runs with a whole schedule on a part of the FLOPs each (`ARM_30`, ...); None where it is not reached.
+    """
+    found = []
+    same = {run["seed"]: run for run in records.get("same_size", [])}
+    for name in records:
+        for run in records[name]:
+            seed, loops = run["seed"], str(training_loops(run))
+            if loops == "1" or seed not in same or run["settings"]["budget"] < 1:
+                continue
+            total = same[seed]["training"]["training_flops"]
+            level = same[seed]["marks"][-1]["likelihood"]["1"]["nelbo"]
+            within = crossing([(mark["flops"], mark["likelihood"][loops]["nelbo"]) for mark in run["marks"]], level)
+            level = same[seed]["likelihood"][held_out]["1"]["nelbo"]
+            family = [r for other in records for r in records[other] if r["seed"] == seed and is_of(other, name)]
+            points = sorted(
+                (r["training"]["training_flops"], r["likelihood"][held_out][loops]["nelbo"]) for r in family
+            )
+            budgets = crossing(points, level) if len(points) > 1 else None
+            found.append(
+                {
+                    "arm": name,
+                    "seed": seed,
+                    "within": None if within is None else within / total,
+                    "budgets": None if budgets is None else budgets / total,
+                    # With the smallest budget that was run already there, the share is a bound from above.
+                    "is_bound": budgets is not None and budgets == points[0][0],
+                    "budgets_measured": [flops / total for flops, _ in points],
+                }
+            )
+    return found
+
+
+def is_of(name: str, base: str) -> bool:
+    """Whether an arm is `base` itself, or `base` on a part of the FLOPs."""
+    return name == base or (name.startswith(f"{base}_") and ARMS[name].budget < 1)
+
+
+def frontier(grids: dict[str, dict]) -> dict[str, list[dict]]:
+    """Of every arm, the settings that no other beats at as few inference FLOPs, from the cheapest on."""
+    result = {}
+    for name, grid in grids.items():
+        best, kept = -1.0, []
+        for entry in sorted(grid["grid"], key=lambda entry: (entry["flops"], -entry["solved"])):
+            if entry["solved"] > best:
+                best = entry["solved"]
+                kept.append(entry)
+        result[name] = kept
+    return result
+
+
+def best_per_budget(grids: dict[str, dict], budgets: list[float]) -> list[dict[str, Any]]:
+    """For each budget of inference FLOPs the best setting of every arm that fits."""
+    rows = []
+    for budget in budgets:
+        row: dict[str, Any] = {"flops": budget}
+        for name, grid in grids.items():
+            fitting = [entry for entry in grid["grid"] if entry["flops"] <= budget * 1.001]
+            row[name] = max(fitting, key=lambda entry: (entry["solved"], -entry["flops"])) if fitting else None
+        rows.append(row)
+    return rows
+
+
+def rule_name(entry: dict) -> str:
+    threshold = entry.get("confidence_threshold")
+    return "confidence" if threshold is None else f"threshold {threshold:g}"
+
+
+def setting_name(entry: dict) -> str:
+    steps = entry["max_denoising_steps"]
+    at_most = "up to " if entry.get("confidence_threshold") else ""
+    rule = f", {rule_name(entry)}" if steps > 1 else ""
+    loops = entry["num_loops"]
+    loops = f"{loops[0]} loops, then 1," if isinstance(loops, list) else f"{loops} loop{'s' * (loops > 1)}"
+    return f"{loops} x {at_most}{steps} step{'s' * (steps > 1)}{rule}"
+
+
+def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
+    """Everything in Markdown."""
+    lines: list[str] = []
+    for held_out in held_out_names(records):
+        lines += [f"NELBO on {held_out}, nats per {next(iter(records.values()))[0]['settings']['unit']}", ""]
+        columns = [1, 2, 3, 4, 6, 8, 12]
+        lines += _header(["arm", "seeds", "steps", "TFLOP", *(f"{loops} loops" for loops in columns)])
+        for name, runs in records.items():
+            table = nelbo_by_loops(runs, held_out)
+            cells = [f"{table[n][0]:.4f} ± {table[n][1]:.4f}" if n in table else "" for n in columns]
+            steps = round(sum(run["training"]["steps"] for run in runs) / len(runs))
+            flops = sum(run["training"]["training_flops"] for run in runs) / len(runs) / 1e12
+            lines.append(_row([name, len(runs), steps, f"{flops:.2f}", *cells]))
+        lines.append("")
+    if "one_step" in next(iter(records.values()))[0]:
+        lines += ["Solved in one step, %; and in 2 and 4 steps at S_max loops", ""]
+        columns = [1, 2, 3, 4, 6, 8, 12]
+        lines += _header(["arm", "seeds", *(f"{loops} loops" for loops in columns), "2 steps", "4 steps"])
+        for name, runs in records.items():
+            table = solved_by_loops(runs)
+            cells = [f"{100 * table[n][0]:.1f} ± {100 * table[n][1]:.1f}" if n in table else "" for n in columns]
+            for i in range(2):
+                mean, deviation = mean_and_deviation([run["few_steps"][i]["solved"] for run in runs])
+                cells.append(f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"))
+            lines.append(_row([name, len(runs), *cells]))
+        lines.append("")
+    for held_out in held_out_names(records):
+        found = flops_to_match(records, held_out)
+        if found:
+            lines += [f"Share of the FLOPs at which an arm has the same-size arm's final NELBO ({held_out})", ""]
+            lines += _header(["arm", "seed", "within one run", "ratio", "by runs on smaller budgets", "ratio"])
+            for entry in found:
+                cells = []
+                for kind in ("within", "budgets"):
+                    share = entry[kind]
+                    none = "not reached" if kind == "within" or len(entry["budgets_measured"]) > 1 else "not run"
+                    most, least = ("<= ", ">= ") if kind == "budgets" and entry["is_bound"] else ("", "")
+                    cells += [none, ""] if share is None else [f"{most}{share:.2f}", f"{least}{1 / share:.2f}"]
+                lines.append(_row([entry["arm"], entry["seed"], *cells]))
+            lines.append("")
+    looped = records.get("looped")
+    if looped and "adaptive" in looped[0].get("one_step", {}):
+        lines += ["Adaptive loops (LoopMDM, one step, up to twice S_max)", ""]
+        lines += _header(["tolerance", "mean loops", "solved, %"])
+        for i, entry in enumerate(looped[0]["one_step"]["adaptive"]):
+            loops, _ = mean_and_deviation([run["one_step"]["adaptive"][i]["loops"] for run in looped])
+            solved, _ = mean_and_deviation([run["one_step"]["adaptive"][i]["solved"] for run in looped])
+            lines.append(_row([f"{entry['tolerance']:g}", f"{loops:.2f}", f"{100 * solved:.1f}"]))
+        lines.append("")
+    if looped and "same_size" in records:
+        held_out = held_out_names(records)[0]
+        lines += ["-log p of a masked token by the share masked", ""]
+        lines += _header(["share masked", *(f"{10 * b}-{10 * b + 10} %" for b in range(10))])
+        for name in MAIN:
+            if name in records:
+                loops = training_loops(records[name][0])
+                lines.append(_row([name, *(f"{value:.4f}" for value in by_share(records[name], held_out, loops))]))
+        lines.append("")
+        lines += ["Attention from masked to masked positions in mid, by loop (share masked 100 %)", ""]
+        masses = attention_by_loop(looped)[-1]
+        lines += _header(["loop", *range(1, len(masses["mass"]) + 1)])
+        lines.append(_row(["mass", *(f"{mass:.3f}" for mass in masses["mass"])]))
+        lines += [f"(uniform attention would give {masses['uniform']:.3f})", ""]
+    if grids:
+        lines += ["Best setting within a budget of inference FLOPs", ""]
+        names = list(grids)
+        lines += _header(["MFLOP a row", *(f"{name} ({grids[name]['seeds']} seeds)" for name in names)])
+        for row in best_per_budget(grids, budgets_of(grids)):
+            cells = [f"{100 * row[n]['solved']:.1f}: {setting_name(row[n])}" if row[n] else "" for n in names]
+            lines.append(_row([f"{row['flops'] / 1e6:.0f}", *cells]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def budgets_of(grids: dict[str, dict]) -> list[float]:
+    """1, 1.5, 2, 3, 4, 6, ... times the cheapest setting of the arms."""
+    least = min(entry["flops"] for grid in grids.values() for entry in grid["grid"])
+    most = max(entry["flops"] for grid in grids.values() for entry in grid["grid"])
+    return [least * factor for factor in (1, 1.5, 2, 3, 4, 6, 8, 12, 16) if least * factor <= most]
+
+
+def _header(cells: list) -> list[str]:
+    return [_row(cells), _row(["---", *["---:"] * (len(cells) - 1)])]
+
+
+def _row(cells: list) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def by_share(runs: list[dict], held_out: str, loops: int) -> list[float]:
+    """-log p of a masked token in each tenth of the share masked, averaged over seeds."""
+    tables = [run["likelihood"][held_out][str(loops)]["by_share"] for run in runs]
+    return [sum(values) / len(values) for values in zip(*tables, strict=True) if None not in values]
+
+
+def attention_by_loop(runs: list[dict]) -> list[dict[str, Any]]:
+    """By share masked, the mean over mid's layers and seeds of the mass from masked to masked positions."""
+    result = []
+    for i, first in enumerate(runs[0]["attention"]):
+        mids = [run["attention"][i]["mid"] for run in runs]
+        mass = [sum(sum(mid[loop]) / len(mid[loop]) for mid in mids) / len(mids) for loop in range(len(first["mid"]))]
+        result.append({"share": first["share"], "uniform": first["positions_masked"], "mass": mass})
+    return result
+
+
+# Plots
+
+
+def plot_claims(records: dict[str, list[dict]], path: Path) -> None:
+    """One panel for each claim."""
+    from matplotlib.figure import Figure
+
+    has_answers = "one_step" in next(iter(records.values()))[0]
+    panels = [_plot_training, _plot_nelbo_by_loops, _plot_by_share, _plot_attention]
+    if has_answers:
+        panels = [_plot_training, _plot_nelbo_by_loops, _plot_solved_by_loops]
+        panels += [_plot_adaptive, _plot_by_share, _plot_attention]
+    rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(13, 3.8 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    for panel, axis in zip(panels, axes, strict=False):
+        panel(records, axis)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    _save(figure, path)
+
+
+def _legend(axis, fontsize: str = "small") -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=fontsize)
+
+
+def _main(records: dict[str, list[dict]]) -> list[str]:
+    return [name for name in MAIN if name in records]
+
+
+def _plot_training(records, axis) -> None:
+    for name in _main(records):
+        runs = records[name]
+        loops = str(training_loops(runs[0]))
+        for i, run in enumerate(runs):
+            flops = [mark["flops"] / 1e12 for mark in run["marks"]]
+            values = [mark["likelihood"][loops]["nelbo"] for mark in run["marks"]]
+            axis.plot(flops, values, color=COLORS[name], marker=".", label=ABOUT[name] if i == 0 else None)
+    held_out = held_out_names(records)[0]
+    for base in _main(records):
+        shorter = [run for name in records if name != base and is_of(name, base) for run in records[name]]
+        if shorter:
+            flops = [run["training"]["training_flops"] / 1e12 for run in shorter]
+            values = [run["likelihood"][held_out][str(training_loops(run))]["nelbo"] for run in shorter]
+            axis.scatter(flops, values, color=COLORS[base], marker="*", s=70, label="the same on a smaller budget")
+    axis.set_xlabel("training TFLOP")
+    axis.set_ylabel(f"NELBO, nats per {next(iter(records.values()))[0]['settings']['unit']}")
+    axis.set_yscale("log")
+    axis.set_title("Training")
+    _legend(axis)
+
+
+def _plot_nelbo_by_loops(records, axis) -> None:
+    held_out = held_out_names(records)[0]
+    for name in records:
+        if ARMS[name].budget < 1:
+            continue
+        table = nelbo_by_loops(records[name], held_out)
+        means, errors = zip(*table.values(), strict=True)
+        if len(table) == 1:
+            axis.axhline(means[0], color=COLORS.get(name), linestyle="--", label=ABOUT.get(name, name))
+        else:
+            style = {"color": COLORS[name], "linewidth": 2.5} if name in COLORS else {"alpha": 0.7}
+            axis.errorbar(list(table), means, errors, marker=".", label=ABOUT.get(name, name), **style)
+    axis.set_yscale("log")
+    axis.set_xlabel("num_loops")
+    axis.set_ylabel("NELBO")
+    axis.set_title("Likelihood by loops")
+    _legend(axis, fontsize="x-small")
+
+
+def _plot_solved_by_loops(records, axis) -> None:
+    for name in records:
+        if ARMS[name].budget < 1:
+            continue
+        table = solved_by_loops(records[name])
+        means = [100 * mean for mean, _ in table.values()]
+        if len(table) == 1:
+            axis.axhline(means[0], color=COLORS.get(name), linestyle="--", label=ABOUT.get(name, name))
+        else:
+            style = {"color": COLORS[name], "linewidth": 2.5} if name in COLORS else {"alpha": 0.7}
+            errors = [100 * error for _, error in table.values()]
+            axis.errorbar(list(table), means, errors if name in MAIN else None, label=ABOUT.get(name, name), **style)
+    axis.set_xlabel("num_loops")
+    axis.set_ylabel("solved in one step, %")
+    axis.set_title("Answers by loops")
+
+
+def _plot_adaptive(records, axis) -> None:
+    for name in _main(records):
+        runs = records[name]
+        if training_loops(runs[0]) == 1:
+            continue
+        table = solved_by_loops(runs)
+        axis.plot(list(table), [100 * mean for mean, _ in table.values()], color=COLORS[name], label="fixed num_loops")
+        entries = list(zip(*(run["one_step"]["adaptive"] for run in runs), strict=True))
+        loops = [sum(entry["loops"] for entry in group) / len(group) for group in entries]
+        solved = [100 * sum(entry["solved"] for entry in group) / len(group) for group in entries]
+        axis.plot(loops, solved, color=COLORS[name], marker="o", linestyle=":", label="loop_tolerance")
+    axis.set_xlabel("mean loops")
+    axis.set_ylabel("solved in one step, %")
+    axis.set_title("Adaptive loops")
+    _legend(axis)
+
+
+def _plot_by_share(records, axis) -> None:
+    held_out = held_out_names(records)[0]
+    for name in _main(records):
+        values = by_share(records[name], held_out, training_loops(records[name][0]))
+        axis.plot([b / len(values) + 0.5 / len(values) for b in range(len(values))], values, color=COLORS[name])
+        axis.lines[-1].set_label(ABOUT[name])
+    axis.set_yscale("log")
+    axis.set_xlabel("share masked (timestep)")
+    axis.set_ylabel("-log p of a masked token")
+    axis.set_title("Gain by timestep")
+    _legend(axis)
+
+
+def _plot_attention(records, axis) -> None:
+    if "looped" in records:
+        for entry in attention_by_loop(records["looped"]):
+            loops = range(1, len(entry["mass"]) + 1)
+            (line,) = axis.plot(loops, entry["mass"], marker=".", label=f"{100 * entry['share']:.0f} % masked")
+            axis.axhline(entry["uniform"], color=line.get_color(), linestyle=":", linewidth=1)
+        axis.axvline(training_loops(records["looped"][0]), color="black", linewidth=0.5)
+    axis.set_xlabel("loop")
+    axis.set_ylabel("attention, masked to masked")
+    axis.set_title("Attention by loop (dotted: uniform)")
+    _legend(axis)
+
+
+def plot_grid(grids: dict[str, dict], path: Path) -> None:
+    """Solve rate against inference FLOPs, every setting and the frontier of every arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    _plot_frontiers(grids, figure.subplots(), True)
+    _save(figure, path)
+
+
+def _plot_frontiers(grids, axis, with_settings: bool) -> None:
+    for i, (name, kept) in enumerate(frontier(grids).items()):
+        color = COLORS.get(name, f"C{i + 1}")
+        if with_settings:
+            entries = grids[name]["grid"]
+            axis.scatter(
+                [entry["flops"] / 1e6 for entry in entries],
+                [100 * entry["solved"] for entry in entries],
+                color=color,
+                s=8,
+                alpha=0.4,
+            )
+        flops, solved = [entry["flops"] / 1e6 for entry in kept], [100 * entry["solved"] for entry in kept]
+        axis.step([*flops, 1e9], [*solved, solved[-1]], where="post", color=color, label=ABOUT.get(name, name))
+    everything = [entry["flops"] / 1e6 for grid in grids.values() for entry in grid["grid"]]
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.xaxis.set_minor_formatter(lambda x, _: f"{x:.0f}" if f"{x:.0e}"[0] in "235" else "")
+    axis.set_xlim(min(everything) * 0.9, max(everything) * 1.1)
+    axis.set_xlabel("inference MFLOP a puzzle")
+    axis.set_ylabel("solved, %")
+    axis.set_title("Loops and steps: best per budget")
+    _legend(axis)
+
+
+def plot_summary(records: dict[str, list[dict]], grids: dict[str, dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    main = {name: records[name] for name in records if any(is_of(name, base) for base in MAIN)}
+    panels = [_plot_training, _plot_solved_by_loops if "one_step" in records["looped"][0] else _plot_nelbo_by_loops]
+    figure = Figure(figsize=(4.6 * (len(panels) + bool(grids)), 3.7), layout="constrained")
+    axes = figure.subplots(1, len(panels) + bool(grids))
+    for panel, axis in zip(panels, axes, strict=False):
+        panel(main, axis)
+        _legend(axis)
+    if grids:
+        _plot_frontiers(grids, axes[-1], False)
+    _save(figure, path)
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(temporary, dpi=130, format="png")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", required=True, help="folder that run.py wrote to")
+    parser.add_argument("--study", default="sudoku6", help="folder in --results")
+    parser.add_argument("--plots", help="folder for the pictures")
+    parser.add_argument("--summary", action="store_true", help="draw summary.png of this study too")
+    args = parser.parse_args()
+    folder = Path(args.results) / args.study
+    records, grids = read_results(folder)
+    print(tables(records, grids))
+    report = {
+        "flops_to_match": {name: flops_to_match(records, name) for name in held_out_names(records)},
+        "frontier": frontier(grids),
+        "best_per_budget": best_per_budget(grids, budgets_of(grids)) if grids else [],
+    }
+    temporary = folder / f".REPORT.{os.getpid()}"
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, folder / "REPORT.json")
+    if args.plots:
+        plot_claims(records, Path(args.plots) / f"{args.study}.png")
+        if grids:
+            plot_grid(grids, Path(args.plots) / f"{args.study}-grid.png")
+        if args.summary:
+            plot_summary(records, grids, Path(args.plots) / "summary.png")
+
+
+if __name__ == "__main__":
+    main()

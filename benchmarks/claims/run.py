@@ -1,0 +1,275 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+Matched-FLOP studies: trains arms of one task from scratch, on the same data in the same order and with the same
+training FLOPs, and measures each.
+
+    python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 3 \\
+        --work /tmp/claims --results docs/results/claims
+
+Writes `RESULTS/STUDY/ARM-SEED.json` after every arm; an arm whose file is there is not run again, and one that was
+interrupted goes on from its last checkpoint in `--work`. `--grid` measures loops x denoising steps x commit rules of
+trained arms instead. benchmarks/claims/report.py makes tables and plots of the files.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import arms
+import measure
+import tasks
+import torch
+import transformers
+
+from loopmdm import LoopMDMForMaskedLM
+from loopmdm.training import ExampleStream, MaskedDiffusionCollator
+
+MARKS = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0]  # shares of an arm's budget
+TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
+# Besides a fixed number of steps: commit whatever is certain enough, in 8 steps at most
+THRESHOLDS = [0.7, 0.9]
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(rounded(record), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def rounded(value: Any) -> Any:
+    """Six digits of every number, and lists of numbers are enough of a table."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return value
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def data_order(task: tasks.Task, seed: int) -> str:
+    """A hash of the first masked batch of a seed: the same for every arm."""
+    stream = ExampleStream(task.examples, task.batch_size, seed, transform=task.transform)
+    batch = MaskedDiffusionCollator(tasks.MASK, tasks.PAD, seed=seed)([stream[i] for i in range(task.batch_size)])
+    content = torch.stack([batch["input_ids"], batch["labels"]]).numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def loops_to_measure(max_loops: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... to twice S_max, which is among them; one for an arm without loops."""
+    if max_loops == 1:
+        return [1]
+    usual = {1, 2, 3, 4, 6, 8, 12, 16, 24, max_loops, 2 * max_loops}
+    return sorted(loops for loops in usual if loops <= 2 * max_loops)
+
+
+def mark_loops(max_loops: int) -> list[int]:
+    return [1] if max_loops == 1 else [max_loops, -(-4 * max_loops // 3)]
+
+
+def measure_along(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool) -> dict[str, Any]:
+    """NELBO and one-step solve rate on the first held-out rows."""
+    rows, loops = task.rows[: 16 if quick else 192], mark_loops(max_loops)
+    result = {"likelihood": measure.likelihood(model, rows, loops, samples=2 if quick else 3)}
+    if rows.scored is not None:
+        result["solved"] = measure.one_step(model, rows, loops)["solved"]
+    return result
+
+
+def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool) -> dict[str, Any]:
+    """Everything that the report needs of one arm."""
+    loops = loops_to_measure(max_loops)
+    likelihood = {
+        name: measure.likelihood(model, rows[: 16 if quick else 1000], loops) for name, rows in task.held_out.items()
+    }
+    result: dict[str, Any] = {"likelihood": likelihood}
+    rows = task.rows
+    if max_loops > 1:
+        result["attention"] = measure.attention(model, rows[: 8 if quick else 100], 2 * max_loops)
+    if rows.scored is not None:
+        every_loop = list(range(1, 2 * max_loops + 1)) if max_loops > 1 else [1]
+        result["one_step"] = measure.one_step(model, rows, every_loop, TOLERANCES)
+        result["few_steps"] = [measure.generations(model, rows, max_loops, steps) for steps in (2, 4)]
+    return result
+
+
+def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Trains and measures one arm. Measurements along the training are kept, so that a resumed run has them all."""
+    arm, clock = arms.ARMS[name], Clock()
+    folder = Path(args.work) / args.study / f"{name}-{seed}"
+    model = LoopMDMForMaskedLM(arms.build_config(arm, task))  # a second one, never compiled, which is measured
+    model.eval()
+    sums = arms.plan(arm, task, model, seed, args.tflop * 1e12 * arm.budget)
+    by_step = {}
+    for mark in MARKS:
+        step = next(i for i, total in enumerate(sums, start=1) if total >= min(mark * sums[-1], sums[-1]))
+        by_step[step] = sums[step - 1]
+
+    def on_mark(trained: LoopMDMForMaskedLM, step: int) -> None:
+        model.load_state_dict(trained.state_dict())
+        record = {"step": step, "flops": by_step[step], **measure_along(model, task, arm.max_loops, args.quick)}
+        write_json(folder / "marks" / f"{step}.json", record)
+        print(f"{name} {seed} {step}/{len(sums)} {json.dumps(rounded(summary(record)))}", flush=True)
+
+    finished = folder / "training.json"
+    if not finished.is_file():
+        training = arms.train(arm, task, seed, args.tflop * 1e12, folder, by_step, on_mark, fast=args.fast)
+        write_json(finished, {**training, "protocol": protocol(clock)})
+    if args.train_only:
+        return None
+    clock = Clock()
+    training = json.loads(finished.read_text())
+    if training["steps"] != len(sums):
+        raise SystemExit(f"{folder} holds an arm of another budget; give another --work folder.")
+    trained = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
+    model.load_state_dict(trained.state_dict())
+    measured = measure_finally(model, task, arm.max_loops, args.quick)
+    return {
+        "task": task.name,
+        "arm": name,
+        "seed": seed,
+        "settings": {
+            **vars_of(arm),
+            "layers": model.config.num_hidden_layers,
+            "loop_start": model.config.loop_start,
+            "loop_end": model.config.loop_end,
+            "tflop": args.tflop,
+            "quick": args.quick,
+            "fast": args.fast,
+            "batch_size": task.batch_size,
+            "learning_rate": task.learning_rate,
+            "shape": task.shape,
+            "length": task.length,
+            "unit": task.unit,
+        },
+        "data_order": data_order(task, seed),
+        "training": training,
+        "marks": [json.loads((folder / "marks" / f"{step}.json").read_text()) for step in sorted(by_step)],
+        **measured,
+        "protocol": protocol(clock),
+    }
+
+
+def vars_of(arm: arms.Arm) -> dict[str, Any]:
+    return {name: value for name, value in vars(arm).items() if name != "mid"}
+
+
+def summary(record: dict[str, Any]) -> dict[str, Any]:
+    nelbo = {loops: part["nelbo"] for loops, part in record["likelihood"].items()}
+    return {"nelbo": nelbo, "solved": record.get("solved")}
+
+
+class Clock:
+    """Wall time and CPU time of this process since it was made, in seconds; on a shared machine they differ."""
+
+    def __init__(self):
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+def protocol(clock: Clock) -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **clock.read(),
+        "timing": "of the last process that trained (with measurements along it) or measured the arm",
+    }
+
+
+def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Solve rate over loops x denoising steps x commit rules of a trained arm."""
+    arm, clock = arms.ARMS[name], Clock()
+    folder = Path(args.work) / args.study / f"{name}-{seed}" / "model"
+    if not (folder / "config.json").is_file():
+        raise SystemExit(f"{folder} holds no trained arm; run it without --grid first.")
+    if task.rows.scored is None:
+        raise SystemExit(f"The task {task.name} has no answers to be right or wrong, so there is no grid.")
+    model = LoopMDMForMaskedLM.from_pretrained(folder).eval()
+    found = []
+    for loops in args.grid_loops:
+        if loops > (2 * arm.max_loops if arm.max_loops > 1 else 1):
+            continue
+        settings: list[tuple[int | list[int], int, dict]] = [(loops, steps, {}) for steps in args.grid_steps]
+        settings += [(loops, 8, {"confidence_threshold": threshold}) for threshold in THRESHOLDS]
+        if loops > 1:  # loops in the first step alone
+            settings += [([loops] + [1] * (steps - 1), steps, {}) for steps in args.grid_steps if steps > 1]
+            settings += [([loops] + [1] * 7, 8, {"confidence_threshold": threshold}) for threshold in THRESHOLDS]
+        for num_loops, steps, rule in settings:
+            found.append(measure.generations(model, task.rows, num_loops, steps, **rule))
+            print(f"{name} {seed} {json.dumps(rounded(found[-1]))}", flush=True)
+    return {
+        "task": task.name,
+        "arm": name,
+        "seed": seed,
+        "grid": found,
+        "rows": len(task.rows),
+        "protocol": protocol(clock),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(tasks.TASKS), default="sudoku6")
+    parser.add_argument("--study", help="folder in --work and --results, one for each budget (default: the task)")
+    parser.add_argument("--arms", default="same_size,looped,deeper", help=f"of: {', '.join(arms.ARMS)}")
+    parser.add_argument("--seeds", default="0", help="separated by commas; each runs all arms (default: 0)")
+    parser.add_argument("--seed", type=int, help="one seed, as --seeds with one number")
+    parser.add_argument("--tflop", type=float, default=3.0, help="training budget of an arm in 10^12 (default: 3)")
+    parser.add_argument("--work", required=True, help="folder for data, checkpoints and models")
+    parser.add_argument("--results", required=True, help="folder for the results, one JSON file for each arm and seed")
+    parser.add_argument("--train-text", help="language: text file to train on, in UTF-8")
+    parser.add_argument("--eval-text", help="language: another text file to evaluate, in UTF-8")
+    parser.add_argument("--grid", action="store_true", help="measure loops x steps x rules of trained arms")
+    parser.add_argument("--grid-loops", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
+    parser.add_argument("--grid-steps", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--fast", action="store_true", help="train in bfloat16 with compiled layers")
+    parser.add_argument("--train-only", action="store_true", help="leave measuring the trained arms to a later call")
+    parser.add_argument("--quick", action="store_true", help="tiny data, models and budgets: a test of the machinery")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    args = parser.parse_args()
+    args.study = args.study or args.task
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    names = args.arms.split(",")
+    unknown = [name for name in names if name not in arms.ARMS]
+    if unknown:
+        parser.error(f"no such arm: {', '.join(unknown)}; choose of {', '.join(arms.ARMS)}")
+    if not args.tflop > 0:
+        parser.error(f"--tflop is {args.tflop}; give a budget above 0")
+    seeds = [args.seed] if args.seed is not None else [int(seed) for seed in args.seeds.split(",")]
+    if args.quick:
+        args.tflop = min(args.tflop, 0.002)
+    texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
+    transformers.utils.logging.disable_progress_bar()
+    task = tasks.make_task(args.task, Path(args.work) / "data", args.quick, texts)
+    for seed in seeds:
+        for name in names:
+            path = Path(args.results) / args.study / f"{name}-{seed}{'-grid' if args.grid else ''}.json"
+            if path.is_file():
+                print(f"{path} is there", flush=True)
+                continue
+            record = (run_grid if args.grid else run_arm)(name, seed, task, args)
+            if record is None:
+                continue
+            write_json(path, record)
+            print(f"wrote {path} after {record['protocol']['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Tests of the matched-FLOP studies: data, FLOP matching, measurements, resuming, and the quick runs end to end."""
+
+import itertools
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loopmdm import LoopMDMForMaskedLM
+from loopmdm.evaluation import nelbo
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "claims"))
+import arms  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import run  # noqa: E402
+import sudoku6  # noqa: E402
+import tasks  # noqa: E402
+import word_problems  # noqa: E402
+
+NAMES = ("same_size", "looped")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("claims")
+    rng = random.Random(0)
+    words = "the a dog cat house tree sees likes big small runs to from with old new".split()  # noqa: SIM905
+    for name, documents in (("train", 60), ("other", 10)):
+        text = "\n\n".join(" ".join(rng.choices(words, k=60)) for _ in range(documents))
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(folder):
+    return tasks.make_task("sudoku6", folder / "data", quick=True)
+
+
+def command(monkeypatch, folder, *arguments):
+    texts = ("--train-text", str(folder / "train.txt"), "--eval-text", str(folder / "other.txt"))
+    paths = ("--work", str(folder / "work"), "--results", str(folder / "results"))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", *paths, *texts, *arguments])
+    run.main()
+
+
+def record_of(folder, task, arm):
+    return json.loads((folder / "results" / task / f"{arm}-0.json").read_text())
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
+    command(monkeypatch, folder, "--task", name, "--arms", ",".join(NAMES))
+    records = {arm: record_of(folder, name, arm) for arm in NAMES}
+    task = tasks.make_task(name, folder / "work" / "data", quick=True, texts={"train": str(folder / "train.txt")})
+    longest = arms.training_flops(
+        LoopMDMForMaskedLM(arms.build_config(arms.ARMS["looped"], task)), task.batch_size, task.length, 6, task.length
+    )
+    for record in records.values():
+        assert abs(record["training"]["training_flops"] - 0.002e12) < longest
+        assert record["marks"][-1]["step"] == record["training"]["steps"]
+    # The same data in the same order, of which cheaper steps see more
+    assert len({record["data_order"] for record in records.values()}) == 1
+    assert records["same_size"]["training"]["examples"] > records["looped"]["training"]["examples"]
+    assert records["same_size"]["training"]["parameters"] == records["looped"]["training"]["parameters"]
+    if name == "language":
+        assert list(records["looped"]["likelihood"]) == ["held_out", "other"]
+    else:
+        assert set(records["looped"]["one_step"]["solved"]) == {str(loops) for loops in range(1, 13)}
+        options = ("--grid", "--grid-loops", "1", "2", "--grid-steps", "1", "2")
+        command(monkeypatch, folder, "--task", name, "--arms", "same_size,looped", *options)
+
+    # Finished arms are read, not run again.
+    monkeypatch.setattr(run, "run_arm", None)
+    command(monkeypatch, folder, "--task", name, "--arms", ",".join(NAMES))
+    assert capsys.readouterr().out.count("is there") == len(NAMES)
+
+    plots = folder / "plots"
+    arguments = [
+        "report.py",
+        "--results",
+        str(folder / "results"),
+        "--study",
+        name,
+        "--plots",
+        str(plots),
+        "--summary",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    report.main()
+    printed = capsys.readouterr().out
+    assert all(f"| {arm} |" in printed for arm in NAMES)
+    assert (plots / f"{name}.png").stat().st_size > 10_000
+    assert (plots / f"{name}-grid.png").exists() == (name != "language")
+    assert "flops_to_match" in json.loads((folder / "results" / name / "REPORT.json").read_text())
+
+
+def test_an_interrupted_arm_ends_as_an_uninterrupted_one(tmp_path, task):
+    arm = arms.ARMS["high_consistency"]
+    whole = arms.train(arm, task, 0, 0.004e12, tmp_path / "whole")
+    assert arms.train(arm, task, 0, 0.004e12, tmp_path / "parts", stop_after=3) == {}
+    assert not (tmp_path / "parts" / "model").exists()
+    parts = arms.train(arm, task, 0, 0.004e12, tmp_path / "parts")
+    assert parts["training_flops"] == whole["training_flops"]
+    first, second = (LoopMDMForMaskedLM.from_pretrained(tmp_path / name / "model") for name in ("whole", "parts"))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", list(arms.ARMS))
+def test_every_arm_has_its_share_of_the_flops(task, name):
+    arm = arms.ARMS[name]
+    model = LoopMDMForMaskedLM(arms.build_config(arm, task))
+    sums = arms.plan(arm, task, model, 0, 0.05e12 * arm.budget)
+    step = max(b - a for a, b in itertools.pairwise(sums))
+    assert abs(sums[-1] - 0.05e12 * arm.budget) <= step
+
+
+def test_the_second_exit_is_counted_and_learnt(tmp_path, task):
+    arm = arms.Arm("", max_loops=3, schedule="fixed", second_exit=0.5)
+    result = arms.train(arm, task, 0, 0.002e12, tmp_path / "arm")
+    model = LoopMDMForMaskedLM.from_pretrained(tmp_path / "arm" / "model")
+    planned = arms.plan(arm, task, model, 0, 0.002e12)[-1]
+    assert result["training_flops"] == pytest.approx(planned, rel=0.01)  # heads are planned in expectation
+    one, two = (model.flops(task.batch_size, task.length, loops, 0) for loops in (1, 2))
+    once = arms.exit_flops(model, task.batch_size, task.length, 0)
+    assert once == 3 * one // 3 and two - one == one // 3  # a tail and a mid of one layer of three
+
+
+def test_mixed_loops():
+    schedule = arms.MixedLoops(6, fixed=4, until=0.5)
+    assert {schedule.draw(0, step, 100) for step in range(50)} == {4}
+    assert {schedule.draw(0, step, 100) for step in range(50, 100)} == {1, 2, 3, 4, 5, 6}
+    assert {arms.MixedLoops(6, low=3).draw(0, step, 100) for step in range(100)} == {3, 4, 5, 6}
+    torch.testing.assert_close(arms.MixedLoops(6, fixed=4, share=0.5).probabilities(0.0).sum().item(), 1.0)
+
+
+def test_measurements_agree_with_the_library(task):
+    torch.manual_seed(0)
+    model = LoopMDMForMaskedLM(arms.build_config(arms.ARMS["looped"], task)).eval()
+    for parameter in model.parameters():  # so that loops differ
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    rows = task.rows[:16]
+    ours = measure.likelihood(model, rows, [1, 3], samples=40)
+    estimate = nelbo(model, rows.input_ids, maskable=rows.maskable, num_loops=[1, 3], num_samples=40, seed=1)
+    mean, error = estimate.per_token()
+    for i, loops in enumerate((1, 3)):
+        assert abs(ours[loops]["nelbo"] - mean[i]) < 5 * error[i]
+        assert sum(ours[loops]["by_share"]) / measure.BINS == pytest.approx(ours[loops]["nelbo"], rel=0.05)
+
+    single = measure.one_step(model, rows, range(1, 9), [0.3, 0.05])
+    everything = model(rows.prompts(), num_loops=5).logits.argmax(-1)
+    solved = ((everything == rows.input_ids) | ~rows.scored).all(-1).double().mean()
+    assert single["solved"][5] == solved
+    for entry in single["adaptive"]:
+        loops = model(rows.prompts(), num_loops=8, loop_tolerance=entry["tolerance"]).loops
+        assert entry["loops"] == loops.double().mean()
+
+    made = measure.generations(model, rows, 3, 2)
+    assert made["forward_passes"] == 2 and made["loops"] == 6
+    assert made["flops"] == 2 * model.flops(1, task.length, 3)
+
+    # With every position masked all attention is from masked to masked positions.
+    blank = tasks.Rows(rows.input_ids, torch.ones_like(rows.maskable))
+    masses = measure.attention(model, blank, 4)[-1]
+    assert masses["positions_masked"] == 1.0 and len(masses["mid"]) == 4
+    assert torch.tensor(masses["mid"]).sub(1).abs().max() < 1e-5
+
+
+def test_the_crossing_is_interpolated():
+    points = [(1.0, 1.0), (2.0, 0.25), (3.0, 0.1)]
+    assert report.crossing(points, 0.5) == pytest.approx(1.5)
+    assert report.crossing(points, 0.05) is None
+    assert report.crossing(points, 2.0) == 1.0
+
+
+def brute_force(board):
+    """Number of solutions, straight from the rules, up to two."""
+    blank = board.find(".")
+    if blank < 0:
+        return 1
+    row, column = divmod(blank, 6)
+    seen = {
+        board[6 * r + c]
+        for r in range(6)
+        for c in range(6)
+        if r == row or c == column or (r // 2 == row // 2 and c // 3 == column // 3)
+    }
+    count = 0
+    for digit in "123456":
+        if digit not in seen and count < 2:
+            count += brute_force(board[:blank] + digit + board[blank + 1 :])
+    return min(count, 2)
+
+
+def test_small_sudokus_have_one_solution():
+    pairs = sudoku6.generate_puzzles(60, seed=5, min_clues=10, max_clues=20)
+    assert pairs[:20] == sudoku6.generate_puzzles(20, seed=5, min_clues=10, max_clues=20)
+    assert len({solution for _, solution in pairs}) == 60
+    for puzzle, solution in pairs:
+        assert 10 <= sum(cell != "." for cell in puzzle) <= 20
+        assert all(clue in (".", digit) for clue, digit in zip(puzzle, solution, strict=True))
+        assert all({solution[cell] for cell in unit} == set("123456") for unit in sudoku6.units())
+        assert brute_force(puzzle) == 1
+    with pytest.raises(ValueError, match="clues"):
+        sudoku6.generate_puzzles(1, 0, 5, 12)
+
+
+def answer_of(problem):
+    """The amount asked for, read from the sentences with digits joined."""
+    text = re.sub(r"(?<=\d) (?=\d)", "", problem)
+    amounts = {}
+    for sentence in re.split(r" ?[.?] ?", text):
+        words = sentence.split()
+        match words:
+            case [name, "has", number, _]:
+                amounts[name] = int(number)
+            case [name, "buys", number, "more", _]:
+                amounts[name] += int(number)
+            case [name, "loses", number, _]:
+                amounts[name] -= int(number)
+            case [name, "gives", number, _, "to", other]:
+                amounts[name] -= int(number)
+                amounts[other] += int(number)
+            case [name, "finds", *numbers]:
+                boxes, size = (int(n) for n in re.findall(r"\d+", " ".join(numbers)))
+                amounts[name] += boxes * size
+            case [name, "doubles", "them"]:
+                amounts[name] *= 2
+            case [name, "halves", "them"]:
+                amounts[name] //= 2
+            case ["How", "many", _, "has", name]:
+                return amounts[name]
+    raise AssertionError(problem)
+
+
+def test_word_problems_are_solved():
+    problems = [word_problems.generate_problem(0, index, 2, 4, 72) for index in range(300)]
+    for problem, solution in problems:
+        words = solution.split()
+        assert words[-3] == "####" and int("".join(words[-2:])) == answer_of(problem)
+        assert len(problem.split()) + len(words) <= 72
+        assert set(problem.split()) | set(words) <= set(word_problems.VOCABULARY)
+    assert word_problems.generate_problem(0, 7, 2, 4, 72) == problems[7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--arms", "looped,loooped"), "no such arm: loooped"),
+        (("--task", "chess"), "invalid choice: 'chess'"),
+        (("--tflop", "0"), "give a budget above 0"),
+    ],
+)
+def test_bad_arguments(monkeypatch, capsys, folder, arguments, message):
+    with pytest.raises(SystemExit):
+        command(monkeypatch, folder, *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_bad_texts(tmp_path):
+    with pytest.raises(ValueError, match="--train-text"):
+        tasks.make_task("language", tmp_path, quick=True)
+    (tmp_path / "short.txt").write_text("one\n\ntwo")
+    with pytest.raises(ValueError, match="has 2 documents"):
+        tasks.make_task("language", tmp_path, quick=True, texts={"train": str(tmp_path / "short.txt")})
