@@ -769,8 +769,10 @@ def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[st
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes all or nothing."""
+    from loopmdm.evaluation.protocol import write_json
+
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(part, record)
     os.replace(part, path)
 
 
