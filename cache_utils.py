@@ -159,6 +159,7 @@ class LoopMDMCache(Cache):
         self._reserved: int | None = None
         self._model: weakref.ref | None = None
         self._versions = 0
+        self._visible_loops: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -299,7 +300,7 @@ class LoopMDMCache(Cache):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
 
-    def check(self, model: torch.nn.Module, batch_size: int, num_loops: int) -> None:
+    def check(self, model: torch.nn.Module, batch_size: int, num_loops: int, visible_loops: int | None = None) -> None:
         """Raises a ValueError where the model, its weights, the rows or the loops are not those that filled it."""
         if self._reserved is not None:  # a selection that `generate` made of a cache that it has checked
             return
@@ -321,7 +322,12 @@ class LoopMDMCache(Cache):
                 "`past_key_values` was filled before the model's weights changed; start a new cache with the weights "
                 "as they are now."
             )
-        owner._model, owner._versions = weakref.ref(model), versions
+        if known and owner.length > 0 and visible_loops != owner._visible_loops:
+            raise ValueError(
+                f"`past_key_values` was filled with visible_loops={owner._visible_loops} and is used with "
+                f"{visible_loops}; stored tokens have looped otherwise. Use the same number, or start a new cache."
+            )
+        owner._model, owner._versions, owner._visible_loops = weakref.ref(model), versions, visible_loops
 
     def __deepcopy__(self, memo):
         new = copy.copy(self)
@@ -605,7 +611,7 @@ class StepPredictor:
                 "`past_key_values` serves the same `num_loops` in every step and no guidance; leave it out."
             )
         canvas = self.canvas
-        cache.check(self.model.model, len(canvas.lengths), self.num_loops)
+        cache.check(self.model.model, len(canvas.lengths), self.num_loops, self.settings.visible_loops)
         # The stored tokens must be those that the rows begin with.
         device = canvas.sequences.device
         width = min(cache.length, canvas.column.shape[1])
@@ -754,7 +760,7 @@ class StepPredictor:
         cache = forward_pass.cache
         if cache is not None:
             if cache not in self.checked:
-                cache.check(self.model.model, cache.batch_size, cache.num_loops)
+                cache.check(self.model.model, cache.batch_size, cache.num_loops, settings.visible_loops)
                 self.checked.append(cache)
             cache_rows = torch.cat((rows, rows + len(canvas.lengths))) if guided else rows
             is_all = len(cache_rows) == cache.batch_size

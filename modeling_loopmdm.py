@@ -613,6 +613,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         batch_size: int,
         num_loops: int,
         loop_tolerance: float | None,
+        visible_loops: int | None,
     ) -> LoopMDMCache | None:
         if past_key_values is None and not use_cache:
             return None
@@ -638,7 +639,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 f"`past_key_values` is a {type(past_key_values).__name__}; a looped model needs a `LoopMDMCache`, "
                 "which has a place for every loop."
             )
-        past_key_values.check(self, batch_size, num_loops)
+        past_key_values.check(self, batch_size, num_loops, visible_loops)
         if use_cache and past_key_values.rows is not None:
             raise ValueError("`use_cache=True` is for all rows of a cache; a selection of rows stores nothing.")
         return past_key_values
@@ -685,7 +686,9 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self._check_visible_loops(visible_loops, input_ids, loop_tolerance, loop_exit)
         self._check_kwargs(kwargs, num_loops, loop_tolerance)
         batch_size = _one_of(input_ids, inputs_embeds).shape[0]
-        past_key_values = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, loop_tolerance)
+        past_key_values = self._prepare_cache(
+            past_key_values, use_cache, batch_size, num_loops, loop_tolerance, visible_loops
+        )
 
         hidden_states, context = self.prelude(
             input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, **kwargs

@@ -166,6 +166,21 @@ def test_what_forward_refuses():
         tiny_model().train()(ids, visible_loops=1)
 
 
+@torch.no_grad()
+def test_a_cache_serves_the_visible_loops_that_filled_it():
+    model = tiny_model(attention_block_size=4).double()
+    how = {"max_new_tokens": 8, "num_loops": 4, "return_dict_in_generate": True}
+    first = model.generate(PROMPTS[1:2], visible_loops=1, **how)
+    cache, ids = first.past_key_values, first.sequences
+    for visible_loops in (None, 2):
+        with pytest.raises(ValueError, match="filled with visible_loops=1 and is used with"):
+            model.generate(ids, past_key_values=cache, visible_loops=visible_loops, **how)
+    with pytest.raises(ValueError, match="filled with visible_loops=1 and is used with None"):
+        model(ids[:, cache.length :], past_key_values=cache, num_loops=4)
+    again = model.generate(ids, past_key_values=cache, visible_loops=1, **how)
+    assert torch.equal(again.sequences, model.generate(ids, visible_loops=1, **how).sequences)
+
+
 # Schedules
 
 
