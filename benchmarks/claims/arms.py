@@ -31,11 +31,11 @@ class Arm:
 
     Args:
         about: In words.
-        mid: Edges of mid in thirds of the physical layers: (1, 2) is the middle one, (0, 3) all.
+        mid: Edges of mid in thirds of the task's layers: (1, 2) is the middle one, (0, 3) all.
         max_loops: S_max; 1 trains without loops.
         schedule: Name of a loop schedule, see `make_loop_schedule`, or "mixed", see [`MixedLoops`].
         options: Arguments of the schedule.
-        depth: Physical layers, as a multiple of the task's.
+        depth: Physical layers, as a multiple of the task's; those that are added go to the tail.
         gradient_loops: Backpropagate through the last so many loops.
         second_exit: Weight of a second loss, read out after a smaller number of loops of the same pass.
         consistency: Weight of KL(p at S loops, without gradient || p at the second exit).
@@ -92,6 +92,11 @@ ARMS: dict[str, Arm] = {
         schedule="mixed",
         options={"fixed": 1, "until": 0.75, "low": 3},
     ),
+    "plain_then_mixed": Arm(
+        "S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} in the others",
+        schedule="mixed",
+        options={"fixed": 1, "until": 0.5, "share": 0.25, "low": 3},
+    ),
     "plain_then_high_consistency": Arm(
         "plain_then_high, and a smaller S of the same pass learns its predictions",
         schedule="mixed",
@@ -118,11 +123,20 @@ ARMS: dict[str, Arm] = {
 }
 
 
+# A deeper model, of which a smaller part is looped: six layers where the task has three
+ARMS |= {
+    "deeper_mid_one": dataclasses.replace(
+        ARMS["plain_then_high"], about="deeper, one layer of six looped as in plain_then_high", depth=2
+    ),
+    "deeper_mid_two": dataclasses.replace(
+        ARMS["plain_then_high"], about="deeper, two layers of six looped as in plain_then_high", depth=2, mid=(1, 3)
+    ),
+}
 ARMS |= {
     f"plain_then_high_{share}": dataclasses.replace(
         ARMS["plain_then_high"], about=f"plain_then_high on {share} % of the FLOPs", budget=share / 100
     )
-    for share in (30, 50, 70)
+    for share in (20, 30, 50, 70)
 }
 
 

@@ -169,13 +169,15 @@ def best_per_budget(grids: dict[str, dict], budgets: list[float]) -> list[dict[s
 
 
 def rule_name(entry: dict) -> str:
-    threshold = entry.get("confidence_threshold")
-    return "confidence" if threshold is None else f"threshold {threshold:g}"
+    for rule, name in (("confidence_threshold", "threshold"), ("entropy_bound", "entropy bound")):
+        if rule in entry:
+            return f"{name} {entry[rule]:g}"
+    return "confidence"
 
 
 def setting_name(entry: dict) -> str:
     steps = entry["max_denoising_steps"]
-    at_most = "up to " if entry.get("confidence_threshold") else ""
+    at_most = "" if rule_name(entry) == "confidence" else "up to "
     rule = f", {rule_name(entry)}" if steps > 1 else ""
     loops = entry["num_loops"]
     loops = f"{loops[0]} loops, then 1," if isinstance(loops, list) else f"{loops} loop{'s' * (loops > 1)}"

@@ -32,7 +32,7 @@ from loopmdm.training import ExampleStream, MaskedDiffusionCollator
 MARKS = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0]  # shares of an arm's budget
 TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
 # Besides a fixed number of steps: commit whatever is certain enough, in 8 steps at most
-THRESHOLDS = [0.7, 0.9]
+RULES = [{"confidence_threshold": 0.7}, {"confidence_threshold": 0.9}, {"entropy_bound": 0.03}, {"entropy_bound": 0.3}]
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -206,10 +206,10 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
         if loops > (2 * arm.max_loops if arm.max_loops > 1 else 1):
             continue
         settings: list[tuple[int | list[int], int, dict]] = [(loops, steps, {}) for steps in args.grid_steps]
-        settings += [(loops, 8, {"confidence_threshold": threshold}) for threshold in THRESHOLDS]
+        settings += [(loops, 8, rule) for rule in RULES]
         if loops > 1:  # loops in the first step alone
             settings += [([loops] + [1] * (steps - 1), steps, {}) for steps in args.grid_steps if steps > 1]
-            settings += [([loops] + [1] * 7, 8, {"confidence_threshold": threshold}) for threshold in THRESHOLDS]
+            settings += [([loops] + [1] * 7, 8, rule) for rule in RULES]
         for num_loops, steps, rule in settings:
             found.append(measure.generations(model, task.rows, num_loops, steps, **rule))
             print(f"{name} {seed} {json.dumps(rounded(found[-1]))}", flush=True)

@@ -172,7 +172,7 @@ def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
         shape=_shape(32 if quick else 128, len(ids) + 2, max_position_embeddings=length),
         examples=[read(0, index) for index in range(count)],
         held_out={"problems": rows},
-        batch_size=16 if quick else 64,
+        batch_size=16,
         unit="token of the solution",
     )
 
@@ -181,7 +181,7 @@ def language_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     """Text in rows of 128 tokens of a small byte-level BPE that is trained on it; the last twentieth is held out."""
     if "train" not in texts:
         raise ValueError("The task language needs a text to train on: give --train-text, a file in UTF-8.")
-    vocab_size, length, held_out = (300, 32, 64) if quick else (4096, 128, 200)
+    vocab_size, length, held_out = (300, 32, 64) if quick else (1024, 128, 200)
     documents = list(read_documents(texts["train"]))
     if len(documents) < 20:
         raise ValueError(
@@ -219,7 +219,7 @@ def language_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     everything = torch.ones(length, dtype=torch.bool)
     return Task(
         name="language",
-        shape=_shape(32 if quick else 128, tokenizer.get_vocab_size(), max_position_embeddings=length),
+        shape=_shape(32 if quick else 64, tokenizer.get_vocab_size(), max_position_embeddings=length),
         examples=[{"input_ids": row, "maskable": everything} for row in rows_of(documents[:split])],
         held_out=evaluated,
         batch_size=16 if quick else 32,
