@@ -410,6 +410,8 @@ SCHEDULES = [
     ("weighted", {"power": -1.5}),
     ("growing", {}),
     ("growing", {"growth": 1.0}),
+    ("late", {}),
+    ("late", {"start": 0.2, "min_loops": 5, "plain": 0.25}),
     ("flops", {}),
     ("poisson", {}),
     ("poisson", {"mean_loops": 3.0, "sigma": 0.0}),
@@ -419,7 +421,8 @@ SCHEDULES = [
 @pytest.mark.parametrize(("name", "options"), SCHEDULES, ids=str)
 def test_draws_follow_the_probabilities(name, options):
     schedule = make_loop_schedule(name, tiny_config(), 7, **options)
-    for progress, steps in ((0.3, (3, 10)), (1.0, (10, 10))) if name == "growing" else ((0.0, (0, None)),):
+    changing = name in ("growing", "late")
+    for progress, steps in ((0.3, (3, 10)), (1.0, (10, 10))) if changing else ((0.0, (0, None)),):
         probabilities = schedule.probabilities(progress)
         assert probabilities.shape == (7,) and probabilities.dtype == torch.float64
         assert bool((probabilities >= 0).all()) and probabilities.sum().item() == pytest.approx(1, abs=1e-12)
@@ -428,7 +431,7 @@ def test_draws_follow_the_probabilities(name, options):
         draws = [schedule.draw(seed, *steps) for seed in range(3000)]
         assert_frequencies(draws, probabilities)
     # and over the steps of one run
-    if name != "growing":
+    if not changing:
         assert_frequencies([schedule.draw(11, step, 3000) for step in range(3000)], schedule.probabilities(0.0))
 
 
@@ -496,6 +499,22 @@ def test_growing_loops_keep_to_their_limit(growth):
     assert growth == 1 or late == set(range(1, 9))
 
 
+def test_late_loops_start_late():
+    schedule = make_loop_schedule("late", tiny_config(), 6)
+    drawn = [schedule.draw(0, step, 1000) for step in range(1000)]
+    assert set(drawn[:500]) == {1} and set(drawn[500:]) == {3, 4, 5, 6}
+    assert schedule.draw(0, 0) == 1  # of a run of unknown length: not begun
+    assert schedule.probabilities(0.5).tolist() == pytest.approx([0, 0, 0.25, 0.25, 0.25, 0.25])
+    assert make_loop_schedule("late", tiny_config(), 7).min_loops == 4
+    options = {"start": 0.25, "min_loops": 2, "plain": 0.4}
+    schedule = make_loop_schedule("late", tiny_config(), 4, **options)
+    assert schedule.probabilities(0.2).tolist() == [1, 0, 0, 0]
+    assert schedule.probabilities(0.3).tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2])
+    assert schedule.mean(0.3) == pytest.approx(0.4 + 0.2 * 9)
+    # one loop is among those that may be drawn: both count
+    assert make_loop_schedule("late", tiny_config(), 2, start=0, min_loops=1, plain=0.5).mean() == pytest.approx(1.25)
+
+
 def test_max_loops_is_the_models_by_default():
     config = tiny_config(max_train_loops=9)
     for name in LOOP_SCHEDULES:
@@ -524,7 +543,7 @@ def test_schedules_of_ones_own():
 @pytest.mark.parametrize(
     ("name", "max_loops", "options", "message"),
     [
-        ("unifrom", 4, {}, "The loop schedule is 'unifrom'; choose one of uniform, fixed"),
+        ("unifrom", 4, {}, "The loop schedule is 'unifrom'; choose one of uniform, late, growing"),
         (None, 4, {}, "The loop schedule is None"),
         (5, 4, {}, "The loop schedule is 5"),
         ("uniform", 4, {"power": 2}, "'uniform' does not take these options.*power"),
@@ -534,6 +553,13 @@ def test_schedules_of_ones_own():
         ("uniform", 2.5, {}, "`max_loops` is 2.5"),
         ("growing", 4, {"growth": 0}, "`growth` is 0"),
         ("growing", 4, {"growth": 1.5}, "`growth` is 1.5"),
+        ("late", 4, {"start": 1.0}, "`start` is 1.0; .* from 0 to below 1"),
+        ("late", 4, {"start": -0.1}, "`start` is -0.1"),
+        ("late", 4, {"min_loops": 5}, r"`min_loops` is 5; .* from 1 to `max_loops` \(4\)"),
+        ("late", 4, {"min_loops": 0}, "`min_loops` is 0"),
+        ("late", 4, {"min_loops": 1.5}, "`min_loops` is 1.5"),
+        ("late", 4, {"plain": 1}, "`plain` is 1"),
+        ("late", 4, {"plain": math.nan}, "`plain` is nan"),
         ("poisson", 4, {"mean_loops": 0.5}, "`mean_loops` is 0.5"),
         ("poisson", 4, {"sigma": -1}, "`sigma` -1"),
         ("poisson", 4, {"mean_loops": math.nan}, "`mean_loops` is nan"),

@@ -93,6 +93,37 @@ class GrowingLoops(LoopSchedule):
         return (torch.arange(1, self.max_loops + 1) <= largest).double() / largest
 
 
+class LateLoops(LoopSchedule):
+    """
+    S = 1 for a first share `start` of the training steps, then S ~ Uniform{min_loops..max_loops}. Early on a model
+    learns from many cheap steps, and loops teach it little; docs/results.md compares it with the paper's distribution.
+
+    Args:
+        max_loops (`int`): S_max.
+        start (`float`, *optional*, defaults to 0.5): Share of the steps before the first loop, from 0 to below 1.
+        min_loops (`int`, *optional*): Fewest loops drawn after it; defaults to half of `max_loops`, rounded up.
+        plain (`float`, *optional*, defaults to 0): Share of the steps after it that have S = 1 nevertheless, so that
+            the model stays good without loops.
+    """
+
+    def __init__(self, max_loops: int, start: float = 0.5, min_loops: int | None = None, plain: float = 0.0):
+        super().__init__(max_loops)
+        min_loops = -(-max_loops // 2) if min_loops is None else min_loops
+        if not 0 <= start < 1:
+            raise ValueError(f"`start` is {start}; it is a share of the training steps, from 0 to below 1.")
+        if isinstance(min_loops, bool) or not isinstance(min_loops, int) or not 1 <= min_loops <= max_loops:
+            raise ValueError(f"`min_loops` is {min_loops!r}; it must be an integer from 1 to `max_loops` ({max_loops}).")
+        if not 0 <= plain < 1:
+            raise ValueError(f"`plain` is {plain}; it is a share of the steps, from 0 to below 1.")
+        self.start, self.min_loops, self.plain = start, min_loops, plain
+
+    def probabilities(self, progress):
+        loops = torch.arange(1, self.max_loops + 1)
+        plain = 1.0 if progress < self.start else self.plain
+        high = (loops >= self.min_loops).double() / (self.max_loops - self.min_loops + 1)
+        return plain * (loops == 1).double() + (1 - plain) * high
+
+
 class FlopProportionalLoops(LoopSchedule):
     """
     p(S) proportional to 1 / FLOPs(S): every S gets the same share of the computation.
@@ -142,8 +173,8 @@ def make_loop_schedule(
     schedule: str | LoopSchedule, config: Any, max_loops: int | None = None, **options
 ) -> LoopSchedule:
     """
-    A schedule by name (`"uniform"`, `"fixed"`, `"weighted"`, `"growing"`, `"flops"`, `"poisson"`), for a model's
-    config.
+    A schedule by name (`"uniform"`, `"late"`, `"growing"`, `"flops"`, `"weighted"`, `"poisson"`, `"fixed"`), for a
+    model's config.
 
     Args:
         schedule: A name, or a schedule, which is returned as it is.
@@ -170,11 +201,12 @@ def make_loop_schedule(
 
 LOOP_SCHEDULES: dict[str, type[LoopSchedule]] = {
     "uniform": UniformLoops,
-    "fixed": FixedLoops,
-    "weighted": WeightedLoops,
+    "late": LateLoops,
     "growing": GrowingLoops,
     "flops": FlopProportionalLoops,
+    "weighted": WeightedLoops,
     "poisson": PoissonLogNormalLoops,
+    "fixed": FixedLoops,
 }
 
 
