@@ -80,33 +80,28 @@ ARMS: dict[str, Arm] = {
         "S = 4 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 4, "until": 0.5}
     ),
     "plain_then_uniform": Arm(
-        "S = 1 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 1, "until": 0.5}
+        "S = 1 for the first half, Uniform{1..6} after", schedule="late", options={"min_loops": 1}
     ),
-    "plain_then_high": Arm(
-        "S = 1 for the first half, Uniform{3..6} after",
-        schedule="mixed",
-        options={"fixed": 1, "until": 0.5, "low": 3},
-    ),
+    "plain_then_high": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late"),
     "plain_then_high_late": Arm(
         "S = 1 for three quarters of the steps, Uniform{3..6} after",
-        schedule="mixed",
-        options={"fixed": 1, "until": 0.75, "low": 3},
+        schedule="late",
+        options={"start": 0.75},
     ),
     "plain_then_mixed": Arm(
         "S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} in the others",
-        schedule="mixed",
-        options={"fixed": 1, "until": 0.5, "share": 0.25, "low": 3},
+        schedule="late",
+        options={"plain": 0.25},
     ),
     "plain_then_high_consistency": Arm(
         "plain_then_high, and a smaller S of the same pass learns its predictions",
-        schedule="mixed",
-        options={"fixed": 1, "until": 0.5, "low": 3},
+        schedule="late",
         consistency=0.5,
     ),
     "mostly_fixed": Arm(
         "S = 4 in half of the steps, Uniform{1..6} in the others", schedule="mixed", options={"fixed": 4, "share": 0.5}
     ),
-    "high": Arm("S ~ Uniform{3..6}", schedule="mixed", options={"low": 3}),
+    "high": Arm("S ~ Uniform{3..6}", schedule="late", options={"start": 0.0}),
     "two_exits": Arm("S ~ Uniform{1..6}, and a second loss at a smaller S of the same pass", second_exit=0.5),
     "consistency": Arm(
         "S = 4, and a smaller S of the same pass learns its predictions",
@@ -116,8 +111,8 @@ ARMS: dict[str, Arm] = {
     ),
     "high_consistency": Arm(
         "S ~ Uniform{3..6}, and a smaller S of the same pass learns its predictions",
-        schedule="mixed",
-        options={"low": 3},
+        schedule="late",
+        options={"start": 0.0},
         consistency=0.5,
     ),
 }
@@ -141,20 +136,16 @@ ARMS |= {
 
 
 class MixedLoops(LoopSchedule):
-    """
-    S = `fixed` with probability `share`, or always in the first share `until` of the training steps; otherwise
-    Uniform{low..max_loops}.
-    """
+    """S = `fixed` with probability `share`, or always in the first share `until` of the steps; otherwise uniform."""
 
-    def __init__(self, max_loops: int, fixed: int = 1, share: float = 0.0, until: float = 0.0, low: int = 1):
+    def __init__(self, max_loops: int, fixed: int, share: float = 0.0, until: float = 0.0):
         super().__init__(max_loops)
-        self.fixed, self.share, self.until, self.low = fixed, share, until, low
+        self.fixed, self.share, self.until = fixed, share, until
 
     def probabilities(self, progress):
         share = 1.0 if progress < self.until else self.share
         loops = torch.arange(1, self.max_loops + 1)
-        uniform = (loops >= self.low).double() / (self.max_loops - self.low + 1)
-        return share * (loops == self.fixed).double() + (1 - share) * uniform
+        return share * (loops == self.fixed).double() + (1 - share) / self.max_loops
 
 
 def build_config(arm: Arm, task: Task) -> LoopMDMConfig:
