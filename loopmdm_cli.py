@@ -231,6 +231,7 @@ def calibrate(
 
     from loopmdm.evaluation import calibrate_loops
     from loopmdm.evaluation.loop_budget import describe, read_examples, write_budget
+    from loopmdm.evaluation.protocol import write_json
 
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} is no folder of a model; the result is written into it, so download it first.")
@@ -279,7 +280,7 @@ def calibrate(
     saved = f"{share:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops on average"
     console.print(f"Chosen: {describe(budget.best.arguments)} ({saved}).")
     if output is not None:
-        _write_json(output, {"model": model, "data": str(data), **budget.record()})
+        write_json(output, {"model": model, "data": str(data), **budget.record()})
     if not dry_run:
         console.print(f"{write_budget(model, budget.best.arguments)} is written.")
 
@@ -765,15 +766,6 @@ def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[st
         "threads": torch.get_num_threads(),
         "device": str(loaded.device),
     }
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes all or nothing."""
-    from loopmdm.evaluation.protocol import write_json
-
-    part = path.with_name(f".{path.name}.part")
-    write_json(part, record)
-    os.replace(part, path)
 
 
 def _check_folder(model: str) -> None:

@@ -147,8 +147,11 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Strict JSON: numbers that are none (NaN, infinities) become null."""
-    path.write_text(json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    """Strict JSON, all or nothing: numbers that are none (NaN, infinities) become null."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _plain(value: Any) -> Any:

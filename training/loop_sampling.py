@@ -112,7 +112,9 @@ class LateLoops(LoopSchedule):
         if not 0 <= start < 1:
             raise ValueError(f"`start` is {start}; it is a share of the training steps, from 0 to below 1.")
         if isinstance(min_loops, bool) or not isinstance(min_loops, int) or not 1 <= min_loops <= max_loops:
-            raise ValueError(f"`min_loops` is {min_loops!r}; it must be an integer from 1 to `max_loops` ({max_loops}).")
+            raise ValueError(
+                f"`min_loops` is {min_loops!r}; it must be an integer from 1 to `max_loops` ({max_loops})."
+            )
         if not 0 <= plain < 1:
             raise ValueError(f"`plain` is {plain}; it is a share of the steps, from 0 to below 1.")
         self.start, self.min_loops, self.plain = start, min_loops, plain

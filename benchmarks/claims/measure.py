@@ -9,7 +9,7 @@ import torch
 from tasks import MASK, Rows
 
 from loopmdm import LoopMDMForMaskedLM
-from loopmdm.randomness import seeded_generator
+from loopmdm.evaluation import measure_dynamics, nelbo
 
 BINS = 10
 
@@ -37,47 +37,25 @@ def logits_of(model: LoopMDMForMaskedLM, hidden_states: torch.Tensor) -> torch.T
     return logits
 
 
-@torch.no_grad()
 def likelihood(
     model: LoopMDMForMaskedLM, rows: Rows, loops: Sequence[int], samples: int = BINS, seed: int = 0, batch: int = 64
 ) -> dict[str, Any]:
     """
     The NELBO in nats per maskable token by number of loops, with its standard error over rows (each with its masks),
-    and its parts by the share k/L that is masked: the mean -log p of a masked token in each tenth of (0, 1]. The mean
-    of the tenths is the NELBO, as k is uniform.
+    and its parts by the share k/L that is masked: the mean -log p of a masked token in each tenth of (0, 1].
     """
     loops = sorted(loops)
-    counts = rows.maskable.sum(-1)
-    nats = torch.zeros(len(loops), len(rows), samples, dtype=torch.float64)
-    shares = torch.empty(len(rows), samples)
-    masks = torch.zeros(samples, *rows.input_ids.shape, dtype=torch.bool)
-    for row in range(len(rows)):
-        generator = seeded_generator(seed, "claims", row)
-        positions = rows.maskable[row].nonzero().squeeze(-1)
-        for sample in range(samples):  # one in each stratum of the share
-            share = (sample + torch.rand((), generator=generator).item()) / samples
-            number = min(int(share * len(positions)), len(positions) - 1) + 1
-            masks[sample, row, positions[torch.randperm(len(positions), generator=generator)[:number]]] = True
-            shares[row, sample] = share
-    for sample in range(samples):
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            masked = masks[sample, start : start + batch]
-            targets, where = part.input_ids[masked], masked.nonzero()[:, 0]
-            inputs = part.input_ids.masked_fill(masked, MASK)
-            for i, (_, hidden, _) in enumerate(read_out(model, inputs, part.attention_mask, loops)):
-                losses = torch.nn.functional.cross_entropy(logits_of(model, hidden[masked]), targets, reduction="none")
-                sums = torch.zeros(len(part), dtype=torch.float64).index_add_(0, where, losses.double())
-                nats[i, start : start + batch, sample] = sums / masked.sum(-1)
-    bins = (shares * BINS).long().clamp(max=BINS - 1)
-    result = {}
-    for i, loop in enumerate(loops):
-        per_row = nats[i].mean(-1) * counts  # NELBO of the row
-        mean = (per_row.sum() / counts.sum()).item()
-        error = (per_row - mean * counts).std() * len(rows) ** 0.5 / counts.sum()
-        by_share = [nats[i][bins == b].mean().item() if (bins == b).any() else None for b in range(BINS)]
-        result[loop] = {"nelbo": mean, "error": error.item(), "by_share": by_share}
-    return result
+    estimate = nelbo(
+        model, rows.input_ids, rows.attention_mask, rows.maskable, None, loops, samples, batch_size=batch, seed=seed
+    )
+    means, counts = estimate.per_token()[0], estimate.num_tokens.double()
+    residuals = estimate.nats - means[:, None] * counts
+    errors = residuals.std(-1) * len(rows) ** 0.5 / counts.sum()
+    by_share = estimate.by_timestep(BINS)[0]
+    return {
+        loop: {"nelbo": means[i].item(), "error": errors[i].item(), "by_share": by_share[i].tolist()}
+        for i, loop in enumerate(loops)
+    }
 
 
 @torch.no_grad()
@@ -157,43 +135,23 @@ def generations(
     }
 
 
-@torch.no_grad()
-def attention(
+def dynamics(
     model: LoopMDMForMaskedLM, rows: Rows, num_loops: int, shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """
-    Attention from masked to masked positions, by layer as executed (head, mid once for each loop, tail): the mean over
-    heads and masked positions of the mass that goes to masked positions, beside the share of positions that are
-    masked, which uniform attention would give.
+    Loop by loop, `(len(shares), num_loops)` each: attention in mid from masked and from visible to masked positions,
+    beside what uniform attention would give (`(len(shares),)`), the relative change of the state, and of the logit
+    lens the loss, the accuracy, and the shares of predictions that change, become right and cease to be right.
     """
-    implementation, config = model.config._attn_implementation, model.config
-    model.set_attn_implementation("eager")
-    results = []
-    for share in shares:
-        masked = torch.zeros_like(rows.maskable)
-        for row in range(len(rows)):
-            positions = rows.maskable[row].nonzero().squeeze(-1)
-            order = torch.randperm(len(positions), generator=seeded_generator("claims attention", row))
-            masked[row, positions[order[: max(1, round(share * len(positions)))]]] = True
-        inputs = rows.input_ids.masked_fill(masked, MASK)
-        outputs = model(
-            inputs, attention_mask=rows.attention_mask, num_loops=num_loops, output_attentions=True, logits_to_keep=1
-        )
-        real = torch.ones_like(inputs) if rows.attention_mask is None else rows.attention_mask
-        mass = []
-        for weights in outputs.attentions:  # (batch_size, heads, query, key)
-            to_masked = (weights.float() * masked[:, None, None]).sum(-1).mean(1)
-            mass.append(to_masked[masked].mean().item())
-        start, width = config.loop_start, config.loop_end - config.loop_start
-        end = start + width * num_loops
-        results.append(
-            {
-                "share": share,
-                "positions_masked": (masked.sum(-1) / real.sum(-1)).mean().item(),
-                "head": mass[:start],
-                "mid": [mass[i : i + width] for i in range(start, end, width)],
-                "tail": mass[end:],
-            }
-        )
-    model.set_attn_implementation(implementation)
-    return results
+    found = measure_dynamics(
+        model, rows.input_ids, rows.attention_mask, rows.maskable, num_loops, shares, masks_per_text=1, batch_size=32
+    )
+    mass = found.attention_of_mid()
+    return {
+        "shares": list(shares),
+        "masked_to_masked": mass[..., 0, 0].tolist(),
+        "uniform": found.uniform_attention[:, 0, 0].tolist(),
+        "visible_to_masked": mass[..., 1, 0].tolist(),
+        "change": found.change[..., 2].tolist(),
+        **{name: getattr(found, name).tolist() for name in ("loss", "accuracy", "changed", "corrected", "spoiled")},
+    }

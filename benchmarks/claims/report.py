@@ -280,12 +280,12 @@ def by_share(runs: list[dict], held_out: str, loops: int) -> list[float]:
 
 
 def attention_by_loop(runs: list[dict]) -> list[dict[str, Any]]:
-    """By share masked, the mean over mid's layers and seeds of the mass from masked to masked positions."""
+    """By share masked, the mean over seeds of mid's attention from masked to masked positions, by loop."""
     result = []
-    for i, first in enumerate(runs[0]["attention"]):
-        mids = [run["attention"][i]["mid"] for run in runs]
-        mass = [sum(sum(mid[loop]) / len(mid[loop]) for mid in mids) / len(mids) for loop in range(len(first["mid"]))]
-        result.append({"share": first["share"], "uniform": first["positions_masked"], "mass": mass})
+    for i, share in enumerate(runs[0]["dynamics"]["shares"]):
+        masses = [run["dynamics"]["masked_to_masked"][i] for run in runs]
+        mass = [sum(values) / len(values) for values in zip(*masses, strict=True)]
+        result.append({"share": share, "uniform": runs[0]["dynamics"]["uniform"][i], "mass": mass})
     return result
 
 

@@ -14,8 +14,6 @@ trained arms instead. benchmarks/claims/report.py makes tables and plots of the 
 import argparse
 import hashlib
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ import torch
 import transformers
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.evaluation.protocol import hash_files, protocol, write_json
 from loopmdm.training import ExampleStream, MaskedDiffusionCollator
 
 MARKS = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0]  # shares of an arm's budget
@@ -35,11 +34,9 @@ TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
 RULES = [{"confidence_threshold": 0.7}, {"confidence_threshold": 0.9}, {"entropy_bound": 0.03}, {"entropy_bound": 0.3}]
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(rounded(record), indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, rounded(record))
 
 
 def rounded(value: Any) -> Any:
@@ -51,12 +48,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
     return value
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def data_order(task: tasks.Task, seed: int) -> str:
@@ -82,7 +73,7 @@ def mark_loops(max_loops: int) -> list[int]:
 def measure_along(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool) -> dict[str, Any]:
     """NELBO and one-step solve rate on the first held-out rows."""
     rows, loops = task.rows[: 16 if quick else 192], mark_loops(max_loops)
-    result = {"likelihood": measure.likelihood(model, rows, loops, samples=2 if quick else 3)}
+    result = {"likelihood": measure.likelihood(model, rows, loops, samples=2 if quick else 4)}
     if rows.scored is not None:
         result["solved"] = measure.one_step(model, rows, loops)["solved"]
     return result
@@ -97,7 +88,7 @@ def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int,
     result: dict[str, Any] = {"likelihood": likelihood}
     rows = task.rows
     if max_loops > 1:
-        result["attention"] = measure.attention(model, rows[: 8 if quick else 100], 2 * max_loops)
+        result["dynamics"] = measure.dynamics(model, rows[: 8 if quick else 100], 2 * max_loops)
     if rows.scored is not None:
         every_loop = list(range(1, 2 * max_loops + 1)) if max_loops > 1 else [1]
         result["one_step"] = measure.one_step(model, rows, every_loop, TOLERANCES)
@@ -120,13 +111,13 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
     def on_mark(trained: LoopMDMForMaskedLM, step: int) -> None:
         model.load_state_dict(trained.state_dict())
         record = {"step": step, "flops": by_step[step], **measure_along(model, task, arm.max_loops, args.quick)}
-        write_json(folder / "marks" / f"{step}.json", record)
+        write(folder / "marks" / f"{step}.json", record)
         print(f"{name} {seed} {step}/{len(sums)} {json.dumps(rounded(summary(record)))}", flush=True)
 
     finished = folder / "training.json"
     if not finished.is_file():
         training = arms.train(arm, task, seed, args.tflop * 1e12, folder, by_step, on_mark, fast=args.fast)
-        write_json(finished, {**training, "protocol": protocol(clock)})
+        write(finished, {**training, "protocol": protocol_of(clock, args)})
     if args.train_only:
         return None
     clock = Clock()
@@ -158,7 +149,7 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
         "training": training,
         "marks": [json.loads((folder / "marks" / f"{step}.json").read_text()) for step in sorted(by_step)],
         **measured,
-        "protocol": protocol(clock),
+        "protocol": protocol_of(clock, args),
     }
 
 
@@ -181,15 +172,14 @@ class Clock:
         return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
 
 
-def protocol(clock: Clock) -> dict[str, Any]:
-    return {
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        **clock.read(),
-        "timing": "of the last process that trained (with measurements along it) or measured the arm",
-    }
+def protocol_of(clock: Clock, args: argparse.Namespace) -> dict[str, Any]:
+    """Of the process that trained an arm (with the measurements along it), or measured it."""
+    paths = ("work", "results", "train_text", "eval_text")
+    record = protocol({name: value for name, value in vars(args).items() if name not in paths})
+    for text in filter(None, (args.train_text, args.eval_text)):
+        record.setdefault("texts", {}).update(hash_files(Path(text)))
+    timing = "seconds of the last process that trained or measured the arm, from the start of that"
+    return {**record, "timing": timing, **clock.read()}
 
 
 def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
@@ -219,7 +209,7 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
         "seed": seed,
         "grid": found,
         "rows": len(task.rows),
-        "protocol": protocol(clock),
+        "protocol": protocol_of(clock, args),
     }
 
 
@@ -267,7 +257,7 @@ def main() -> None:
             record = (run_grid if args.grid else run_arm)(name, seed, task, args)
             if record is None:
                 continue
-            write_json(path, record)
+            write(path, record)
             print(f"wrote {path} after {record['protocol']['seconds']:.0f} s", flush=True)
 
 

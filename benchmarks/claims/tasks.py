@@ -150,7 +150,7 @@ def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     Word problems of 2 to 4 events, see word_problems.py; the solution is learnt, its last number is scored. Padding to
     one length is an ordinary token at the end, so that every step of an arm costs the same.
     """
-    count, held_out, length = (256, 32, 72) if quick else (100_000, 1000, 72)
+    count, held_out, length = (256, 32, 64) if quick else (100_000, 1000, 64)
     ids = {word: index for index, word in enumerate(word_problems.VOCABULARY, start=2)}
 
     def read(seed: int, index: int) -> dict:
@@ -166,7 +166,7 @@ def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     test = [read(1, index) for index in range(held_out)]
     input_ids, maskable = (torch.stack([example[name] for example in test]) for name in ("input_ids", "maskable"))
     after = maskable.flip(-1).cumsum(-1).flip(-1)  # maskable tokens from here on
-    rows = Rows(input_ids, maskable, scored=maskable & (after <= 2))
+    rows = Rows(input_ids, maskable, scored=maskable & (after == 1))
     return Task(
         name="arithmetic",
         shape=_shape(32 if quick else 128, len(ids) + 2, max_position_embeddings=length),

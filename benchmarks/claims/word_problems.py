@@ -2,18 +2,19 @@
 """
 Arithmetic word problems of several steps, with worked solutions: a stand-in for GSM8K that a tiny model can learn.
 
-    Ann has 1 2 coins . Bob has 7 coins . Ann gives 3 coins to Bob . Bob doubles them . How many coins has Bob ?
-    Ann 0 9 Bob 1 0 ; Bob 2 0 ; #### 2 0
+    Ann has 12 coins . Bob has 7 coins . Ann gives 3 coins to Bob . Bob doubles them . How many coins has Bob ?
+    Ann 9 Bob 10 ; Bob 20 ; #### 20
 
-All amounts are from 0 to 99, and written digit by digit. A solution gives the new amount of everybody that an event
-changes; the last two digits are the answer.
+All amounts are from 0 to 20, and each is one word: the steps are what is hard, not the digits. A solution gives the
+new amount of everybody that an event changes; its last word is the answer.
 """
 
 import random
 
 NAMES = ["Ann", "Bob", "Cem", "Dee", "Eve", "Finn", "Gus", "Hal"]
 THINGS = ["apples", "books", "cards", "coins", "pens", "shells", "stamps", "toys"]
-SIGNS = [".", "?", ";", "####", *"0123456789"]
+MOST = 20
+SIGNS = [".", "?", ";", "####", *(str(number) for number in range(MOST + 1))]
 WORDS = [
     "has",
     "buys",
@@ -33,31 +34,27 @@ WORDS = [
 VOCABULARY = [*SIGNS, *WORDS, *NAMES, *THINGS]
 
 
-def _digits(number: int) -> str:
-    return " ".join(str(number))
-
-
 def _event(rng: random.Random, amounts: dict[str, int], things: str) -> tuple[str, list[str]]:
     """Changes the amounts; the sentence, and whose amounts changed."""
     while True:
         name, other = rng.sample(list(amounts), 2)
         amount = amounts[name]
         kind = rng.choice(("buys", "loses", "gives", "finds", "doubles", "halves"))
-        number, boxes = rng.randint(2, 30), rng.randint(2, 6)
-        if kind == "buys" and amount + number <= 99:
+        number, boxes, each = rng.randint(1, 9), rng.randint(2, 3), rng.randint(2, 5)
+        if kind == "buys" and amount + number <= MOST:
             amounts[name] += number
-            return f"{name} buys {_digits(number)} more {things} .", [name]
+            return f"{name} buys {number} more {things} .", [name]
         if kind == "loses" and number <= amount:
             amounts[name] -= number
-            return f"{name} loses {_digits(number)} {things} .", [name]
-        if kind == "gives" and number <= amount and amounts[other] + number <= 99:
+            return f"{name} loses {number} {things} .", [name]
+        if kind == "gives" and number <= amount and amounts[other] + number <= MOST:
             amounts[name] -= number
             amounts[other] += number
-            return f"{name} gives {_digits(number)} {things} to {other} .", [name, other]
-        if kind == "finds" and amount + boxes * (number % 9 + 1) <= 99:
-            amounts[name] += boxes * (number % 9 + 1)
-            return f"{name} finds {boxes} boxes of {number % 9 + 1} {things} .", [name]
-        if kind == "doubles" and 0 < amount <= 49:
+            return f"{name} gives {number} {things} to {other} .", [name, other]
+        if kind == "finds" and amount + boxes * each <= MOST:
+            amounts[name] += boxes * each
+            return f"{name} finds {boxes} boxes of {each} {things} .", [name]
+        if kind == "doubles" and 0 < 2 * amount <= MOST:
             amounts[name] *= 2
             return f"{name} doubles them .", [name]
         if kind == "halves" and amount > 0 and amount % 2 == 0:
@@ -76,17 +73,13 @@ def generate_problem(seed: int, index: int, min_events: int, max_events: int, ma
 
 def _problem(rng: random.Random, events: int) -> tuple[str, str]:
     things = rng.choice(THINGS)
-    amounts = {name: rng.randint(1, 50) for name in rng.sample(NAMES, 2)}
-    sentences = [f"{name} has {_digits(amount)} {things} ." for name, amount in amounts.items()]
+    amounts = {name: rng.randint(1, MOST) for name in rng.sample(NAMES, 2)}
+    sentences = [f"{name} has {amount} {things} ." for name, amount in amounts.items()]
     solution = []
     for _ in range(events):
         sentence, changed = _event(rng, amounts, things)
         sentences.append(sentence)
-        solution += [f"{name} {_two_digits(amounts[name])}" for name in changed] + [";"]
+        solution += [f"{name} {amounts[name]}" for name in changed] + [";"]
     asked = rng.choice(list(amounts))
     sentences.append(f"How many {things} has {asked} ?")
-    return " ".join(sentences), " ".join([*solution, f"#### {_two_digits(amounts[asked])}"])
-
-
-def _two_digits(number: int) -> str:
-    return f"{number // 10} {number % 10}"
+    return " ".join(sentences), " ".join([*solution, f"#### {amounts[asked]}"])
