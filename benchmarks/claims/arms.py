@@ -79,22 +79,20 @@ ARMS: dict[str, Arm] = {
     "fixed_then_uniform": Arm(
         "S = 4 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 4, "until": 0.5}
     ),
-    "plain_then_uniform": Arm(
-        "S = 1 for the first half, Uniform{1..6} after", schedule="late", options={"min_loops": 1}
-    ),
-    "plain_then_high": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late"),
-    "plain_then_high_late": Arm(
+    "late_uniform": Arm("S = 1 for the first half, Uniform{1..6} after", schedule="late", options={"min_loops": 1}),
+    "late": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late"),
+    "later": Arm(
         "S = 1 for three quarters of the steps, Uniform{3..6} after",
         schedule="late",
         options={"start": 0.75},
     ),
-    "plain_then_mixed": Arm(
+    "late_mixed": Arm(
         "S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} in the others",
         schedule="late",
         options={"plain": 0.25},
     ),
-    "plain_then_high_consistency": Arm(
-        "plain_then_high, and a smaller S of the same pass learns its predictions",
+    "late_consistency": Arm(
+        "late, and a smaller S of the same pass learns its predictions",
         schedule="late",
         consistency=0.5,
     ),
@@ -120,17 +118,13 @@ ARMS: dict[str, Arm] = {
 
 # A deeper model, of which a smaller part is looped: six layers where the task has three
 ARMS |= {
-    "deeper_mid_one": dataclasses.replace(
-        ARMS["plain_then_high"], about="deeper, one layer of six looped as in plain_then_high", depth=2
-    ),
+    "deeper_mid_one": dataclasses.replace(ARMS["late"], about="deeper, one layer of six looped as in late", depth=2),
     "deeper_mid_two": dataclasses.replace(
-        ARMS["plain_then_high"], about="deeper, two layers of six looped as in plain_then_high", depth=2, mid=(1, 3)
+        ARMS["late"], about="deeper, two layers of six looped as in late", depth=2, mid=(1, 3)
     ),
 }
 ARMS |= {
-    f"plain_then_high_{share}": dataclasses.replace(
-        ARMS["plain_then_high"], about=f"plain_then_high on {share} % of the FLOPs", budget=share / 100
-    )
+    f"late_{share}": dataclasses.replace(ARMS["late"], about=f"late on {share} % of the FLOPs", budget=share / 100)
     for share in (20, 30, 50, 70)
 }
 

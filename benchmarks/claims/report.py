@@ -19,13 +19,13 @@ from typing import Any
 
 from arms import ARMS
 
-MAIN = ("same_size", "deeper", "looped", "plain_then_high")
-COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "plain_then_high": "tab:red"}
+MAIN = ("same_size", "deeper", "looped", "late")
+COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "late": "tab:red"}
 ABOUT = {
     "same_size": "same size, no loops",
     "deeper": "deeper, no loops",
     "looped": "LoopMDM, S ~ Uniform{1..6}",
-    "plain_then_high": "LoopMDM, S = 1 first, then Uniform{3..6}",
+    "late": "LoopMDM, S = 1 first, then Uniform{3..6}",
 }
 
 
