@@ -59,10 +59,6 @@ ARMS: dict[str, Arm] = {
     "same_size": Arm("no loops", max_loops=1),
     "looped": Arm("LoopMDM: the middle third of the layers is looped, S ~ Uniform{1..6}"),
     "deeper": Arm("no loops, twice the layers: LoopMDM executes 1.83 times as many on average", max_loops=1, depth=2),
-    # FLOPs that LoopMDM needs: runs with whole schedules on parts of the budget
-    "looped_30": Arm("LoopMDM on 30 % of the FLOPs", budget=0.3),
-    "looped_50": Arm("LoopMDM on 50 % of the FLOPs", budget=0.5),
-    "looped_70": Arm("LoopMDM on 70 % of the FLOPs", budget=0.7),
     # Where, and how much
     "mid_first": Arm("mid = first third", mid=(0, 1)),
     "mid_last": Arm("mid = last third", mid=(2, 3)),
@@ -123,8 +119,10 @@ ARMS |= {
         ARMS["late"], about="deeper, two layers of six looped as in late", depth=2, mid=(1, 3)
     ),
 }
+# FLOPs that an arm needs: runs with whole schedules on parts of the budget
 ARMS |= {
-    f"late_{share}": dataclasses.replace(ARMS["late"], about=f"late on {share} % of the FLOPs", budget=share / 100)
+    f"{name}_{share}": dataclasses.replace(ARMS[name], about=f"{name} on {share} % of the FLOPs", budget=share / 100)
+    for name in ("same_size", "deeper", "looped", "late")
     for share in (20, 30, 50, 70)
 }
 

@@ -147,14 +147,14 @@ def sudoku6_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
 
 def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     """
-    Word problems of 2 to 4 events, see word_problems.py; the solution is learnt, its last number is scored. Padding to
+    Word problems of 2 to 5 events, see word_problems.py; the solution is learnt, its last number is scored. Padding to
     one length is an ordinary token at the end, so that every step of an arm costs the same.
     """
     count, held_out, length = (256, 32, 64) if quick else (100_000, 1000, 64)
     ids = {word: index for index, word in enumerate(word_problems.VOCABULARY, start=2)}
 
     def read(seed: int, index: int) -> dict:
-        problem, solution = (text.split() for text in word_problems.generate_problem(seed, index, 2, 4, length))
+        problem, solution = (text.split() for text in word_problems.generate_problem(seed, index, 2, 5, length))
         tokens = [ids[word] for word in (*problem, *solution)]
         maskable = [False] * len(problem) + [True] * len(solution)
         padding = length - len(tokens)

@@ -2,32 +2,28 @@
 """
 Arithmetic word problems of several steps, with worked solutions: a stand-in for GSM8K that a tiny model can learn.
 
-    Ann has 12 coins . Bob has 7 coins . Ann gives 3 coins to Bob . Bob doubles them . How many coins has Bob ?
-    Ann 9 Bob 10 ; Bob 20 ; #### 20
+    Ann has 6 coins . Bob has 1 coins . Ann gives 3 coins to Bob . Bob doubles them . How many coins has Bob ?
+    Ann 3 Bob 4 ; Bob 8 ; #### 8
 
-All amounts are from 0 to 20, and each is one word: the steps are what is hard, not the digits. A solution gives the
-new amount of everybody that an event changes; its last word is the answer.
+All amounts are from 0 to 9: the steps are what is hard, not the sums. A solution gives the new amount of everybody
+that an event changes; its last word is the answer.
 """
 
 import random
 
 NAMES = ["Ann", "Bob", "Cem", "Dee", "Eve", "Finn", "Gus", "Hal"]
 THINGS = ["apples", "books", "cards", "coins", "pens", "shells", "stamps", "toys"]
-MOST = 20
+MOST = 9
 SIGNS = [".", "?", ";", "####", *(str(number) for number in range(MOST + 1))]
 WORDS = [
     "has",
     "buys",
     "loses",
     "gives",
-    "finds",
-    "boxes",
-    "of",
     "to",
     "more",
     "doubles",
     "them",
-    "halves",
     "How",
     "many",
 ]
@@ -39,8 +35,8 @@ def _event(rng: random.Random, amounts: dict[str, int], things: str) -> tuple[st
     while True:
         name, other = rng.sample(list(amounts), 2)
         amount = amounts[name]
-        kind = rng.choice(("buys", "loses", "gives", "finds", "doubles", "halves"))
-        number, boxes, each = rng.randint(1, 9), rng.randint(2, 3), rng.randint(2, 5)
+        kind = rng.choice(("buys", "loses", "gives", "doubles"))
+        number = rng.randint(1, 5)
         if kind == "buys" and amount + number <= MOST:
             amounts[name] += number
             return f"{name} buys {number} more {things} .", [name]
@@ -51,15 +47,9 @@ def _event(rng: random.Random, amounts: dict[str, int], things: str) -> tuple[st
             amounts[name] -= number
             amounts[other] += number
             return f"{name} gives {number} {things} to {other} .", [name, other]
-        if kind == "finds" and amount + boxes * each <= MOST:
-            amounts[name] += boxes * each
-            return f"{name} finds {boxes} boxes of {each} {things} .", [name]
         if kind == "doubles" and 0 < 2 * amount <= MOST:
             amounts[name] *= 2
             return f"{name} doubles them .", [name]
-        if kind == "halves" and amount > 0 and amount % 2 == 0:
-            amounts[name] //= 2
-            return f"{name} halves them .", [name]
 
 
 def generate_problem(seed: int, index: int, min_events: int, max_events: int, max_words: int) -> tuple[str, str]:
