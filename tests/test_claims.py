@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -98,7 +99,7 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     assert all(f"| {arm} |" in printed for arm in NAMES)
     assert (plots / f"{name}.png").stat().st_size > 10_000
     assert (plots / f"{name}-grid.png").exists() == (name != "language")
-    assert "flops_to_match" in json.loads((folder / "results" / name / "REPORT.json").read_text())
+    assert "fewer_flops" in json.loads((folder / "results" / name / "REPORT.json").read_text())
 
 
 def test_an_interrupted_arm_ends_as_an_uninterrupted_one(tmp_path, task):
@@ -177,10 +178,40 @@ def test_measurements_agree_with_the_library(task):
 
 
 def test_the_crossing_is_interpolated():
-    points = [(1.0, 1.0), (2.0, 0.25), (3.0, 0.1)]
-    assert report.crossing(points, 0.5) == pytest.approx(1.5)
+    points = [(1.0, 1.0), (4.0, 0.25), (8.0, 0.1)]
+    assert report.crossing(points, 0.5) == pytest.approx(2.0)
     assert report.crossing(points, 0.05) is None
     assert report.crossing(points, 2.0) == 1.0
+
+
+def made_up_run(arm, seed, tflop, nelbo, solved):
+    loops = str(arms.ARMS[arm].max_loops)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "settings": {"tflop": tflop, "budget": arms.ARMS[arm].budget, "max_loops": int(loops), "unit": "blank"},
+        "likelihood": {"puzzles": {loops: {"nelbo": nelbo}}},
+        "one_step": {"solved": {loops: solved}},
+    }
+
+
+def test_fewer_flops():
+    runs = [
+        made_up_run("same_size", 0, 4, 0.2, 0.5),
+        made_up_run("same_size", 1, 4, 0.1, 0.5),
+        made_up_run("same_size", 0, 16, 0.02, 0.9),
+        made_up_run("late", 0, 16, 0.01, 0.95),
+        made_up_run("late_50", 0, 16, 0.04, 0.6),  # on 8 TFLOP
+        made_up_run("late_50", 1, 16, 0.4, 0.3),
+    ]
+    found = {(entry["quantity"], entry["tflop"], entry["arm"]): entry["seeds"] for entry in report.fewer_flops(runs)}
+    at = 8 * 2 ** (math.log(0.04 / 0.02) / math.log(0.04 / 0.01))
+    assert found["NELBO", 16, "late"][0]["ratio"] == pytest.approx(16 / at)
+    # what is reached on the smallest budget already is a bound, here of a ratio below 1; seed 1 does not get there
+    assert found["NELBO", 4, "late"] == {0: {"ratio": 0.5, "is_bound": True}, 1: {"ratio": None, "is_bound": False}}
+    at = 8 * 2 ** (math.log(0.4 / 0.1) / math.log(0.4 / 0.05))
+    assert found["one-step accuracy", 16, "late"][0]["ratio"] == pytest.approx(16 / at)
+    assert "| NELBO | 16 | late | 1.41 |" in report.scaling_tables(runs)
 
 
 def brute_force(board):

@@ -14,10 +14,13 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arms import ARMS
+
+from loopmdm.evaluation.protocol import write_json
 
 MAIN = ("same_size", "deeper", "looped", "late")
 COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "late": "tab:red"}
@@ -25,7 +28,7 @@ ABOUT = {
     "same_size": "same size, no loops",
     "deeper": "deeper, no loops",
     "looped": "LoopMDM, S ~ Uniform{1..6}",
-    "late": "LoopMDM, S = 1 first, then Uniform{3..6}",
+    "late": "LoopMDM, late loops (S = 1, then 3 to 6)",
 }
 
 
@@ -91,50 +94,88 @@ def training_loops(run: dict) -> int:
 
 def crossing(points: list[tuple[float, float]], level: float) -> float | None:
     """
-    The FLOPs at which a falling curve of (FLOPs, NELBO) first reaches `level`, linear in the logarithm of the NELBO;
-    None where it does not.
+    The FLOPs at which a falling curve of (FLOPs, value) first reaches `level`, linear in both logarithms; None where it
+    does not, and the first FLOPs, a bound, where it starts there.
     """
-    for (left, high), (right, low) in itertools.pairwise(points):
-        if low <= level < high:
-            return left + (right - left) * math.log(high / level) / math.log(high / low)
     if points and points[0][1] <= level:
         return points[0][0]
+    for (left, high), (right, low) in itertools.pairwise(points):
+        if low <= level < high:
+            return left * (right / left) ** (math.log(high / level) / math.log(high / low))
     return None
 
 
-def flops_to_match(records: dict[str, list[dict]], held_out: str) -> list[dict[str, Any]]:
+def flops_within(records: dict[str, list[dict]]) -> list[dict[str, Any]]:
     """
-    Claim 1, by arm and seed: the share of the same-size arm's training FLOPs after which a looped arm, at S_max loops,
-    has its final NELBO. "within" reads it off one run, whose learning rate is still high at the crossing; "budgets"
-    off runs with a whole schedule on a part of the FLOPs each (`ARM_30`, ...); None where it is not reached.
+    Claim 1 within one run, by arm and seed: the share of the same-size arm's training FLOPs after which a looped arm of
+    the same budget has its final NELBO at S_max loops, None where it never has. Pessimistic: the learning rate is still
+    high at the crossing.
     """
     found = []
     same = {run["seed"]: run for run in records.get("same_size", [])}
-    for name in records:
-        for run in records[name]:
+    for name, runs in records.items():
+        for run in runs:
             seed, loops = run["seed"], str(training_loops(run))
             if loops == "1" or seed not in same or run["settings"]["budget"] < 1:
                 continue
-            total = same[seed]["training"]["training_flops"]
             level = same[seed]["marks"][-1]["likelihood"]["1"]["nelbo"]
-            within = crossing([(mark["flops"], mark["likelihood"][loops]["nelbo"]) for mark in run["marks"]], level)
-            level = same[seed]["likelihood"][held_out]["1"]["nelbo"]
-            family = [r for other in records for r in records[other] if r["seed"] == seed and is_of(other, name)]
-            points = sorted(
-                (r["training"]["training_flops"], r["likelihood"][held_out][loops]["nelbo"]) for r in family
-            )
-            budgets = crossing(points, level) if len(points) > 1 else None
-            found.append(
-                {
-                    "arm": name,
-                    "seed": seed,
-                    "within": None if within is None else within / total,
-                    "budgets": None if budgets is None else budgets / total,
-                    # With the smallest budget that was run already there, the share is a bound from above.
-                    "is_bound": budgets is not None and budgets == points[0][0],
-                    "budgets_measured": [flops / total for flops, _ in points],
-                }
-            )
+            flops = crossing([(mark["flops"], mark["likelihood"][loops]["nelbo"]) for mark in run["marks"]], level)
+            share = None if flops is None else flops / same[seed]["training"]["training_flops"]
+            found.append({"arm": name, "seed": seed, "share": share})
+    return found
+
+
+def final_nelbo(run: dict) -> float:
+    return next(iter(run["likelihood"].values()))[str(training_loops(run))]["nelbo"]
+
+
+def final_unsolved(run: dict) -> float:
+    """Share of rows that one step at S_max loops leaves unsolved."""
+    return 1 - run["one_step"]["solved"][str(training_loops(run))]
+
+
+def quantities(runs: list[dict]) -> dict[str, Callable[[dict], float]]:
+    found = {"NELBO": final_nelbo}
+    return found | ({"one-step accuracy": final_unsolved} if "one_step" in runs[0] else {})
+
+
+def budget_of(run: dict) -> float:
+    """Training TFLOP that the run was given."""
+    return run["settings"]["tflop"] * run["settings"]["budget"]
+
+
+def by_budget(runs: list[dict], value: Callable[[dict], float]) -> dict[str, dict[int, list[tuple[float, float]]]]:
+    """By main arm and seed, (training TFLOP, value) of every run with a schedule of its own, from the smallest."""
+    curves: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for base in MAIN:
+        for run in runs:
+            if is_of(run["arm"], base):
+                curves.setdefault(base, {}).setdefault(run["seed"], []).append((budget_of(run), value(run)))
+    return {base: {seed: sorted(points) for seed, points in sorted(seeds.items())} for base, seeds in curves.items()}
+
+
+def fewer_flops(runs: list[dict]) -> list[dict[str, Any]]:
+    """
+    Claim 1 by whole runs: how many times fewer training FLOPs a looped arm needs, at S_max loops, for what the
+    same-size arm with the same seed has at the end of its budget. By budget, arm and quantity: the ratio of each seed,
+    interpolated between the budgets that were run, None where the largest is not enough, and whether it is a bound from
+    below, because the smallest is.
+    """
+    found = []
+    for quantity, value in quantities(runs).items():
+        curves = by_budget(runs, value)
+        for flops in sorted({point[0] for points in curves.get("same_size", {}).values() for point in points}):
+            for base in ("looped", "late"):
+                ratios = {}
+                for seed, points in curves.get("same_size", {}).items():
+                    curve = curves.get(base, {}).get(seed)
+                    if not curve or flops not in dict(points):
+                        continue
+                    at = crossing(curve, dict(points)[flops])
+                    ratio = None if at is None else flops / at
+                    ratios[seed] = {"ratio": ratio, "is_bound": at == curve[0][0]}
+                if ratios:
+                    found.append({"quantity": quantity, "tflop": flops, "arm": base, "seeds": ratios})
     return found
 
 
@@ -210,20 +251,20 @@ def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
                 cells.append(f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"))
             lines.append(_row([name, len(runs), *cells]))
         lines.append("")
-    for held_out in held_out_names(records):
-        found = flops_to_match(records, held_out)
-        if found:
-            lines += [f"Share of the FLOPs at which an arm has the same-size arm's final NELBO ({held_out})", ""]
-            lines += _header(["arm", "seed", "within one run", "ratio", "by runs on smaller budgets", "ratio"])
-            for entry in found:
-                cells = []
-                for kind in ("within", "budgets"):
-                    share = entry[kind]
-                    none = "not reached" if kind == "within" or len(entry["budgets_measured"]) > 1 else "not run"
-                    most, least = ("<= ", ">= ") if kind == "budgets" and entry["is_bound"] else ("", "")
-                    cells += [none, ""] if share is None else [f"{most}{share:.2f}", f"{least}{1 / share:.2f}"]
-                lines.append(_row([entry["arm"], entry["seed"], *cells]))
-            lines.append("")
+    within = flops_within(records)
+    if within:
+        lines += ["Share of the FLOPs after which an arm has the same-size arm's final NELBO, within one run", ""]
+        names = list(dict.fromkeys(entry["arm"] for entry in within))
+        seeds = sorted({entry["seed"] for entry in within})
+        lines += _header(["arm", *(f"seed {seed}" for seed in seeds)])
+        shares = {(entry["arm"], entry["seed"]): entry["share"] for entry in within}
+        for name in names:
+            cells = [
+                ("never" if shares[name, n] is None else f"{shares[name, n]:.2f}") if (name, n) in shares else ""
+                for n in seeds
+            ]
+            lines.append(_row([name, *cells]))
+        lines.append("")
     looped = records.get("looped")
     if looped and "adaptive" in looped[0].get("one_step", {}):
         lines += ["Adaptive loops (LoopMDM, one step, up to twice S_max)", ""]
@@ -256,6 +297,45 @@ def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
             lines.append(_row([f"{row['flops'] / 1e6:.0f}", *cells]))
         lines.append("")
     return "\n".join(lines)
+
+
+def scaling_tables(runs: list[dict]) -> str:
+    lines = []
+    for quantity, value in quantities(runs).items():
+        curves = by_budget(runs, value)
+        budgets = sorted({flops for seeds in curves.values() for points in seeds.values() for flops, _ in points})
+        lines += [f"{quantity} by training budget (TFLOP)", ""]
+        lines += _header(["arm", *(f"{flops:g}" for flops in budgets)])
+        for base, seeds in curves.items():
+            cells = []
+            for flops in budgets:
+                values = [dict(points)[flops] for points in seeds.values() if flops in dict(points)]
+                cells.append(_value_cell(quantity, values) if values else "")
+            lines.append(_row([base, *cells]))
+        lines.append("")
+    found = fewer_flops(runs)
+    if found:
+        lines += ["Times fewer training FLOPs than the same-size arm, by seed", ""]
+        seeds = sorted({seed for entry in found for seed in entry["seeds"]})
+        lines += _header(["its", "after TFLOP", "arm", *(f"seed {seed}" for seed in seeds)])
+        for entry in found:
+            cells = []
+            for seed in seeds:
+                one = entry["seeds"].get(seed)
+                bound = ">= " if one and one["is_bound"] else ""
+                cells.append(
+                    "" if one is None else "not reached" if one["ratio"] is None else f"{bound}{one['ratio']:.2f}"
+                )
+            lines.append(_row([entry["quantity"], f"{entry['tflop']:g}", entry["arm"], *cells]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _value_cell(quantity: str, values: list[float]) -> str:
+    mean, deviation = mean_and_deviation(values)
+    if quantity == "NELBO":
+        return f"{mean:.4f}" + ("" if deviation is None else f" ± {deviation:.4f}")
+    return f"{100 - 100 * mean:.1f} %" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
 def budgets_of(grids: dict[str, dict]) -> list[float]:
@@ -328,13 +408,6 @@ def _plot_training(records, axis) -> None:
             flops = [mark["flops"] / 1e12 for mark in run["marks"]]
             values = [mark["likelihood"][loops]["nelbo"] for mark in run["marks"]]
             axis.plot(flops, values, color=COLORS[name], marker=".", label=ABOUT[name] if i == 0 else None)
-    held_out = held_out_names(records)[0]
-    for base in _main(records):
-        shorter = [run for name in records if name != base and is_of(name, base) for run in records[name]]
-        if shorter:
-            flops = [run["training"]["training_flops"] / 1e12 for run in shorter]
-            values = [run["likelihood"][held_out][str(training_loops(run))]["nelbo"] for run in shorter]
-            axis.scatter(flops, values, color=COLORS[base], marker="*", s=70, label="the same on a smaller budget")
     axis.set_xlabel("training TFLOP")
     axis.set_ylabel(f"NELBO, nats per {next(iter(records.values()))[0]['settings']['unit']}")
     axis.set_yscale("log")
@@ -455,19 +528,56 @@ def _plot_frontiers(grids, axis, with_settings: bool) -> None:
     _legend(axis)
 
 
-def plot_summary(records: dict[str, list[dict]], grids: dict[str, dict], path: Path) -> None:
+def plot_summary(records: dict[str, list[dict]], grids: dict[str, dict], runs: list[dict], path: Path) -> None:
+    """Of the main arms: what every training budget gives, quality by loops, and by inference FLOPs."""
     from matplotlib.figure import Figure
 
-    main = {name: records[name] for name in records if any(is_of(name, base) for base in MAIN)}
-    panels = [_plot_training, _plot_solved_by_loops if "one_step" in records["looped"][0] else _plot_nelbo_by_loops]
-    figure = Figure(figsize=(4.6 * (len(panels) + bool(grids)), 3.7), layout="constrained")
-    axes = figure.subplots(1, len(panels) + bool(grids))
-    for panel, axis in zip(panels, axes, strict=False):
-        panel(main, axis)
-        _legend(axis)
+    main = {name: records[name] for name in _main(records)}
+    has_answers = "one_step" in runs[0]
+    figure = Figure(figsize=(4.6 * (2 + bool(grids)), 3.7), layout="constrained")
+    axes = figure.subplots(1, 2 + bool(grids))
+    _plot_budgets(runs, axes[0])
+    (_plot_solved_by_loops if has_answers else _plot_nelbo_by_loops)(main, axes[1])
+    _legend(axes[1])
     if grids:
-        _plot_frontiers(grids, axes[-1], False)
+        _plot_frontiers({name: grids[name] for name in grids if name in MAIN}, axes[2], False)
     _save(figure, path)
+
+
+def _plot_budgets(runs: list[dict], axis) -> None:
+    """Final NELBO of whole runs by training budget, and how much further the best looped arm's FLOPs go."""
+    curves = by_budget(runs, final_nelbo)
+    means = {}
+    for base, seeds in curves.items():
+        points = sorted(point for seed in seeds.values() for point in seed)
+        axis.scatter(*zip(*points, strict=True), color=COLORS[base], s=8, alpha=0.5)
+        means[base] = [
+            (flops, mean_and_deviation([value for _, value in group])[0])
+            for flops, group in ((f, list(g)) for f, g in itertools.groupby(points, key=lambda point: point[0]))
+        ]
+        axis.plot(*zip(*means[base], strict=True), color=COLORS[base], marker="o", label=ABOUT[base])
+    if "same_size" in means and "late" in means:
+        flops, level = means["same_size"][-1]
+        at = crossing(means["late"], level)
+        if at is not None and at < flops:
+            arrow = {"arrowstyle": "->", "color": "black"}
+            axis.annotate("", (at, level), (flops, level), arrowprops=arrow)
+            axis.annotate(
+                f"{flops / at:.1f}x fewer FLOPs",
+                ((at * flops) ** 0.5, level),
+                (0, 3),
+                ha="center",
+                textcoords="offset points",
+            )
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ticks = sorted({flops for points in means.values() for flops, _ in points})
+    axis.set_xticks(ticks, [f"{flops:g}" for flops in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("training TFLOP, each point a run of its own")
+    axis.set_ylabel(f"NELBO, nats per {runs[0]['settings']['unit']}")
+    axis.set_title("What a training budget buys")
+    _legend(axis)
 
 
 def _save(figure, path: Path) -> None:
@@ -481,26 +591,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", required=True, help="folder that run.py wrote to")
     parser.add_argument("--study", default="sudoku6", help="folder in --results")
+    parser.add_argument("--with", dest="others", default="", help="studies of other budgets, separated by commas")
     parser.add_argument("--plots", help="folder for the pictures")
     parser.add_argument("--summary", action="store_true", help="draw summary.png of this study too")
     args = parser.parse_args()
     folder = Path(args.results) / args.study
     records, grids = read_results(folder)
     print(tables(records, grids))
+    studies = [records, *(read_results(Path(args.results) / name)[0] for name in args.others.split(",") if name)]
+    runs = [run for study in studies for found in study.values() for run in found]
+    print(scaling_tables(runs))
     report = {
-        "flops_to_match": {name: flops_to_match(records, name) for name in held_out_names(records)},
+        "flops_within_one_run": flops_within(records),
+        "fewer_flops": fewer_flops(runs),
         "frontier": frontier(grids),
         "best_per_budget": best_per_budget(grids, budgets_of(grids)) if grids else [],
     }
-    temporary = folder / f".REPORT.{os.getpid()}"
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, folder / "REPORT.json")
+    write_json(folder / "REPORT.json", report)
     if args.plots:
         plot_claims(records, Path(args.plots) / f"{args.study}.png")
         if grids:
             plot_grid(grids, Path(args.plots) / f"{args.study}-grid.png")
         if args.summary:
-            plot_summary(records, grids, Path(args.plots) / "summary.png")
+            plot_summary(records, grids, runs, Path(args.plots) / "summary.png")
 
 
 if __name__ == "__main__":
