@@ -246,36 +246,38 @@ def test_small_sudokus_have_one_solution():
         sudoku6.generate_puzzles(1, 0, 5, 12)
 
 
-def answer_of(problem):
-    """The amount asked for, read from the sentences."""
-    amounts = {}
-    for sentence in re.split(r" ?[.?] ?", problem):
-        words = sentence.split()
-        match words:
-            case [name, "has", number, _]:
+def solution_of(problem):
+    """The solution, read from the sentences."""
+    amounts, lines = {}, []
+    for sentence in re.findall(r"[^.?]+[.?]", problem):
+        assert len(sentence.split()) == 6
+        match sentence.split():
+            case [name, "has", number, _, "now", "."]:
                 amounts[name] = int(number)
-            case [name, "buys", number, "more", _]:
+                continue
+            case [name, "buys", number, "more", _, "."]:
                 amounts[name] += int(number)
-            case [name, "loses", number, _]:
+            case [name, "loses", number, "of", "them", "."]:
                 amounts[name] -= int(number)
-            case [name, "gives", number, _, "to", other]:
+            case [name, "gives", number, "to", other, "."]:
                 amounts[name] -= int(number)
                 amounts[other] += int(number)
-            case [name, "doubles", "them"]:
+            case [name, "doubles", "all", "the", _, "."]:
                 amounts[name] *= 2
-            case ["How", "many", _, "has", name]:
-                return amounts[name]
+            case ["How", "many", "has", name, "now", "?"]:
+                return " ".join([*lines, f"#### {amounts[name]}"])
+        assert set(amounts.values()) <= set(range(10))
+        lines.append(" ".join(f"{name} {amount}" for name, amount in amounts.items()) + " ;")
     raise AssertionError(problem)
 
 
 def test_word_problems_are_solved():
-    problems = [word_problems.generate_problem(0, index, 2, 5, 64) for index in range(300)]
+    problems = [word_problems.generate_problem(0, index, 4) for index in range(300)]
     for problem, solution in problems:
-        words = solution.split()
-        assert words[-2] == "####" and int(words[-1]) == answer_of(problem)
-        assert len(problem.split()) + len(words) <= 64
-        assert set(problem.split()) | set(words) <= set(word_problems.VOCABULARY)
-    assert word_problems.generate_problem(0, 7, 2, 5, 64) == problems[7]
+        assert solution == solution_of(problem)
+        assert set(problem.split()) | set(solution.split()) <= set(word_problems.VOCABULARY)
+    assert word_problems.generate_problem(0, 7, 4) == problems[7]
+    assert len({problem for problem, _ in problems}) == 300
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def training_loops(run: dict) -> int:
 
 def crossing(points: list[tuple[float, float]], level: float) -> float | None:
     """
-    The FLOPs at which a falling curve of (FLOPs, value) first reaches `level`, linear in both logarithms; None where it
-    does not, and the first FLOPs, a bound, where it starts there.
+    The FLOPs at which a falling curve of (FLOPs, value) first reaches `level`, linear in both logarithms; None where
+    it does not, and the first FLOPs, a bound, where it starts there.
     """
     if points and points[0][1] <= level:
         return points[0][0]
@@ -107,9 +107,9 @@ def crossing(points: list[tuple[float, float]], level: float) -> float | None:
 
 def flops_within(records: dict[str, list[dict]]) -> list[dict[str, Any]]:
     """
-    Claim 1 within one run, by arm and seed: the share of the same-size arm's training FLOPs after which a looped arm of
-    the same budget has its final NELBO at S_max loops, None where it never has. Pessimistic: the learning rate is still
-    high at the crossing.
+    Claim 1 within one run, by arm and seed: the share of the same-size arm's training FLOPs after which a looped arm
+    of the same budget has its final NELBO at S_max loops, None where it never has. Pessimistic: the learning rate is
+    still high at the crossing.
     """
     found = []
     same = {run["seed"]: run for run in records.get("same_size", [])}
@@ -158,8 +158,8 @@ def fewer_flops(runs: list[dict]) -> list[dict[str, Any]]:
     """
     Claim 1 by whole runs: how many times fewer training FLOPs a looped arm needs, at S_max loops, for what the
     same-size arm with the same seed has at the end of its budget. By budget, arm and quantity: the ratio of each seed,
-    interpolated between the budgets that were run, None where the largest is not enough, and whether it is a bound from
-    below, because the smallest is.
+    interpolated between the budgets that were run, None where the largest is not enough, and whether it is a bound
+    from below, because the smallest is.
     """
     found = []
     for quantity, value in quantities(runs).items():
@@ -259,11 +259,8 @@ def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
         lines += _header(["arm", *(f"seed {seed}" for seed in seeds)])
         shares = {(entry["arm"], entry["seed"]): entry["share"] for entry in within}
         for name in names:
-            cells = [
-                ("never" if shares[name, n] is None else f"{shares[name, n]:.2f}") if (name, n) in shares else ""
-                for n in seeds
-            ]
-            lines.append(_row([name, *cells]))
+            row = [shares.get((name, seed), math.nan) for seed in seeds]
+            lines.append(_row([name, *("never" if x is None else "" if math.isnan(x) else f"{x:.2f}" for x in row)]))
         lines.append("")
     looped = records.get("looped")
     if looped and "adaptive" in looped[0].get("one_step", {}):
@@ -322,10 +319,10 @@ def scaling_tables(runs: list[dict]) -> str:
             cells = []
             for seed in seeds:
                 one = entry["seeds"].get(seed)
-                bound = ">= " if one and one["is_bound"] else ""
-                cells.append(
-                    "" if one is None else "not reached" if one["ratio"] is None else f"{bound}{one['ratio']:.2f}"
-                )
+                if one is None or one["ratio"] is None:
+                    cells.append("not reached" if one else "")
+                else:
+                    cells.append(f"{'>= ' * one['is_bound']}{one['ratio']:.2f}")
             lines.append(_row([entry["quantity"], f"{entry['tflop']:g}", entry["arm"], *cells]))
         lines.append("")
     return "\n".join(lines)

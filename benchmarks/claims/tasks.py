@@ -146,33 +146,30 @@ def sudoku6_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
 
 
 def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
-    """
-    Word problems of 2 to 5 events, see word_problems.py; the solution is learnt, its last number is scored. Padding to
-    one length is an ordinary token at the end, so that every step of an arm costs the same.
-    """
-    count, held_out, length = (256, 32, 64) if quick else (100_000, 1000, 64)
+    """Word problems of 4 events, see word_problems.py; the solution is learnt, its last number is scored."""
+    count, held_out, events = (256, 32, 4) if quick else (100_000, 1000, 4)
     ids = {word: index for index, word in enumerate(word_problems.VOCABULARY, start=2)}
 
     def read(seed: int, index: int) -> dict:
-        problem, solution = (text.split() for text in word_problems.generate_problem(seed, index, 2, 5, length))
-        tokens = [ids[word] for word in (*problem, *solution)]
-        maskable = [False] * len(problem) + [True] * len(solution)
-        padding = length - len(tokens)
+        problem, solution = (text.split() for text in word_problems.generate_problem(seed, index, events))
         return {
-            "input_ids": torch.tensor(tokens + [PAD] * padding),
-            "maskable": torch.tensor(maskable + [False] * padding),
+            "input_ids": torch.tensor([ids[word] for word in (*problem, *solution)]),
+            "maskable": torch.tensor([False] * len(problem) + [True] * len(solution)),
         }
 
     test = [read(1, index) for index in range(held_out)]
     input_ids, maskable = (torch.stack([example[name] for example in test]) for name in ("input_ids", "maskable"))
-    after = maskable.flip(-1).cumsum(-1).flip(-1)  # maskable tokens from here on
-    rows = Rows(input_ids, maskable, scored=maskable & (after == 1))
+    scored = torch.zeros_like(maskable)
+    scored[:, -1] = True
+    length = input_ids.shape[1]
     return Task(
         name="arithmetic",
-        shape=_shape(32 if quick else 128, len(ids) + 2, max_position_embeddings=length),
+        shape=_shape(
+            32 if quick else 128, len(ids) + 2, position_embedding_type="learned", max_position_embeddings=length
+        ),
         examples=[read(0, index) for index in range(count)],
-        held_out={"problems": rows},
-        batch_size=16,
+        held_out={"problems": Rows(input_ids, maskable, scored)},
+        batch_size=16 if quick else 32,
         unit="token of the solution",
     )
 
