@@ -87,6 +87,11 @@ ARMS: dict[str, Arm] = {
         schedule="late",
         options={"plain": 0.25},
     ),
+    "late_half": Arm(
+        "S = 1 for the first half, and in half of the steps after; Uniform{3..6} in the others",
+        schedule="late",
+        options={"plain": 0.5},
+    ),
     "late_consistency": Arm(
         "late, and a smaller S of the same pass learns its predictions",
         schedule="late",
@@ -122,7 +127,7 @@ ARMS |= {
 # FLOPs that an arm needs: runs with whole schedules on parts of the budget
 ARMS |= {
     f"{name}_{share}": dataclasses.replace(ARMS[name], about=f"{name} on {share} % of the FLOPs", budget=share / 100)
-    for name in ("same_size", "deeper", "looped", "late")
+    for name in ("same_size", "deeper", "looped", "late", "late_mixed")
     for share in (20, 30, 50, 70)
 }
 
