@@ -95,18 +95,18 @@ class GrowingLoops(LoopSchedule):
 
 class LateLoops(LoopSchedule):
     """
-    S = 1 for a first share `start` of the training steps, then S ~ Uniform{min_loops..max_loops}. Early on a model
-    learns from many cheap steps, and loops teach it little; docs/results.md compares it with the paper's distribution.
+    S = 1 for a first share `start` of the training steps; after it S = 1 in a share `plain`, and in the others S ~
+    Uniform{min_loops..max_loops}. Early on a model learns from many cheap steps, and loops teach it little; plain
+    steps among the later ones keep it good without loops. docs/results.md compares it with the paper's distribution.
 
     Args:
         max_loops (`int`): S_max.
         start (`float`, *optional*, defaults to 0.5): Share of the steps before the first loop, from 0 to below 1.
         min_loops (`int`, *optional*): Fewest loops drawn after it; defaults to half of `max_loops`, rounded up.
-        plain (`float`, *optional*, defaults to 0): Share of the steps after it that have S = 1 nevertheless, so that
-            the model stays good without loops.
+        plain (`float`, *optional*, defaults to 0.25): Share of the steps after it that have S = 1 nevertheless.
     """
 
-    def __init__(self, max_loops: int, start: float = 0.5, min_loops: int | None = None, plain: float = 0.0):
+    def __init__(self, max_loops: int, start: float = 0.5, min_loops: int | None = None, plain: float = 0.25):
         super().__init__(max_loops)
         min_loops = -(-max_loops // 2) if min_loops is None else min_loops
         if not 0 <= start < 1:

@@ -75,23 +75,27 @@ ARMS: dict[str, Arm] = {
     "fixed_then_uniform": Arm(
         "S = 4 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 4, "until": 0.5}
     ),
-    "late_uniform": Arm("S = 1 for the first half, Uniform{1..6} after", schedule="late", options={"min_loops": 1}),
-    "late": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late"),
-    "later": Arm(
-        "S = 1 for three quarters of the steps, Uniform{3..6} after",
-        schedule="late",
-        options={"start": 0.75},
-    ),
-    "late_mixed": Arm(
-        "S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} in the others",
-        schedule="late",
-        options={"plain": 0.25},
-    ),
+    "late": Arm("S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} else", schedule="late"),
+    "late_high": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late", options={"plain": 0.0}),
     "late_half": Arm(
-        "S = 1 for the first half, and in half of the steps after; Uniform{3..6} in the others",
+        "S = 1 for the first half, and in half of the steps after; Uniform{3..6} else",
         schedule="late",
         options={"plain": 0.5},
     ),
+    "late_uniform": Arm(
+        "S = 1 for the first half, Uniform{1..6} after", schedule="late", options={"min_loops": 1, "plain": 0.0}
+    ),
+    "later": Arm(
+        "S = 1 for three quarters of the steps, Uniform{3..6} after",
+        schedule="late",
+        options={"start": 0.75, "plain": 0.0},
+    ),
+    "earlier": Arm(
+        "S = 1 for the first quarter, and in a quarter of the steps after; Uniform{3..6} else",
+        schedule="late",
+        options={"start": 0.25},
+    ),
+    "never_late": Arm("S = 1 in a quarter of the steps, Uniform{3..6} else", schedule="late", options={"start": 0.0}),
     "late_consistency": Arm(
         "late, and a smaller S of the same pass learns its predictions",
         schedule="late",
@@ -100,7 +104,7 @@ ARMS: dict[str, Arm] = {
     "mostly_fixed": Arm(
         "S = 4 in half of the steps, Uniform{1..6} in the others", schedule="mixed", options={"fixed": 4, "share": 0.5}
     ),
-    "high": Arm("S ~ Uniform{3..6}", schedule="late", options={"start": 0.0}),
+    "high": Arm("S ~ Uniform{3..6}", schedule="late", options={"start": 0.0, "plain": 0.0}),
     "two_exits": Arm("S ~ Uniform{1..6}, and a second loss at a smaller S of the same pass", second_exit=0.5),
     "consistency": Arm(
         "S = 4, and a smaller S of the same pass learns its predictions",
@@ -111,7 +115,7 @@ ARMS: dict[str, Arm] = {
     "high_consistency": Arm(
         "S ~ Uniform{3..6}, and a smaller S of the same pass learns its predictions",
         schedule="late",
-        options={"start": 0.0},
+        options={"start": 0.0, "plain": 0.0},
         consistency=0.5,
     ),
 }
@@ -127,7 +131,7 @@ ARMS |= {
 # FLOPs that an arm needs: runs with whole schedules on parts of the budget
 ARMS |= {
     f"{name}_{share}": dataclasses.replace(ARMS[name], about=f"{name} on {share} % of the FLOPs", budget=share / 100)
-    for name in ("same_size", "deeper", "looped", "late", "late_mixed")
+    for name in ("same_size", "deeper", "looped", "late")
     for share in (20, 30, 50, 70)
 }
 
