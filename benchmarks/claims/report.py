@@ -22,13 +22,14 @@ from arms import ARMS
 
 from loopmdm.evaluation.protocol import write_json
 
-MAIN = ("same_size", "deeper", "looped", "late")
+LOOPED = ("looped", "late")
+MAIN = ("same_size", "deeper", *LOOPED)
 COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "late": "tab:red"}
 ABOUT = {
     "same_size": "same size, no loops",
     "deeper": "deeper, no loops",
-    "looped": "LoopMDM, S ~ Uniform{1..6}",
-    "late": "LoopMDM, late loops (S = 1, then 3 to 6)",
+    "looped": "LoopMDM, the paper's S ~ Uniform{1..6}",
+    "late": "LoopMDM, late loops",
 }
 
 
@@ -165,7 +166,7 @@ def fewer_flops(runs: list[dict]) -> list[dict[str, Any]]:
     for quantity, value in quantities(runs).items():
         curves = by_budget(runs, value)
         for flops in sorted({point[0] for points in curves.get("same_size", {}).values() for point in points}):
-            for base in ("looped", "late"):
+            for base in LOOPED:
                 ratios = {}
                 for seed, points in curves.get("same_size", {}).items():
                     curve = curves.get(base, {}).get(seed)
@@ -227,73 +228,125 @@ def setting_name(entry: dict) -> str:
 
 def tables(records: dict[str, list[dict]], grids: dict[str, dict]) -> str:
     """Everything in Markdown."""
-    lines: list[str] = []
-    for held_out in held_out_names(records):
-        lines += [f"NELBO on {held_out}, nats per {next(iter(records.values()))[0]['settings']['unit']}", ""]
-        columns = [1, 2, 3, 4, 6, 8, 12]
-        lines += _header(["arm", "seeds", "steps", "TFLOP", *(f"{loops} loops" for loops in columns)])
-        for name, runs in records.items():
-            table = nelbo_by_loops(runs, held_out)
-            cells = [f"{table[n][0]:.4f} ± {table[n][1]:.4f}" if n in table else "" for n in columns]
-            steps = round(sum(run["training"]["steps"] for run in runs) / len(runs))
-            flops = sum(run["training"]["training_flops"] for run in runs) / len(runs) / 1e12
-            lines.append(_row([name, len(runs), steps, f"{flops:.2f}", *cells]))
-        lines.append("")
+    parts = [likelihood_table(records, held_out) for held_out in held_out_names(records)]
     if "one_step" in next(iter(records.values()))[0]:
-        lines += ["Solved in one step, %; and in 2 and 4 steps at S_max loops", ""]
-        columns = [1, 2, 3, 4, 6, 8, 12]
-        lines += _header(["arm", "seeds", *(f"{loops} loops" for loops in columns), "2 steps", "4 steps"])
-        for name, runs in records.items():
-            table = solved_by_loops(runs)
-            cells = [f"{100 * table[n][0]:.1f} ± {100 * table[n][1]:.1f}" if n in table else "" for n in columns]
-            for i in range(2):
-                mean, deviation = mean_and_deviation([run["few_steps"][i]["solved"] for run in runs])
-                cells.append(f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"))
-            lines.append(_row([name, len(runs), *cells]))
-        lines.append("")
+        parts.append(answers_table(records))
+    parts.append(within_table(records))
+    parts.append(timestep_table(records))
+    for name in LOOPED:
+        if name in records:
+            parts.append(adaptive_table(name, records[name]) if "one_step" in records[name][0] else "")
+            parts.append(dynamics_table(name, records[name]))
+    parts.append(grid_table(grids))
+    return "\n".join(part for part in parts if part)
+
+
+COLUMNS = (1, 2, 3, 4, 6, 8, 12)
+
+
+def likelihood_table(records: dict[str, list[dict]], held_out: str) -> str:
+    lines = [f"NELBO on {held_out}, nats per {next(iter(records.values()))[0]['settings']['unit']}", ""]
+    lines += _header(["arm", "seeds", "steps", "TFLOP", *(f"{loops} loops" for loops in COLUMNS)])
+    for name, runs in records.items():
+        table = nelbo_by_loops(runs, held_out)
+        cells = [f"{table[n][0]:.4f} ± {table[n][1]:.4f}" if n in table else "" for n in COLUMNS]
+        steps = round(sum(run["training"]["steps"] for run in runs) / len(runs))
+        flops = sum(run["training"]["training_flops"] for run in runs) / len(runs) / 1e12
+        lines.append(_row([name, len(runs), steps, f"{flops:.2f}", *cells]))
+    return _joined(lines)
+
+
+def answers_table(records: dict[str, list[dict]]) -> str:
+    lines = ["Solved in one step, %; and in 2 and 4 steps at S_max loops", ""]
+    lines += _header(["arm", "seeds", *(f"{loops} loops" for loops in COLUMNS), "2 steps", "4 steps"])
+    for name, runs in records.items():
+        table = solved_by_loops(runs)
+        cells = [f"{100 * table[n][0]:.1f} ± {100 * table[n][1]:.1f}" if n in table else "" for n in COLUMNS]
+        for i in range(2):
+            mean, deviation = mean_and_deviation([run["few_steps"][i]["solved"] for run in runs])
+            cells.append(f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}"))
+        lines.append(_row([name, len(runs), *cells]))
+    return _joined(lines)
+
+
+def within_table(records: dict[str, list[dict]]) -> str:
     within = flops_within(records)
-    if within:
-        lines += ["Share of the FLOPs after which an arm has the same-size arm's final NELBO, within one run", ""]
-        names = list(dict.fromkeys(entry["arm"] for entry in within))
-        seeds = sorted({entry["seed"] for entry in within})
-        lines += _header(["arm", *(f"seed {seed}" for seed in seeds)])
-        shares = {(entry["arm"], entry["seed"]): entry["share"] for entry in within}
-        for name in names:
-            row = [shares.get((name, seed), math.nan) for seed in seeds]
-            lines.append(_row([name, *("never" if x is None else "" if math.isnan(x) else f"{x:.2f}" for x in row)]))
+    if not within:
+        return ""
+    lines = ["Share of the FLOPs after which an arm has the same-size arm's final NELBO, within one run", ""]
+    seeds = sorted({entry["seed"] for entry in within})
+    lines += _header(["arm", *(f"seed {seed}" for seed in seeds)])
+    shares = {(entry["arm"], entry["seed"]): entry["share"] for entry in within}
+    for name in dict.fromkeys(entry["arm"] for entry in within):
+        row = [shares.get((name, seed), math.nan) for seed in seeds]
+        lines.append(_row([name, *("never" if x is None else "" if math.isnan(x) else f"{x:.2f}" for x in row)]))
+    return _joined(lines)
+
+
+def timestep_table(records: dict[str, list[dict]]) -> str:
+    held_out = held_out_names(records)[0]
+    lines = ["-log p of a masked token by the share masked", ""]
+    lines += _header(["share masked", *(f"{10 * b}-{10 * b + 10} %" for b in range(10))])
+    for name in _main(records):
+        loops = training_loops(records[name][0])
+        lines.append(_row([name, *(f"{value:.4f}" for value in by_share(records[name], held_out, loops))]))
+    return _joined(lines)
+
+
+def adaptive_table(name: str, runs: list[dict]) -> str:
+    lines = [f"Adaptive loops of {name}, one step, up to twice S_max", ""]
+    lines += _header(["tolerance", "mean loops", "solved, %"])
+    for i, entry in enumerate(runs[0]["one_step"]["adaptive"]):
+        loops, _ = mean_and_deviation([run["one_step"]["adaptive"][i]["loops"] for run in runs])
+        solved, _ = mean_and_deviation([run["one_step"]["adaptive"][i]["solved"] for run in runs])
+        lines.append(_row([f"{entry['tolerance']:g}", f"{loops:.2f}", f"{100 * solved:.1f}"]))
+    return _joined(lines)
+
+
+def dynamics_table(name: str, runs: list[dict]) -> str:
+    """By loop, at every share masked: attention, and the logit lens."""
+    shares = runs[0]["dynamics"]["shares"]
+    lines = []
+    for title, quantity in (
+        ("attention in mid from masked to masked positions", "masked_to_masked"),
+        ("change of the state", "change"),
+        ("-log p of a masked token if mid stops here", "loss"),
+        ("predictions that become right, %", "corrected"),
+        ("predictions that cease to be right, %", "spoiled"),
+    ):
+        lines += [f"{name} by loop: {title}", ""]
+        rows = [mean_table([run["dynamics"][quantity][i] for run in runs]) for i in range(len(shares))]
+        lines += _header(["share masked", *range(1, len(rows[0]) + 1)])
+        scale, digits = (100, 2) if title.endswith("%") else (1, 4 if quantity == "loss" else 3)
+        for share, row in zip(shares, rows, strict=True):
+            cells = ["" if value is None else f"{scale * value:.{digits}f}" for value in row]
+            lines.append(_row([f"{100 * share:.0f} %", *cells]))
+        if quantity == "masked_to_masked":
+            uniform = ", ".join(f"{value:.3f}" for value in runs[0]["dynamics"]["uniform"])
+            lines += ["", f"(uniform attention would give {uniform})"]
         lines.append("")
-    looped = records.get("looped")
-    if looped and "adaptive" in looped[0].get("one_step", {}):
-        lines += ["Adaptive loops (LoopMDM, one step, up to twice S_max)", ""]
-        lines += _header(["tolerance", "mean loops", "solved, %"])
-        for i, entry in enumerate(looped[0]["one_step"]["adaptive"]):
-            loops, _ = mean_and_deviation([run["one_step"]["adaptive"][i]["loops"] for run in looped])
-            solved, _ = mean_and_deviation([run["one_step"]["adaptive"][i]["solved"] for run in looped])
-            lines.append(_row([f"{entry['tolerance']:g}", f"{loops:.2f}", f"{100 * solved:.1f}"]))
-        lines.append("")
-    if looped and "same_size" in records:
-        held_out = held_out_names(records)[0]
-        lines += ["-log p of a masked token by the share masked", ""]
-        lines += _header(["share masked", *(f"{10 * b}-{10 * b + 10} %" for b in range(10))])
-        for name in MAIN:
-            if name in records:
-                loops = training_loops(records[name][0])
-                lines.append(_row([name, *(f"{value:.4f}" for value in by_share(records[name], held_out, loops))]))
-        lines.append("")
-        lines += ["Attention from masked to masked positions in mid, by loop (share masked 100 %)", ""]
-        masses = attention_by_loop(looped)[-1]
-        lines += _header(["loop", *range(1, len(masses["mass"]) + 1)])
-        lines.append(_row(["mass", *(f"{mass:.3f}" for mass in masses["mass"])]))
-        lines += [f"(uniform attention would give {masses['uniform']:.3f})", ""]
-    if grids:
-        lines += ["Best setting within a budget of inference FLOPs", ""]
-        names = list(grids)
-        lines += _header(["MFLOP a row", *(f"{name} ({grids[name]['seeds']} seeds)" for name in names)])
-        for row in best_per_budget(grids, budgets_of(grids)):
-            cells = [f"{100 * row[n]['solved']:.1f}: {setting_name(row[n])}" if row[n] else "" for n in names]
-            lines.append(_row([f"{row['flops'] / 1e6:.0f}", *cells]))
-        lines.append("")
-    return "\n".join(lines)
+    return _joined(lines)
+
+
+def grid_table(grids: dict[str, dict]) -> str:
+    if not grids:
+        return ""
+    lines = ["Best setting within a budget of inference FLOPs", ""]
+    names = list(grids)
+    lines += _header(["MFLOP a row", *(f"{name} ({grids[name]['seeds']} seeds)" for name in names)])
+    for row in best_per_budget(grids, budgets_of(grids)):
+        cells = [f"{100 * row[n]['solved']:.1f}: {setting_name(row[n])}" if row[n] else "" for n in names]
+        lines.append(_row([f"{row['flops'] / 1e6:.0f}", *cells]))
+    return _joined(lines)
+
+
+def mean_table(rows: list[list[float | None]]) -> list[float | None]:
+    """The mean of the rows, entry by entry; None (no number) stays none."""
+    return [None if None in values else sum(values) / len(values) for values in zip(*rows, strict=True)]
+
+
+def _joined(lines: list[str]) -> str:
+    return "\n".join(lines) + "\n"
 
 
 def scaling_tables(runs: list[dict]) -> str:
@@ -353,17 +406,17 @@ def _row(cells: list) -> str:
 def by_share(runs: list[dict], held_out: str, loops: int) -> list[float]:
     """-log p of a masked token in each tenth of the share masked, averaged over seeds."""
     tables = [run["likelihood"][held_out][str(loops)]["by_share"] for run in runs]
-    return [sum(values) / len(values) for values in zip(*tables, strict=True) if None not in values]
+    return [value for value in mean_table(tables) if value is not None]
 
 
 def attention_by_loop(runs: list[dict]) -> list[dict[str, Any]]:
     """By share masked, the mean over seeds of mid's attention from masked to masked positions, by loop."""
-    result = []
-    for i, share in enumerate(runs[0]["dynamics"]["shares"]):
-        masses = [run["dynamics"]["masked_to_masked"][i] for run in runs]
-        mass = [sum(values) / len(values) for values in zip(*masses, strict=True)]
-        result.append({"share": share, "uniform": runs[0]["dynamics"]["uniform"][i], "mass": mass})
-    return result
+    shared = runs[0]["dynamics"]
+    masses = zip(*(run["dynamics"]["masked_to_masked"] for run in runs), strict=True)
+    return [
+        {"share": share, "uniform": uniform, "mass": mean_table(mass)}
+        for share, uniform, mass in zip(shared["shares"], shared["uniform"], masses, strict=True)
+    ]
 
 
 # Plots
