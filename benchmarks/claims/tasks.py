@@ -165,7 +165,7 @@ def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     return Task(
         name="arithmetic",
         shape=_shape(
-            32 if quick else 128, len(ids) + 2, position_embedding_type="learned", max_position_embeddings=length
+            32 if quick else 64, len(ids) + 2, position_embedding_type="learned", max_position_embeddings=length
         ),
         examples=[read(0, index) for index in range(count)],
         held_out={"problems": Rows(input_ids, maskable, scored)},
