@@ -612,13 +612,8 @@ def _plot_budgets(runs: list[dict], axis) -> None:
         if at is not None and at < flops:
             arrow = {"arrowstyle": "->", "color": "black"}
             axis.annotate("", (at, level), (flops, level), arrowprops=arrow)
-            axis.annotate(
-                f"{flops / at:.1f}x fewer FLOPs",
-                ((at * flops) ** 0.5, level),
-                (0, 3),
-                ha="center",
-                textcoords="offset points",
-            )
+            middle = ((at * flops) ** 0.5, level)
+            axis.annotate(f"{flops / at:.1f}x fewer", middle, (0, -12), ha="center", textcoords="offset points")
     axis.set_xscale("log")
     axis.set_yscale("log")
     ticks = sorted({flops for points in means.values() for flops, _ in points})
