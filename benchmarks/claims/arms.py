@@ -121,8 +121,14 @@ ARMS: dict[str, Arm] = {
 }
 
 
-# A deeper model, of which a smaller part is looped: six layers where the task has three
+# Other sizes of mid: of two layers in three, of all, and of a smaller part of a deeper model
 ARMS |= {
+    "late_mid_two": dataclasses.replace(
+        ARMS["late"], about="late with mid = first two thirds, up to 4 loops", mid=(0, 2), max_loops=4
+    ),
+    "late_whole": dataclasses.replace(
+        ARMS["late"], about="late with mid = all layers, up to 4 loops", mid=(0, 3), max_loops=4
+    ),
     "deeper_mid_one": dataclasses.replace(ARMS["late"], about="deeper, one layer of six looped as in late", depth=2),
     "deeper_mid_two": dataclasses.replace(
         ARMS["late"], about="deeper, two layers of six looped as in late", depth=2, mid=(1, 3)
