@@ -389,10 +389,10 @@ def _value_cell(quantity: str, values: list[float]) -> str:
 
 
 def budgets_of(grids: dict[str, dict]) -> list[float]:
-    """1, 1.5, 2, 3, 4, 6, ... times the cheapest setting of the arms."""
+    """1 to 6 times the cheapest setting of the arms: beyond, little is left to gain."""
     least = min(entry["flops"] for grid in grids.values() for entry in grid["grid"])
     most = max(entry["flops"] for grid in grids.values() for entry in grid["grid"])
-    return [least * factor for factor in (1, 1.5, 2, 3, 4, 6, 8, 12, 16) if least * factor <= most]
+    return [least * factor for factor in (1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6) if least * factor <= most]
 
 
 def _header(cells: list) -> list[str]:
@@ -554,26 +554,25 @@ def plot_grid(grids: dict[str, dict], path: Path) -> None:
 
 
 def _plot_frontiers(grids, axis, with_settings: bool) -> None:
+    def unsolved(entries) -> list[float]:
+        return [max(100 * (1 - entry["solved"]), 0.05) for entry in entries]  # none of 1,000 is no zero
+
     for i, (name, kept) in enumerate(frontier(grids).items()):
         color = COLORS.get(name, f"C{i + 1}")
         if with_settings:
             entries = grids[name]["grid"]
-            axis.scatter(
-                [entry["flops"] / 1e6 for entry in entries],
-                [100 * entry["solved"] for entry in entries],
-                color=color,
-                s=8,
-                alpha=0.4,
-            )
-        flops, solved = [entry["flops"] / 1e6 for entry in kept], [100 * entry["solved"] for entry in kept]
-        axis.step([*flops, 1e9], [*solved, solved[-1]], where="post", color=color, label=ABOUT.get(name, name))
+            axis.scatter([entry["flops"] / 1e6 for entry in entries], unsolved(entries), color=color, s=8, alpha=0.4)
+        flops, left = [entry["flops"] / 1e6 for entry in kept], unsolved(kept)
+        axis.step([*flops, 1e9], [*left, left[-1]], where="post", color=color, label=ABOUT.get(name, name))
     everything = [entry["flops"] / 1e6 for grid in grids.values() for entry in grid["grid"]]
     axis.set_xscale("log")
+    axis.set_yscale("log")
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.xaxis.set_minor_formatter(lambda x, _: f"{x:.0f}" if f"{x:.0e}"[0] in "235" else "")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_xlim(min(everything) * 0.9, max(everything) * 1.1)
     axis.set_xlabel("inference MFLOP a puzzle")
-    axis.set_ylabel("solved, %")
+    axis.set_ylabel("not solved, %")
     axis.set_title("Loops and steps: best per budget")
     _legend(axis)
 

@@ -31,7 +31,8 @@ from loopmdm.training import ExampleStream, MaskedDiffusionCollator
 MARKS = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0]  # shares of an arm's budget
 TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
 # Besides a fixed number of steps: commit whatever is certain enough, in 8 steps at most
-RULES = [{"confidence_threshold": 0.7}, {"confidence_threshold": 0.9}, {"entropy_bound": 0.03}, {"entropy_bound": 0.3}]
+RULES = [{"confidence_threshold": threshold} for threshold in (0.7, 0.9, 0.97)]
+RULES += [{"entropy_bound": bound} for bound in (0.3, 0.03, 0.01, 0.003)]
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
