@@ -121,8 +121,9 @@ ARMS: dict[str, Arm] = {
 }
 
 
-# Other sizes of mid: of two layers in three, of all, and of a smaller part of a deeper model
+# Other mids: the first layer of three, two layers, all, and a smaller part of a deeper model
 ARMS |= {
+    "late_mid_first": dataclasses.replace(ARMS["late"], about="late with mid = first third", mid=(0, 1)),
     "late_mid_two": dataclasses.replace(
         ARMS["late"], about="late with mid = first two thirds, up to 4 loops", mid=(0, 2), max_loops=4
     ),
