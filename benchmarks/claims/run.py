@@ -177,8 +177,9 @@ def protocol_of(clock: Clock, args: argparse.Namespace) -> dict[str, Any]:
     """Of the process that trained an arm (with the measurements along it), or measured it."""
     paths = ("work", "results", "train_text", "eval_text")
     record = protocol({name: value for name, value in vars(args).items() if name not in paths})
-    for text in filter(None, (args.train_text, args.eval_text)):
-        record.setdefault("texts", {}).update(hash_files(Path(text)))
+    if args.task == "language":
+        texts = filter(None, (args.train_text, args.eval_text))
+        record["texts"] = {name: digest for text in texts for name, digest in hash_files(Path(text)).items()}
     timing = "seconds of the last process that trained or measured the arm, from the start of that"
     return {**record, "timing": timing, **clock.read()}
 
