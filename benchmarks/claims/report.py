@@ -600,9 +600,11 @@ def _plot_budgets(runs: list[dict], axis) -> None:
     for base, seeds in curves.items():
         points = sorted(point for seed in seeds.values() for point in seed)
         axis.scatter(*zip(*points, strict=True), color=COLORS[base], s=8, alpha=0.5)
-        means[base] = [
+        groups = {flops: list(group) for flops, group in itertools.groupby(points, key=lambda point: point[0])}
+        means[base] = [  # of the budgets that all seeds were run on
             (flops, mean_and_deviation([value for _, value in group])[0])
-            for flops, group in ((f, list(g)) for f, g in itertools.groupby(points, key=lambda point: point[0]))
+            for flops, group in groups.items()
+            if len(group) == len(seeds)
         ]
         axis.plot(*zip(*means[base], strict=True), color=COLORS[base], marker="o", label=ABOUT[base])
     if "same_size" in means and "late" in means:
