@@ -811,7 +811,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         reuses = rule.may_skip or config.remask_probability > 0
         denoiser = (ReusingDenoiser if reuses else Denoiser)(self, canvas, past_key_values)
         cost, trace = Cost(canvas), Trace() if config.output_trace else None
-        stream = None if streamer is None else Stream(streamer, canvas)
+        stream = Stream(streamer, canvas) if streamer else None
         watchers = [watcher for watcher in (cost, trace, stream) if watcher is not None]
 
         # 3. Denoise block after block
@@ -833,21 +833,21 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 stream.put_block(block)
 
         # 4. Pad behind the ends
-        fill = next((t for t in (config.pad_token_id, self.config.pad_token_id, *eos_token_ids) if t is not None), 0)
+        fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, 0)
         behind = canvas.columns > canvas.ends[:, None]
+        fill = next(token for token in fills if token is not None)
         sequences = canvas.sequences.masked_fill(behind & canvas.to_denoise, fill)
         if stream is not None:
             stream.end()
         if not config.return_dict_in_generate:
             return sequences
         denoised = (canvas.to_denoise & ~behind).sum(-1)
-        num_denoised = int(denoised.sum())  # waits for the device
-        seconds = time.perf_counter() - started
+        total, seconds = int(denoised.sum()), time.perf_counter() - started  # waits for the device
         return LoopMDMGenerationOutput(
             sequences=sequences,
             **cost.totals,
             seconds=seconds,
-            tokens_per_second=num_denoised / seconds,
+            tokens_per_second=total / seconds,
             tokens_per_forward=denoised / cost.totals["forward_passes"].clamp(min=1),
             past_key_values=denoiser.finished_cache(),
             trace=None if trace is None else trace.steps,
