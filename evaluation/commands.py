@@ -22,12 +22,11 @@ from transformers.utils import logging
 from ..configuration_loopmdm import check_num_loops
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from ..randomness import seeded_generator
+from ..objective import check_settings, seeded_generator
 from .dynamics import measure_dynamics
-from .generative_perplexity import check_judge, generative_perplexity
-from .likelihood import check_settings, pad_windows, text_likelihood
+from .perplexity import check_judge, generative_perplexity, text_likelihood
 from .protocol import Stopwatch, check_output, output_folder, protocol, write_json
-from .texts import make_windows, read_texts
+from .texts import make_windows, pad_windows, read_texts
 
 console = Console()
 
@@ -539,7 +538,7 @@ def _prompts(
 
 def _sample_texts(path: str, text_column: str, documents: str) -> list[str]:
     """The texts of a `.txt` or `.jsonl` file. Token ids are refused: the judge has a tokenizer of its own."""
-    from ..training.data import SEPARATORS, read_documents, read_jsonl
+    from ..data import SEPARATORS, read_documents, read_jsonl
 
     if not Path(path).is_file() or Path(path).suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--samples {path} is no .txt or .jsonl file.")
