@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 import yaml
+from commands import refusal
+from commands import run as command
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -14,9 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner
 
-import loopmdm_cli as cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.training.run import read_config, train
 
@@ -303,9 +303,7 @@ def test_unreadable_texts_are_named(run, tmp_path):
 
 def test_command(run, tmp_path):
     path = run(eval_data=str(tmp_path / "text.txt"), eval_loops=[1, 3])
-    result = CliRunner().invoke(cli.app, ["train", path, "trainer.max_steps=2"])
-    assert result.exit_code == 0, result.output
-    assert "2 steps" in result.output and "eval_nelbo_3" in result.output
+    shown = command("train", path, "trainer.max_steps=2")
+    assert "2 steps" in shown and "eval_nelbo_3" in shown
     for overrides, part in ((["max_steps"], "no `key=value`"), (["output.x=1"], "holds a single value")):
-        result = CliRunner().invoke(cli.app, ["train", path, *overrides])
-        assert isinstance(result.exception, ValueError) and part in str(result.exception)
+        assert part in refusal("train", path, *overrides)

@@ -6,7 +6,7 @@ import evaluate
 from transformers import AutoTokenizer
 
 from loopmdm.evaluation import Text, text_likelihood
-from loopmdm.evaluation.commands import load_model
+from loopmdm.evaluation.loading import load_model
 from loopmdm.evaluation.texts import encode
 
 _DESCRIPTION = """Negative evidence lower bound of texts under a masked diffusion model with loops, an upper bound on
