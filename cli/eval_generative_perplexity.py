@@ -111,7 +111,7 @@ def _plan(
 
 def _read_samples(path: str, text_column: str, documents: str) -> list[str]:
     """The texts of a `.txt` or `.jsonl` file. Token ids are refused: the judge has a tokenizer of its own."""
-    from loopmdm.training.data import SEPARATORS, read_documents, read_jsonl
+    from loopmdm.data import SEPARATORS, read_documents, read_jsonl
 
     if not Path(path).is_file() or Path(path).suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--samples {path} is not a .txt or .jsonl file.")
@@ -165,7 +165,7 @@ def _generate(
     """New tokens of samples `first` and on; each has a generator of its own, so that batches make no difference."""
     import torch
 
-    from loopmdm.randomness import seeded_generator
+    from loopmdm.objective import seeded_generator
 
     width = max(map(len, starts))
     input_ids, attention_mask = torch.zeros(2, len(starts), width, dtype=torch.long)

@@ -52,7 +52,7 @@ def likelihood(
     """Bound of the likelihood of texts (NELBO), with error bars, at several numbers of loops and by timestep."""
     settings = dict(locals())
     from loopmdm.evaluation import text_likelihood
-    from loopmdm.evaluation.likelihood import check_settings
+    from loopmdm.objective import check_settings
     from loopmdm.evaluation.loading import load_model, load_tokenizer
     from loopmdm.evaluation.protocol import Stopwatch, protocol
 

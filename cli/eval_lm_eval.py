@@ -45,7 +45,7 @@ def lm_eval(
         importlib.import_module("lm_eval")
     except ImportError as error:
         raise ValueError('lm-eval is missing; `pip install "loopmdm[eval]"`.') from error
-    from loopmdm.evaluation.likelihood import check_settings
+    from loopmdm.objective import check_settings
     from loopmdm.evaluation.lm_eval_model import LoopMDMEvalModel
 
     config = start(model, output)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..evaluation.likelihood import NelboEstimate, nelbo
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..objective import NelboEstimate, nelbo
 
 
 def default_window(num_layers: int, loop_update: str) -> tuple[int, int]:

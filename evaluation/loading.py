@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .generative_perplexity import check_judge
+from .perplexity import check_judge
 
 
 def read_model_config(model: str) -> LoopMDMConfig:
@@ -49,14 +49,14 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises many kinds, and speaks of backends
-        raise ValueError(f"{model} has no tokenizer that loads; put one's files beside the weights.") from error
+        raise ValueError(f"{model} does not have a tokenizer that loads; put its files beside the weights.") from error
 
 
 def _read_config(model: str) -> Any:
     logging.disable_progress_bar()
     # transformers would take the path of a missing folder for a misspelt Hub id.
     if model.startswith((".", "/", "~")) and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{model} holds no model; there is no config.json in it.")
+        raise ValueError(f"{model} does not hold a model: there is no config.json in it.")
     return AutoConfig.from_pretrained(model)
 
 

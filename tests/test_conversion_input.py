@@ -1886,7 +1886,7 @@ def test_calibration(readable, out):
 
 def test_calibration_measures_what_the_model_scores(readable, out):
     """The recorded numbers are the NELBO of the written model with that window."""
-    from loopmdm.evaluation.likelihood import nelbo
+    from loopmdm.evaluation import nelbo
 
     text = readable / "text.txt"
     options = {"calibrate_on": text, "calibration_sequences": 1, "calibration_length": 40, "num_loops": 3}
