@@ -81,7 +81,7 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
         "attention": "whole sequence" if block_size is None else f"block-causal, blocks of {block_size}",
         "generation": {
             name: getattr(defaults, name)
-            for name, default in LoopMDMGenerationConfig.DEFAULTS.items()
+            for name, (default, *_) in LoopMDMGenerationConfig.FIELDS.items()
             if getattr(defaults, name) != default
         },
         "cost": [
