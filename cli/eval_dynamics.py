@@ -38,9 +38,9 @@ def dynamics(
     settings = dict(locals())
     from loopmdm.configuration_loopmdm import check_num_loops
     from loopmdm.evaluation import make_windows, measure_dynamics
-    from loopmdm.evaluation.texts import pad_windows
     from loopmdm.evaluation.loading import load_model, load_tokenizer
     from loopmdm.evaluation.protocol import Stopwatch, protocol
+    from loopmdm.evaluation.texts import pad_windows
 
     try:
         shares = [float(part) for part in timesteps.split(",")]

@@ -52,9 +52,9 @@ def likelihood(
     """Bound of the likelihood of texts (NELBO), with error bars, at several numbers of loops and by timestep."""
     settings = dict(locals())
     from loopmdm.evaluation import text_likelihood
-    from loopmdm.objective import check_settings
     from loopmdm.evaluation.loading import load_model, load_tokenizer
     from loopmdm.evaluation.protocol import Stopwatch, protocol
+    from loopmdm.objective import check_settings
 
     config = start(model, output)
     several = {1, 2, 4, config.num_loops} | ({config.max_train_loops} if config.loop_update == "replace" else set())

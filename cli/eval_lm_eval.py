@@ -45,8 +45,8 @@ def lm_eval(
         importlib.import_module("lm_eval")
     except ImportError as error:
         raise ValueError('lm-eval is missing; `pip install "loopmdm[eval]"`.') from error
-    from loopmdm.objective import check_settings
     from loopmdm.evaluation.lm_eval_model import LoopMDMEvalModel
+    from loopmdm.objective import check_settings
 
     config = start(model, output)
     loops = loop_numbers(num_loops, [config.num_loops])

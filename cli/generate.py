@@ -31,7 +31,9 @@ def generate(
     max_new_tokens: MaxNewTokens = None,
     num_loops: Annotated[
         str | None,
-        typer.Option(help="Applications of the looped block; a list such as 1,2,4 is spread over the steps."),
+        typer.Option(
+            help="Applications of the looped block; a list such as 1,2,4 is for the first, second, ... step."
+        ),
     ] = None,
     loop_tolerance: Annotated[float | None, typer.Option(help="Stop looping below this relative change.")] = None,
     visible_loops: Annotated[int | None, typer.Option(help="Loops of tokens that are not masked.")] = None,

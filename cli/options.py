@@ -66,7 +66,7 @@ def pairs(name: str, texts: list[str] | None, read: Callable[[str], Any] | None 
     for part in ",".join(texts or []).split(","):
         key, equals, value = part.partition("=")
         if part and not equals:
-            raise ValueError(f"{name} holds {part!r}, which is not of the form `key=value`.")
+            raise ValueError(f"{name} holds {part!r}, which is not `key=value`.")
         if part:
             found[key.strip()] = (read or yaml.safe_load)(value)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from ..objective import NelboEstimate, nelbo
+from ..objective import nelbo
 
 
 def default_window(num_layers: int, loop_update: str) -> tuple[int, int]:

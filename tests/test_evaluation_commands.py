@@ -219,7 +219,7 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
         ([*PERPLEXITY, "--num-loops", "0"], "`num_loops` is 0"),
         ([*PERPLEXITY, "--num-samples", "0"], "--num-samples is 0"),
         ([*PERPLEXITY, "--max-new-tokens", "65"], "65 new ones (--max-new-tokens) are more than the 64 positions"),
-        ([*PERPLEXITY, "--generate", "steps"], "which is not of the form `key=value`"),
+        ([*PERPLEXITY, "--generate", "steps"], "which is not `key=value`"),
         ([*PERPLEXITY, "--generate", "unmasking=best"], "`unmasking` is 'best'"),
         ([*TASKS[:3], "asks"], "lm-eval knows no task 'asks' (ask?)"),
         ([*TASKS, "--num-loops", "0"], "`num_loops` is 0"),

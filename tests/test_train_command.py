@@ -305,5 +305,5 @@ def test_command(run, tmp_path):
     path = run(eval_data=str(tmp_path / "text.txt"), eval_loops=[1, 3])
     shown = command("train", path, "trainer.max_steps=2")
     assert "2 steps" in shown and "eval_nelbo_3" in shown
-    for overrides, part in ((["max_steps"], "no `key=value`"), (["output.x=1"], "holds a single value")):
+    for overrides, part in ((["max_steps"], "is not `key=value`"), (["output.x=1"], "holds a single value")):
         assert part in refusal("train", path, *overrides)
