@@ -197,7 +197,7 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
     ("args", "message"),
     [
         ([*LIKELIHOOD[:3], "empty.txt"], "empty.txt holds no text"),
-        ([*LIKELIHOOD[:3], "nowhere.txt"], "nowhere.txt is no file"),
+        ([*LIKELIHOOD[:3], "nowhere.txt"], "nowhere.txt is not a file"),
         (["likelihood", "judge", "--text", "text.txt"], "judge is a 'llama' model, not a LoopMDM"),
         (["likelihood", "./nowhere", "--text", "text.txt"], "there is no config.json"),
         ([*LIKELIHOOD, "--num-loops", "0,1"], "`num_loops` is 0"),
@@ -267,7 +267,7 @@ def test_a_model_without_a_tokenizer_is_refused(place, tmp_path):
         if not path.name.startswith("tokenizer"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     for args in (LIKELIHOOD, DYNAMICS):
-        with pytest.raises(ValueError, match="has no tokenizer that loads"):
+        with pytest.raises(ValueError, match="does not have a tokenizer that loads"):
             measure(args[0], tmp_path, "--text", place / "text.txt")
 
 

@@ -153,7 +153,6 @@ def test_epochs_count_the_examples(run):
     "changes",
     [
         {"loops": {"schedule": "growing", "growth": 0.5}, "gradient_loops": 2, "checkpoint_loops": True},
-        {"loops": {"schedule": "poisson", "mean_loops": 2}, "distillation": 0.5},
         {"isolate_documents": True, "collator": {"complementary": True, "mask_ratio": [0.2, 0.8]}},
         {"model_config": {"attention_block_size": 4, "shift_logits": True}},
         {"documents": "line", "dtype": "bfloat16"},
@@ -209,7 +208,8 @@ def test_lora_trains_an_adapter_alone(run, tmp_path, tokenizer):
     ids = torch.tensor([[4, 5, 2, 2]])
     with adapted.disable_adapter():
         before = adapted(ids, num_loops=3).logits
-    assert (adapted(ids, num_loops=3).logits - before).abs().max() > 0.01
+    # Without the mask token's logits, which are minus infinity both times
+    assert (adapted(ids, num_loops=3).logits - before).nan_to_num().abs().max() > 0.01
     for loops in (1, 4):
         out = adapted.generate(input_ids=ids[:, :2], max_new_tokens=2, num_loops=loops)
         assert out.shape == (1, 4)
@@ -253,7 +253,7 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"task": "chat"}, ["`task` is 'chat'", "answers"]),
         ({"optimizer": "sgd"}, ["`optimizer` is 'sgd'"]),
         ({"sequence_length": 64}, ["`sequence_length` is 64", "1 to 32"]),
-        ({"data": "nowhere.txt"}, ["nowhere.txt is no file"]),
+        ({"data": "nowhere.txt"}, ["nowhere.txt is not a file"]),
         ({"data": None}, ["has no `data`"]),
         ({"model_config": None}, ["no `model` to start from", "`model_config`"]),
         ({"tokenizer": None}, ["`tokenizer` is missing"]),
@@ -295,7 +295,7 @@ def test_bad_answers_are_named(run, tmp_path, content, parts):
 
 
 def test_unreadable_texts_are_named(run, tmp_path):
-    for content, part in ((b"", "holds no text"), (b"\xff\xfe\x00\xd8", "no text in UTF-8")):
+    for content, part in ((b"", "holds no text"), (b"\xff\xfe\x00\xd8", "is not text in UTF-8")):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(ValueError, match=part):
             go(run(data=str(tmp_path / "bad.txt")))
