@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..evaluation.likelihood import nelbo
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..objective import nelbo
 
 
 def default_window(num_layers: int, loop_update: str) -> tuple[int, int]:

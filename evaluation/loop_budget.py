@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-How few loops are enough: settings of `generate` (fewer loops, schedules over the denoising steps, adaptive loops) are
-tried on examples, and the cheapest that keeps the quality is chosen, by measurement rather than by hand.
+How few loops are enough: settings of `generate` (fewer loops, fewer for visible tokens, adaptive loops) are tried on
+examples, and the cheapest that keeps the quality is chosen, by measurement rather than by hand.
 """
 
 import json
@@ -15,11 +15,15 @@ from typing import Any
 import torch
 
 from ..configuration_loopmdm import check_num_loops
-from ..generation_utils import LoopMDMGenerationConfig, reject_unknown
+from ..data import encode_answer, read_jsonl
+from ..generation_utils import LoopMDMGenerationConfig
+from ..objective import input_device
+from .texts import pad_left
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
 # What a setting may change, and what is taken back to its default where it does not.
-BUDGET_ARGUMENTS = ("num_loops", "loop_schedule", "loop_tolerance", "loop_exit", "visible_loops")
+BUDGET_ARGUMENTS = ("num_loops", "loop_tolerance", "visible_loops")
+COSTS = ("forward_passes", "loops", "flops")
 
 
 @dataclass
@@ -31,8 +35,7 @@ class BudgetResult:
         arguments (`dict`): Arguments of `generate`.
         quality, standard_error (`float`): Mean over the examples, from 0 to 1, and its standard error.
         loss, loss_standard_error (`float`): Quality below that of the most loops, on the same examples (paired).
-        mean_loops (`float`): Loops of a position in a forward pass.
-        forward_passes, token_layer_passes, flops (`float`): Mean per example.
+        forward_passes, loops, flops (`float`): Mean cost of an example, as `generate` reports it.
     """
 
     arguments: dict[str, Any]
@@ -40,10 +43,14 @@ class BudgetResult:
     standard_error: float
     loss: float
     loss_standard_error: float
-    mean_loops: float
     forward_passes: float
-    token_layer_passes: float
+    loops: float
     flops: float
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops of a forward pass."""
+        return self.loops / self.forward_passes
 
 
 @dataclass
@@ -74,10 +81,9 @@ class LoopBudget:
         return asdict(self)
 
 
-def budget_settings(num_loops: int, num_steps: int | None = None) -> list[dict[str, Any]]:
+def budget_settings(num_loops: int) -> list[dict[str, Any]]:
     """
-    Settings that spend at most `num_loops`: every smaller number, fewer loops for visible tokens, schedules over the
-    steps (where there is more than one), and tolerances for rows and for tokens.
+    Settings that spend at most `num_loops`: every smaller number, fewer loops for visible tokens, and tolerances.
     """
     settings: list[dict[str, Any]] = [{"num_loops": loops} for loops in range(1, num_loops)]
     settings += [
@@ -85,18 +91,8 @@ def budget_settings(num_loops: int, num_steps: int | None = None) -> list[dict[s
         for loops in sorted({num_loops, max(2, round(num_loops * 2 / 3))})
         for visible in range(1, min(loops, 4))
     ]
-    if num_loops > 1 and (num_steps is None or num_steps > 1):
-        settings += [
-            {"num_loops": loops, "loop_schedule": schedule}
-            for schedule in ("early", "middle", "late")
-            for loops in sorted({max(2, round(num_loops * share)) for share in (0.5, 1.0)})
-        ]
     if num_loops > 1:
-        settings += [
-            {"num_loops": num_loops, "loop_tolerance": tolerance, "loop_exit": exit_}
-            for exit_ in ("row", "token")
-            for tolerance in TOLERANCES
-        ]
+        settings += [{"num_loops": num_loops, "loop_tolerance": tolerance} for tolerance in TOLERANCES]
     return settings
 
 
@@ -133,41 +129,8 @@ def calibrate_loops(
         generate_arguments: Further arguments of `generate`, for all settings alike.
     """
     num_loops = check_num_loops(model.config.num_loops if num_loops is None else num_loops)
-    if model.config.loop_update != "replace":
-        raise ValueError(
-            'The loops of a model with `loop_update="damped"` are steps towards one result, whose number is not a '
-            "budget; calibrate a model that was trained with loops."
-        )
-    if num_loops < 2:
-        raise ValueError("`num_loops` is 1, which leaves nothing to save; give the most loops that may be spent.")
-    if len(examples) < 4:
-        raise ValueError(f"There are {len(examples)} examples; give at least 4, and some hundred to tell 1 % apart.")
-    if quality not in ("exact", "tokens", "agreement"):
-        raise ValueError(f'`quality` is {quality!r}; choose "exact", "tokens" or "agreement".')
-    if not 0 <= max_loss <= 1:
-        raise ValueError(
-            f"`max_loss` is {max_loss}; it is a share of the quality, from 0 to 1 (0.005 is half a point)."
-        )
-    for name in BUDGET_ARGUMENTS:
-        if name in generate_arguments:
-            raise ValueError(f"`{name}` is what is calibrated; leave it out.")
-    for number, example in enumerate(examples):
-        if not bool((example["input_ids"] == model.config.mask_token_id).any()):
-            raise ValueError(f"Example {number} holds no [MASK]; there is nothing to fill in.")
-        if example["input_ids"].shape != example["target"].shape:
-            raise ValueError(
-                f"Example {number} has {len(example['input_ids'])} tokens and a target of {len(example['target'])}; "
-                "they stand for each other one by one."
-            )
-    if settings is None:
-        settings = budget_settings(num_loops, generate_arguments.get("max_denoising_steps"))
-    # Bad arguments are found before the first of many runs.
-    for setting in settings:
-        reject_unknown(name for name in setting if name not in LoopMDMGenerationConfig.DEFAULTS)
-        if not set(setting) <= set(BUDGET_ARGUMENTS):
-            raise ValueError(f"A setting is {setting}; it may hold {', '.join(BUDGET_ARGUMENTS)}.")
-        model._prepare_generation_config(None, **_complete(setting), **generate_arguments)
-
+    settings = budget_settings(num_loops) if settings is None else settings
+    _check(model, examples, num_loops, max_loss, quality, settings, generate_arguments)
     halves = [list(examples[::2]), list(examples[1::2])]
     fulls = [_run(model, half, {"num_loops": num_loops}, batch_size, seed, generate_arguments) for half in halves]
     scores = [
@@ -198,6 +161,48 @@ def calibrate_loops(
     return LoopBudget(full, results, best, check, check_full, checks, how)
 
 
+def _check(
+    model: torch.nn.Module,
+    examples: Sequence[dict[str, torch.Tensor]],
+    num_loops: int,
+    max_loss: float,
+    quality: str,
+    settings: Sequence[dict[str, Any]],
+    generate_arguments: dict[str, Any],
+) -> None:
+    """Raises a ValueError for bad arguments of [`calibrate_loops`], before the first of many runs."""
+    if model.config.loop_update != "replace":
+        raise ValueError(
+            'The loops of a model with `loop_update="damped"` are steps towards one result, whose number is not a '
+            "budget; calibrate a model that was trained with loops."
+        )
+    if num_loops < 2:
+        raise ValueError("`num_loops` is 1, which leaves nothing to save; give the most loops that may be spent.")
+    if len(examples) < 4:
+        raise ValueError(f"There are {len(examples)} examples; give at least 4, and some hundred to tell 1 % apart.")
+    if quality not in ("exact", "tokens", "agreement"):
+        raise ValueError(f'`quality` is {quality!r}; choose "exact", "tokens" or "agreement".')
+    if not 0 <= max_loss <= 1:
+        raise ValueError(
+            f"`max_loss` is {max_loss}; it is a share of the quality, from 0 to 1 (0.005 is half a point)."
+        )
+    for name in BUDGET_ARGUMENTS:
+        if name in generate_arguments:
+            raise ValueError(f"`{name}` is what is calibrated; leave it out.")
+    for number, example in enumerate(examples):
+        if not bool((example["input_ids"] == model.config.mask_token_id).any()):
+            raise ValueError(f"Example {number} holds no [MASK]; there is nothing to fill in.")
+        if example["input_ids"].shape != example["target"].shape:
+            raise ValueError(
+                f"Example {number} has {len(example['input_ids'])} tokens and a target of {len(example['target'])}; "
+                "they stand for each other one by one."
+            )
+    for setting in settings:
+        if not set(setting) <= set(BUDGET_ARGUMENTS):
+            raise ValueError(f"A setting is {setting}; it may hold {', '.join(BUDGET_ARGUMENTS)}.")
+        model._prepare_generation_config(None, **_complete(setting), **generate_arguments)
+
+
 def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     """
     Makes `arguments`, as [`calibrate_loops`] chose them, the defaults of the model in `folder`: writes its
@@ -205,7 +210,7 @@ def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model; there is no config.json in it.")
+        raise ValueError(f"{folder} does not hold a model: there is no config.json in it.")
     file = folder / "generation_config.json"
     config = LoopMDMGenerationConfig.from_pretrained(folder) if file.is_file() else LoopMDMGenerationConfig()
     config.update(**_complete(arguments))
@@ -220,11 +225,9 @@ def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
 def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[dict[str, torch.Tensor]]:
     """
     Examples for [`calibrate_loops`] from JSON lines `{"prompt": ..., "answer": ...}` (or the other names that
-    `training.encode_answer` takes): the answer's tokens are to be filled in behind the prompt. Where the prompt holds
+    `data.encode_answer` takes): the answer's tokens are to be filled in behind the prompt. Where the prompt holds
     mask tokens itself, the answer is the whole text and they are filled in.
     """
-    from ..training.data import encode_answer, read_jsonl  # training imports this package
-
     examples = []
     for number, item in enumerate(read_jsonl(path)):
         where = f"Example {number} of {path}"
@@ -252,15 +255,13 @@ def describe(arguments: dict[str, Any]) -> str:
     if "visible_loops" in arguments:
         words.append(f"visible {arguments['visible_loops']}")
     if "loop_tolerance" in arguments:
-        words.append(f"{arguments.get('loop_exit', 'row')} {arguments['loop_tolerance']:g}")
-    if "loop_schedule" in arguments:
-        words.append(arguments["loop_schedule"])
+        words.append(f"tolerance {arguments['loop_tolerance']:g}")
     return ", ".join(words)
 
 
 def _complete(setting: dict[str, Any]) -> dict[str, Any]:
     """A setting with defaults for what it leaves open, so that nothing of an earlier calibration remains."""
-    return {name: setting.get(name, LoopMDMGenerationConfig.DEFAULTS[name]) for name in BUDGET_ARGUMENTS}
+    return {name: setting.get(name, LoopMDMGenerationConfig.FIELDS[name][0]) for name in BUDGET_ARGUMENTS}
 
 
 @dataclass
@@ -280,18 +281,15 @@ def _run(
     """Fills in all examples; those of similar length go together, padded on the left."""
     order = sorted(range(len(examples)), key=lambda number: len(examples[number]["input_ids"]))
     sequences: list[torch.Tensor | None] = [None] * len(examples)
-    names = ("forward_passes", "token_passes", "token_loops", "token_layer_passes", "flops")
-    cost = {name: torch.zeros(len(examples), dtype=torch.float64) for name in names}
+    cost = {name: torch.zeros(len(examples), dtype=torch.float64) for name in COSTS}
+    device = input_device(model)
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         rows = [examples[number]["input_ids"] for number in numbers]
-        width = max(len(row) for row in rows)
-        pad = model.config.pad_token_id or 0
-        input_ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=pad) for row in rows])
-        real = torch.stack([torch.arange(width) >= width - len(row) for row in rows])
+        input_ids, attention_mask = pad_left(rows)
         output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=real.to(model.device),
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
             # One for each row, so that a row's tokens do not depend on its batch.
             generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
             return_dict_in_generate=True,
@@ -299,7 +297,7 @@ def _run(
         )
         for number, row, tokens in zip(numbers, rows, output.sequences.cpu(), strict=True):
             sequences[number] = tokens[len(tokens) - len(row) :]
-        for name in names:
+        for name in COSTS:
             cost[name][numbers] = output[name].double().cpu()
     return _Run(sequences, cost)
 
@@ -326,8 +324,5 @@ def _summarize(setting: dict[str, Any], run: _Run, score: torch.Tensor, full: to
         standard_error=score.std().item() / root,
         loss=loss.mean().item(),
         loss_standard_error=loss.std().item() / root,
-        mean_loops=(run.cost["token_loops"].sum() / run.cost["token_passes"].sum()).item(),
-        forward_passes=run.cost["forward_passes"].mean().item(),
-        token_layer_passes=run.cost["token_layer_passes"].mean().item(),
-        flops=run.cost["flops"].mean().item(),
+        **{name: run.cost[name].mean().item() for name in COSTS},
     )

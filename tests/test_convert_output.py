@@ -46,6 +46,7 @@ import loopmdm.convert.write as write
 import loopmdm_cli as cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.convert import Source, convert_checkpoint, default_window
+from loopmdm.objective import nelbo
 
 SCRIPT = Path(__file__).parents[1] / "convert" / "write_reference.py"
 
@@ -481,8 +482,6 @@ def test_calibration(readable, out):
 
 def test_calibration_measures_what_the_model_scores(readable, out):
     """The recorded numbers are the NELBO of the written model with that window."""
-    from loopmdm.evaluation.likelihood import nelbo
-
     options = {"calibration_sequences": 1, "calibration_length": 40, "num_loops": 3}
     found = convert_checkpoint(readable / "source", out, calibrate_on=readable / "text.txt", **options)["calibration"]
     assert (found["num_loops"], found["loop_update"]) == (3, "damped")

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 from loopmdm.evaluation import generative_perplexity
 from loopmdm.evaluation.final_number import final_number
-from loopmdm.evaluation.generative_perplexity import unigram_entropy
+from loopmdm.evaluation.perplexity import unigram_entropy
 
 SAMPLES = ["w1 w2 w3 w4 w5", "w7 w7 w7", "w9 w8 w1 w1 w2 w3 w4 w20 w21"]
 

@@ -224,4 +224,4 @@ def test_command_refuses_bad_input_and_leaves_the_model(folder, tmp_path, lines,
 
 def test_command_wants_a_folder(tmp_path):
     result = calibrate("somebody/model", "--data", tmp_path / "data.jsonl")
-    assert isinstance(result.exception, ValueError) and "is no folder of a model" in str(result.exception)
+    assert isinstance(result.exception, ValueError) and "is not the folder of a model" in str(result.exception)

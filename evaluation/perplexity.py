@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Generative perplexity: how likely a causal language model finds samples, with their entropy beside it, as repeating one
-likely word makes the perplexity small too.
+Perplexity in two senses: that of whole texts under a masked diffusion model ([`text_likelihood`], the NELBO by
+windows), and that of a model's samples under a causal one ([`generative_perplexity`]), with their entropy beside it,
+since a model that repeats one likely word has a low perplexity.
 """
 
 import math
@@ -13,7 +14,179 @@ from typing import Any
 import torch
 from torch import nn
 
-from .texts import Text, encode, make_windows
+from ..data import encode
+from ..objective import NelboEstimate, find_model, input_device, nelbo
+from .texts import Text, Window, make_windows, pad_windows
+
+
+@dataclass
+class TextLikelihood:
+    """
+    The NELBO of texts.
+
+    Args:
+        estimate ([`NelboEstimate`]): Of each window.
+        windows (`list[Window]`), texts (`list[Text]`): What was scored.
+    """
+
+    estimate: NelboEstimate
+    windows: list[Window]
+    texts: list[Text]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens scored."""
+        return int(self.estimate.num_tokens.sum())
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Bytes of UTF-8 that they stand for; None where that is not known."""
+        sizes = [window.num_bytes for window in self.windows]
+        return None if None in sizes else sum(sizes)
+
+    def per_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As [`NelboEstimate.per_token`]: nats per token and their standard error from the sampling of masks."""
+        return self.estimate.per_token()
+
+    def error_between_texts(self) -> torch.Tensor:
+        """
+        Standard error of [`~TextLikelihood.per_token`] for other texts of this kind, `(len(num_loops),)`: from the
+        spread between texts, or between windows where there is one text. The sampling of masks is part of it. NaN with
+        a single window.
+        """
+        texts = torch.tensor([window.text for window in self.windows])
+        groups = texts.unique(return_inverse=True)[1]
+        if groups.max() == 0:
+            groups = torch.arange(len(groups))
+        count = int(groups.max()) + 1
+        if count == 1:
+            return torch.full((len(self.estimate.num_loops),), math.nan, dtype=torch.float64)
+        tokens = self.estimate.num_tokens.double()
+        residuals = self.estimate.nats - self.per_token()[0][:, None] * tokens
+        sums = torch.zeros(len(residuals), count, dtype=torch.float64).index_add_(1, groups, residuals)
+        return (sums.square().sum(-1) * count / (count - 1)).sqrt() / tokens.sum()
+
+    def perplexity_bound(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`exp` of the nats per token, which bounds the perplexity from above, and its standard error (masks)."""
+        nats, error = self.per_token()
+        return nats.exp(), nats.exp() * error
+
+    def bits_per_byte(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same per byte of the text's UTF-8 and in bits, comparable between tokenizers; None: bytes not known."""
+        if not self.num_bytes:
+            return None
+        scale = self.num_tokens / self.num_bytes / math.log(2)
+        nats, error = self.per_token()
+        return nats * scale, error * scale
+
+    def by_text(self) -> list[dict]:
+        """Of each text its name, tokens and bytes, and by number of loops its NELBO in nats and the standard error."""
+        rows = []
+        for index in sorted({window.text for window in self.windows}):
+            members = [i for i, window in enumerate(self.windows) if window.text == index]
+            sizes = [self.windows[i].num_bytes for i in members]
+            rows.append(
+                {
+                    "name": self.texts[index].name,
+                    "tokens": int(self.estimate.num_tokens[members].sum()),
+                    "bytes": None if None in sizes else sum(sizes),
+                    "nats": self.estimate.nats[:, members].sum(-1).tolist(),
+                    "standard_error": self.estimate.standard_error[:, members].square().sum(-1).sqrt().tolist(),
+                }
+            )
+        return rows
+
+    def by_token(self) -> dict[str, torch.Tensor]:
+        """
+        Every scored token: `text`, `position` (in the text) and `token`, each `(num_tokens,)`, and `nats`,
+        `(len(num_loops), num_tokens)`, what it adds to the NELBO. A single token's is a rough estimate, as few of the
+        masks hold it.
+        """
+        parts = []
+        for index, window in enumerate(self.windows):
+            places = torch.tensor(window.maskable).nonzero().flatten()
+            parts.append(
+                (
+                    torch.full_like(places, window.text),
+                    places + window.start,
+                    torch.tensor(window.input_ids)[places],
+                    self.estimate.token_nats[:, index, places],
+                )
+            )
+        joined = [torch.cat(part, dim=-1) for part in zip(*parts, strict=True)]
+        return dict(zip(("text", "position", "token", "nats"), joined, strict=True))
+
+
+def text_likelihood(
+    model: nn.Module,
+    texts: Sequence[Text],
+    num_loops: int | Sequence[int] | None = None,
+    length: int | None = None,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    num_samples: int = 32,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> TextLikelihood:
+    """
+    The NELBO of texts of any length, by windows ([`~loopmdm.evaluation.texts.make_windows`]).
+
+    Args:
+        model: A [`LoopMDMForMaskedLM`].
+        texts: From [`~loopmdm.evaluation.texts.read_texts`].
+        num_loops, num_samples, batch_size, seed: As in [`nelbo`].
+        length (`int`, *optional*, defaults to `max_position_embeddings`, at most 1024): Tokens seen at once.
+        stride (`int`, *optional*, defaults to `length`): Fresh tokens of a window.
+        max_windows (`int`, *optional*): Take so many windows, evenly spread.
+        progress (*optional*): `progress(done, total)`, called with numbers of windows.
+    """
+    longest = find_model(model).config.max_position_embeddings
+    length = min(1024, longest) if length is None else length
+    if length > longest:
+        raise ValueError(f"The window is {length} tokens long; the model takes 1 to {longest} positions.")
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"`max_windows` is {max_windows}; it must be at least 1.")
+    windows = make_windows(texts, length, stride)
+    if not windows:
+        raise ValueError("There is no text to score.")
+    count = min(max_windows or len(windows), len(windows))
+    windows = [windows[i * len(windows) // count] for i in range(count)]
+
+    # Windows of about the same length together, as rows are filled up to the longest. Masks do not depend on it.
+    order = sorted(range(count), key=lambda index: len(windows[index].input_ids))
+    longest_window = len(windows[order[-1]].input_ids)
+    parts = []
+    for start in range(0, count, 8):
+        chosen = order[start : start + 8]
+        rows = pad_windows([windows[index] for index in chosen])
+        estimate = nelbo(
+            model,
+            *rows,
+            num_loops=num_loops,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=seed,
+            indices=chosen,
+        )
+        filling = longest_window - estimate.token_nats.shape[-1]
+        estimate.token_nats = nn.functional.pad(estimate.token_nats, (0, filling))
+        parts.append(estimate)
+        if progress is not None:
+            progress(start + len(chosen), count)
+    back = torch.tensor(order).argsort()
+    joined = {
+        name: torch.cat([getattr(part, name) for part in parts], dim=dim).index_select(dim, back)
+        for name, dim in (
+            ("nats", 1),
+            ("standard_error", 1),
+            ("num_tokens", 0),
+            ("samples", 1),
+            ("masked_share", 0),
+            ("token_nats", 1),
+        )
+    }
+    return TextLikelihood(NelboEstimate(parts[0].num_loops, **joined), windows, list(texts))
 
 
 @dataclass
@@ -116,11 +289,10 @@ def generative_perplexity(
         raise ValueError(f"The stride is {stride}; it must be at least 1 and under the window's length ({length}).")
     texts = []
     for number, sample in enumerate(samples, start=1):
-        ids = prefix + encode(tokenizer, sample, f"sample {number}")[0]
+        ids = prefix + encode(tokenizer, sample, f"sample {number}")
         texts.append(Text(f"sample {number}", ids, [position > 0 for position in range(len(ids))]))
     largest = max((max(text.input_ids) for text in texts if text.input_ids), default=0)
-    vocabulary = judge.get_input_embeddings().num_embeddings
-    if largest >= vocabulary:
+    if largest >= (vocabulary := judge.get_input_embeddings().num_embeddings):
         raise ValueError(
             f"The tokenizer gives the token {largest}, outside the judge's vocabulary of {vocabulary}; it is not the "
             "judge's own."
@@ -131,18 +303,14 @@ def generative_perplexity(
 
     nats = torch.zeros(len(texts), dtype=torch.float64)
     order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
+    device = input_device(judge)
     for start in range(0, len(order), batch_size):
         batch = [windows[index] for index in order[start : start + batch_size]]
-        size = max(len(window.input_ids) for window in batch)
-        ids, mask = torch.zeros(2, len(batch), size, dtype=torch.long)
-        scored = torch.zeros(len(batch), size, dtype=torch.bool)
-        for row, window in enumerate(batch):
-            count = len(window.input_ids)
-            ids[row, :count], mask[row, :count] = torch.tensor(window.input_ids), 1
-            scored[row, :count] = torch.tensor(window.maskable)
-        logits = judge(input_ids=ids.to(judge.device), attention_mask=mask.to(judge.device)).logits
+        ids, mask, scored = pad_windows(batch)
+        logits = judge(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:].to(judge.device), reduction="none")
+        targets = ids[:, 1:].to(logits.device)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         sums = (losses.double().cpu() * scored[:, 1:]).sum(-1)
         nats.index_add_(0, torch.tensor([window.text for window in batch]), sums)
         if progress is not None:
@@ -165,7 +333,7 @@ def check_judge(judge: nn.Module, tokenizer: Any) -> None:
     if getattr(judge.config, "model_type", None) == "loopmdm":
         raise ValueError("The judge is a LoopMDM; it must be a causal language model, such as GPT-2.")
     vocabulary = judge.get_input_embeddings().num_embeddings
-    ids = torch.arange(6, device=judge.device)[None] % vocabulary
+    ids = torch.arange(6, device=input_device(judge))[None] % vocabulary
     changed = ids.clone()
     changed[0, -1] = (changed[0, -1] + 1) % vocabulary
     with torch.no_grad():
