@@ -257,17 +257,14 @@ class _Recorder:
         attention_mask = None if bool(seen.all()) else seen.long().to(device)
         kinds = torch.stack((masked, seen & ~masked, seen), dim=1)  # (batch, 3, length)
 
-        state, context = model.model.prelude(inputs, attention_mask)
-        step_size = 1 / self.num_loops if self.config.loop_update == "damped" else 1.0
-        states, predictions, losses = [state], [], []
-        for _ in range(self.num_loops):
-            state = model.model.loop(state, context, step_size)
+        start, context = model.model.prelude(inputs, attention_mask)
+        states, predictions, losses = [start], [], []
+        for state, _ in model.model.iterate(start, context, self.num_loops):
             states.append(state)
             if self.with_lens:
                 output = model.align(model.model.readout(state, context), attention_mask)[masked.to(device)]
-                logits = model.lm_head(output)
+                logits = model.logits(output)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                logits[:, self.config.mask_token_id] = -torch.inf
                 log_probs = logits.log_softmax(-1).cpu()
                 predictions.append(log_probs.argmax(-1))
                 losses.append(-log_probs.gather(1, input_ids[masked][:, None])[:, 0].double())

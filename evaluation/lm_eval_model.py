@@ -394,7 +394,6 @@ def fills_in(model: LoopMDMForMaskedLM, windows: list[Window], num_loops: int) -
             num_loops=num_loops,
         ).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits[..., mask_token_id] = -torch.inf
         confidence, choice = (part.cpu() for part in logits.softmax(-1).max(-1))
         open_ = tokens[rows] == mask_token_id
         first = blocks[rows].where(open_, torch.iinfo(torch.long).max).min(-1, keepdim=True).values

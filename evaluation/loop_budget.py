@@ -16,7 +16,7 @@ import torch
 
 from ..configuration_loopmdm import check_num_loops
 from ..data import encode_answer, read_jsonl
-from ..generation_utils import LoopMDMGenerationConfig, reject_unknown
+from ..generation_utils import LoopMDMGenerationConfig
 from ..objective import input_device
 from .texts import pad_left
 
@@ -198,7 +198,6 @@ def _check(
                 "they stand for each other one by one."
             )
     for setting in settings:
-        reject_unknown(name for name in setting if name not in LoopMDMGenerationConfig.DEFAULTS)
         if not set(setting) <= set(BUDGET_ARGUMENTS):
             raise ValueError(f"A setting is {setting}; it may hold {', '.join(BUDGET_ARGUMENTS)}.")
         model._prepare_generation_config(None, **_complete(setting), **generate_arguments)
@@ -262,7 +261,7 @@ def describe(arguments: dict[str, Any]) -> str:
 
 def _complete(setting: dict[str, Any]) -> dict[str, Any]:
     """A setting with defaults for what it leaves open, so that nothing of an earlier calibration remains."""
-    return {name: setting.get(name, LoopMDMGenerationConfig.DEFAULTS[name]) for name in BUDGET_ARGUMENTS}
+    return {name: setting.get(name, LoopMDMGenerationConfig.FIELDS[name][0]) for name in BUDGET_ARGUMENTS}
 
 
 @dataclass

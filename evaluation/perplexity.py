@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 Perplexity in two senses: that of whole texts under a masked diffusion model ([`text_likelihood`], the NELBO by
-windows), and that of a model's samples under a causal one ([`generative_perplexity`]), with their entropy beside it: to
-repeat one likely word makes that perplexity small too.
+windows), and that of a model's samples under a causal one ([`generative_perplexity`]), with their entropy beside it,
+since a model that repeats one likely word has a low perplexity.
 """
 
 import math

@@ -255,15 +255,13 @@ def _losses_by_parts(
         picked = model.align(states, inputs["attention_mask"], inputs["document_ids"])[masked]
         size = max(1, MAX_LOGITS // config.vocab_size)
         chunks = zip(picked.split(size), targets.split(size), strict=True)
-        return torch.cat([_cross_entropy(model.lm_head(part), target, config) for part, target in chunks])
+        return torch.cat([_cross_entropy(model.logits(part), target) for part, target in chunks])
 
-    found = {}
     # Replaced loops pass by the result of fewer loops; damped ones are steps whose size depends on their number.
-    for most in [max(wanted)] if config.loop_update == "replace" else sorted(set(wanted)):
-        state = start
-        for loops in range(1, most + 1):
-            state = transformer.loop(state, context, 1.0 if config.loop_update == "replace" else 1 / most)
-            if loops == most or (loops in wanted and config.loop_update == "replace"):
+    found, together = {}, config.loop_update == "replace"
+    for most in [max(wanted)] if together else set(wanted):
+        for loops, (state, _) in enumerate(transformer.iterate(start, context, most), start=1):
+            if loops == most or (together and loops in wanted):
                 found[loops] = losses(state)
     return found
 
@@ -274,15 +272,14 @@ def _losses_by_forward(
     """The same by way of the model's forward method, one pass for each number of loops."""
     # The masked positions of every row, filled up with others
     positions = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
-    counts, config = masked.gather(1, positions), find_model(model).config
+    counts = masked.gather(1, positions)
     found = {}
     for loops in set(wanted):
         logits = model(**inputs, num_loops=loops, logits_to_keep=positions).logits
-        found[loops] = _cross_entropy(logits[counts], targets, config)
+        found[loops] = _cross_entropy(logits[counts], targets)
     return found
 
 
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, config) -> torch.Tensor:
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits[..., config.mask_token_id] = -torch.inf
     return nn.functional.cross_entropy(logits, targets, reduction="none")

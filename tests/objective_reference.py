@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The objective by enumeration of every mask, which estimates are compared with, and the small models that allow it."""
+"""The objective by enumeration of every mask, and the small models that allow it."""
 
 import itertools
 import math

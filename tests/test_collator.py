@@ -14,6 +14,7 @@ from loopmdm.training import MaskedDiffusionCollator
 
 ROW = [3, 1, 4, 1, 2]
 PACKED = {"input_ids": [3, 1, 4, 2, 4, 4, 1, 3], "document_ids": [7, 7, 7, 1, 2, 2, 2, 2]}
+LEARN_PADDING = {"learn_padding": True, "pad_token_id": 1}
 
 
 def test_what_a_batch_holds():
@@ -93,7 +94,7 @@ def expected_loss(model, collator, rows, counts=None) -> float:
         ({"shift_logits": True}, {"complementary": True}, [PACKED]),
         ({"attention_block_size": 2, "shift_logits": True}, {"complementary": True}, [PACKED]),
         ({}, {}, [{"input_ids": [3, 2]}, {"input_ids": ROW}]),
-        ({}, {"learn_padding": True, "pad_token_id": 1}, [{"input_ids": [3, 2]}, {"input_ids": ROW}]),
+        ({}, LEARN_PADDING, [{"input_ids": [3, 2]}, {"input_ids": ROW}]),
         (
             {},
             {"learn_padding": True, "pad_token_id": 1},
