@@ -1,12 +1,30 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Configuration of LoopMDM, a masked diffusion language model that applies a block of its layers several times."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+POSITIVE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "attention_block_size",
+    "num_loops",
+    "max_train_loops",
+)
+REMOVED_FIELDS = {
+    "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
+    "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',
+}
 
 
 def check_num_loops(num_loops: Any, name: str = "num_loops") -> int:
@@ -55,10 +73,9 @@ class LoopMDMConfig(PreTrainedConfig):
             Rotary position embedding in every layer, or one learned embedding per position added to the token's.
         rope_parameters (`dict`, *optional*):
             As in transformers' Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
-        rope_full_precision (`bool`, defaults to `False`):
-            Rotate queries and keys in float32 whatever the model's dtype (LLaDA), or in the model's dtype (Llama).
-        rope_table_dtype (`"float32"`, `"bfloat16"` or `"float16"`, defaults to `"float32"`):
-            Cosines and sines are rounded to this dtype before use. SMDM's models know rounded tables only.
+        rope_precision (`"model"`, `"float32"` or `"bfloat16"`, defaults to `"model"`):
+            How queries and keys are rotated: in the model's dtype (Llama, Qwen), in float32 whatever the model's dtype
+            (LLaDA), or in the model's dtype with cosines and sines that were rounded to bfloat16 (SMDM).
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial weights.
         norm_type (`"rmsnorm"` or `"layernorm"`, defaults to `"rmsnorm"`):
@@ -105,7 +122,7 @@ class LoopMDMConfig(PreTrainedConfig):
     ```"""
 
     model_type = "loopmdm"
-    keys_to_ignore_at_inference = ["loops"]
+    keys_to_ignore_at_inference = ["loops", "token_loops"]
     # `mask_token_id` is required; transformers 5.17 otherwise makes an empty config to find defaults when it saves.
     has_no_defaults_at_init = True
 
@@ -119,12 +136,11 @@ class LoopMDMConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     use_gated_mlp: bool = True
     max_position_embeddings: int = 1024
-    position_embedding_type: str = "rope"
+    position_embedding_type: Literal["rope", "learned"] = "rope"
     rope_parameters: dict | None = None
-    rope_full_precision: bool = False
-    rope_table_dtype: str = "float32"
+    rope_precision: Literal["model", "float32", "bfloat16"] = "model"
     initializer_range: float = 0.02
-    norm_type: str = "rmsnorm"
+    norm_type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     rms_norm_eps: float = 1e-6
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -138,13 +154,16 @@ class LoopMDMConfig(PreTrainedConfig):
     loop_end: int = 3
     num_loops: int = 6
     max_train_loops: int = 12
-    loop_update: str = "replace"
+    loop_update: Literal["replace", "damped"] = "replace"
     mask_token_id: int | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        for name, fix in REMOVED_FIELDS.items():
+            if name in kwargs:
+                raise ValueError(f"`{name}` is not a field of LoopMDMConfig any more: {fix}.")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
@@ -168,14 +187,32 @@ class LoopMDMConfig(PreTrainedConfig):
         """Number of physical layers in mid, the looped block."""
         return self.loop_end - self.loop_start
 
-    @property
-    def num_effective_layers(self) -> int:
-        """Layers that one pass with the default `num_loops` executes."""
-        return self.num_executed_layers(self.num_loops)
-
     def num_executed_layers(self, num_loops: int) -> int:
         """Layers that one pass with `num_loops` loops executes: `num_hidden_layers + (num_loops - 1) * |mid|`."""
         return self.num_hidden_layers + (num_loops - 1) * self.num_mid_layers
+
+    def pass_flops(self, num_queries, num_keys, num_last, num_logits, token_loops):
+        """
+        Floating point operations of the matrix products in one forward pass over one row (a multiply-add is two, as in
+        torch's `FlopCounterMode`). Numbers or tensors alike.
+
+        Args:
+            num_queries: Positions computed.
+            num_keys: Positions attended to, those of a cache included.
+            num_last: Positions that the last layer computes; of the others it computes keys and values alone.
+            num_logits: Positions that reach the output head.
+            token_loops: Applications of mid to single positions: `num_queries * num_loops` without early exits.
+        """
+        query_size = self.num_attention_heads * self.head_dim
+        key_value_size = self.num_key_value_heads * self.head_dim
+        mlp_size = (3 if self.use_gated_mlp else 2) * self.intermediate_size
+        keys_and_values = self.hidden_size * 2 * key_value_size
+        rest = self.hidden_size * (2 * query_size + mlp_size) + 2 * query_size * num_keys
+        once = self.num_hidden_layers - self.num_mid_layers
+        layers = (keys_and_values + rest) * (num_queries * once + token_loops * self.num_mid_layers)
+        if self.loop_end < self.num_hidden_layers:  # without a tail the last layer is one of mid and computes all
+            layers = layers - rest * (num_queries - num_last)
+        return 2 * (layers + num_logits * self.hidden_size * self.vocab_size)
 
     def validate_architecture(self):
         """Part of `@strict`: checks values and how they fit together."""
@@ -184,19 +221,7 @@ class LoopMDMConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads}); change one of them, or give `head_dim`."
             )
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "attention_block_size",
-            "num_loops",
-            "max_train_loops",
-        ):
+        for name in POSITIVE_FIELDS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")
@@ -205,29 +230,27 @@ class LoopMDMConfig(PreTrainedConfig):
                 f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `num_key_value_heads` "
                 f"({self.num_key_value_heads}); choose a divisor."
             )
-        for name, choices in (
-            ("position_embedding_type", ("rope", "learned")),
-            ("rope_table_dtype", ("float32", "bfloat16", "float16")),
-            ("norm_type", ("rmsnorm", "layernorm")),
-            ("loop_update", ("replace", "damped")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
-        if self.position_embedding_type == "rope" and self.head_dim % 2 != 0:
-            raise ValueError(f"`head_dim` is {self.head_dim}; rotary embeddings need an even one.")
-        if self.position_embedding_type == "rope":
-            rope_type, known = self.rope_parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS}
-            if rope_type not in known:
-                raise ValueError(f"`rope_type` is {rope_type!r}; it must be one of {', '.join(sorted(known))}.")
-            if self.rope_parameters.get("partial_rotary_factor", 1) != 1:
-                raise ValueError("`partial_rotary_factor` is not supported; all of `head_dim` is rotated.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of transformers' ACT2FN.")
+        if self.position_embedding_type == "rope":
+            self._validate_rope()
         if not 0 <= self.loop_start < self.loop_end <= self.num_hidden_layers:
             raise ValueError(
                 f"mid is layers[{self.loop_start}:{self.loop_end}] of {self.num_hidden_layers} layers; it needs "
                 "0 <= loop_start < loop_end <= num_hidden_layers."
             )
+        self._validate_tokens()
+
+    def _validate_rope(self):
+        if self.head_dim % 2 != 0:
+            raise ValueError(f"`head_dim` is {self.head_dim}; rotary embeddings need an even one.")
+        rope_type, known = self.rope_parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS}
+        if rope_type not in known:
+            raise ValueError(f"`rope_type` is {rope_type!r}; it must be one of {', '.join(sorted(known))}.")
+        if self.rope_parameters.get("partial_rotary_factor", 1) != 1:
+            raise ValueError("`partial_rotary_factor` is not supported; all of `head_dim` is rotated.")
+
+    def _validate_tokens(self):
         if self.mask_token_id is None:
             raise ValueError(
                 "`mask_token_id` is missing; a masked diffusion model needs the id of its [MASK] token, "

@@ -6,8 +6,8 @@ without the causal mask; [`LoopMDMModel`] is where the loop is; [`LoopMDMForMask
 loss and `generate` (in generation_utils.py).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,16 +17,16 @@ from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from .cache_utils import HostCopy, LayerMemory, LoopMDMCache, OpenCache, remember
+from .cache_utils import CacheView, LayerMemory, LoopMDMCache
 from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
+from .loop_policies import LoopPolicy, RowTolerance, VisibleLoops
 
 
 @dataclass
@@ -38,8 +38,8 @@ class LoopMDMModelOutput(BaseModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
             Output of tail, after the final norm.
         loops (`torch.LongTensor` of shape `(batch_size,)`):
-            Applications of mid that changed each row; below `num_loops` only with `loop_tolerance`.
-        token_loops (`torch.LongTensor` of shape `(batch_size,)`, with `loop_exit="token"`):
+            Applications of mid that changed each row; below `num_loops` only with an exit rule.
+        token_loops (`torch.LongTensor` of shape `(batch_size,)`, with an exit rule):
             Applications of mid to single positions, over the row's real ones.
         past_key_values ([`LoopMDMCache`], with `use_cache=True` or where one was given):
             Keys and values of every executed layer.
@@ -65,7 +65,8 @@ class LoopMDMMaskedLMOutput(MaskedLMOutput):
         loss (`torch.FloatTensor` of shape `()`, with `labels`):
             The masked diffusion loss in nats per label.
         logits (`torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`):
-            Raw scores; row `i` predicts token `i`. `None` in training with `labels`, where nobody reads them.
+            Scores; row `i` predicts token `i`, and the mask token's is -inf. `None` in training with `labels`, where
+            nobody reads them.
         loops, token_loops, past_key_values, hidden_states, attentions:
             As in [`LoopMDMModelOutput`].
     """
@@ -107,11 +108,10 @@ class LoopMDMRotaryEmbedding(nn.Module):
     def __init__(self, config: LoopMDMConfig):
         super().__init__()
         self.config = config
-        # Names that transformers' `dynamic_rope_update` and `_init_weights` expect.
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        # Names that transformers' `_init_weights` expects.
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-        inv_freq, self.attention_scaling = rope_init(config)
+        self.rope_init = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = self.rope_init(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -122,17 +122,21 @@ class LoopMDMRotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0  # rounds as in transformers
 
     @torch.no_grad()
-    @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor):
+        inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
+        if self.rope_type in ("dynamic", "longrope"):
+            # Their frequencies depend on the length; each row has its own, so that rows do not touch one another.
+            lengths = (position_ids.amax(-1) + 1).tolist()
+            rows = [self.rope_init(self.config, hidden_states.device, seq_len=length)[0] for length in lengths]
+            inv_freq = torch.stack(rows).unsqueeze(1)
         # Angles need float32 whatever the model's dtype: in bfloat16 position 257 equals position 256.
-        angles = position_ids[..., None].float() * self.inv_freq.to(hidden_states.device, torch.float32)
+        angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        if self.config.rope_table_dtype != "float32":
-            table_dtype = getattr(torch, self.config.rope_table_dtype)
-            cos, sin = cos.to(table_dtype), sin.to(table_dtype)
         dtype = hidden_states.dtype
-        if self.config.rope_full_precision:
+        if self.config.rope_precision == "bfloat16":  # SMDM
+            cos, sin = cos.bfloat16(), sin.bfloat16()
+        elif self.config.rope_precision == "float32":  # LLaDA
             dtype = torch.promote_types(dtype, torch.float32)
         return cos.to(dtype), sin.to(dtype)
 
@@ -148,15 +152,11 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
     return rotated.to(states.dtype)
 
 
-def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
-    """Where a row's documents begin, `(batch_size, sequence_length)`, given the id of every token's document."""
-    changes = document_ids[:, 1:] != document_ids[:, :-1]
-    return torch.cat((torch.ones_like(changes[:, :1]), changes), dim=1)
-
-
 def take_positions(values: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
     """Of `values`, `(1 or batch_size, length, size)`, the rows at `positions`, `(batch_size, num_positions)`."""
-    return values.expand(positions.shape[0], -1, -1).take_along_dim(positions[..., None], dim=1)
+    # `gather`, since dynamic shapes of `take_along_dim` cannot be exported.
+    index = positions[..., None].expand(-1, -1, values.shape[-1])
+    return values.expand(positions.shape[0], -1, -1).gather(1, index)
 
 
 def eager_attention_forward(
@@ -179,60 +179,53 @@ def eager_attention_forward(
 
 
 class LoopMDMAttention(nn.Module):
-    """Bidirectional multi-head attention with optional grouped keys and values, biases and query/key norm."""
+    """Llama's attention without the causal mask, with optional biases and query/key norm."""
 
     def __init__(self, config: LoopMDMConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = config.head_dim**-0.5
         self.is_causal = False
-        query_size, key_value_size = (
-            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-        )
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)  # bias: Qwen2, Dream
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
-        if config.use_qk_norm:
-            self.q_norm = LoopMDMRMSNorm(config.head_dim, config.rms_norm_eps)
-            self.k_norm = LoopMDMRMSNorm(config.head_dim, config.rms_norm_eps)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)  # bias: GPT-2
+        # Qwen3, SDAR
+        self.q_norm = LoopMDMRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = LoopMDMRMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        memory: LayerMemory | None = None,
-        queries: torch.Tensor | None = None,
-        query_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: LayerMemory | None = None,
+        queries: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        `memory` are the layer's stored keys and values. `queries`, `(batch_size, num_queries)`, are the positions
-        whose
-        output is wanted, by default all; `query_embeddings` are their rotary tables, `attention_mask` is theirs too.
+        `queries`, `(batch_size, num_queries)`, are the positions whose output is wanted, by default all;
+        `attention_mask` is theirs.
         """
-        batch_and_length = hidden_states.shape[:-1]
         asking = hidden_states if queries is None else take_positions(hidden_states, queries)
-        batch_and_queries = asking.shape[:-1]
-        # (batch, length, heads, head_dim); the norm is over head_dim
-        query = self.q_proj(asking).view(*batch_and_queries, self.config.num_attention_heads, self.head_dim)
-        key = self.k_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
-        value = self.v_proj(hidden_states).view(*batch_and_length, -1, self.head_dim)
-        if self.config.use_qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        # (batch, heads, length, head_dim)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        head_dim = self.config.head_dim
+        query_shape = (*asking.shape[:-1], self.config.num_attention_heads, head_dim)
+        key_shape = (*hidden_states.shape[:-1], self.config.num_key_value_heads, head_dim)
+        # (batch, heads, length, head_dim); the norm is over head_dim
+        query = self.q_norm(self.q_proj(asking).view(query_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(key_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(key_shape).transpose(1, 2)
         if position_embeddings is not None:
-            query = apply_rotary_pos_emb(query, *(position_embeddings if queries is None else query_embeddings))
             key = apply_rotary_pos_emb(key, *position_embeddings)
-        if memory is not None:
-            key, value = remember(memory, key, value)
-        if batch_and_queries[1] == 0:  # only what a cache stores was wanted
-            return hidden_states.new_zeros(*batch_and_queries, hidden_states.shape[-1]), None
+            if queries is not None:
+                position_embeddings = tuple(take_positions(table, queries) for table in position_embeddings)
+            query = apply_rotary_pos_emb(query, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -240,23 +233,23 @@ class LoopMDMAttention(nn.Module):
         output, probabilities = attention(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(*batch_and_queries, self.o_proj.in_features)), probabilities
+        return self.o_proj(output.reshape(*asking.shape[:-1], query_shape[-2] * head_dim)), probabilities
 
 
 class LoopMDMMLP(nn.Module):
-    """Gated MLP (SwiGLU with the default activation), or a plain one."""
+    """Gated MLP (SwiGLU with the default activation), or a plain one (GPT-2, MDLM)."""
 
     def __init__(self, config: LoopMDMConfig):
         super().__init__()
-        self.is_gated = config.use_gated_mlp
-        if self.is_gated:
+        self.config = config
+        if config.use_gated_mlp:
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.is_gated:
+        if not self.config.use_gated_mlp:
             return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
@@ -271,9 +264,9 @@ class LoopMDMLayer(GradientCheckpointingLayer):
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
 
-    def forward(self, hidden_states: torch.Tensor, queries: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, queries: torch.LongTensor | None = None, **kwargs) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(hidden_states), queries=queries, **kwargs)[0]
-        hidden_states = (hidden_states if queries is None else take_positions(hidden_states, queries)) + attended
+        hidden_states = attended + (hidden_states if queries is None else take_positions(hidden_states, queries))
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -286,19 +279,8 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {
-        # Layers are recorded call by call, so the loops appear unrolled. Since transformers 5.23 the hidden states can
-        # be picked by index, and negative ones count from the executed layers.
-        "hidden_states": OutputRecorder(
-            LoopMDMLayer,
-            **(
-                {"num_hidden_layers_key": "num_effective_layers"}
-                if "num_hidden_layers_key" in OutputRecorder.__dataclass_fields__
-                else {}
-            ),
-        ),
-        "attentions": LoopMDMAttention,
-    }
+    # Recorded call by call, so the loops appear unrolled.
+    _can_record_outputs = {"hidden_states": LoopMDMLayer, "attentions": LoopMDMAttention}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -335,85 +317,111 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
             cls.__module__, cls.__name__ = names
 
 
-class RelativeChangeExit:
+@dataclass
+class LoopContext:
     """
-    Exit rule of adaptive loops: a row has settled when `||h_new - h|| / ||h||` falls under `tolerance`.
+    What the layers of one forward pass need besides the states of its N rows and Q positions.
 
-    An exit rule is called after every loop with the states before and after it, `(batch_size, sequence_length,
-    hidden_size)`, and the padding mask `(batch_size, sequence_length)` or None; it returns the settled rows,
-    `(batch_size,)` bool, or with `per_token` the settled positions, `(batch_size, sequence_length)` bool.
+    Args:
+        attention_mask: As the attention implementation takes it; None: everything is seen.
+        position_embeddings (`tuple(torch.Tensor)`, *optional*): Rotary tables, each `(1 or N, Q, head_dim)`.
+        cache ([`CacheView`], *optional*): Where keys and values are kept.
+        real (`torch.BoolTensor` of shape `(N, Q)`, *optional*): False on padding.
+        masked (`torch.BoolTensor` of shape `(N, Q)`, *optional*):
+            The [MASK]s, and with `config.shift_logits` what predicts them; None where embeddings came in place of ids.
+        queries (`torch.LongTensor` of shape `(N, P)`, *optional*): Positions whose output is wanted; None: all.
+        arguments (`dict`): Further ones of the attention implementation.
     """
 
-    def __init__(self, tolerance: float, per_token: bool = False):
-        self.tolerance, self.per_token = tolerance, per_token
+    attention_mask: Any = None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    cache: CacheView | None = None
+    real: torch.BoolTensor | None = None
+    masked: torch.BoolTensor | None = None
+    queries: torch.LongTensor | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, before: torch.Tensor, after: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        dtype = torch.promote_types(before.dtype, torch.float32)
-        before, after = before.to(dtype), after.to(dtype)
-        change = after - before
-        if self.per_token:
-            return change.norm(dim=-1) < self.tolerance * before.norm(dim=-1)
-        if real is not None:
-            change, before = change * real.unsqueeze(-1), before * real.unsqueeze(-1)
-        return change.flatten(1).norm(dim=1) < self.tolerance * before.flatten(1).norm(dim=1)
+    @property
+    def can_narrow(self) -> bool:
+        """Whether rows and queries can be picked from the mask, as from those of sdpa and eager attention."""
+        return self.attention_mask is None or getattr(self.attention_mask, "ndim", 0) == 4
+
+    def narrow(
+        self,
+        rows: torch.LongTensor | None = None,
+        positions: torch.LongTensor | None = None,
+        real: torch.BoolTensor | None = None,
+    ) -> "LoopContext":
+        """
+        The context of a part of the pass: some of its rows, `(M,)`, and of their positions, `(M, P)`, which are filler
+        where `real`, `(M, P)`, is False.
+        """
+        part = replace(self, real=self.real if real is None else real)
+        if rows is not None:
+            part.attention_mask = _pick(self.attention_mask, rows)
+            part.masked = _pick(self.masked, rows)
+            part.real = _pick(self.real, rows) if real is None else real
+            if self.position_embeddings is not None:
+                part.position_embeddings = tuple(_pick(table, rows) for table in self.position_embeddings)
+        if positions is not None:
+            part.attention_mask = _narrow_mask(part.attention_mask, positions)
+            part.masked = None if part.masked is None else part.masked.gather(1, positions)
+            if part.position_embeddings is not None:
+                part.position_embeddings = tuple(
+                    take_positions(table, positions) for table in part.position_embeddings
+                )
+        if self.cache is not None:
+            part.cache = self.cache.narrow(rows, positions, real)
+        return part
+
+    def ask(self, positions: torch.LongTensor) -> "LoopContext":
+        """For a layer that sees all positions, and whose output is wanted of some, `(N, P)`."""
+        return replace(self, queries=positions, attention_mask=_narrow_mask(self.attention_mask, positions))
 
 
-def _one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
-    return input_ids if inputs_embeds is None else inputs_embeds
-
-
-def _can_narrow(mask: Any) -> bool:
-    """Whether rows and queries can be picked from an attention mask, as from those of sdpa and eager attention."""
-    return mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 4)
+def _pick(values: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
+    return values if values is None or values.shape[0] == 1 else values[rows]
 
 
 def _narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
     """The mask, `(1 or batch_size, heads, length, keys)`, of the `queries`, `(batch_size, num_queries)`."""
     if mask is None or mask.shape[2] == 1:
         return mask
-    return mask.expand(queries.shape[0], -1, -1, -1).take_along_dim(queries[:, None, :, None], dim=2)
+    index = queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+    return mask.expand(queries.shape[0], -1, -1, -1).gather(2, index)
 
 
-def _narrow_context(
-    context: dict[str, Any],
-    rows: torch.LongTensor | None = None,
-    queries: torch.LongTensor | None = None,
-    real: torch.BoolTensor | None = None,
-) -> dict[str, Any]:
+def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
+    """Where a row's documents begin, `(batch_size, sequence_length)`, given the id of every token's document."""
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.cat((torch.ones_like(changes[:, :1]), changes), dim=1)
+
+
+def count_positions(
+    real: torch.BoolTensor | None, document_ids: torch.LongTensor | None, length: int, device: torch.device
+) -> torch.LongTensor:
     """
-    The context of [`LoopMDMModel.prelude`] for some `rows`, `(M,)`, of the pass, and of their positions for `queries`,
-    `(M, P)`, False in `real` where they are filler.
+    Positions `(1 or batch_size, length)`: real tokens are counted from 0, within each packed document. Padding takes
+    no position, so that it changes nothing wherever it stands.
     """
-    narrowed = dict(context)
-    mask, tables = context["attention_mask"], context.get("position_embeddings")
-    if rows is not None and mask is not None and mask.shape[0] > 1:
-        mask = mask[rows]
-    if rows is not None and tables is not None and tables[0].shape[0] > 1:
-        tables = tuple(table[rows] for table in tables)
-    if queries is not None:
-        mask = _narrow_mask(mask, queries)
-        tables = None if tables is None else tuple(take_positions(table, queries) for table in tables)
-    narrowed["attention_mask"] = mask
-    if tables is not None:
-        narrowed["position_embeddings"] = tables
-    if "cache" in context:
-        narrowed["cache"] = context["cache"].narrow(rows, queries, real)
-    return narrowed
+    real = torch.ones(1, length, dtype=torch.long, device=device) if real is None else real.long()
+    count = real.cumsum(-1)
+    if document_ids is not None:
+        before = (count - real) * document_starts(document_ids)
+        count = count - before.cummax(-1).values
+    return (count - 1).clamp(min=0)
 
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
     """
     The looped transformer without a head: head, `num_loops` times mid, tail, final norm.
 
-    The three parts are methods of their own, for probes, exit rules and tests:
+    The parts are methods of their own, for probes, objectives and tests:
 
     ```python
-    >>> hidden_states, context = model.prelude(input_ids, attention_mask)  # embeddings and head
-    >>> for _ in range(num_loops):
-    ...     hidden_states = model.loop(hidden_states, context)  # mid once
-    >>> last_hidden_state = model.readout(hidden_states, context)  # tail and final norm
+    >>> states, context = model.prelude(input_ids, attention_mask)  # embeddings and head
+    >>> for states, _ in model.iterate(states, context, num_loops):  # mid, the state after every loop
+    ...     last_hidden_state = model.readout(states, context)  # tail and final norm
     ```
     """
 
@@ -423,7 +431,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         super().__init__(config)
         config.validate()  # `from_pretrained(..., loop_end=9)` changes the configuration after it was made
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        if config.position_embedding_type == "learned":
+        if config.position_embedding_type == "learned":  # GPT-2
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
             self.rotary_emb = LoopMDMRotaryEmbedding(config)
@@ -438,6 +446,51 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self.checkpoint_loops = False
         self.post_init()
 
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        document_ids: torch.LongTensor | None = None,
+        past_key_values: LoopMDMCache | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        loop_tolerance: float | None = None,
+        visible_loops: int | None = None,
+        loop_policy: LoopPolicy | None = None,
+        positions_to_keep: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoopMDMModelOutput:
+        """
+        See [`LoopMDMForMaskedLM.forward`]. `positions_to_keep`, `(batch_size, num_positions)`, are those that
+        `last_hidden_state` is wanted of; the last layer computes no others.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+        self._check_kwargs(kwargs)
+        num_loops = self._resolve_num_loops(num_loops)
+        policy = self.resolve_policy(loop_tolerance, visible_loops, loop_policy, input_ids is not None)
+        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        past_key_values = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
+
+        states, context = self.prelude(
+            input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, **kwargs
+        )
+        loops = torch.zeros(batch_size, dtype=torch.long, device=states.device)
+        token_loops = None if policy is None else torch.zeros_like(loops)
+        for states, moving in self.iterate(states, context, num_loops, policy):
+            loops += 1 if moving is None else moving.any(-1)
+            if moving is not None:
+                token_loops += moving.sum(-1)
+        states = self.readout(states, context, positions_to_keep)
+        if past_key_values is not None and use_cache:
+            past_key_values.store(context.cache.reach, input_ids, context.cache.places)
+        return LoopMDMModelOutput(
+            last_hidden_state=states, loops=loops, token_loops=token_loops, past_key_values=past_key_values
+        )
+
     def prelude(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -447,131 +500,222 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         document_ids: torch.LongTensor | None = None,
         past_key_values: LoopMDMCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
+    ) -> tuple[torch.Tensor, LoopContext]:
         """
-        Embeddings and head. Returns the hidden states, `(batch_size, sequence_length, hidden_size)`, and the context
-        (mask, rotary tables, cache, attention arguments) that [`~LoopMDMModel.loop`] and [`~LoopMDMModel.readout`]
-        take.
+        Embeddings and head. Returns the states, `(batch_size, sequence_length, hidden_size)`, and the context that
+        [`~LoopMDMModel.iterate`] and [`~LoopMDMModel.readout`] take.
         """
-        _one_of(input_ids, inputs_embeds)
         if inputs_embeds is None:
             self._check_input_ids(input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
         self._check_shapes(inputs_embeds, attention_mask, document_ids, past_key_values, position_ids is not None)
-        batch_size, length = inputs_embeds.shape[:2]
+        length, device = inputs_embeds.shape[1], inputs_embeds.device
+        context = LoopContext(arguments=kwargs)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = context.real = attention_mask.to(device) != 0
         if position_ids is None:
-            position_ids = torch.arange(length, device=inputs_embeds.device).unsqueeze(0)
-            if attention_mask is not None and attention_mask.ndim == 2:
-                # Padding takes no position, so that it changes nothing wherever it stands.
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            if document_ids is not None:
-                position_ids = position_ids - (position_ids * document_starts(document_ids)).cummax(-1).values
+            position_ids = count_positions(context.real, document_ids, length, device)
             if past_key_values is not None:
-                position_ids = position_ids + past_key_values.row_lengths(position_ids.device)[:, None]
-
-        context = dict(kwargs)
-        if past_key_values is None:
-            context["attention_mask"] = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                and_mask_function=self._visible(position_ids.expand(batch_size, length), document_ids),
-            )
-        else:
-            context["cache"] = past_key_values.open(position_ids, attention_mask)
-            context["attention_mask"] = self._mask_with_cache(inputs_embeds, position_ids, context["cache"])
+                position_ids = position_ids + past_key_values.stored_lengths().to(device)[:, None]
+        if input_ids is not None:
+            context.masked = self._find_masked(input_ids, context.real)
+        if past_key_values is not None:
+            context.cache = past_key_values.open(position_ids, context.real)
+        context.attention_mask = self._make_mask(
+            inputs_embeds, attention_mask, position_ids, document_ids, context.cache
+        )
         if self.config.position_embedding_type == "learned":
-            hidden_states = inputs_embeds + self.embed_positions(position_ids)
+            inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         else:
-            hidden_states = inputs_embeds
-            context["position_embeddings"] = self.rotary_emb(hidden_states, position_ids)
-        return self._run(0, self.config.loop_start, hidden_states, context), context
+            context.position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        return self._run(0, self.config.loop_start, inputs_embeds, context), context
 
-    def loop(
-        self, hidden_states: torch.Tensor, context: dict[str, Any], step_size: float = 1.0, index: int = 0
-    ) -> torch.Tensor:
+    def iterate(
+        self, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor | None]]:
+        """
+        Applies mid `num_loops` times and yields after every loop the states, `(batch_size, sequence_length,
+        hidden_size)`, and the positions that it changed, `(batch_size, sequence_length)` (None: all). With a `policy`
+        it ends when nothing goes on.
+
+        In training, loops before the last `gradient_loops` pass the gradient on unchanged, as if they were the
+        identity: head and embeddings would get none without it.
+        """
+        if policy is not None:
+            yield from self._iterate_while_moving(states, context, num_loops, policy)
+            return
+        step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
+        trains = self.training and torch.is_grad_enabled()
+        skipped = max(num_loops - self.gradient_loops, 0) if trains and self.gradient_loops is not None else 0
+        first = states
+        for index in range(num_loops):
+            if index < skipped:
+                with torch.no_grad():
+                    states = self.loop(states, context, index, step_size)
+            else:
+                if 0 < index == skipped:
+                    # Adds exactly zero, so that the values are those of the loops in any dtype.
+                    states = states + (first - first.detach())
+                if trains and self.checkpoint_loops:
+                    states = checkpoint(self.loop, states, context, index, step_size, use_reentrant=False)
+                else:
+                    states = self.loop(states, context, index, step_size)
+            yield states, None
+
+    def _iterate_while_moving(
+        self, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
+    ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
+        """[`~LoopMDMModel.iterate`] by a policy: after every loop, what is settled leaves the part that loops on."""
+        if policy.per_position:
+            if not context.can_narrow:
+                raise ValueError(
+                    f"Loops that differ from position to position cannot be run by "
+                    f'{self.config._attn_implementation!r} attention; call `model.set_attn_implementation("sdpa")`.'
+                )
+            if context.cache is None:  # the positions' own keys and values, for this pass alone
+                context = replace(context, cache=self._make_memory(states))
+        everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        moving = everything if context.real is None else context.real
+        part, own, before, where = context, moving, states, None
+        for index in range(num_loops):
+            if where is not None and context.cache is not None:
+                context.cache.carry(
+                    index, states
+                )  # the keys and values of what has settled stay those of its last loop
+            after = self.loop(before, part, index)
+            goes_on = policy.goes_on(index, before, after, part)
+            after = torch.where(own[..., None], after, before)
+            states = after if where is None else states.index_put(where, after)
+            yield states, moving
+            still = own & (goes_on if policy.per_position else goes_on[:, None])
+            if index + 1 == num_loops or torch.equal(still, own):
+                before, own = after, still
+                continue
+            moving = still if where is None else torch.zeros_like(moving).index_put(where, still)
+            rows = moving.any(-1).nonzero().squeeze(-1)
+            if len(rows) == 0:
+                break
+            part, own, before, where = self._narrow(states, context, moving, rows, policy.per_position)
+        if policy.per_position and context.cache is not None:
+            for rest in range(index + 1, num_loops):  # for passes that look for them there
+                context.cache.carry(rest, states)
+
+    @staticmethod
+    def _narrow(
+        states: torch.Tensor, context: LoopContext, moving: torch.Tensor, rows: torch.Tensor, per_position: bool
+    ) -> tuple[LoopContext, torch.Tensor, torch.Tensor, tuple | None]:
+        """
+        The part of a pass that still moves: its context, what of it moves, its states, and where they belong. Without
+        single positions it is whole rows; a row with fewer positions than others is filled up.
+        """
+        if not context.can_narrow:
+            return context, moving, states, None
+        own = moving[rows]
+        if not per_position:
+            return context.narrow(rows), own, states[rows], (rows,)
+        positions = own.long().argsort(dim=-1, descending=True, stable=True)[:, : int(own.sum(-1).max())]
+        own = own.gather(1, positions)
+        part = context.narrow(None if len(rows) == len(states) else rows, positions, own)
+        return part, own, take_positions(states[rows], positions), (rows[:, None], positions)
+
+    def loop(self, states: torch.Tensor, context: LoopContext, index: int = 0, step_size: float = 1.0) -> torch.Tensor:
         """
         Applies mid once: `h <- h + step_size * (mid(h) - h)`, which is `mid(h)` itself at `step_size=1`. `index`, the
         loop's number from 0, matters where there is a cache.
         """
-        updated = self._run(self.config.loop_start, self.config.loop_end, hidden_states, context, index)
-        return updated if step_size == 1.0 else torch.lerp(hidden_states, updated, step_size)
+        updated = self._run(self.config.loop_start, self.config.loop_end, states, context, index)
+        return updated if step_size == 1.0 else torch.lerp(states, updated, step_size)
 
     def readout(
-        self, hidden_states: torch.Tensor, context: dict[str, Any], positions: torch.LongTensor | None = None
+        self, states: torch.Tensor, context: LoopContext, positions: torch.LongTensor | None = None
     ) -> torch.Tensor:
         """
         Applies tail and the final norm. With `positions`, `(batch_size, num_positions)`, only their states are
-        returned, and the last layer asks and computes for them alone.
+        returned, and the last layer computes them alone.
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
-        mask = context["attention_mask"]
-        if positions is None or start == stop or not _can_narrow(mask):
-            hidden_states = self._run(start, stop, hidden_states, context)
-            return self.norm(hidden_states if positions is None else take_positions(hidden_states, positions))
-        hidden_states = self._run(start, stop - 1, hidden_states, context)
-        narrowed = {**context, "queries": positions, "attention_mask": _narrow_mask(mask, positions)}
-        if "position_embeddings" in context:
-            narrowed["query_embeddings"] = tuple(
-                take_positions(table, positions) for table in context["position_embeddings"]
-            )
-        return self.norm(self._run(stop - 1, stop, hidden_states, narrowed))
+        if positions is None or start == stop or not context.can_narrow:
+            states = self._run(start, stop, states, context)
+            return self.norm(states if positions is None else take_positions(states, positions))
+        states = self._run(start, stop - 1, states, context)
+        return self.norm(self._run(stop - 1, stop, states, context.ask(positions)))
 
-    def _visible(self, position_ids: torch.LongTensor, document_ids: torch.LongTensor | None) -> Callable | None:
-        """
-        A mask function, True where a query may see a key: in its own and earlier blocks with
-        `config.attention_block_size`, and in its own document where several are packed into a row. None: everywhere.
-        """
-        block_size = self.config.attention_block_size
-        if block_size is None and document_ids is None:
-            return None
-        if "flash" in self.config._attn_implementation:
-            what = "see packed documents apart" if block_size is None else f"be block-causal (blocks of {block_size})"
-            raise ValueError(
-                f"{self.config._attn_implementation!r} attention cannot {what}; call "
-                '`model.set_attn_implementation("sdpa")`, or "flex_attention".'
+    def _run(self, start: int, stop: int, states: torch.Tensor, context: LoopContext, loop: int = 0) -> torch.Tensor:
+        """Applies the physical layers `start` to `stop` in turn; `loop` is the number of the loop that they run in."""
+        for index in range(start, stop):
+            states = self.layers[index](
+                states,
+                attention_mask=context.attention_mask,
+                position_embeddings=context.position_embeddings,
+                past_key_values=None if context.cache is None else context.cache.layer(index, loop, states),
+                queries=context.queries,
+                **context.arguments,
             )
-        blocks = None if block_size is None else position_ids // block_size
+        return states
+
+    def _find_masked(self, input_ids: torch.LongTensor, real: torch.BoolTensor | None) -> torch.BoolTensor:
+        masked = input_ids == self.config.mask_token_id
+        if real is not None:
+            masked = masked & real
+        if self.config.shift_logits:
+            masked = masked | nn.functional.pad(masked[:, 1:], (0, 1))
+        return masked
+
+    def _make_memory(self, states: torch.Tensor) -> CacheView:
+        """A cache for one pass whose positions stop looping one by one. They are numbered by column."""
+        batch_size, length = states.shape[:2]
+        memory = LoopMDMCache(self.config, 1, batch_size, length, share_loops=True)
+        columns = torch.arange(length, device=states.device)
+        return CacheView(memory, None, columns, torch.full((batch_size,), length))
+
+    def _make_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor,
+        document_ids: torch.LongTensor | None,
+        cache: CacheView | None,
+    ) -> Any:
+        """
+        What each query may see, as the attention implementation takes it: its own and earlier blocks with
+        `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
+        cache the positions that the pass reaches.
+        """
+        batch_size, length = inputs_embeds.shape[:2]
+        block_size, keys = self.config.attention_block_size, None
+        blocks = key_blocks = None
+        if block_size is not None:
+            blocks = key_blocks = position_ids.expand(batch_size, length) // block_size
+        if cache is not None:
+            places = torch.arange(cache.stop, device=inputs_embeds.device)
+            attention_mask = None
+            if int(cache.reach.min()) < cache.stop:
+                attention_mask = places < cache.reach.to(places.device)[:, None].expand(batch_size, 1)
+            keys = inputs_embeds.new_empty(1, 1, 1).expand(batch_size, cache.stop, 1)  # says how many there are
+            if block_size is not None:
+                key_blocks = (places // block_size).expand(batch_size, -1)
+                # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
+                if inputs_embeds.device.type == "cpu" and bool((blocks[:, 0] >= key_blocks[:, -1]).all()):
+                    blocks = None
 
         def is_visible(batch, head, query, key):
             visible = True if document_ids is None else document_ids[batch, query] == document_ids[batch, key]
-            return visible if blocks is None else (blocks[batch, query] >= blocks[batch, key]) & visible
+            return visible if blocks is None else (blocks[batch, query] >= key_blocks[batch, key]) & visible
 
-        return is_visible
-
-    def _mask_with_cache(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.LongTensor, cache: OpenCache
-    ) -> torch.Tensor | None:
-        """The mask of queries at `position_ids`, `(1 or batch_size, length)`, over the places of the cache."""
-        batch_size, length = inputs_embeds.shape[:2]
-        places = torch.arange(cache.stop, device=position_ids.device)
-        stored = places < cache.lengths[:, None].expand(batch_size, 1)
-        block_size = self.config.attention_block_size
-        # On an accelerator looking at the values would make every pass wait for it; there a mask costs less.
-        looks = position_ids.device.type == "cpu"
-        if looks and bool(stored.all()):
-            stored = None
-        is_visible = None
-        if block_size is not None and not (
-            looks and int(position_ids.min()) // block_size == (cache.stop - 1) // block_size
+        is_restricted = blocks is not None or document_ids is not None
+        if "flash" in self.config._attn_implementation and (
+            is_restricted or (cache is not None and attention_mask is not None)
         ):
-            blocks = (position_ids // block_size).expand(batch_size, length)
-
-            def is_visible(batch, head, query, key):
-                return blocks[batch, query] >= key // block_size
-
-        if "flash" in self.config._attn_implementation and (stored is not None or is_visible is not None):
             raise ValueError(
-                f"{self.config._attn_implementation!r} attention cannot mask stored keys, which rows of different "
-                'lengths and blocks need; call `model.set_attn_implementation("sdpa")`.'
+                f"{self.config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
+                'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
             )
         return create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
-            attention_mask=stored,
-            # Says how many keys there are.
-            encoder_hidden_states=inputs_embeds.new_empty(1, 1, 1).expand(batch_size, cache.stop, 1),
-            and_mask_function=is_visible,
+            attention_mask=attention_mask,
+            encoder_hidden_states=keys,
+            and_mask_function=is_visible if is_restricted else None,
         )
 
     def _check_shapes(
@@ -590,15 +734,13 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 f"The input has {stored + length} positions, more than `max_position_embeddings` "
                 f"({self.config.max_position_embeddings}), and positions are learned; shorten it."
             )
-        if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != (batch_size, length):
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}; the input needs {(batch_size, length)}"
-                + ("." if past_key_values is None else ", its own positions without those of the cache.")
-            )
-        if document_ids is not None and document_ids.shape != (batch_size, length):
-            raise ValueError(
-                f"`document_ids` has shape {tuple(document_ids.shape)}; the input needs {(batch_size, length)}."
-            )
+        for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+            is_2d = tensor is not None and (tensor.ndim == 2 or name == "document_ids")
+            if is_2d and tensor.shape != (batch_size, length):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(tensor.shape)}; the input needs {(batch_size, length)}"
+                    + ("." if past_key_values is None else ", its own positions without those of the cache.")
+                )
         if past_key_values is not None and document_ids is not None:
             raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
         if past_key_values is not None and attention_mask is not None and attention_mask.ndim != 2:
@@ -606,320 +748,20 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 f"`attention_mask` has {attention_mask.ndim} dimensions; `past_key_values` needs (batch_size, length)."
             )
 
-    def _prepare_cache(
-        self,
-        past_key_values: LoopMDMCache | None,
-        use_cache: bool | None,
-        batch_size: int,
-        num_loops: int,
-        loop_tolerance: float | None,
-        visible_loops: int | None,
-    ) -> LoopMDMCache | None:
-        if past_key_values is None and not use_cache:
-            return None
-        if self.training:
-            raise ValueError(
-                "A cache passes no gradients on; call `model.eval()`, or train without `past_key_values`."
-            )
-        if use_cache and loop_tolerance is not None and not getattr(past_key_values, "share_loops", False):
-            raise ValueError(
-                "`use_cache=True` stores the keys and values of every loop, and `loop_tolerance` leaves some out; use "
-                "one of the two."
-            )
-        if past_key_values is None:
-            if self.config.attention_block_size is None:
-                raise ValueError(
-                    "`use_cache=True` needs block-causal attention: in this model every position sees all others, and "
-                    "its keys and values change with them. Pass a `LoopMDMCache` where stale ones will do, as "
-                    '`generate(cache_implementation="dual")` does.'
-                )
-            past_key_values = LoopMDMCache(self.config, num_loops, batch_size, 0)
-        if not isinstance(past_key_values, LoopMDMCache):
-            raise ValueError(
-                f"`past_key_values` is a {type(past_key_values).__name__}; a looped model needs a `LoopMDMCache`, "
-                "which has a place for every loop."
-            )
-        past_key_values.check(self, batch_size, num_loops, visible_loops)
-        if use_cache and past_key_values.rows is not None:
-            raise ValueError("`use_cache=True` is for all rows of a cache; a selection of rows stores nothing.")
-        return past_key_values
-
-    def _run(
-        self, start: int, stop: int, hidden_states: torch.Tensor, context: dict[str, Any], loop: int = 0
-    ) -> torch.Tensor:
-        """Applies the physical layers `start` to `stop` in turn; `loop` is the number of the loop that they run in."""
-        cache = context.get("cache")
-        arguments = {name: value for name, value in context.items() if name != "cache"}
-        for index in range(start, stop):
-            if cache is not None:
-                arguments["memory"] = cache.layer(index, loop, hidden_states)
-            layer = self.layers[index]
-            # A compiled layer would need more graphs for the one pass of few queries: its shapes change in every step.
-            run = layer._call_impl if "queries" in arguments else layer
-            hidden_states = run(hidden_states, **arguments)
-        return hidden_states
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        document_ids: torch.LongTensor | None = None,
-        past_key_values: LoopMDMCache | None = None,
-        use_cache: bool | None = None,
-        num_loops: int | None = None,
-        loop_tolerance: float | None = None,
-        loop_exit: str = "row",
-        visible_loops: int | None = None,
-        positions_to_keep: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> LoopMDMModelOutput:
-        """
-        See [`LoopMDMForMaskedLM.forward`]. `positions_to_keep`, `(batch_size, num_positions)`, are those that
-        `last_hidden_state` is wanted of; the last layer computes no others.
-        """
-        num_loops = self._resolve_num_loops(num_loops)
-        self._check_loop_tolerance(loop_tolerance, loop_exit)
-        self._check_visible_loops(visible_loops, input_ids, loop_tolerance, loop_exit)
-        self._check_kwargs(kwargs, num_loops, loop_tolerance)
-        batch_size = _one_of(input_ids, inputs_embeds).shape[0]
-        past_key_values = self._prepare_cache(
-            past_key_values, use_cache, batch_size, num_loops, loop_tolerance, visible_loops
-        )
-
-        hidden_states, context = self.prelude(
-            input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, **kwargs
-        )
-        token_loops = None
-        real = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        exit_rule = None
-        if loop_tolerance is not None:
-            exit_rule = RelativeChangeExit(loop_tolerance, per_token=loop_exit == "token")
-        if visible_loops is not None or loop_exit == "token":
-            keeps_looping = None if visible_loops is None else self._keeps_looping(input_ids, real)
-            hidden_states, loops, token_loops = self._loop_positions(
-                hidden_states, context, real, num_loops, keeps_looping, visible_loops or num_loops, exit_rule
-            )
-        elif exit_rule is not None:
-            hidden_states, loops = self._loop_until_settled(hidden_states, context, real, num_loops, exit_rule)
-        else:
-            hidden_states = self._loop_times(hidden_states, context, num_loops)
-            loops = torch.full((hidden_states.shape[0],), num_loops, device=hidden_states.device)
-        hidden_states = self.readout(hidden_states, context, positions_to_keep)
-        if past_key_values is not None and use_cache:
-            cache = context["cache"]
-            past_key_values.store(cache.lengths, cache.stop, input_ids, cache.places)
-        return LoopMDMModelOutput(
-            last_hidden_state=hidden_states, loops=loops, token_loops=token_loops, past_key_values=past_key_values
-        )
-
-    def _loop_times(self, hidden_states: torch.Tensor, context: dict[str, Any], num_loops: int) -> torch.Tensor:
-        """
-        Applies mid `num_loops` times. In training, loops before the last `gradient_loops` pass the gradient on
-        unchanged, as if they were the identity: head and embeddings would get none without it.
-        """
-        step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
-        trains = self.training and torch.is_grad_enabled()
-        if trains and self.gradient_loops is not None and self.gradient_loops < num_loops:
-            skipped = num_loops - self.gradient_loops
-            with torch.no_grad():
-                looped = hidden_states
-                for _ in range(skipped):
-                    looped = self.loop(looped, context, step_size)
-            # Adds exactly zero, so that the values are those of the loops in any dtype.
-            hidden_states = looped + (hidden_states - hidden_states.detach())
-            num_loops = self.gradient_loops
-        for index in range(num_loops):
-            if trains and self.checkpoint_loops:
-                hidden_states = checkpoint(self.loop, hidden_states, context, step_size, use_reentrant=False)
-            else:
-                hidden_states = self.loop(hidden_states, context, step_size, index)
-        return hidden_states
-
-    def _loop_until_settled(
-        self,
-        hidden_states: torch.Tensor,
-        context: dict[str, Any],
-        real: torch.Tensor | None,
-        num_loops: int,
-        exit_rule: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
-        """
-        Loops each row until `exit_rule` finds it settled, at most `num_loops` times. A settled row keeps its state
-        while others go on, so its result does not depend on them. Returns the states and the loops of every row.
-
-        On the CPU a settled row leaves the batch at once. On an accelerator it stays, and that all have settled is
-        read one loop late, so that the host never waits.
-        """
-        settled_states, rows = hidden_states, None  # `rows` still loop; None: all
-        active = torch.ones(hidden_states.shape[0], dtype=torch.bool, device=hidden_states.device)
-        loops = torch.zeros_like(active, dtype=torch.long)
-        narrows = hidden_states.device.type == "cpu" and _can_narrow(context["attention_mask"])
-        flag = None
-        for index in range(num_loops):
-            updated = self.loop(hidden_states, context, index=index)
-            settled = exit_rule(hidden_states, updated, real)
-            hidden_states = torch.where(active[:, None, None], updated, hidden_states)
-            loops = loops + active if rows is None else loops.index_add(0, rows, active.long())
-            active = active & ~settled
-            if index + 1 == num_loops:
-                break
-            late, flag = flag, HostCopy(active)
-            if hidden_states.device.type == "cpu":
-                late = flag
-            going = None if late is None else late.get()
-            if going is not None and not going.any():
-                break
-            if narrows and not going.all():
-                keep = going.nonzero().squeeze(-1)
-                settled_states = self._put_rows(settled_states, rows, hidden_states)
-                hidden_states, active = hidden_states[keep], active[keep]
-                real = None if real is None else real[keep]
-                context = _narrow_context(context, keep)
-                rows = keep if rows is None else rows[keep]
-        return self._put_rows(settled_states, rows, hidden_states), loops
-
-    @staticmethod
-    def _put_rows(states: torch.Tensor, rows: torch.Tensor | None, updated: torch.Tensor) -> torch.Tensor:
-        return updated if rows is None else states.index_copy(0, rows, updated)
-
-    def _loop_positions(
-        self,
-        hidden_states: torch.Tensor,
-        context: dict[str, Any],
-        real: torch.Tensor | None,
-        num_loops: int,
-        keeps_looping: torch.BoolTensor | None,
-        visible_loops: int,
-        exit_rule: RelativeChangeExit | None,
-    ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
-        """
-        Loops some positions more often than others: after `visible_loops` only those of `keeps_looping`, `(batch_size,
-        sequence_length)`, go on, and each at most until `exit_rule` finds it settled. Those that stopped keep their
-        state, and with it the keys and values of their last update, which the others go on attending to. Returns the
-        states, the loops of every row, and the applications of mid to its single positions.
-        """
-        if not _can_narrow(context["attention_mask"]):
-            raise ValueError(
-                f"Loops that differ from position to position cannot be run by {self.config._attn_implementation!r} "
-                'attention here; call `model.set_attn_implementation("sdpa")`.'
-            )
-        batch_size, length = hidden_states.shape[:2]
-        if "cache" not in context:
-            # The positions' own keys and values, for this pass alone. They are numbered by column.
-            columns = torch.arange(length, device=hidden_states.device)
-            memory = LoopMDMCache(self.config, 1, batch_size, length, share_loops=True)
-            context = {**context, "cache": OpenCache(memory, columns, length, columns.new_full((batch_size,), length))}
-        cache = context["cache"]
-        active = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
-        if real is not None:
-            active = active & real.bool()
-        counts = active.sum(-1)
-        loops, token_loops = torch.zeros_like(counts), torch.zeros_like(counts)
-        index, part = 0, None
-        while index < num_loops:
-            if index == visible_loops and keeps_looping is not None:
-                active = active & keeps_looping
-                counts = active.sum(-1)
-            if index == 0 or (exit_rule is None and index < visible_loops):
-                updated = self.loop(hidden_states, context, index=index)
-                loops, token_loops = loops + 1, token_loops + counts
-                if exit_rule is not None:
-                    active = active & ~exit_rule(hidden_states, updated, real)
-                    counts = active.sum(-1)
-                hidden_states, index = updated, index + 1
-                continue
-            if part is None or exit_rule is not None:
-                # The moving positions of the moving rows; a row with fewer than others is filled up. Without an exit
-                # rule they stay the same, and the host waits for their number but once.
-                width = int(counts.max())
-                if width == 0:
-                    break
-                rows = counts.nonzero().squeeze(-1)
-                rows = None if len(rows) == batch_size else rows
-                moving = active if rows is None else active[rows]
-                queries = moving.long().argsort(dim=-1, descending=True, stable=True)[:, :width]
-                moving = moving.gather(1, queries)
-                part = _narrow_context(context, rows, queries, moving)
-                places = (torch.arange(batch_size, device=queries.device) if rows is None else rows)[:, None], queries
-            cache.carry(index)
-            loops, token_loops = loops + (counts > 0), token_loops + counts
-            before = take_positions(hidden_states if rows is None else hidden_states[rows], queries)
-            after = self.loop(before, part, index=index)
-            hidden_states = hidden_states.index_put(places, torch.where(moving[..., None], after, before))
-            if exit_rule is not None:
-                active = active.index_put(places, moving & ~exit_rule(before, after, None))
-                counts = active.sum(-1)
-            index += 1
-        for rest in range(index, num_loops):
-            cache.carry(rest)  # for passes that look for them there
-        return hidden_states, loops, token_loops
-
-    def _resolve_num_loops(self, num_loops: int | None) -> int:
-        if num_loops is None:
-            in_training = self.training and self.num_train_loops is not None
-            num_loops = self.num_train_loops if in_training else self.config.num_loops
-        return check_num_loops(num_loops)
-
-    def _check_loop_tolerance(self, loop_tolerance: float | None, loop_exit: str = "row"):
-        if loop_exit not in ("row", "token"):
-            raise ValueError(f'`loop_exit` is {loop_exit!r}; it must be "row" or "token".')
-        if loop_tolerance is None:
-            if loop_exit != "row":
-                raise ValueError(f"`loop_exit` is {loop_exit!r} without effect; give a `loop_tolerance`.")
+    def _check_input_ids(self, input_ids: torch.LongTensor):
+        # On an accelerator looking at the values would make every forward pass wait for it.
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
             return
-        if loop_exit == "token" and self.training:
-            raise ValueError('`loop_exit="token"` passes no gradients on; call `model.eval()`.')
-        if isinstance(loop_tolerance, bool) or not isinstance(loop_tolerance, int | float) or not loop_tolerance >= 0:
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
-                f"`loop_tolerance` is {loop_tolerance!r}; it must be a number of at least 0, the relative change of "
-                "the hidden state under which a row stops looping (e.g. 0.05)."
-            )
-        if self.config.loop_update == "damped":
-            raise ValueError(
-                '`loop_tolerance` needs `loop_update="replace"`: a damped model\'s steps depend on `num_loops`, so '
-                "an earlier state is not the result of fewer loops. Choose `num_loops` instead."
+                f"`input_ids` holds {int(low if low < 0 else high)}, outside the vocabulary of "
+                f"{self.config.vocab_size} tokens; is it the right tokenizer?"
             )
 
-    def _check_visible_loops(
-        self,
-        visible_loops: int | None,
-        input_ids: torch.LongTensor | None,
-        loop_tolerance: float | None,
-        loop_exit: str,
-    ):
-        if visible_loops is None:
-            return
-        check_num_loops(visible_loops, "visible_loops")
-        if self.config.loop_update == "damped":
-            raise ValueError(
-                '`visible_loops` needs `loop_update="replace"`: after fewer of its steps a damped model\'s state is '
-                "not the result of fewer loops."
-            )
-        if self.training:
-            raise ValueError("`visible_loops` passes no gradients on; call `model.eval()`.")
-        if input_ids is None:
-            raise ValueError("`visible_loops` has to know which tokens are [MASK]; give `input_ids`.")
-        if loop_tolerance is not None and loop_exit == "row":
-            raise ValueError(
-                '`visible_loops` goes with `loop_tolerance` of single positions; add `loop_exit="token"`.'
-            )
-
-    def _keeps_looping(self, input_ids: torch.LongTensor, real: torch.Tensor | None) -> torch.BoolTensor:
-        """The [MASK]s, and with `config.shift_logits` what predicts them."""
-        masked = input_ids == self.config.mask_token_id
-        if real is not None:
-            masked = masked & real.bool()
-        if self.config.shift_logits:
-            masked = masked | nn.functional.pad(masked[:, 1:], (0, 1))
-        return masked
-
-    def _check_kwargs(self, kwargs: dict[str, Any], num_loops: int, loop_tolerance: float | None):
+    def _check_kwargs(self, kwargs: dict[str, Any]):
         # Trainer and pipelines pass on arguments of transformers that have no effect here; others are typing errors.
-        known = {*TransformersKwargs.__annotations__, "use_cache"} - {"is_causal"}
+        known = {*TransformersKwargs.__annotations__} - {"is_causal"}
         unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
         if unknown:
             raise ValueError(f"{type(self).__name__} takes no argument `{'`, `'.join(unknown)}`.")
@@ -928,26 +770,85 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 f"`output_attentions` needs eager attention, and the model runs "
                 f'{self.config._attn_implementation!r}; call `model.set_attn_implementation("eager")`.'
             )
-        indices = kwargs.get("output_hidden_states")
-        indices = list(indices) if isinstance(indices, list | tuple) else [indices]
-        if any(index is not None and index < 0 for index in indices) and (
-            num_loops != self.config.num_loops or loop_tolerance is not None
-        ):
+        if kwargs.get("output_hidden_states") not in (None, True, False):
             raise ValueError(
-                f"`output_hidden_states` is {kwargs['output_hidden_states']}; negative indices are counted for "
-                f"`config.num_loops` ({self.config.num_loops}) loops. Use positive ones or `True`."
+                f"`output_hidden_states` is {kwargs['output_hidden_states']!r}; it must be True or False. Pick from "
+                "the output, which holds every executed layer."
             )
 
-    def _check_input_ids(self, input_ids: torch.LongTensor):
-        # On an accelerator looking at the values would make every forward pass wait for it.
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
-            return
-        low, high = input_ids.aminmax()
-        if low < 0 or high >= self.embed_tokens.num_embeddings:
+    def _resolve_num_loops(self, num_loops: int | None) -> int:
+        if num_loops is None:
+            in_training = self.training and self.num_train_loops is not None
+            num_loops = self.num_train_loops if in_training else self.config.num_loops
+        return check_num_loops(num_loops)
+
+    def resolve_policy(
+        self,
+        loop_tolerance: float | None,
+        visible_loops: int | None,
+        loop_policy: LoopPolicy | None,
+        has_ids: bool = True,
+    ) -> LoopPolicy | None:
+        """The exit rule that the arguments of a pass describe."""
+        given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            return None
+        if len(names) > 1:
+            raise ValueError(f"`{'` and `'.join(names)}` are different exit rules; give one of them.")
+        if loop_tolerance is not None:
+            policy = RowTolerance(loop_tolerance)
+        else:
+            policy = loop_policy if visible_loops is None else VisibleLoops(visible_loops)
+        if self.config.loop_update == "damped":
             raise ValueError(
-                f"`input_ids` holds {int(low if low < 0 else high)}, outside the vocabulary of "
-                f"{self.embed_tokens.num_embeddings} tokens; is it the right tokenizer?"
+                f'`{names[0]}` needs `loop_update="replace"`: the steps of a damped model depend on `num_loops`, so '
+                "an earlier state is not the result of fewer loops. Choose `num_loops` instead."
             )
+        if policy.per_position and self.training:
+            raise ValueError(f"`{names[0]}` passes no gradients on; call `model.eval()`.")
+        if visible_loops is not None and not has_ids:
+            raise ValueError("`visible_loops` has to know which tokens are [MASK]; give `input_ids`.")
+        return policy
+
+    def _prepare_cache(
+        self,
+        past_key_values: LoopMDMCache | None,
+        use_cache: bool | None,
+        batch_size: int,
+        num_loops: int,
+        policy: LoopPolicy | None,
+        visible_loops: int | None,
+    ) -> LoopMDMCache | None:
+        if past_key_values is None and not use_cache:
+            return None
+        if self.training and torch.is_grad_enabled():
+            raise ValueError(
+                "A cache passes no gradients on; call `model.eval()`, or train without `past_key_values`."
+            )
+        if past_key_values is None and self.config.attention_block_size is None:
+            raise ValueError(
+                "`use_cache=True` needs block-causal attention: in this model every position sees all others, and "
+                "its keys and values change with them. Pass a `LoopMDMCache` where stale ones will do, as "
+                '`generate(cache_implementation="dual")` does.'
+            )
+        if past_key_values is None:
+            past_key_values = LoopMDMCache(self.config, num_loops, batch_size, visible_loops=visible_loops)
+        if not isinstance(past_key_values, LoopMDMCache):
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__}; a looped model needs a `LoopMDMCache`, "
+                "which has a place for every loop."
+            )
+        if past_key_values.reach is None:  # `generate` has checked those that it selects rows of
+            past_key_values.check(self.config, batch_size, num_loops, visible_loops)
+        elif use_cache:
+            raise ValueError("`use_cache=True` is for all rows of a cache; a selection of rows stores nothing.")
+        if use_cache and policy is not None and not policy.per_position and not past_key_values.share_loops:
+            raise ValueError(
+                "`use_cache=True` stores the keys and values of every loop, and rows that stop looping leave some "
+                "out; use one of the two."
+            )
+        return past_key_values
 
 
 class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
@@ -976,8 +877,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         use_cache: bool | None = None,
         num_loops: int | None = None,
         loop_tolerance: float | None = None,
-        loop_exit: str = "row",
         visible_loops: int | None = None,
+        loop_policy: LoopPolicy | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -987,37 +888,34 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Tokens, those to predict replaced by `config.mask_token_id`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                1 on real tokens, 0 on padding, which may stand anywhere. A 4-D mask is passed on as it is, in place of
-                `config.attention_block_size` too.
+                0 on padding, which may stand anywhere, anything else on real tokens. A 4-D mask is passed on as it is,
+                in place of `config.attention_block_size` too.
             position_ids (`torch.LongTensor` of shape `(1 or batch_size, sequence_length)`, *optional*):
                 By default real tokens are counted from 0 and padding takes no position.
-            document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Several documents packed into a row: tokens of different ids do not see each other, and positions are
-                counted within each document, whose tokens stand together.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Token embeddings, in place of `input_ids`.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Clean tokens; -100 where nothing is to be learned. With them `loss` is
-                `sum(loss_weights * cross_entropy) / number of labels`, the mask token having probability zero.
+                `sum(loss_weights * cross_entropy) / number of labels`.
             loss_weights (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, defaults to ones):
                 Weight of every label, e.g. 0 on visible and L/k on masked tokens, which makes the loss the NELBO in
                 nats per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
-            num_loops (`int`, *optional*):
-                Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
+            document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Several documents packed into a row: tokens of different ids do not see each other, and positions are
+                counted within each document, whose tokens stand together.
             past_key_values ([`LoopMDMCache`], *optional*):
                 Keys and values of earlier positions, which the pass attends to; `input_ids` and `attention_mask` are
                 those of its own positions alone, by default those that follow. Exact with block-causal attention.
             use_cache (`bool`, *optional*):
                 Keep the keys and values of this pass in `past_key_values`, which the output then holds.
+            num_loops (`int`, *optional*):
+                Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
             loop_tolerance (`float`, *optional*):
-                Adaptive loops: a row stops looping when `||h_new - h|| / ||h||` over its real positions falls under
-                this, after at most `num_loops`.
-            loop_exit (`"row"` or `"token"`, defaults to `"row"`):
-                With `"token"` the tolerance is that of single positions: those that have settled are no longer
-                updated, while others loop on and attend to them as they are.
+                Adaptive loops ([`RowTolerance`]): a row stops looping when `||h_new - h|| / ||h||` over its real
+                positions falls under this, after at most `num_loops`.
             visible_loops (`int`, *optional*):
-                Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them as
-                they are (with `config.shift_logits` also the tokens before a [MASK], whose states predict it).
+                Tokens that are not [MASK] loop so many times at most ([`VisibleLoops`]).
+            loop_policy ([`LoopPolicy`], *optional*): Another exit rule.
             logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
                 Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`,
                 or of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last
@@ -1026,26 +924,21 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels
                 in all micro-batches of an optimiser step.
         """
-        inputs = _one_of(input_ids, inputs_embeds)
-        shifts, before = self.config.shift_logits, None
-        if shifts and past_key_values is not None and position_ids is None:
-            before = past_key_values.state_before()
-            if before is None and past_key_values.length > 0:
-                raise ValueError(
-                    "This model predicts a token from the position before it, and `past_key_values` does not hold the "
-                    "state of its last position any more (it was cropped, or filled by `generate`). Begin the input "
-                    "with that position again and give `position_ids`."
-                )
+        if loss_weights is not None and labels is None:
+            raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
+        shifts = self.config.shift_logits
+        if shifts and past_key_values is not None and position_ids is None and past_key_values.length > 0:
+            raise ValueError(
+                "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
+                "the input one position earlier and give `position_ids`."
+            )
         # Positions whose states alone are needed, where they were chosen for every row.
-        keep = None
-        records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
-        if labels is None and not records and isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2:
-            keep = logits_to_keep
-        if shifts and (use_cache or before is not None):
+        keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
+        if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             keep = None
-        elif shifts and keep is not None:
-            sources = self._sources(inputs.shape[1], inputs.device, attention_mask, document_ids)
-            keep = sources.expand(inputs.shape[0], -1).gather(1, keep)
+        if shifts and keep is not None:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            keep = predictors(length, keep.device, attention_mask, document_ids).expand(len(keep), -1).gather(1, keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1056,21 +949,25 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             use_cache=use_cache,
             num_loops=num_loops,
             loop_tolerance=loop_tolerance,
-            loop_exit=loop_exit,
             visible_loops=visible_loops,
+            loop_policy=loop_policy,
             positions_to_keep=keep,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if shifts and use_cache:
-            outputs.past_key_values.keep_state(hidden_states, attention_mask)
+        states = outputs.last_hidden_state
         if keep is None:
-            hidden_states = self.align(hidden_states, attention_mask, document_ids, before)
+            states = self.align(states, attention_mask, document_ids)
         loss = logits = None
         if labels is not None:
-            loss = self._masked_diffusion_loss(hidden_states, labels, loss_weights, num_items_in_batch)
+            loss = self._masked_diffusion_loss(states, labels, loss_weights, num_items_in_batch)
         if labels is None or not self.training:
-            logits = self._head(hidden_states if keep is not None else self._keep(hidden_states, logits_to_keep))
+            if isinstance(logits_to_keep, int):
+                states = states[:, -logits_to_keep:]
+            elif logits_to_keep.ndim == 1:
+                states = states[:, logits_to_keep]
+            elif keep is None:
+                states = take_positions(states, logits_to_keep)
+            logits = self.logits(states)
         return LoopMDMMaskedLMOutput(
             loss=loss,
             logits=logits,
@@ -1081,118 +978,64 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """
-        The output head. On the CPU one product of few rows with all of a large vocabulary runs far below the machine's
-        rate; in slices of the vocabulary it is a quarter faster, and equal to the last bit.
-        """
-        head, slice_size, shape = self.lm_head, 1024, hidden_states.shape[:-1]
-        is_plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
-        if (
-            not is_plain
-            or head.bias is not None
-            or torch.is_grad_enabled()
-            or hidden_states.device.type != "cpu"
-            or hidden_states.dtype != torch.float32
-            or torch.is_autocast_enabled("cpu")
-            or not 1 < shape.numel() <= 160
-            or head.out_features < 8 * slice_size
-        ):
-            return head(hidden_states)
-        states = hidden_states.reshape(-1, head.in_features)
-        logits = states.new_empty(len(states), head.out_features)
-        for start in range(0, head.out_features, slice_size):
-            part = head.weight[start : start + slice_size]
-            torch.mm(states, part.t(), out=logits[:, start : start + slice_size])
-        return logits.view(*shape, -1)
-
     def align(
         self,
-        hidden_states: torch.Tensor,
+        states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         document_ids: torch.LongTensor | None = None,
-        before: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Output states `(batch_size, sequence_length, hidden_size)` such that row i predicts token i. With
         `config.shift_logits` row i is the state of the real position before i; the first real position of a row, or of
-        a packed document, keeps its own, or takes the one that came `before` it, `(batch_size, hidden_size)`.
-        Otherwise nothing changes.
+        a packed document, keeps its own. Otherwise nothing changes.
         """
         if not self.config.shift_logits:
-            return hidden_states
-        sources = self._sources(hidden_states.shape[1], hidden_states.device, attention_mask, document_ids)
-        aligned = take_positions(hidden_states, sources.expand(hidden_states.shape[0], -1))
-        if before is not None:
-            columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-            aligned = torch.where((sources == columns)[..., None], before[:, None], aligned)
-        return aligned
+            return states
+        sources = predictors(states.shape[1], states.device, attention_mask, document_ids)
+        return take_positions(states, sources.expand(states.shape[0], -1))
 
-    @staticmethod
-    def _sources(
-        length: int,
-        device: torch.device,
-        attention_mask: torch.Tensor | None,
-        document_ids: torch.LongTensor | None = None,
-    ) -> torch.LongTensor:
-        """With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`."""
-        columns = torch.arange(length, device=device).unsqueeze(0)
-        before = (columns - 1).clamp(min=0)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            last_real = torch.where(attention_mask.to(device) != 0, columns, -1).cummax(-1).values
-            before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=1)
-            before = torch.where(before < 0, columns, before)
-        if document_ids is not None:
-            before = torch.where(document_starts(document_ids.to(device)), columns, before)
-        return before
-
-    @staticmethod
-    def _keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-        if isinstance(logits_to_keep, int):
-            return hidden_states[:, -logits_to_keep:]
-        if logits_to_keep.ndim == 1:
-            return hidden_states[:, logits_to_keep]
-        return take_positions(hidden_states, logits_to_keep)
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """
+        The output head: scores `(..., vocab_size)` of `states`, `(..., hidden_size)`. The mask token's score is -inf,
+        so that no sampler produces it and no likelihood counts it (MDLM's zero masking probabilities).
+        """
+        logits = self.lm_head(states)
+        logits[..., self.config.mask_token_id] = float("-inf")
+        return logits
 
     def _masked_diffusion_loss(
         self,
-        hidden_states: torch.Tensor,
+        states: torch.Tensor,
         labels: torch.LongTensor,
         loss_weights: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> torch.Tensor:
+        config = self.config
         for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
-            if tensor is not None and tensor.shape != hidden_states.shape[:2]:
+            if tensor is not None and tensor.shape != states.shape[:2]:
                 raise ValueError(
-                    f"`{name}` has shape {tuple(tensor.shape)}; the input needs {tuple(hidden_states.shape[:2])}."
+                    f"`{name}` has shape {tuple(tensor.shape)}; the input needs {tuple(states.shape[:2])}."
                 )
-        labels = labels.to(hidden_states.device)
+        labels = labels.to(states.device)
         labelled = labels != -100
         if num_items_in_batch is None:
             num_items_in_batch = labelled.sum()
             if num_items_in_batch == 0:
                 raise ValueError("`labels` holds -100 only, so there is nothing to learn; leave such batches out.")
         if loss_weights is not None:
-            loss_weights = loss_weights.to(hidden_states.device)
+            loss_weights = loss_weights.to(states.device)
             labelled = labelled & (loss_weights != 0)
         targets = labels[labelled]
-        # On an accelerator looking at the values would make every step wait for it.
-        if targets.device.type == "cpu" and targets.numel() > 0:
-            low, high = (int(bound) for bound in targets.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"`labels` holds {low if low < 0 else high}, outside the vocabulary of {self.config.vocab_size} "
-                    "tokens; give token ids, and -100 where there is nothing to learn."
-                )
-        if (targets == self.config.mask_token_id).any():
+        wrong = targets[(targets < 0) | (targets >= config.vocab_size) | (targets == config.mask_token_id)]
+        if len(wrong) > 0:
+            what = "the mask token, which is never produced"
+            if wrong[0] != config.mask_token_id:
+                what = f"outside the vocabulary of {config.vocab_size} tokens"
             raise ValueError(
-                f"`labels` holds the mask token ({self.config.mask_token_id}), which is never produced; "
-                "give the clean tokens, and -100 where there is none."
+                f"`labels` holds {int(wrong[0])}, {what}; give clean tokens, and -100 where there is nothing to learn."
             )
-        logits = self.lm_head(hidden_states[labelled])
+        logits = self.logits(states[labelled])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        mask_token = torch.tensor([self.config.mask_token_id], device=logits.device)
-        logits = logits.index_fill(-1, mask_token, float("-inf"))
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         if loss_weights is not None:
             losses = losses * loss_weights[labelled]
@@ -1210,8 +1053,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         last_layer: float | None = None,
     ) -> int:
         """
-        Floating point operations of the matrix products in one forward pass (a multiply-add is two), the convention of
-        torch's `FlopCounterMode`. A training step takes three times as many, four with gradient checkpointing.
+        Floating point operations of the matrix products in one forward pass (a multiply-add is two, the convention of
+        torch's `FlopCounterMode`). A training step takes three times as many, four with gradient checkpointing.
 
         Args:
             batch_size (`int`): Number of rows.
@@ -1223,36 +1066,36 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 Mean number of positions per row that the last layer computes; of the others only keys and values.
         """
         num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
-        return round(
-            batch_size
-            * self.pass_flops(
-                sequence_length,
-                sequence_length if num_keys is None else num_keys,
-                sequence_length if last_layer is None else last_layer,
-                sequence_length if num_logits is None else num_logits,
-                sequence_length * num_loops,
-            )
+        num_keys, last_layer, num_logits = (
+            sequence_length if value is None else value for value in (num_keys, last_layer, num_logits)
         )
+        flops = self.config.pass_flops(sequence_length, num_keys, last_layer, num_logits, sequence_length * num_loops)
+        return round(batch_size * flops)
 
-    def pass_flops(self, num_queries, num_keys, last_layer, num_logits, token_loops):
-        """
-        The same for one row, of numbers or tensors: positions computed, positions attended to, those that the last
-        layer computes in full, logits, and applications of mid to single positions.
-        """
-        config = self.config
-        query_size = config.num_attention_heads * config.head_dim
-        key_value_size = config.num_key_value_heads * config.head_dim
-        mlp_size = (3 if config.use_gated_mlp else 2) * config.intermediate_size
-        keys_and_values = config.hidden_size * 2 * key_value_size
-        rest = config.hidden_size * (2 * query_size + mlp_size) + 2 * query_size * num_keys
-        once = config.num_hidden_layers - config.num_mid_layers
-        layers = (keys_and_values + rest) * (num_queries * once + token_loops * config.num_mid_layers)
-        if config.loop_end < config.num_hidden_layers:
-            layers = layers - rest * (num_queries - last_layer)
-        return 2 * (layers + num_logits * config.hidden_size * self.lm_head.out_features)
+
+def predictors(
+    length: int,
+    device: torch.device,
+    attention_mask: torch.Tensor | None,
+    document_ids: torch.LongTensor | None = None,
+) -> torch.LongTensor:
+    """
+    With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the real
+    column before, or for the first real one of a row or document the column itself.
+    """
+    columns = torch.arange(length, device=device).unsqueeze(0)
+    before = columns - 1
+    if attention_mask is not None and attention_mask.ndim == 2:
+        last_real = torch.where(attention_mask.to(device) != 0, columns, -1).cummax(-1).values
+        before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=1)
+    start = torch.zeros_like(columns)
+    if document_ids is not None:
+        start = (columns * document_starts(document_ids.to(device))).cummax(-1).values
+    return torch.where(before < start, columns, before)
 
 
 __all__ = [
+    "LoopContext",
     "LoopMDMForMaskedLM",
     "LoopMDMMaskedLMOutput",
     "LoopMDMModel",
