@@ -605,7 +605,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         returned, and the last layer computes them alone.
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
-        if positions is None or start == stop or not context.can_narrow:
+        if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
             return self.norm(states if positions is None else take_positions(states, positions))
         states = self._run(start, stop - 1, states, context)
