@@ -205,7 +205,8 @@ def largest_difference(
     """
     Largest difference between a model's logits at one loop and all those that are stored for a fixture: without
     padding, and with padding at the right and at the left, where only real positions count. Our row i predicts token
-    i; where the source's row i - 1 does, it is compared with that. [MASK], which we never predict, does not count.
+    i; where the source's row i - 1 does, it is compared with that, and the first one with its own, which is Dream's
+    choice. [MASK], which we never predict, does not count.
     """
     arrays = references(name)
     worst = 0.0
@@ -221,8 +222,9 @@ def largest_difference(
         assert ours[..., columns].isfinite().all()
         real = torch.ones_like(arrays["input_ids"]) if mask is None else mask
         for row in range(len(real)):
-            positions = real[row].nonzero().flatten()
-            after, before = (positions[1:], positions[:-1]) if meta(name)["shifted_logits"] else (positions,) * 2
+            after = before = real[row].nonzero().flatten()
+            if meta(name)["shifted_logits"]:
+                before = torch.cat((after[:1], after[:-1]))
             difference = ours[row, after][:, columns] - theirs[row, before][:, columns]
             worst = max(worst, difference.abs().max().item())
     return worst

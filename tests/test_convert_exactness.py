@@ -6,9 +6,6 @@ conversions that are wrong on purpose. And it works as a model: loops, `generate
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -23,10 +20,8 @@ from conversion import (
     SHIFTED,
     TOLERANCES,
     build,
-    computing_in,
     convert,
     edited,
-    fixture_weights,
     largest_difference,
     load,
     logits_of,
@@ -36,12 +31,10 @@ from conversion import (
     references,
     stored,
 )
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from transformers.models.llama import modeling_llama
 
+from loopmdm.commit_rules import COMMIT_RULES, DenoisingStep
 from loopmdm.convert import Plan, Recipe, convert_checkpoint
-from loopmdm.generation_utils import DenoisingStep, LoopMDMGenerationConfig, commit_rule
 
 ROOT = Path(__file__).parents[1]
 fixtures = pytest.mark.parametrize("name", NAMES)
@@ -85,20 +78,6 @@ def test_a_plan_gives_the_sources_logits_in_float64(name):
     assert largest_difference(build(plan_fixture(name), "f64"), name, "f64") <= TOLERANCES["f64"]
 
 
-@pytest.mark.parametrize("name", SHIFTED)
-def test_the_first_real_position_of_a_shifted_model_keeps_its_own_row(name):
-    """What predicts it in the source, the row before it, does not exist; this is Dream's choice."""
-    model, arrays = build(plan_fixture(name), "f64"), references(name)
-    for case, padding in [("logits", None)] + [("right", "mask_right"), ("left", "mask_left")] * (name in PADDED):
-        mask = None if padding is None else arrays[padding]
-        first = [0, 0] if mask is None else mask.argmax(-1).tolist()
-        with computing_in("f64"):
-            ours = logits_of(model, arrays["input_ids"], mask, num_loops=1)
-        difference = ours[[0, 1], first] - arrays[f"{case}_f64"][[0, 1], first]
-        difference[:, model.config.mask_token_id] = 0
-        assert difference.abs().max() <= TOLERANCES["f64"]
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if "config_transformers5" in meta(name)])
 def test_transformers_5_spelling_of_the_config_is_the_same(name):
     source = open_fixture(name)
@@ -109,51 +88,22 @@ def test_transformers_5_spelling_of_the_config_is_the_same(name):
 
 # Bit for bit, in bfloat16
 
-LLADA_NAMES = {
-    "model.transformer.ff_out.": "lm_head.",  # the head, called as every layer's MLP output
-    "transformer.wte.": "embed_tokens.",
-    "transformer.ln_f.": "norm.",
-    "transformer.blocks.": "layers.",
-    ".attn_norm.": ".input_layernorm.",
-    ".ff_norm.": ".post_attention_layernorm.",
-    ".q_proj.": ".self_attn.q_proj.",
-    ".k_proj.": ".self_attn.k_proj.",
-    ".v_proj.": ".self_attn.v_proj.",
-    ".attn_out.": ".self_attn.o_proj.",
-    ".ff_proj.": ".mlp.gate_proj.",
-    ".up_proj.": ".mlp.up_proj.",
-    ".ff_out.": ".mlp.down_proj.",
-}
-LLADA_SETTINGS = {
-    "hidden_size": "d_model",
-    "intermediate_size": "mlp_hidden_size",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "max_position_embeddings": "max_sequence_length",
-    "tie_word_embeddings": "weight_tying",
-}
-SETTINGS = (*LLADA_SETTINGS, "head_dim", "vocab_size", "rms_norm_eps")
+SETTINGS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+    "tie_word_embeddings",
+)
 
 
-def transformers_reference(reference: str, name: str):
-    """A fixture in transformers' own class: weights in bfloat16, rotary frequencies in float32."""
-    source, weights = json.loads((FIXTURES / name / "config.json").read_text()), dict(fixture_weights(name))
-    if name == "llada":
-        source |= {ours: source[theirs] for ours, theirs in LLADA_SETTINGS.items()}
-        for theirs, ours in LLADA_NAMES.items():
-            weights = {key.replace(theirs, ours): tensor for key, tensor in weights.items()}
-    rope = {"rope_type": "default", **(source.get("rope_scaling") or {}), "rope_theta": source["rope_theta"]}
-    config = getattr(transformers, f"{reference}Config")(
-        **{key: source[key] for key in SETTINGS if key in source}, rope_parameters=rope, attn_implementation="sdpa"
+def transformers_reference(reference: str, folder: Path):
+    """A converted folder's tensors, whose names are Llama's, in transformers' own class, in bfloat16."""
+    ours = json.loads((folder / "config.json").read_text())
+    config = getattr(transformers, f"{reference}Config")(**{key: ours[key] for key in SETTINGS})
+    config._attn_implementation = "sdpa"
+    model, loaded = getattr(transformers, f"{reference}ForCausalLM").from_pretrained(
+        None, config=config, state_dict=stored(folder), dtype=torch.bfloat16, output_loading_info=True
     )
-    model = getattr(transformers, f"{reference}ForCausalLM")(config)
-    loaded = model.load_state_dict(weights, strict=False)
-    assert loaded.missing_keys == (["lm_head.weight"] if config.tie_word_embeddings else [])
-    assert not loaded.unexpected_keys
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    model.tie_weights()
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
     return model.eval()
 
 
@@ -191,17 +141,16 @@ def test_bfloat16_logits_are_transformers_bit_for_bit(name, reference, changes, 
         rotate_in_float32(monkeypatch)
     # Without a 4-D mask of its own, transformers would make a causal one.
     block = torch.arange(ids.shape[1]) // (model.config.attention_block_size or ids.shape[1])
-    mask = torch.zeros(1, 1, len(block), len(block)).masked_fill(
-        block[:, None] < block, torch.finfo(torch.bfloat16).min
-    )
-    expected = logits_of(transformers_reference(reference, name), ids, attention_mask=mask.bfloat16())
+    mask = torch.zeros(1, 1, len(block), len(block), dtype=torch.bfloat16)
+    mask = mask.masked_fill(block[:, None] < block, torch.finfo(torch.bfloat16).min)
+    expected = logits_of(transformers_reference(reference, out), ids, attention_mask=mask)
     assert expected.dtype == torch.bfloat16
     if model.config.shift_logits:
         expected = torch.cat((expected[:, :1], expected[:, :-1]), dim=1)
     columns = [index for index in range(expected.shape[-1]) if index != model.config.mask_token_id]
     assert torch.equal(logits_of(model, ids, num_loops=1)[..., columns], expected[..., columns])
     # The comparison sees in what precision is rotated.
-    model.config.rope_full_precision = not model.config.rope_full_precision
+    model.config.rope_precision = "model" if model.config.rope_precision == "float32" else "float32"
     assert not torch.equal(logits_of(model, ids, num_loops=1)[..., columns], expected[..., columns])
 
 
@@ -310,7 +259,7 @@ WRONG_PLANS: dict[str, tuple[Change, str]] = {
     "block mask ignored": (settings(attention_block_size=None), "sdar bd3lm fast_dllm_v2"),
     "blocks of another size": (settings(attention_block_size=5), "bd3lm_noadaln"),
     "heads side by side": (read_heads_side_by_side, "smdm"),
-    "exact rotary tables": (settings(rope_table_dtype="float32"), "smdm"),
+    "exact rotary tables": (settings(rope_precision="model"), "smdm"),
     "tanh gelu for erf": (settings(hidden_act="gelu_pytorch_tanh"), "llada_layernorm_plain llada_gqa_tied"),
     "erf gelu for tanh": (settings(hidden_act="gelu"), "mdlm_hf radd diffugpt"),
     "shift dropped": (zero("input_layernorm.bias"), "mdlm_hf radd"),
@@ -381,15 +330,19 @@ def test_ignored_padding_is_noticed(name):
 # A converted folder as a model
 
 
+def test_a_folder_holds_what_save_pretrained_writes(converted, tmp_path):
+    """So it loads without the package, as any other folder. In addition it has the record."""
+    folder = converted("dream")
+    load(folder).save_pretrained(tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in folder.iterdir()} == files | {"conversion.json"}
+    for file in files - {"model.safetensors", "generation_config.json"}:
+        assert (folder / file).read_text() == (tmp_path / file).read_text(), file
+
+
 @fixtures
-def test_a_folder_is_complete_and_recorded(converted, name):
+def test_a_folder_is_recorded(converted, name):
     folder = converted(name)
-    hub_files = {path.name for path in ROOT.glob("*.py")} - {"__init__.py", "__main__.py"}
-    files = {path.name for path in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "conversion.json", "model.safetensors"} <= files
-    code = {file for file in files if file.endswith(".py")}
-    assert {"configuration_loopmdm.py", "modeling_loopmdm.py", "generation_utils.py"} <= code <= hub_files
-    assert all((folder / file).read_bytes() == (ROOT / file).read_bytes() for file in code)
 
     model, tensors = load(folder), stored(folder)
     state = model.state_dict()
@@ -426,81 +379,6 @@ def test_converted_models_generate_with_loops(converted, name):
     assert (output.loops == 2 * output.forward_passes).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("name", ["llada", "mdlm_hf", "dream"])
-def test_converted_models_are_trained_with_lora(converted, name):
-    base = load(converted(name))
-    ids, labels = references(name)["input_ids"].clone(), references(name)["input_ids"]
-    mask_token = base.config.mask_token_id
-    labels = labels.masked_fill(labels == mask_token, 1)
-    ids[:, ::2] = mask_token
-    plain = logits_of(base, ids, num_loops=2)
-    torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    model.train()(ids, labels=labels, num_loops=2).loss.backward()
-    gradients = {parameter: p.grad for parameter, p in model.named_parameters() if p.requires_grad}
-    assert gradients
-    assert all("lora" in parameter and gradient.abs().max() > 0 for parameter, gradient in gradients.items())
-    assert (logits_of(model.eval(), ids, num_loops=2) - plain).nan_to_num().abs().max() > 0.01
-    generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), eos_token_id=None, num_loops=2)
-    assert (generated != mask_token).all()
-    assert torch.equal(generated[ids != mask_token], ids[ids != mask_token])
-
-
-LOAD_AND_SAVE_AGAIN = """
-import ast
-import sys
-import torch
-sys.modules["loopmdm"] = None  # as if it were not installed: importing it is an ImportError
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
-
-torch.set_num_threads(1)
-
-def check(folder, expected, auto_class):
-    model, expected = auto_class.from_pretrained(folder, trust_remote_code=True), load_file(expected)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    for num_loops in (1, 2):
-        with torch.no_grad():
-            logits = model(expected["input_ids"], expected["mask"], num_loops=num_loops).logits
-        torch.testing.assert_close(logits, expected[f"logits_{num_loops}"], rtol=0, atol=1e-6)
-    generated = model.generate(expected["input_ids"], expected["mask"], **arguments)
-    assert torch.equal(generated, expected["generated"])
-    return model
-
-arguments, folders = ast.literal_eval(sys.argv[1]), sys.argv[2:]
-auto_classes = (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM)
-for folder, auto_class in zip(folders, auto_classes, strict=True):
-    model = check(folder, f"{folder}.expected", auto_class)
-    model.save_pretrained(f"{folder}-again")
-    check(f"{folder}-again", f"{folder}.expected", AutoModelForMaskedLM)
-"""
-GENERATE = {"max_new_tokens": 4, "num_loops": 2, "unmasking": "left_to_right"}
-
-
-def test_folders_load_and_save_without_the_package(tmp_path):
-    folders = {name: tmp_path / name for name in ("llada", "mdlm_hf", "dream")}
-    for name, folder in folders.items():
-        convert(name, folder)
-        model, arrays = load(folder), references(name)
-        ids, mask = arrays["input_ids"], arrays["mask_left"]
-        logits = {f"logits_{num_loops}": logits_of(model, ids, mask, num_loops=num_loops) for num_loops in (1, 2)}
-        generated = model.generate(ids, mask, **GENERATE)
-        save_file({"input_ids": ids, "mask": mask, "generated": generated, **logits}, f"{folder}.expected")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD_AND_SAVE_AGAIN, repr(GENERATE), *map(str, folders.values())],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    for name, folder in folders.items():
-        again = load(Path(f"{folder}-again"))
-        assert largest_difference(again, name, "f32") <= TOLERANCES["f32"]
-        assert again.generation_config.unmasking == load(folder).generation_config.unmasking
-
-
 # The sources' samplers
 
 SAMPLERS = json.loads((FIXTURES / "samplers.json").read_text())
@@ -534,21 +412,26 @@ def test_commit_rules_choose_what_dreams_sampler_does(converted, run):
     runs.
     """
     model, mask_token = load(converted(run["checkpoint"])), run["mask_token_id"]
-    rule = commit_rule(LoopMDMGenerationConfig(unmasking=DREAM_RULES[run["alg"]]))
+    rule = COMMIT_RULES[DREAM_RULES[run["alg"]]]()
     new = torch.full((len(run["prompt"]), run["max_new_tokens"]), mask_token)
     state = torch.cat((torch.tensor(run["prompt"]), new), dim=1)
     for after, count in zip(run["history"], run["committed_per_step"], strict=True):
-        logits = logits_of(model, state, num_loops=1)
+        with torch.no_grad():
+            logits = model.lm_head(model.align(model.model(state, num_loops=1).last_hidden_state, None))
+        masked = state == mask_token
         step = DenoisingStep(
-            logits=logits,
-            tokens=logits.argmax(-1),
-            masked=state == mask_token,
-            size=(state == mask_token).sum(-1),
             index=0,
+            row_list=list(range(len(state))),
+            rows=torch.arange(len(state)),
+            columns=torch.arange(state.shape[1]).expand(state.shape),
+            masked=masked,
+            counted=masked,
+            size=masked.sum(-1),
             num_steps=torch.ones(len(state), dtype=torch.long),
-            penalty=torch.zeros(state.shape),
             remask_probability=0.0,
             noise=lambda: pytest.fail("none of these rules draws"),
+            logits=logits,
+            tokens=logits.argmax(-1),
         )
         commit = step.best(rule.score(step), torch.tensor(count))
         state = state.where(~commit, step.tokens)

@@ -11,8 +11,6 @@ import os
 import re
 import runpy
 import shutil
-import signal
-import subprocess
 import sys
 import weakref
 from itertools import pairwise
@@ -23,6 +21,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from commands import refusal, run
 from conversion import (
     FIXTURES,
     OPTIONS,
@@ -45,9 +44,9 @@ from transformers import AutoTokenizer
 import loopmdm.convert.engine as engine
 import loopmdm.convert.plan as plan_module
 import loopmdm.convert.write as write
-import loopmdm_cli as cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.convert import Source, convert_checkpoint, default_window
+from loopmdm.objective import nelbo
 
 SCRIPT = Path(__file__).parents[1] / "convert" / "write_reference.py"
 
@@ -58,17 +57,13 @@ SCRIPT = Path(__file__).parents[1] / "convert" / "write_reference.py"
     ("options", "parts"),
     [
         ({"loop_start": 1, "loop_end": 5}, ["layers[1:5] of 4 layers", "loop_end <= num_hidden_layers"]),
-        ({"loop_start": -1, "loop_end": 2}, ["layers[-1:2]"]),
-        ({"loop_start": 2, "loop_end": 2}, ["layers[2:2]"]),
         ({"loop_start": 3, "loop_end": 1}, ["layers[3:1]"]),
         ({"loop_start": 1}, ["`loop_start` and `loop_end` go together"]),
         ({"loop_end": 2}, ["`loop_start` and `loop_end` go together"]),
         ({"num_loops": 0}, ["`num_loops` is 0", "at least 1"]),
-        ({"num_loops": -3}, ["`num_loops` is -3"]),
         ({"max_train_loops": 0}, ["`max_train_loops` is 0"]),
-        ({"loop_update": "add"}, ["`loop_update` is 'add'", "replace, damped"]),
+        ({"loop_update": "add"}, ["loop_update", "'replace', 'damped'", "add"]),
         ({"dtype": "float8"}, ["`dtype` is 'float8'", "bfloat16"]),
-        ({"dtype": "float64"}, ["`dtype` is 'float64'"]),
         ({"calibrate_on": "nowhere.txt"}, ["nowhere.txt is not a file"]),
         ({"verify_against": "nowhere.npz"}, ["nowhere.npz is not a file"]),
         ({"calibrate_on": __file__, "loop_start": 1, "loop_end": 2}, ["Calibration", "`loop_start`"]),
@@ -86,26 +81,19 @@ def test_arguments_that_do_not_fit_are_found_before_anything_is_read(out, monkey
     refuse(FIXTURES / "llada", out, *parts, **options)
 
 
-@pytest.mark.parametrize("what", ["folder", "file", "link", "dangling link"])
+@pytest.mark.parametrize("what", ["folder", "file", "dangling link"])
 def test_existing_output_is_left_alone(tmp_path, out, what):
-    target = tmp_path / "target"
-    if what == "file":
-        out.write_text("keep")
-    elif what == "folder":
+    if what == "folder":
         out.mkdir()
-        (out / "mine.txt").write_text("keep")
+    elif what == "file":
+        out.write_text("keep")
     else:
-        out.symlink_to(target)
-    if what == "link":
-        target.mkdir()
-    with pytest.raises(ValueError, match="exists already; name a new folder, or remove it") as error:
+        out.symlink_to(tmp_path / "target")
+    with pytest.raises(ValueError, match="out exists already; name a new folder, or remove it"):
         convert("llada", out)
-    assert str(out) in str(error.value)
-    assert os.listdir(out.parent) == ["out"]
-    assert (what, True) in [("folder", out.is_dir()), ("file", out.is_file())] or out.is_symlink()
-    if what in ("folder", "file"):
-        assert (out / "mine.txt" if what == "folder" else out).read_text() == "keep"
-    assert target.exists() == (what == "link")
+    assert [path.name for path in out.parent.rglob("*")] == ["out"]
+    assert {"folder": out.is_dir, "file": out.read_text, "dangling link": out.is_symlink}[what]()
+    assert not (tmp_path / "target").exists()
 
 
 def test_output_that_appears_during_the_conversion(out):
@@ -126,7 +114,7 @@ def test_parents_are_made_and_unmade(tmp_path):
     assert not (tmp_path / "a").exists()
     convert("llada", deep)
     assert load(deep).config.mask_token_id == 125
-    with pytest.raises(ValueError, match="cannot be made, as .*config.json"):
+    with pytest.raises(ValueError, match=r"cannot be made, as .*config\.json"):
         convert("llada", deep / "config.json" / "d")
 
 
@@ -270,8 +258,8 @@ def test_too_little_space_is_found_beforehand(out, monkeypatch):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-def failing_save(monkeypatch, error: BaseException | None) -> None:
-    """At the second shard `save_file` leaves half a file and raises, or is killed."""
+def failing_save(monkeypatch, error: BaseException) -> None:
+    """At the second shard `save_file` leaves half a file and raises."""
     calls = []
 
     def save(tensors, path, metadata=None):
@@ -279,8 +267,6 @@ def failing_save(monkeypatch, error: BaseException | None) -> None:
         save_file(tensors, path, metadata=metadata)
         if len(calls) == 2:
             os.truncate(path, os.path.getsize(path) // 2)
-            if error is None:
-                os.kill(os.getpid(), signal.SIGKILL)
             raise error
 
     monkeypatch.setattr(write, "save_file", save)
@@ -306,25 +292,6 @@ def test_nothing_is_left_when_a_later_step_fails(out, monkeypatch, step):
     assert os.listdir(out.parent) == []
 
 
-def test_a_killed_conversion_leaves_nothing_that_loads(out, monkeypatch):
-    child = os.fork()
-    if child == 0:
-        try:
-            failing_save(monkeypatch, None)
-            convert("llada", out, max_shard_size=100_000)
-        finally:
-            os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    (left,) = out.parent.iterdir()
-    assert left.name.startswith(".out.")
-    assert not (left / "config.json").exists()
-    assert len(list(left.glob("*.safetensors"))) == 2
-    with pytest.raises((OSError, ValueError)):
-        transformers.AutoModel.from_pretrained(left)
-    convert("llada", out)  # what is left is not in the way
-    assert load(out).config.mask_token_id == 125
-
-
 # Verification
 
 
@@ -342,9 +309,7 @@ def test_verification_with_transformers(out, name):
     [
         ("dream", {"rms_norm_eps": 0.01}),
         ("a2d_qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
-        ("sdar", {"rms_norm_eps": 0.1}),
         ("diffugpt", {"hidden_act": "relu"}),
-        ("dream", {"rms_norm_eps": 2e-4}),
     ],
 )
 def test_a_wrong_conversion_is_found_out(out, monkeypatch, name, changes):
@@ -400,7 +365,6 @@ TOKENS, UNREADABLE = numpy.zeros((1, 4), int), "is not a readable .npz file"
         ({"logits": numpy.zeros((1, 4, 128))}, "no array 'input_ids'"),
         ({"input_ids": TOKENS[0], "logits": numpy.zeros((1, 4, 128))}, "tokens (4,) and logits (1, 4, 128)"),
         ({"input_ids": TOKENS, "logits": numpy.zeros((1, 5, 128))}, "tokens (1, 4) and logits (1, 5, 128)"),
-        ({"input_ids": TOKENS, "logits": numpy.zeros((1, 4))}, "logits (1, 4)"),
         ({"input_ids": TOKENS + 128, "logits": numpy.zeros((1, 4, 128))}, "outside the vocabulary of 128"),
         ({"input_ids": TOKENS[:, :0], "logits": numpy.zeros((1, 0, 128))}, "it must hold integers"),
         ({"input_ids": TOKENS.astype(str), "logits": numpy.zeros((1, 1, 128))}, "it must hold integers"),
@@ -453,10 +417,8 @@ def test_the_reference_script_needs_nothing_of_this_package():
     [
         (1, (0, 1), (0, 1)),
         (2, (1, 2), (0, 1)),
-        (4, (1, 2), (1, 2)),
         (6, (1, 2), (2, 3)),
         (12, (1, 3), (5, 7)),
-        (28, (2, 7), (11, 15)),
         (32, (3, 8), (13, 17)),
     ],
 )
@@ -520,19 +482,15 @@ def test_calibration(readable, out):
 
 def test_calibration_measures_what_the_model_scores(readable, out):
     """The recorded numbers are the NELBO of the written model with that window."""
-    from loopmdm.evaluation.likelihood import nelbo
-
-    text = readable / "text.txt"
-    options = {"calibrate_on": text, "calibration_sequences": 1, "calibration_length": 40, "num_loops": 3}
-    found = convert_checkpoint(readable / "source", out, **options)["calibration"]
+    options = {"calibration_sequences": 1, "calibration_length": 40, "num_loops": 3}
+    found = convert_checkpoint(readable / "source", out, calibrate_on=readable / "text.txt", **options)["calibration"]
     assert (found["num_loops"], found["loop_update"]) == (3, "damped")
-    ids = torch.tensor([AutoTokenizer.from_pretrained(out)(text.read_text())["input_ids"][:40]])
-    for num_loops, expected in (
-        (1, found["without_loops"]["nelbo"]),
-        (3, min(row["nelbo"] for row in found["windows"])),
-    ):
+    text = (readable / "text.txt").read_text()
+    ids = torch.tensor([AutoTokenizer.from_pretrained(out)(text)["input_ids"][:40]])
+    expected = {1: found["without_loops"]["nelbo"], 3: min(row["nelbo"] for row in found["windows"])}
+    for num_loops, value in expected.items():
         measured = nelbo(load(out), ids, num_loops=num_loops, num_samples=8, batch_size=8).per_token()[0]
-        assert measured.item() == pytest.approx(expected, abs=1e-5)
+        assert measured.item() == pytest.approx(value, abs=1e-5)
 
 
 @pytest.mark.parametrize(("width", "windows"), [(2, [(1, 3)]), (3, [(0, 3), (1, 4)])])
@@ -558,43 +516,27 @@ def test_calibration_that_cannot_be_done(readable, out, text, width, parts):
 # The command
 
 
-def command(monkeypatch, capsys, *args) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of `loopmdm`."""
-    monkeypatch.setattr(sys, "argv", ["loopmdm", *map(str, args)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as error:
-        code = error.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_convert_command(monkeypatch, capsys, src, out):
+def test_convert_command(src, out):
     edited("llada", src)
     save_tokenizer(src, 125, extra=("<|mdm_mask|>",), pad="w120", eos="w120")
-    code, printed, _ = command(monkeypatch, capsys, "convert", src, out, "--num-loops", "4")
-    assert code == 0
+    printed = run("convert", src, out, "--num-loops", 4)
     for part in ("as llada", "parameters", "layers[0:1]", "layers[1:2]", "layers[2:4]", "num_loops 4", "damped"):
         assert part in printed, printed
     assert "125 <|mdm_mask|> (from config.json)" in printed
     assert "is written" in printed
-    code, printed, _ = command(monkeypatch, capsys, "info", out, "--json")
-    facts = json.loads(printed)
-    assert (code, facts["mid"], facts["num_loops"], facts["mask_token_id"]) == (0, "layers[1:2]", 4, 125)
-    options = ("--max-new-tokens", "4", "--max-denoising-steps", "2")
-    code, printed, _ = command(monkeypatch, capsys, "generate", out, "w1 w2 w3", *options)
-    assert code == 0
+    facts = json.loads(run("info", out, "--json"))
+    assert (facts["mid"], facts["num_loops"], facts["mask_token_id"]) == ("layers[1:2]", 4, 125)
+    printed = run("generate", out, "w1 w2 w3", "--max-new-tokens", 4, "--max-denoising-steps", 2)
     assert printed.startswith("w1 w2 w3") and "mdm_mask" not in printed
 
 
-def test_dry_run_and_verify_options(monkeypatch, capsys, out):
+def test_dry_run_and_verify_options(out):
     for target in (out, out.parent / "missing" / "out"):
-        code, printed, _ = command(monkeypatch, capsys, "convert", FIXTURES / "dream", target, "--dry-run", "--verify")
-        assert code == 0 and "as dream" in printed and "is written" not in printed
+        printed = run("convert", FIXTURES / "dream", target, "--dry-run", "--verify")
+        assert "as dream" in printed and "is written" not in printed
         assert os.listdir(out.parent) == []
-    code, printed, _ = command(monkeypatch, capsys, "convert", FIXTURES / "dream", out, "--verify")
-    assert code == 0 and "Qwen2ForCausalLM" in printed and "largest difference" in printed
+    printed = run("convert", FIXTURES / "dream", out, "--verify")
+    assert "Qwen2ForCausalLM" in printed and "largest difference" in printed
 
 
 @pytest.mark.parametrize(
@@ -602,40 +544,14 @@ def test_dry_run_and_verify_options(monkeypatch, capsys, out):
     [
         ("nowhere/at/all", [], "does not exist"),
         ("a2d_qwen3", [], "--mask-token-id"),
-        ("open_dcoder", [], "--from-causal"),
-        ("dream", ["--family", "dreams"], "no family 'dreams'"),
-        ("dream", ["--num-loops", "0"], "`num_loops` is 0"),
-        ("dream", ["--loop-start", "1"], "go together"),
         ("dream", ["--loop-start", "1", "--loop-end", "9"], "layers[1:9]"),
-        ("dream", ["--dtype", "int4"], "`dtype` is 'int4'"),
-        ("dream", ["--calibrate", "nowhere.txt"], "nowhere.txt is not a file"),
-        ("dream", ["--verify-against", "nowhere.npz"], "nowhere.npz is not a file"),
-        ("llada", ["--verify"], "--verify-against"),
-        ("mdlm_hf", ["--sigma", "0.5"], "`sigma` is 0.5"),
-        ("udlm_hf", [], "--sigma"),
-        ("mdlm_ckpt", [], "--allow-pickle"),
         ("dream", ["--no-shift-logits"], "`shift_logits`"),
         ("dream", ["--from-causal"], "not one of the causal models"),
+        ("mdlm_ckpt", [], "--allow-pickle"),
         ("dream", ["--max-shard-size", "100KB"], "No space left on device"),
     ],
 )
-def test_convert_command_errors_are_one_line(monkeypatch, capsys, out, name, args, part):
+def test_convert_command_errors_are_one_line(monkeypatch, out, name, args, part):
     failing_save(monkeypatch, FULL)
-    code, _, error = command(monkeypatch, capsys, "convert", FIXTURES / name, out, *args)
-    assert code == 2
-    lines = [line for line in error.splitlines() if line.startswith("loopmdm: error: ")]
-    assert len(lines) == 1 and part in lines[0], error
-    assert "Traceback" not in error
+    assert part in refusal("convert", FIXTURES / name, out, *args)
     assert os.listdir(out.parent) == []
-
-
-def test_help_of_convert_does_not_import_torch():
-    code = (
-        "import sys, typer.testing, loopmdm_cli as cli\n"
-        "print(typer.testing.CliRunner().invoke(cli.app, ['convert', '--help']).output)\n"
-        "assert not {'torch', 'transformers', 'loopmdm'} & set(sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for option in ("--num-loops", "--dry-run", "--verify", "--calibrate"):
-        assert option in result.stdout

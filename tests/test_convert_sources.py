@@ -7,7 +7,6 @@ Whatever is refused names the reason and leaves nothing behind.
 import builtins
 import errno
 import functools
-import importlib
 import json
 import os
 import re
@@ -35,12 +34,7 @@ from conversion import (
     stored,
     with_value,
 )
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import loopmdm.convert.source as source_module
@@ -136,29 +130,20 @@ ones = torch.ones
     ("name", "tensors", "parts"),
     [
         ("llada", {f"{LLADA}blocks.1.k_proj.weight": REMOVED}, ["lacks 1 tensors", "blocks.1.k_proj.weight"]),
-        ("llada", {f"{LLADA}wte.weight": REMOVED}, ["LLaDAModelLM"]),
         ("llada", {f"{LLADA}ff_out.weight": REMOVED}, ["lacks 1 tensors", f"{LLADA}ff_out.weight"]),
         ("llada", {f"{LLADA}blocks.3.ff_out.weight": REMOVED}, ["blocks.3."]),
         ("a2d_qwen3", {"model.embed_tokens.weight": REMOVED}, ["no tensor 'model.embed_tokens.weight'"]),
         ("a2d_qwen3", {"model.norm.weight": REMOVED}, ["model.norm.weight", "incomplete"]),
-        ("a2d_qwen3", {"model.layers.2.self_attn.k_norm.weight": REMOVED}, ["layers.2.self_attn.k_norm.weight"]),
         ("a2d_qwen3", {"model.layers.0.self_attn.q_proj.weight": REMOVED}, ["layers.0.self_attn.q_proj.weight"]),
-        ("a2d_qwen3", {"model.layers.1.input_layernorm.weight": REMOVED}, ["model.layers.1."]),
         ("dream", {"lm_head.weight": REMOVED}, ["lm_head.weight"]),
         ("dream", {"model.layers.2.self_attn.q_proj.bias": REMOVED}, ["layers.2.self_attn.q_proj.bias"]),
         ("mdlm_hf", {"backbone.sigma_map.mlp.2.bias": REMOVED}, ["lacks 1 tensors", "backbone.sigma_map.mlp.2.bias"]),
-        ("mdlm_hf", {"backbone.blocks.3.norm1.weight": REMOVED}, ["lacks 1 tensors", "blocks.3.norm1.weight"]),
         ("diffugpt", {"denoise_model.wpe.weight": REMOVED}, ["denoise_model.wpe.weight"]),
-        ("diffugpt", {"denoise_model.h.1.attn.c_attn.bias": REMOVED}, ["h.1.attn.c_attn.bias"]),
         ("llada", {f"{LLADA}blocks.1.extra.weight": ones(3)}, ["has 1 tensors", "blocks.1.extra.weight", "adapter"]),
-        ("dream", {"model.layers.1.mlp.up_proj.lora_A.weight": ones(3, 3)}, ["lora_A", "adapter"]),
         ("dream", {"model.layers.1.mlp.up_proj.weight_scale": ones(80)}, ["weight_scale", "quantised"]),
         ("dream", {"model.layers.1.mlp.up_proj.bias": ones(80)}, ["model.layers.1.mlp.up_proj.bias"]),
-        ("mdlm_hf", {"backbone.cond_map.weight": ones(3)}, ["backbone.cond_map.weight"]),
         ("llada", {f"{LLADA}blocks.2.k_proj.weight": ones(47, 48)}, ["blocks.2.k_proj.weight", "(47, 48)"]),
-        ("llada", {f"{LLADA}ff_out.weight": ones(100, 48)}, [f"{LLADA}ff_out.weight", "(100, 48)", "(128, 48)"]),
         ("dream", {"model.norm.weight": ones(47)}, ["model.norm.weight", "(47,)", "(48,)"]),
-        ("dream", {"model.norm.weight": ones(1, 48)}, ["model.norm.weight", "(1, 48)", "(48,)"]),
         ("dream", {"model.layers.0.self_attn.q_proj.weight": ones(50, 48)}, ["`num_attention_heads` (4)"]),
         ("mdlm_hf", {"backbone.blocks.2.attn_qkv.weight": ones(100, 48)}, ["blocks.2.attn_qkv.weight", "(100, 48)"]),
         ("mdlm_hf", {"backbone.sigma_map.mlp.0.weight": ones(16, 255)}, ["backbone.sigma_map.mlp.0.weight"]),
@@ -289,63 +274,42 @@ class Payload:
         raise NotImplementedError  # pickle wants a callable
 
 
-def payload(name: str, marker: Path, folder: Path) -> Payload:
-    """Makes the file `marker` when it is unpickled as usual."""
-    touch, nested = f"touch {marker}", folder / "nested.pt"
-    torch.save({"x": Payload(os.system, touch)}, nested)
-    return {
-        "os.system": lambda: Payload(os.system, touch),
-        "eval": lambda: Payload(builtins.eval, f"open({str(marker)!r}, 'w')"),
-        "exec": lambda: Payload(builtins.exec, f"open({str(marker)!r}, 'w')"),
-        "subprocess": lambda: Payload(subprocess.run, ["touch", str(marker)]),
-        "partial": lambda: Payload(Payload(functools.partial, os.system, touch)),
-        "getattr": lambda: Payload(Payload(getattr, Payload(importlib.import_module, "os"), "system"), touch),
-        "torch.load": lambda: Payload(torch.load, str(nested)),
-        "storage": lambda: Payload(torch.storage._load_from_bytes, nested.read_bytes()),
-        "path": lambda: Payload(Path.touch, marker),
-    }[name]()
-
-
-INERT = ("eval", "exec", "subprocess", "torch.load", "storage")  # one call, of what may be named
-REFUSED = ("os.system", "partial", "getattr", "path")
+# Where pickles are trusted each makes the file that it is given. torch's unpickler refuses those that call something
+# of a blocked module, or something that they made. The others become inert.
+PAYLOADS = {
+    "eval": lambda marker: Payload(builtins.eval, f"open({str(marker)!r}, 'w')"),
+    "subprocess": lambda marker: Payload(subprocess.run, ["touch", str(marker)]),
+    "os.system": lambda marker: Payload(os.system, f"touch {marker}"),
+    "partial": lambda marker: Payload(Payload(functools.partial, subprocess.run, ["touch", str(marker)])),
+}
+REFUSED = ("os.system", "partial")
 
 
 @pytest.mark.parametrize("place", ["value", "tuple", "state_dict", "hyper_parameters"])
-@pytest.mark.parametrize("name", [*INERT, *REFUSED])
+@pytest.mark.parametrize("name", PAYLOADS)
 @pytest.mark.filterwarnings("ignore:.*TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-def test_what_a_pickle_would_run_is_not_run(tmp_path, src, out, name, place):
-    """The payload works where pickles are trusted. Here the file is refused, or the tensors beside it load."""
-    marker = tmp_path / "executed"
-    evil = payload(name, marker, tmp_path)
-    edited("llada", src).joinpath("model.safetensors").unlink()
-    weights = fixture_weights("llada")
+def test_what_a_pickle_would_run_is_not_run(tmp_path, out, name, place):
+    marker, file, weights = tmp_path / "executed", tmp_path / "model.ckpt", fixture_weights("llada")
+    evil = PAYLOADS[name](marker)
     content = {
         "value": {"a": evil, **weights, "b": [evil, {"c": evil}]},
         "tuple": {"a": {"b": (evil,)}, **weights},
         "state_dict": {"state_dict": {**weights, "a": evil}},
         "hyper_parameters": {"hyper_parameters": {"config": evil}, "state_dict": weights, "callbacks": {"x": [evil]}},
     }[place]
-    torch.save(content, src / "model.ckpt")
+    torch.save(content, file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-        torch.load(src / "model.ckpt", weights_only=False)
+        torch.load(file, weights_only=False)
     assert marker.exists()
     marker.unlink()
     if name in REFUSED:
-        message = refuse(src, out, "model.ckpt cannot be read as pickled weights", allow_pickle=True)
+        message = refuse(file, out, "model.ckpt cannot be read as pickled weights", allow_pickle=True)
         assert "\n" not in message and "weights_only" not in message  # torch advises to trust the file
     else:
-        source = open_source(src, allow_pickle=True)
+        source = open_source(file, allow_pickle=True)
         assert source.tensors.keys() == weights.keys()
         assert all(torch.equal(source.read(key), weights[key]) for key in weights)
-    assert not marker.exists()
-
-
-def test_pickles_that_are_all_payload(tmp_path, out):
-    marker = tmp_path / "executed"
-    for name in (*INERT, *REFUSED):
-        torch.save(payload(name, marker, tmp_path), tmp_path / "model.pt")
-        refuse(tmp_path / "model.pt", out, "model.pt", allow_pickle=True)
     assert not marker.exists()
 
 
@@ -375,28 +339,23 @@ def test_pickles_of_other_formats(tmp_path, out, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        *((lambda data, at=at: data[: int(at * len(data))]) for at in (0, 0.01, 0.3, 0.7, 0.99)),
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
         lambda data: data.replace(b"storage", b"stor-ge"),
-        lambda data: b"\x80\x04\x95" + b"\xff" * 8 + data[2:],
         # What sets an attribute of a function that torch's own files name
         lambda data: b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x07\x00\x00\x00changedK\x01sb" + data[2:],
     ],
 )
 def test_damaged_pickles(tmp_path, out, change):
-    torch.save(fixture_weights("llada"), tmp_path / "model.bin")
-    with zipfile.ZipFile(tmp_path / "model.bin") as archive, zipfile.ZipFile(tmp_path / "bad.bin", "w") as copy:
+    file, bad = tmp_path / "model.bin", tmp_path / "bad.bin"
+    torch.save(fixture_weights("llada"), file)
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(bad, "w") as copy:
         for entry in archive.infolist():
             data = archive.read(entry)
             copy.writestr(entry.filename, change(data) if entry.filename.endswith("data.pkl") else data)
-    refuse(tmp_path / "bad.bin", out, "bad.bin cannot be read as pickled weights: ", allow_pickle=True)
+    refuse(bad, out, "bad.bin cannot be read as pickled weights: ", allow_pickle=True)
     assert not hasattr(torch._utils._rebuild_tensor_v2, "changed")
-
-
-@pytest.mark.parametrize("size", [0.2, 0.6, 0.999])
-def test_truncated_pickles(tmp_path, out, size):
-    file = tmp_path / "model.bin"
-    torch.save(fixture_weights("llada"), file)
-    os.truncate(file, int(size * file.stat().st_size))
+    os.truncate(file, file.stat().st_size // 2)
     refuse(file, out, str(file), allow_pickle=True)
 
 
@@ -433,10 +392,8 @@ def test_averaged_weights_are_used(tmp_path, out, training_checkpoint):
     ("change", "parts"),
     [
         (lambda shadow: shadow[:-1], ["39 averaged (EMA) weights", "40 parameters"]),
-        (lambda shadow: [*shadow, torch.ones(3)], ["41 averaged (EMA) weights"]),
         (lambda shadow: [shadow[1], shadow[0], *shadow[2:]], ["averaged (EMA) weights", "do not fit"]),
         (lambda shadow: [shadow[0][:-1], *shadow[1:]], ["do not fit"]),
-        (lambda shadow: [], ["0 averaged (EMA) weights"]),
     ],
 )
 def test_averaged_weights_that_do_not_fit(tmp_path, out, training_checkpoint, change, parts):
@@ -540,20 +497,14 @@ def test_a_folder_comes_before_the_hub(tmp_path, out, hub, monkeypatch):
 
 
 RESPONSE = SimpleNamespace(headers={}, request=None)
-NOT_FOUND = (
-    "404 Client Error. (Request ID: Root=1-2)\n\nRepository Not Found for url: "
-    "https://huggingface.co/api/models/owner/name.\nPlease make sure you specified the correct `repo_id`."
-)
 
 
 @pytest.mark.parametrize(
     ("error", "part"),
     [
         (HfHubHTTPError("503 Server Error\n\nsecond line", response=RESPONSE), "503 Server Error"),
-        (RepositoryNotFoundError(NOT_FOUND, response=RESPONSE), "Repository Not Found"),
+        (RepositoryNotFoundError("404.\n\nRepository Not Found for url: https://...", response=RESPONSE), "Not Found"),
         (LocalEntryNotFoundError("Cannot find a snapshot.\nCheck your connection."), "Cannot find a snapshot."),
-        (OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled."), "offline mode"),
-        (ConnectionError("no route to host"), "no route to host"),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
         (HfHubHTTPError.__bases__[0]("timed out"), "timed out"),  # of whichever library the Hub's client uses
         (OSError(), "OSError"),

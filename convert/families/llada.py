@@ -97,7 +97,7 @@ class LLaDA(Family):
             "use_gated_mlp": settings["block_type"] == "llama" or activation == "swiglu",
             "max_position_embeddings": source.setting("max_sequence_length"),
             "rope_parameters": {"rope_type": "default", "rope_theta": float(settings.get("rope_theta", 10000.0))},
-            "rope_full_precision": bool(settings.get("rope_full_precision", True)),
+            "rope_precision": "float32" if settings.get("rope_full_precision", True) else "model",
             "norm_type": "rmsnorm" if _is_rms(source) else "layernorm",
             # LLaDA's LayerNorm has its epsilon whatever `rms_norm_eps` says.
             "rms_norm_eps": source.setting("rms_norm_eps") if _is_rms(source) else 1e-5,

@@ -63,7 +63,7 @@ class SMDM(Family):
             "head_dim": head_dim,
             "max_position_embeddings": source.config.get("block_size", 2048),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "rope_table_dtype": "bfloat16",
+            "rope_precision": "bfloat16",
             "rms_norm_eps": source.config.get("norm_eps", 1e-5),
             "tie_word_embeddings": False,
             "mask_token_id": source.shape("lm_head.weight")[0],
