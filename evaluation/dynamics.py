@@ -245,11 +245,12 @@ class _Recorder:
     def __init__(self, config: Any, timesteps: list[float], num_loops: int, attention: bool, lens: bool):
         self.config, self.timesteps, self.num_loops = config, timesteps, num_loops
         self.with_attention, self.with_lens = attention, lens
-        # By name, one list per timestep of the masks' arrays
-        self.records: dict[str, list[list[np.ndarray]]] = {}
-        self.tokens: list[tuple[np.ndarray, ...]] = []
+        self.steps: list[int] = []  # the timestep of every mask
+        self.records: dict[str, list[torch.Tensor]] = {}  # by name, batches with a row for every mask
+        self.tokens: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, model: nn.Module, rows: CleanRows, batch: list[_Job]) -> None:
+        self.steps += [job.step for job in batch]
         texts, device = torch.tensor([job.text for job in batch]), input_device(model)
         masked, seen = (torch.stack([getattr(job, name) for job in batch]) for name in ("masked", "seen"))
         input_ids, blocks = rows.input_ids[texts], rows.blocks[texts]
@@ -268,20 +269,18 @@ class _Recorder:
                 log_probs = logits.log_softmax(-1).cpu()
                 predictions.append(log_probs.argmax(-1))
                 losses.append(-log_probs.gather(1, input_ids[masked][:, None])[:, 0].double())
-        self._add_states(batch, states, kinds.to(device))
+        self._add_states(states, kinds.to(device))
         if self.with_lens:
             self._add_lens(batch, torch.stack(predictions, 1), torch.stack(losses, 1), input_ids, masked)
         if self.with_attention:
             maps = model.model(inputs, attention_mask, num_loops=self.num_loops, output_attentions=True).attentions
-            self._add_attention(batch, maps, kinds[:, :2], seen, blocks)
+            self._add_attention(maps, kinds[:, :2], seen, blocks)
 
-    def _keep(self, batch, name: str, values: torch.Tensor) -> None:
+    def _keep(self, name: str, values: torch.Tensor) -> None:
         """`values` has a row for each mask of the batch."""
-        lists = self.records.setdefault(name, [[] for _ in self.timesteps])
-        for job, value in zip(batch, values.double().cpu().numpy(), strict=True):
-            lists[job.step].append(value)
+        self.records.setdefault(name, []).append(values.double().cpu())
 
-    def _add_states(self, batch, states: list[torch.Tensor], kinds: torch.Tensor) -> None:
+    def _add_states(self, states: list[torch.Tensor], kinds: torch.Tensor) -> None:
         states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
 
         def norms(state: torch.Tensor) -> torch.Tensor:
@@ -290,14 +289,14 @@ class _Recorder:
 
         sizes = [norms(state) for state in states]
         pairs = list(zip(states[:-1], states[1:], sizes[:-1], strict=True))
-        self._keep(batch, "change", torch.stack([norms(new - old) / size for old, new, size in pairs], 1))
+        self._keep("change", torch.stack([norms(new - old) / size for old, new, size in pairs], 1))
         left = [norms(state - states[-1]) / sizes[-1] for state in states[1:]]
-        self._keep(batch, "distance", torch.stack(left, 1))
-        recurrence = torch.full((len(batch), self.num_loops, MAX_PERIOD), torch.nan)
+        self._keep("distance", torch.stack(left, 1))
+        recurrence = torch.full((len(kinds), self.num_loops, MAX_PERIOD), torch.nan)
         for s in range(1, self.num_loops + 1):
             for period in range(1, min(s, MAX_PERIOD) + 1):
                 recurrence[:, s - 1, period - 1] = (norms(states[s] - states[s - period]) / sizes[s])[:, 2]
-        self._keep(batch, "recurrence", recurrence)
+        self._keep("recurrence", recurrence)
 
     def _add_lens(self, batch, predictions, losses, input_ids, masked) -> None:
         targets = input_ids[masked]
@@ -321,11 +320,11 @@ class _Recorder:
             means = by_mask(values)
             if name not in ("loss", "accuracy"):
                 means[:, 0] = torch.nan
-            self._keep(batch, name, means)
+            self._keep(name, means)
         steps, texts = (torch.tensor([job[i] for job in batch])[rows] for i in (0, 1))  # of every masked token
-        self.tokens.append(tuple(part.numpy() for part in (steps, texts, positions, targets, predictions)))
+        self.tokens.append((steps, texts, positions, targets, predictions))
 
-    def _add_attention(self, batch, maps, kinds: torch.Tensor, seen: torch.Tensor, blocks: torch.Tensor) -> None:
+    def _add_attention(self, maps, kinds: torch.Tensor, seen: torch.Tensor, blocks: torch.Tensor) -> None:
         # Without a visible token there are no rows to average; NaN then, which means over masks leave out.
         kinds = kinds.double()
         counts = kinds.sum(-1)
@@ -333,44 +332,34 @@ class _Recorder:
         for probabilities in maps:
             mean = probabilities.double().mean(1).cpu()  # over heads: (batch, queries, keys)
             masses.append(torch.einsum("baq,bqk,bck->bac", kinds, mean, kinds) / counts[..., None])
-        self._keep(batch, "attention", torch.stack(masses, 1))
+        self._keep("attention", torch.stack(masses, 1))
         visible = seen[:, None, :] & (blocks[:, None, :] <= blocks[:, :, None])
         even = visible.double() / visible.sum(-1, keepdim=True).clamp(min=1)
-        self._keep(
-            batch, "uniform_attention", torch.einsum("baq,bqk,bck->bac", kinds, even, kinds) / counts[..., None]
-        )
+        self._keep("uniform_attention", torch.einsum("baq,bqk,bck->bac", kinds, even, kinds) / counts[..., None])
 
     def result(self, num_masks: int) -> Dynamics:
-        def mean(name: str) -> np.ndarray:
-            return np.stack([_nanmean(np.stack(masks)) for masks in self.records[name]])
+        steps = torch.tensor(self.steps)
+
+        def by_timestep(name: str, reduce: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+            values = torch.cat(self.records[name])
+            return torch.stack([reduce(values[steps == step]) for step in range(len(self.timesteps))]).numpy()
 
         start, end, layers = self.config.loop_start, self.config.loop_end, self.config.num_hidden_layers
         executed = [(layer, 0) for layer in range(start)]
         executed += [(layer, loop) for loop in range(1, self.num_loops + 1) for layer in range(start, end)]
         executed += [(layer, self.num_loops + 1) for layer in range(end, layers)]
-        values = {name: mean(name) for name in self.records}
+        values = {name: by_timestep(name, lambda part: part.nanmean(0)) for name in self.records}
         if self.with_lens:
-            losses = [np.stack(masks) for masks in self.records["loss"]]
-            values["loss_error"] = np.stack(
-                [
-                    one.std(0, ddof=1) / len(one) ** 0.5 if len(one) > 1 else np.full(one.shape[1:], np.nan)
-                    for one in losses
-                ]
-            )
+            values["loss_error"] = by_timestep("loss", _standard_error)
             names = ("token_timestep", "token_text", "token_position", "token_target", "token_predictions")
-            parts = (np.concatenate(part) for part in zip(*self.tokens, strict=True))
-            values |= dict(zip(names, parts, strict=True))
-        return Dynamics(
-            np.array(self.timesteps),
-            num_masks,
-            np.array([layer for layer, _ in executed]),
-            np.array([loop for _, loop in executed]),
-            **values,
-        )
+            values |= {
+                name: torch.cat(part).numpy() for name, part in zip(names, zip(*self.tokens, strict=True), strict=True)
+            }
+        layer, loop = np.array(executed).T
+        return Dynamics(np.array(self.timesteps), num_masks, layer, loop, **values)
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Over the first dimension without NaN, NaN where there is nothing else, and without numpy's warning."""
-    known = ~np.isnan(values)
-    counts = known.sum(0)
-    return np.where(counts > 0, np.where(known, values, 0).sum(0) / np.maximum(counts, 1), np.nan)
+def _standard_error(values: torch.Tensor) -> torch.Tensor:
+    """Of the mean over the first dimension; NaN of a single value."""
+    count = len(values)
+    return values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], torch.nan)

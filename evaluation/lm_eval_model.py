@@ -27,7 +27,7 @@ from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
-from .texts import Text, Window, make_windows, pad_left, pad_windows
+from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
 
@@ -233,9 +233,7 @@ class LoopMDMEvalModel(_Processes):
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
         scores = self._score(windows, disable_tqdm)
         results: list[tuple[float, bool]] = [None] * len(windows)
-        order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
+        for chosen in batches_by_length([window.input_ids for window in windows], self.batch_size):
             greedy = fills_in(self.model, [windows[index] for index in chosen], self.num_loops)
             for index, is_greedy in zip(chosen, greedy, strict=True):
                 results[index] = (scores[index], is_greedy)
@@ -266,10 +264,9 @@ class LoopMDMEvalModel(_Processes):
         several = [index for index, window in enumerate(windows) if sum(window.maskable) > 1]
         with tqdm(total=len(windows), desc="NELBO", disable=disable_tqdm or self.rank != 0) as bar:
             for members, num_samples in ((single, 2), (several, self.num_samples)):
-                members.sort(key=lambda index: len(windows[index].input_ids))
                 size = max(1, 4 * self.batch_size // num_samples)
-                for start in range(0, len(members), size):
-                    chosen = members[start : start + size]
+                for places in batches_by_length([windows[index].input_ids for index in members], size):
+                    chosen = [members[place] for place in places]
                     estimate = nelbo(
                         self.model,
                         *pad_windows([windows[index] for index in chosen]),
@@ -305,9 +302,8 @@ class LoopMDMEvalModel(_Processes):
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm or self.rank != 0) as bar:
             for members in groups.values():
                 until, arguments = plans[members[0]]
-                members.sort(key=lambda index: len(contexts[index]))
-                for start in range(0, len(members), self.batch_size):
-                    chosen = members[start : start + self.batch_size]
+                for places in batches_by_length([contexts[index] for index in members], self.batch_size):
+                    chosen = [members[place] for place in places]
                     generators = [seeded_generator(*seeds[index]) for index in chosen]
                     texts = self._generate([contexts[index] for index in chosen], generators, until, arguments)
                     for index, text in zip(chosen, texts, strict=True):

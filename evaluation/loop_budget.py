@@ -4,7 +4,6 @@ How few loops are enough: settings of `generate` (fewer loops, fewer for visible
 examples, and the cheapest that keeps the quality is chosen, by measurement rather than by hand.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from ..configuration_loopmdm import check_num_loops
 from ..data import encode_answer, read_jsonl
 from ..generation_utils import LoopMDMGenerationConfig
 from ..objective import input_device
-from .texts import pad_left
+from .texts import batches_by_length, pad_left
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
 # What a setting may change, and what is taken back to its default where it does not.
@@ -131,34 +130,23 @@ def calibrate_loops(
     num_loops = check_num_loops(model.config.num_loops if num_loops is None else num_loops)
     settings = budget_settings(num_loops) if settings is None else settings
     _check(model, examples, num_loops, max_loss, quality, settings, generate_arguments)
-    halves = [list(examples[::2]), list(examples[1::2])]
-    fulls = [_run(model, half, {"num_loops": num_loops}, batch_size, seed, generate_arguments) for half in halves]
-    scores = [
-        _score(half, full, full.sequences, quality, model.config.mask_token_id)
-        for half, full in zip(halves, fulls, strict=True)
-    ]
-
-    def measure(setting: dict[str, Any], part: int) -> BudgetResult:
-        run = _run(model, halves[part], setting, batch_size, seed, generate_arguments)
-        score = _score(halves[part], run, fulls[part].sequences, quality, model.config.mask_token_id)
-        return _summarize(setting, run, score, scores[part])
-
-    full, check_full = (
-        _summarize({"num_loops": num_loops}, run, score, score) for run, score in zip(fulls, scores, strict=True)
+    first, second = (
+        _Half(model, half, quality, num_loops, batch_size, seed, generate_arguments)
+        for half in (examples[::2], examples[1::2])
     )
-    results, checks = [full], []
-    for number, setting in enumerate(settings):
-        results.append(measure(setting, 0))
+    results, checks = [first.full], []
+    for number, setting in enumerate(settings, start=1):
+        results.append(first.measure(setting))
         if progress is not None:
-            progress(number + 1, len(settings))
+            progress(number, len(settings))
     # The cheapest of many settings is often a lucky one: it has to hold on the other examples too.
     for best in sorted((result for result in results if result.loss <= max_loss), key=lambda result: result.flops):
-        check = check_full if best is full else measure(best.arguments, 1)
+        check = second.full if best is first.full else second.measure(best.arguments)
         checks.append(check)
         if check.loss <= max_loss:
             break
     how = {"max_loss": max_loss, "quality": quality, "examples": len(examples), "seed": seed, **generate_arguments}
-    return LoopBudget(full, results, best, check, check_full, checks, how)
+    return LoopBudget(first.full, results, best, check, second.full, checks, how)
 
 
 def _check(
@@ -217,7 +205,6 @@ def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     config.validate()
     part = folder / ".generation_config.json.part"
     part.write_text(config.to_json_string(use_diff=False))
-    json.loads(part.read_text())
     os.replace(part, file)
     return file
 
@@ -264,65 +251,51 @@ def _complete(setting: dict[str, Any]) -> dict[str, Any]:
     return {name: setting.get(name, LoopMDMGenerationConfig.FIELDS[name][0]) for name in BUDGET_ARGUMENTS}
 
 
-@dataclass
-class _Run:
-    sequences: list[torch.Tensor]
-    cost: dict[str, torch.Tensor]
+class _Half:
+    """Half of the examples, with what the most loops make of them."""
 
+    def __init__(self, model, examples, quality, num_loops, batch_size, seed, generate_arguments):
+        self.model, self.examples, self.quality = model, examples, quality
+        self.batch_size, self.seed, self.generate_arguments = batch_size, seed, generate_arguments
+        # `full_score` is set by the first measurement, of which nothing is lost against itself.
+        self.full_sequences = self.full_score = None
+        self.full = self.measure({"num_loops": num_loops})
 
-def _run(
-    model: torch.nn.Module,
-    examples: list[dict[str, torch.Tensor]],
-    setting: dict[str, Any],
-    batch_size: int,
-    seed: int,
-    generate_arguments: dict[str, Any],
-) -> _Run:
-    """Fills in all examples; those of similar length go together, padded on the left."""
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number]["input_ids"]))
-    sequences: list[torch.Tensor | None] = [None] * len(examples)
-    cost = {name: torch.zeros(len(examples), dtype=torch.float64) for name in COSTS}
-    device = input_device(model)
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        rows = [examples[number]["input_ids"] for number in numbers]
-        input_ids, attention_mask = pad_left(rows)
-        output = model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            # One for each row, so that a row's tokens do not depend on its batch.
-            generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
-            return_dict_in_generate=True,
-            **{"max_new_tokens": 0, **_complete(setting), **generate_arguments},
-        )
-        for number, row, tokens in zip(numbers, rows, output.sequences.cpu(), strict=True):
-            sequences[number] = tokens[len(tokens) - len(row) :]
-        for name in COSTS:
-            cost[name][numbers] = output[name].double().cpu()
-    return _Run(sequences, cost)
+    def measure(self, setting: dict[str, Any]) -> BudgetResult:
+        sequences, cost = self._generate(setting)
+        if self.full_sequences is None:
+            self.full_sequences = sequences
+        score = torch.stack([self._score(number, tokens) for number, tokens in enumerate(sequences)])
+        if self.full_score is None:
+            self.full_score = score
+        loss, root = self.full_score - score, math.sqrt(len(score))
+        means = score.mean().item(), score.std().item() / root, loss.mean().item(), loss.std().item() / root
+        return BudgetResult(dict(setting), *means, *cost.mean(-1).tolist())
 
+    def _generate(self, setting: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Every example filled in, and its `COSTS`, `(3, num_examples)` float64."""
+        device, count = input_device(self.model), len(self.examples)
+        sequences, cost = [None] * count, torch.zeros(len(COSTS), count, dtype=torch.float64)
+        for numbers in batches_by_length([example["input_ids"] for example in self.examples], self.batch_size):
+            rows = [self.examples[number]["input_ids"] for number in numbers]
+            input_ids, attention_mask = pad_left(rows)
+            output = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                # One for each row, so that a row's tokens do not depend on its batch.
+                generator=[torch.Generator().manual_seed(self.seed + number) for number in numbers],
+                return_dict_in_generate=True,
+                **{"max_new_tokens": 0, **_complete(setting), **self.generate_arguments},
+            )
+            for number, row, tokens in zip(numbers, rows, output.sequences.cpu(), strict=True):
+                sequences[number] = tokens[len(tokens) - len(row) :]
+            cost[:, numbers] = torch.stack([output[name].double().cpu() for name in COSTS])
+        return sequences, cost
 
-def _score(
-    examples: list[dict[str, torch.Tensor]], run: _Run, full: list[torch.Tensor], quality: str, mask_token_id: int
-) -> torch.Tensor:
-    """Quality of every example, `(num_examples,)` float64."""
-    values = []
-    for example, tokens, reference in zip(examples, run.sequences, full, strict=True):
-        blank = example["input_ids"] == mask_token_id
-        target = reference if quality == "agreement" else example["target"]
+    def _score(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Quality of an example, a float64 scalar."""
+        example = self.examples[number]
+        blank = example["input_ids"] == self.model.config.mask_token_id
+        target = self.full_sequences[number] if self.quality == "agreement" else example["target"]
         right = (tokens[blank] == target[blank]).double()
-        values.append(right.prod() if quality == "exact" else right.mean())
-    return torch.stack(values)
-
-
-def _summarize(setting: dict[str, Any], run: _Run, score: torch.Tensor, full: torch.Tensor) -> BudgetResult:
-    root = math.sqrt(len(score))
-    loss = full - score
-    return BudgetResult(
-        arguments=dict(setting),
-        quality=score.mean().item(),
-        standard_error=score.std().item() / root,
-        loss=loss.mean().item(),
-        loss_standard_error=loss.std().item() / root,
-        **{name: run.cost[name].mean().item() for name in COSTS},
-    )
+        return right.prod() if self.quality == "exact" else right.mean()

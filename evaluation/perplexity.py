@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data import encode
 from ..objective import NelboEstimate, find_model, input_device, nelbo
-from .texts import Text, Window, make_windows, pad_windows
+from .texts import Text, Window, batches_by_length, make_windows, pad_windows
 
 
 @dataclass
@@ -153,39 +153,20 @@ def text_likelihood(
     count = min(max_windows or len(windows), len(windows))
     windows = [windows[i * len(windows) // count] for i in range(count)]
 
-    # Windows of about the same length together, as rows are filled up to the longest. Masks do not depend on it.
-    order = sorted(range(count), key=lambda index: len(windows[index].input_ids))
-    longest_window = len(windows[order[-1]].input_ids)
-    parts = []
-    for start in range(0, count, 8):
-        chosen = order[start : start + 8]
+    longest = max(len(window.input_ids) for window in windows)
+    order, parts = [], []
+    # A window's masks depend on its index alone.
+    for chosen in batches_by_length([window.input_ids for window in windows], 8):
         rows = pad_windows([windows[index] for index in chosen])
-        estimate = nelbo(
-            model,
-            *rows,
-            num_loops=num_loops,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            seed=seed,
-            indices=chosen,
-        )
-        filling = longest_window - estimate.token_nats.shape[-1]
-        estimate.token_nats = nn.functional.pad(estimate.token_nats, (0, filling))
-        parts.append(estimate)
+        part = nelbo(model, *rows, None, num_loops, num_samples, batch_size, seed, chosen)
+        part.token_nats = nn.functional.pad(part.token_nats, (0, longest - part.token_nats.shape[-1]))
+        order, parts = order + chosen, [*parts, part]
         if progress is not None:
-            progress(start + len(chosen), count)
+            progress(len(order), count)
     back = torch.tensor(order).argsort()
-    joined = {
-        name: torch.cat([getattr(part, name) for part in parts], dim=dim).index_select(dim, back)
-        for name, dim in (
-            ("nats", 1),
-            ("standard_error", 1),
-            ("num_tokens", 0),
-            ("samples", 1),
-            ("masked_share", 0),
-            ("token_nats", 1),
-        )
-    }
+    dims = {"nats": 1, "standard_error": 1, "num_tokens": 0, "samples": 1, "masked_share": 0, "token_nats": 1}
+    joined = {name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in dims.items()}
+    joined = {name: values.index_select(dims[name], back) for name, values in joined.items()}
     return TextLikelihood(NelboEstimate(parts[0].num_loops, **joined), windows, list(texts))
 
 
@@ -302,10 +283,9 @@ def generative_perplexity(
         raise ValueError("All samples are too short: there is no token to score.")
 
     nats = torch.zeros(len(texts), dtype=torch.float64)
-    order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
-    device = input_device(judge)
-    for start in range(0, len(order), batch_size):
-        batch = [windows[index] for index in order[start : start + batch_size]]
+    device, done = input_device(judge), 0
+    for chosen in batches_by_length([window.input_ids for window in windows], batch_size):
+        batch = [windows[index] for index in chosen]
         ids, mask, scored = pad_windows(batch)
         logits = judge(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
@@ -313,8 +293,9 @@ def generative_perplexity(
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         sums = (losses.double().cpu() * scored[:, 1:]).sum(-1)
         nats.index_add_(0, torch.tensor([window.text for window in batch]), sums)
+        done += len(batch)
         if progress is not None:
-            progress(start + len(batch), len(windows))
+            progress(done, len(windows))
     tokens = [text.input_ids[len(prefix) :] for text in texts]
     return GenerativePerplexity(
         nats,

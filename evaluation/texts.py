@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Texts to measure a model on: read from files and data sets, tokenised, cut into windows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,6 +101,12 @@ def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, 
         attention_mask[row, :size] = 1
         maskable[row, :size] = torch.tensor(window.maskable)
     return input_ids, attention_mask, maskable
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of `rows` in batches of similar length, the shortest first, since batches are filled up."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -146,6 +146,12 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of that run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
 def resume(folder, *, args=None, checkpoint=True, **kwargs):
     args = {"save_strategy": "steps", "max_steps": 5, "per_device_train_batch_size": 2, **(args or {})}
     trainer = make_trainer(folder, args=args, **kwargs)
@@ -176,9 +182,7 @@ def resume(folder, *, args=None, checkpoint=True, **kwargs):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_checkpoints_of_another_run_are_refused(finished, tmp_path, change, message):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_checkpoints_of_another_run_are_refused(folder, change, message):
     steps = []
     change = dict(change)
     if "model" in change:
@@ -189,19 +193,17 @@ def test_checkpoints_of_another_run_are_refused(finished, tmp_path, change, mess
     assert not steps, "refused before training"
 
 
-def test_which_checkpoint_is_taken(finished, tmp_path):
-    folder = tmp_path / "run"
-    assert last_complete_checkpoint(folder) is None
-    shutil.copytree(finished, folder)
+def test_which_checkpoint_is_taken(folder, tmp_path):
+    assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(folder) == last_complete_checkpoint(str(folder)) == str(folder / "checkpoint-4")
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-10")
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-10"), "by number, not by letter"
     (folder / "checkpoint-10" / "complete.json").unlink()
     (folder / "checkpoint-10" / "complete.json.tmp").write_text("{}")
     (folder / "complete.json").write_text("{}")
+    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-best")
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
-    record = json.loads((folder / "checkpoint-4" / "complete.json").read_text())
-    assert record["step"] == 4
+    assert json.loads((folder / "checkpoint-4" / "complete.json").read_text())["step"] == 4
     for missing in ("checkpoint-10", "checkpoint-77"):
         with pytest.raises(ValueError, match=rf"{missing} has no complete.json.*Resume from an earlier one"):
             resume(folder, checkpoint=str(folder / missing))
@@ -209,9 +211,7 @@ def test_which_checkpoint_is_taken(finished, tmp_path):
         resume(tmp_path / "empty")
 
 
-def test_resume_from_a_named_checkpoint_and_with_more_steps(finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_resume_from_a_named_checkpoint_and_with_more_steps(folder, tmp_path):
     constant = {"lr_scheduler_type": "constant"}
     whole = resume(tmp_path / "whole", checkpoint=None, args=constant)
     for checkpoint, steps in ((True, [5]), (str(folder / "checkpoint-2"), [3, 4, 5])):
@@ -221,9 +221,7 @@ def test_resume_from_a_named_checkpoint_and_with_more_steps(finished, tmp_path):
     assert resumed.looped_model.model.gradient_loops is None
 
 
-def test_gradient_checkpointing_may_change_on_resume(finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_gradient_checkpointing_may_change_on_resume(folder):
     trainer = resume(folder, checkpoint_loops=True, args={"gradient_checkpointing": True})
     assert trainer.steps_run == [5]
 
@@ -253,9 +251,7 @@ def test_old_checkpoints_are_deleted_only_when_the_next_is_complete(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
 
 
-def test_a_checkpoint_written_over_is_incomplete_meanwhile(finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_a_checkpoint_written_over_is_incomplete_meanwhile(folder):
     shutil.rmtree(folder / "checkpoint-2")
     # A new run in the same folder, killed while it writes checkpoint-4: new weights, old optimiser.
     process = FORK.Process(target=dies_over_old, args=(folder,))
@@ -271,9 +267,7 @@ def dies_over_old(folder):
     build_run(folder, cls=DiesInTrainersSave).train()
 
 
-def test_an_average_cannot_begin_on_resume(finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+def test_an_average_cannot_begin_on_resume(folder):
     with pytest.raises(ValueError, match="ema"):
         resume(folder, ema_decay=0.9)
 
@@ -284,10 +278,3 @@ def test_the_same_model_from_another_folder_is_the_same_run(tmp_path):
     first = {"max_steps": 2}
     resume(tmp_path / "run", model=LoopMDMForMaskedLM.from_pretrained(tmp_path / "a"), checkpoint=None, args=first)
     assert resume(tmp_path / "run", model=LoopMDMForMaskedLM.from_pretrained(tmp_path / "b")).steps_run == [3, 4, 5]
-
-
-def test_folders_of_other_names_are_no_checkpoints(finished, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
-    shutil.copytree(folder / "checkpoint-2", folder / "checkpoint-best")
-    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-4")
