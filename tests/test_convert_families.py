@@ -142,6 +142,7 @@ EXPERT = {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(8, 48)}
         ("a2d_qwen3", {"config": {"use_sliding_window": True}}, {}, ["`use_sliding_window`"]),
         ("dream", {"config": {"use_mrope": True}}, {}, ["`use_mrope`"]),
         ("dream", {"config": {"rope_scaling": {"rope_type": "mrope"}}}, {}, ["mrope"]),
+        ("dream", {"config": {"rope_parameters": {"full": {"rope_theta": 1e4}}}}, {}, ["differ between layers"]),
         ("dream", {"config": {"rope_scaling": {"rope_type": "spiral"}}}, {}, ["`rope_type` is 'spiral'"]),
         ("dream", {"config": {"hidden_act": "wavy"}}, {}, ["`hidden_act` is 'wavy'"]),
         ("diffugpt", {"config": {"scale_attn_by_inverse_layer_idx": True}}, {}, ["scale_attn_by_inverse_layer_idx"]),
@@ -198,9 +199,12 @@ def test_settings_of_a_wrong_type(src, out, name, config):
 # LoopMDMs
 
 
-def test_a_looped_source_is_refused(tmp_path, out):
-    tiny_model(max_train_loops=8).save_pretrained(tmp_path / "looped")
-    refuse(tmp_path / "looped", out, "looped model already", "`max_train_loops` is 8")
+def test_looped_and_outdated_sources_are_refused(src, out):
+    tiny_model(max_train_loops=8).save_pretrained(src)
+    refuse(src, out, "looped model already", "`max_train_loops` is 8")
+    config = json.loads((src / "config.json").read_text())
+    (src / "config.json").write_text(json.dumps(config | {"rope_full_precision": True}))
+    refuse(src, out, "`rope_full_precision`", "rope_precision")
 
 
 @pytest.mark.parametrize("tied", [True, False])

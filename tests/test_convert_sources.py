@@ -132,6 +132,7 @@ ones = torch.ones
         ("llada", {f"{LLADA}blocks.1.k_proj.weight": REMOVED}, ["lacks 1 tensors", "blocks.1.k_proj.weight"]),
         ("llada", {f"{LLADA}ff_out.weight": REMOVED}, ["lacks 1 tensors", f"{LLADA}ff_out.weight"]),
         ("llada", {f"{LLADA}blocks.3.ff_out.weight": REMOVED}, ["blocks.3."]),
+        ("llada", {f"{LLADA}blocks.0.ff_norm.weight": REMOVED}, ["blocks.0.ff_norm.weight", "norms without weights"]),
         ("a2d_qwen3", {"model.embed_tokens.weight": REMOVED}, ["no tensor 'model.embed_tokens.weight'"]),
         ("a2d_qwen3", {"model.norm.weight": REMOVED}, ["model.norm.weight", "incomplete"]),
         ("a2d_qwen3", {"model.layers.0.self_attn.q_proj.weight": REMOVED}, ["layers.0.self_attn.q_proj.weight"]),

@@ -76,6 +76,13 @@ def test_mask_in_added_tokens_alone(src, out):
     assert AutoTokenizer.from_pretrained(out).mask_token_id == 63
 
 
+def test_mask_in_a_vocabulary_with_scores(src, out):
+    """Unigram tokenizers list pairs of token and score."""
+    edited("llada", src, config=NO_MASK)
+    (src / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["<unk>", 0.0], ["[MASK]", -1.5]]}}))
+    assert convert_checkpoint(src, out)["special_tokens"]["mask_token_id"] == 1
+
+
 def test_masks_that_cannot_be_determined(tmp_path, out):
     refuse(FIXTURES / "a2d_qwen3", out, "Neither the config nor the tokenizer", "--mask-token-id")
     small = edited("llada", tmp_path / "small", config=NO_MASK)
