@@ -278,6 +278,7 @@ class CachePlan:
         visible_loops: int | None = None,
     ):
         self.config, self.lengths, self.copies, self.refresh_interval = config, lengths, copies, refresh_interval
+        self.has_exits = False  # whether a block's loops may be others than those of finished text
         self.cache: LoopMDMCache | None = self.make_cache(num_loops, visible_loops)
 
     def make_cache(self, num_loops: int, visible_loops: int | None) -> LoopMDMCache | None:
@@ -335,8 +336,6 @@ class BlockCausalCache(CachePlan):
     Finished blocks of a block-causal model are stored, which is exact: they are computed together with the first step
     of the next block, or before it where its loops may be others (`has_exits`).
     """
-
-    has_exits = False
 
     def make_cache(self, num_loops, visible_loops):
         size, length = len(self.lengths) * self.copies, int(self.lengths.max())

@@ -8,19 +8,10 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-POSITIVE_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "attention_block_size",
-    "num_loops",
-    "max_train_loops",
-)
+SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings attention_block_size num_loops max_train_loops"
+).split()
 REMOVED_FIELDS = {
     "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
     "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',
@@ -48,22 +39,15 @@ class LoopMDMConfig(PreTrainedConfig):
     `StrictDataclassError`, which names the value and the fix.
 
     Args:
-        vocab_size (`int`, defaults to 50258):
-            Number of tokens, special tokens and the mask token included.
-        hidden_size (`int`, defaults to 768):
-            Width of the residual stream.
-        intermediate_size (`int`, defaults to 2048):
-            Width of the MLP.
-        num_hidden_layers (`int`, defaults to 12):
-            Number of physical layers, head + mid + tail. Looping adds none.
-        num_attention_heads (`int`, defaults to 12):
-            Number of query heads.
+        vocab_size (`int`, defaults to 50258): Number of tokens, special tokens and the mask token included.
+        hidden_size (`int`, defaults to 768): Width of the residual stream.
+        intermediate_size (`int`, defaults to 2048): Width of the MLP.
+        num_hidden_layers (`int`, defaults to 12): Number of physical layers, head + mid + tail. Looping adds none.
+        num_attention_heads (`int`, defaults to 12): Number of query heads.
         num_key_value_heads (`int`, *optional*, defaults to `num_attention_heads`):
             Number of key and value heads (grouped-query attention).
-        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
-            Width of one head.
-        hidden_act (`str`, defaults to `"silu"`):
-            Activation of the MLP, a name of transformers' `ACT2FN`.
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`): Width of one head.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the MLP, a name of transformers' `ACT2FN`.
         use_gated_mlp (`bool`, defaults to `True`):
             `down(act(gate(x)) * up(x))` as in Llama, or without it the plain `down(act(up(x)))` of GPT-2.
         max_position_embeddings (`int`, defaults to 1024):
@@ -76,24 +60,17 @@ class LoopMDMConfig(PreTrainedConfig):
         rope_precision (`"model"`, `"float32"` or `"bfloat16"`, defaults to `"model"`):
             How queries and keys are rotated: in the model's dtype (Llama, Qwen), in float32 whatever the model's dtype
             (LLaDA), or in the model's dtype with cosines and sines that were rounded to bfloat16 (SMDM).
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the initial weights.
-        norm_type (`"rmsnorm"` or `"layernorm"`, defaults to `"rmsnorm"`):
-            RMSNorm, or LayerNorm with weight and bias.
-        rms_norm_eps (`float`, defaults to 1e-6):
-            Epsilon of every norm, LayerNorm included.
-        attention_bias (`bool`, defaults to `False`):
-            Whether the query, key and value projections have a bias (Qwen2).
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        norm_type (`"rmsnorm"` or `"layernorm"`, defaults to `"rmsnorm"`): RMSNorm, or LayerNorm with weight and bias.
+        rms_norm_eps (`float`, defaults to 1e-6): Epsilon of every norm, LayerNorm included.
+        attention_bias (`bool`, defaults to `False`): Whether the query, key and value projections have a bias (Qwen2).
         attention_output_bias (`bool`, defaults to `False`):
             Whether the attention's output projection has a bias (Llama with `attention_bias=True` has both).
-        mlp_bias (`bool`, defaults to `False`):
-            Whether the projections of the MLP have a bias.
-        lm_head_bias (`bool`, defaults to `False`):
-            Whether the output head has a bias.
+        mlp_bias (`bool`, defaults to `False`): Whether the projections of the MLP have a bias.
+        lm_head_bias (`bool`, defaults to `False`): Whether the output head has a bias.
         use_qk_norm (`bool`, defaults to `False`):
             RMSNorm over `head_dim` on queries and keys, before the rotary embedding (Qwen3).
-        tie_word_embeddings (`bool`, defaults to `True`):
-            Whether the output head shares the input embedding's weight.
+        tie_word_embeddings (`bool`, defaults to `True`): Whether the output head shares the input embedding's weight.
         attention_block_size (`int`, *optional*):
             Block-causal attention (BD3LM, SDAR): positions fall into blocks of this size, counted from position 0, and
             attend to their own block and to earlier ones. By default attention is over the whole sequence.
@@ -102,24 +79,16 @@ class LoopMDMConfig(PreTrainedConfig):
             The model's logits are aligned all the same: row i predicts token i.
         loop_start, loop_end (`int`, default to 1 and 3):
             mid is `layers[loop_start:loop_end]`. Early-middle layers work best when the loops are trained.
-        num_loops (`int`, defaults to 6):
-            Applications of mid in an inference pass that names no other number.
+        num_loops (`int`, defaults to 6): Applications of mid in an inference pass that names no other number.
         max_train_loops (`int`, defaults to 12):
             S_max: training draws the number of loops from Uniform{1..S_max}. Inference may go beyond it.
         loop_update (`"replace"` or `"damped"`, defaults to `"replace"`):
             `"replace"`: `h <- mid(h)`, for trained loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`, sub-steps
             that let layers trained without loops be looped at once (arXiv 2605.23872).
-        mask_token_id (`int`):
-            Id of [MASK]. Required, and different from `pad_token_id`.
+        mask_token_id (`int`): Id of [MASK]. Required, and different from `pad_token_id`.
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
             Ids of the other special tokens.
-
-    ```python
-    >>> from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
-
-    >>> config = LoopMDMConfig(vocab_size=1000, mask_token_id=999, num_hidden_layers=6, loop_start=1, loop_end=3)
-    >>> model = LoopMDMForMaskedLM(config)
-    ```"""
+    """
 
     model_type = "loopmdm"
     keys_to_ignore_at_inference = ["loops", "token_loops"]
@@ -169,15 +138,9 @@ class LoopMDMConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         # Every saved folder names its own code, whichever way the model was made.
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "configuration_loopmdm.LoopMDMConfig",
-                "AutoModel": "modeling_loopmdm.LoopMDMForMaskedLM",
-                "AutoModelForMaskedLM": "modeling_loopmdm.LoopMDMForMaskedLM",
-                "AutoModelForCausalLM": "modeling_loopmdm.LoopMDMForMaskedLM",
-            },
-        )
+        code = dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), "LoopMDMForMaskedLM")
+        code = {name: f"modeling_loopmdm.{cls}" for name, cls in code.items()}
+        kwargs.setdefault("auto_map", {"AutoConfig": "configuration_loopmdm.LoopMDMConfig", **code})
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
             self.rope_parameters = None  # the base class fills in a default
@@ -193,15 +156,9 @@ class LoopMDMConfig(PreTrainedConfig):
 
     def pass_flops(self, num_queries, num_keys, num_last, num_logits, token_loops):
         """
-        Floating point operations of the matrix products in one forward pass over one row (a multiply-add is two, as in
-        torch's `FlopCounterMode`). Numbers or tensors alike.
-
-        Args:
-            num_queries: Positions computed.
-            num_keys: Positions attended to, those of a cache included.
-            num_last: Positions that the last layer computes; of the others it computes keys and values alone.
-            num_logits: Positions that reach the output head.
-            token_loops: Applications of mid to single positions: `num_queries * num_loops` without early exits.
+        Floating point operations of the matrix products in one forward pass over one row (a multiply-add is two):
+        `num_queries` positions attend to `num_keys`, the last layer computes `num_last` of them, `num_logits` reach the
+        output head, and mid is applied `token_loops` times to single positions. Numbers or tensors alike.
         """
         query_size = self.num_attention_heads * self.head_dim
         key_value_size = self.num_key_value_heads * self.head_dim
@@ -221,7 +178,7 @@ class LoopMDMConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads}); change one of them, or give `head_dim`."
             )
-        for name in POSITIVE_FIELDS:
+        for name in SIZES:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")

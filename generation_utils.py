@@ -175,35 +175,35 @@ class LoopMDMGenerationConfig(GenerationConfig):
     # By name the default, the type and for numbers the range; a lower end of EPSILON says "above 0".
     EPSILON = 1e-12
     FIELDS = {
-        "max_new_tokens": (None, int, 0, math.inf),
-        "max_length": (None, int, 1, math.inf),
-        "stop_strings": (None, str | list, None, None),
-        "num_loops": (None, int | list | tuple, None, None),
-        "loop_tolerance": (None, float, 0, math.inf),
-        "visible_loops": (None, int, 1, math.inf),
-        "loop_policy": (None, LoopPolicy, None, None),
-        "block_length": (None, int, 1, math.inf),
-        "max_denoising_steps": (None, int, 1, math.inf),
-        "use_cache": (None, bool, None, None),
-        "cache_implementation": (None, str | type, None, None),
-        "cache_refresh_interval": (None, int, 1, math.inf),
-        "unmasking": ("confidence", str | CommitRule, None, None),
+        "max_new_tokens": (None, int, 0),
+        "max_length": (None, int, 1),
+        "stop_strings": (None, str | list),
+        "num_loops": (None, int | list | tuple),
+        "loop_tolerance": (None, float, 0),
+        "visible_loops": (None, int, 1),
+        "loop_policy": (None, LoopPolicy),
+        "block_length": (None, int, 1),
+        "max_denoising_steps": (None, int, 1),
+        "use_cache": (None, bool),
+        "cache_implementation": (None, str | type),
+        "cache_refresh_interval": (None, int, 1),
+        "unmasking": ("confidence", str | CommitRule),
         "confidence_threshold": (None, float, EPSILON, 1),
-        "entropy_bound": (None, float, 0, math.inf),
+        "entropy_bound": (None, float, 0),
         "remask_probability": (0.0, float, 0, 1),
-        "eos_penalty": (0.0, float, 0, math.inf),
-        "do_sample": (False, bool, None, None),
-        "temperature": (1.0, float, EPSILON, math.inf),
-        "top_k": (None, int, 1, math.inf),
+        "eos_penalty": (0.0, float, 0),
+        "do_sample": (False, bool),
+        "temperature": (1.0, float, EPSILON),
+        "top_k": (None, int, 1),
         "top_p": (None, float, EPSILON, 1),
         "min_p": (None, float, 0, 1),
-        "num_return_sequences": (1, int, 1, math.inf),
-        "guidance_scale": (None, float, 0, math.inf),
-        "pad_token_id": (None, int, 0, math.inf),
-        "bos_token_id": (None, int, 0, math.inf),
-        "eos_token_id": (None, int | list | tuple, None, None),
-        "return_dict_in_generate": (False, bool, None, None),
-        "output_trace": (False, bool, None, None),
+        "num_return_sequences": (1, int, 1),
+        "guidance_scale": (None, float, 0),
+        "pad_token_id": (None, int, 0),
+        "bos_token_id": (None, int, 0),
+        "eos_token_id": (None, int | list | tuple),
+        "return_dict_in_generate": (False, bool),
+        "output_trace": (False, bool),
     }
 
     def __init__(self, **kwargs):
@@ -219,14 +219,14 @@ class LoopMDMGenerationConfig(GenerationConfig):
         """Raises a ValueError for the first value that is out of range or does not fit the others."""
         if self.top_k == 0:  # transformers' way to say none
             self.top_k = None
-        for name, (default, kind, low, high) in self.FIELDS.items():
+        for name, (default, *limits) in self.FIELDS.items():
             value = getattr(self, name)
             if value is None:
                 setattr(self, name, default)
             else:
-                check_argument(name, value, kind, low, high)
+                check_argument(name, value, *limits)
         for token in _as_list(self.eos_token_id):
-            check_argument("eos_token_id", token, int, 0, math.inf)
+            check_argument("eos_token_id", token, int, 0)
         loops = [check_num_loops(value) for value in _as_list(self.num_loops)]
         if loops == [] and self.num_loops is not None or len(loops) > (self.max_denoising_steps or len(loops)):
             raise ValueError(
@@ -240,66 +240,42 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
     def _validate_combinations(self):
         """Arguments that exclude or need each other."""
-        rule = self.commit_rule()
+        rule, wrong = self.commit_rule(), None
+        parallel = [name for name in ("confidence_threshold", "entropy_bound") if getattr(self, name) is not None]
+        idle = [name for name in SAMPLING if getattr(self, name) != self.FIELDS[name][0] and not self.do_sample]
         is_random = self.do_sample or rule.is_random or self.remask_probability > 0
-        for wrong, message in (
-            (
-                self.confidence_threshold is not None and self.entropy_bound is not None,
-                "`confidence_threshold` and `entropy_bound` exclude each other; choose one.",
-            ),
-            (
-                self.cache_refresh_interval is not None and self.cache_implementation is None,
-                f"`cache_refresh_interval` is {self.cache_refresh_interval} without effect; give "
-                "`cache_implementation`.",
-            ),
-            (
-                self.output_trace and not self.return_dict_in_generate,
-                "`output_trace` needs `return_dict_in_generate=True`.",
-            ),
-            (
-                rule.draws_tokens and not (self.confidence_threshold is None and self.entropy_bound is None),
-                "`confidence_threshold` and `entropy_bound` do not go with ancestral `unmasking`, which opens at random.",
-            ),
-            (
-                self.num_return_sequences != 1 and not is_random,
-                f"`num_return_sequences` is {self.num_return_sequences}, but all answers would be the same; add "
-                "`do_sample=True`.",
-            ),
-            *(
-                (
-                    not self.do_sample and getattr(self, name) != self.FIELDS[name][0],
-                    f"`{name}` is {getattr(self, name)} without effect; add `do_sample=True`.",
-                )
-                for name in SAMPLING
-            ),
-        ):
-            if wrong:
-                raise ValueError(message)
+        if len(parallel) > 1 or (parallel and rule.draws_tokens):
+            wrong = f"`{parallel[-1]}` goes neither with another such rule nor with ancestral `unmasking`; choose one"
+        elif idle:
+            wrong = f"`{idle[0]}` is {getattr(self, idle[0])} without effect; add `do_sample=True`"
+        elif self.num_return_sequences != 1 and not is_random:
+            wrong = f"`num_return_sequences` is {self.num_return_sequences}, but all would be the same; add `do_sample=True`"
+        elif self.cache_refresh_interval is not None and self.cache_implementation is None:
+            wrong = f"`cache_refresh_interval` is {self.cache_refresh_interval} without effect; give `cache_implementation`"
+        elif self.output_trace and not self.return_dict_in_generate:
+            wrong = "`output_trace` needs `return_dict_in_generate=True`"
+        if wrong is not None:
+            raise ValueError(f"{wrong}.")
 
     def validate_for(self, model_config) -> None:
         """Raises a ValueError for what a model of this [`LoopMDMConfig`] cannot do."""
-        block_size = model_config.attention_block_size
-        if block_size is not None and self.cache_implementation is not None:
-            raise ValueError(
-                f"`cache_implementation` is {self.cache_implementation!r}, an approximation for attention over the "
-                "whole sequence; this model is block-causal and caches exactly: leave it out (`use_cache=True`)."
+        size, wrong = model_config.attention_block_size, None
+        if size is not None and self.cache_implementation is not None:
+            wrong = (
+                f"`cache_implementation` is {self.cache_implementation!r}, an approximation for attention over the whole "
+                "sequence, and this model is block-causal and caches exactly; leave it out"
             )
-        if block_size is not None and (self.block_length or 0) % block_size != 0:
-            raise ValueError(
-                f"`block_length` is {self.block_length}; this model's attention sees blocks of {block_size} "
-                "positions, so it must be a multiple of that."
-            )
-        if self.has_exits(model_config) and block_size is not None and not self.caches_exactly(model_config):
-            raise ValueError(
-                "In a block-causal model an exit rule needs the cache, where finished text keeps all loops: leave out "
-                "`use_cache=False`, and give one `num_loops` for all steps."
+        elif size is not None and (self.block_length or 0) % size != 0:
+            wrong = (
+                f"`block_length` is {self.block_length}; this model's attention takes multiples of {size} positions"
             )
         for name in ("pad_token_id", "eos_token_id"):
             if model_config.mask_token_id in _as_list(getattr(self, name)):
-                raise ValueError(
-                    f"`{name}` is the mask token ({model_config.mask_token_id}), which stands for text that is still "
-                    "to be generated; name another token."
+                wrong = (
+                    f"`{name}` is the mask token ({model_config.mask_token_id}), which is never produced; name another"
                 )
+        if wrong is not None:
+            raise ValueError(f"{wrong}.")
 
     def commit_rule(self) -> CommitRule:
         """The rule that the arguments describe."""
@@ -327,7 +303,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         return cls(**{name: values.get(name) for name in names}, _from_model_config=True)
 
 
-def check_argument(name: str, value: Any, kind: Any, low: float | None, high: float | None) -> None:
+def check_argument(name: str, value: Any, kind: Any, low: float | None = None, high: float = math.inf) -> None:
     """Raises a ValueError where `value` is not of the `kind`, or not a finite number from `low` to `high`."""
     accepted = int | float if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
@@ -560,7 +536,10 @@ class Denoiser:
         loops = _as_list(self.config.num_loops) or [model.config.num_loops]
         self.loops, self.copies = loops, 1 if self.config.guidance_scale in (None, 1) else 2
         self.is_exact = self.config.caches_exactly(model.config)
-        kind = BlockCausalCache if self.is_exact else self.config.cache_implementation or CachePlan
+        # Exits need a cache within a step even where none is kept: finished text runs all loops.
+        has_exits = model.config.attention_block_size is not None and self.config.has_exits(model.config)
+        kind = self.config.cache_implementation or CachePlan
+        kind = BlockCausalCache if self.is_exact or has_exits else kind
         self.plan: CachePlan = CACHE_PLANS.get(kind, kind)(
             model.config,
             canvas.lengths,
@@ -569,8 +548,7 @@ class Denoiser:
             self.config.cache_refresh_interval,
             self.config.visible_loops,
         )
-        if self.is_exact:
-            self.plan.has_exits = self.config.has_exits(model.config)
+        self.plan.has_exits = has_exits
         if cache is not None:
             self._check_cache(cache)
             block_size = model.config.attention_block_size
@@ -614,6 +592,8 @@ class Denoiser:
     def predict(self, block: Block, step: DenoisingStep) -> None:
         """Fills in the logits of a step, and what they cost each row."""
         canvas, rows = self.canvas, torch.tensor(step.row_list)
+        if self.plan.has_exits and not self.is_exact:
+            self.plan.cache = self.plan.make_cache(self.num_loops(step.index), self.config.visible_loops)
         starts = canvas.starts[rows] + block.index * canvas.block_length
         stops = torch.minimum(starts + canvas.block_length, canvas.lengths[rows])
         spent = torch.zeros(3, len(canvas.lengths), dtype=torch.long, device=step.rows.device)
@@ -710,21 +690,8 @@ class ReusingDenoiser(Denoiser):
         self.last = (block, step, tokens)
 
 
-class Watcher:
-    """Told what `generate` does. Subclasses keep the cost and the trace, and feed a streamer."""
-
-    def on_step(self, block: Block, step: DenoisingStep, commit: torch.Tensor) -> None:
-        """After a step has been written to the canvas."""
-
-    def on_block(self, block: Block) -> None:
-        """After a block is finished."""
-
-    def on_end(self) -> None:
-        """After the last one."""
-
-
-class Cost(Watcher):
-    """Forward passes, loops and FLOPs of every row."""
+class Cost:
+    """A watcher is told of every step after it was written to the canvas; this one sums up what rows cost."""
 
     def __init__(self, canvas: Canvas):
         self.totals = {name: torch.zeros_like(canvas.ends) for name in ("forward_passes", "loops", "flops")}
@@ -734,7 +701,7 @@ class Cost(Watcher):
             total[step.rows] += getattr(step, name)
 
 
-class Trace(Watcher):
+class Trace:
     """What every step did, as [`LoopMDMTraceStep`]s."""
 
     def __init__(self):
@@ -764,7 +731,7 @@ class Trace(Watcher):
         )
 
 
-class Stream(Watcher):
+class Stream:
     """Feeds a streamer with row 0: the prompt, drafts of the current block, finished blocks, and the rest."""
 
     def __init__(self, streamer: BaseStreamer, canvas: Canvas):
@@ -791,10 +758,10 @@ class Stream(Watcher):
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(self._tokens(self.sent, self._end_of(block)))
 
-    def on_block(self, block):
+    def put_block(self, block: Block) -> None:
         self._put(min(self._end_of(block), int(self.canvas.ends[0]) + 1))
 
-    def on_end(self):
+    def end(self) -> None:
         self._put(int(self.canvas.ends[0]) + 1)
         self.streamer.end()
 
@@ -865,9 +832,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
         reuses = rule.may_skip or config.remask_probability > 0
         denoiser = (ReusingDenoiser if reuses else Denoiser)(self, canvas, past_key_values)
-        cost, trace = Cost(canvas), Trace()
-        watchers = [cost, *([trace] if config.output_trace else [])]
-        watchers += [Stream(streamer, canvas)] if streamer is not None else []
+        cost, trace = Cost(canvas), Trace() if config.output_trace else None
+        stream = None if streamer is None else Stream(streamer, canvas)
+        watchers = [watcher for watcher in (cost, trace, stream) if watcher is not None]
 
         # 3. Denoise block after block
         for block in canvas.blocks():
@@ -884,15 +851,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     watcher.on_step(block, step, commit)
             canvas.check()
             canvas.stop_at(criteria, block)
-            for watcher in watchers:
-                watcher.on_block(block)
+            if stream is not None:
+                stream.put_block(block)
 
         # 4. Pad behind the ends
         fill = next((t for t in (config.pad_token_id, self.config.pad_token_id, *eos_token_ids) if t is not None), 0)
         behind = canvas.columns > canvas.ends[:, None]
         sequences = canvas.sequences.masked_fill(behind & canvas.to_denoise, fill)
-        for watcher in watchers:
-            watcher.on_end()
+        if stream is not None:
+            stream.end()
         if not config.return_dict_in_generate:
             return sequences
         denoised = (canvas.to_denoise & ~behind).sum(-1)
@@ -905,7 +872,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             tokens_per_second=num_denoised / seconds,
             tokens_per_forward=denoised / cost.totals["forward_passes"].clamp(min=1),
             past_key_values=denoiser.finished_cache(),
-            trace=trace.steps if config.output_trace else None,
+            trace=None if trace is None else trace.steps,
         )
 
     def _choose(self, canvas: Canvas, step: DenoisingStep, processors: LogitsProcessorList, draws: bool) -> None:
@@ -953,74 +920,62 @@ class LoopMDMGenerationMixin(GenerationMixin):
         """Checks the input, repeats its rows for `num_return_sequences`, and puts [MASK]s behind it."""
         real = self._check_input(config, input_ids, attention_mask)
         input_ids, length, mask_token_id = input_ids.long(), input_ids.shape[1], self.config.mask_token_id
-        num_new_tokens = config.max_new_tokens
-        if num_new_tokens is None and config.max_length is not None:
-            num_new_tokens = config.max_length - length
-            if num_new_tokens < 0:
-                raise ValueError(
-                    f"The input has {length} tokens, more than `max_length` ({config.max_length}); "
-                    "use `max_new_tokens`, which counts new tokens alone."
-                )
-        if not num_new_tokens and not bool((real & (input_ids == mask_token_id)).any()):
-            raise ValueError(
-                f"There is nothing to generate: `max_new_tokens` is {num_new_tokens} and the input holds no mask "
-                f"token ({mask_token_id}). Give `max_new_tokens`, or [MASK] tokens to fill in."
+        new = config.max_new_tokens
+        if new is None:
+            new = 0 if config.max_length is None else config.max_length - length
+        repeats, limit, wrong = config.num_return_sequences, self.config.max_position_embeddings, None
+        num_rows, generators = len(input_ids) * repeats, _as_list(generator)
+        if new < 0:
+            wrong = (
+                f"`max_length` is {config.max_length}, less than the {length} tokens of input; use `max_new_tokens`"
             )
-        num_new_tokens = num_new_tokens or 0
-        if length + num_new_tokens > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{length} tokens of input and {num_new_tokens} new ones exceed `max_position_embeddings` "
-                f"({self.config.max_position_embeddings}); shorten one of them."
+        elif new == 0 and not bool((real & (input_ids == mask_token_id)).any()):
+            wrong = (
+                f"There is nothing to generate; give `max_new_tokens`, or [MASK] tokens ({mask_token_id}) to fill in"
             )
-        num_rows = len(input_ids) * config.num_return_sequences
-        if isinstance(generator, list) and len(generator) != num_rows:
-            raise ValueError(f"`generator` holds {len(generator)} generators for {num_rows} rows; give one for each.")
-        for one in _as_list(generator):
-            if not isinstance(one, torch.Generator):
-                raise ValueError(f"`generator` is {one!r}; it must be a torch.Generator, or a list with one per row.")
-        if streamer is not None and num_rows != 1:
-            raise ValueError(f"`streamer` shows one row, and there are {num_rows}; generate them one by one.")
-        sequences, real = (
-            pad(input_ids, (0, num_new_tokens), value=mask_token_id),
-            pad(real, (0, num_new_tokens), value=True),
-        )
-        repeats = config.num_return_sequences
+        elif length + new > limit:
+            wrong = (
+                f"{length} tokens of input and {new} new ones exceed `max_position_embeddings` ({limit}); shorten one"
+            )
+        elif isinstance(generator, list) and len(generator) != num_rows:
+            wrong = f"`generator` holds {len(generator)} generators for {num_rows} rows; give one for each"
+        elif not all(isinstance(one, torch.Generator) for one in generators):
+            wrong = f"`generator` is {generator!r}; it must be a torch.Generator, or a list with one per row"
+        elif streamer is not None and num_rows != 1:
+            wrong = f"`streamer` shows one row, and there are {num_rows}; generate them one by one"
+        if wrong is not None:
+            raise ValueError(f"{wrong}.")
+        sequences, real = pad(input_ids, (0, new), value=mask_token_id), pad(real, (0, new), value=True)
         rows = sequences.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
         return Canvas(*rows, config, self.config, generator)
 
     def _check_input(self, config: LoopMDMGenerationConfig, input_ids: Any, attention_mask: Any) -> torch.BoolTensor:
         """Which tokens are real, `(batch_size, length)`."""
-        if input_ids is None:
-            raise ValueError("`input_ids` is missing; give a prompt, or only [MASK] tokens for unconditional samples.")
         for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-            if value is not None and not isinstance(value, torch.Tensor):
+            if not isinstance(value, torch.Tensor) and not (value is None and name == "attention_mask"):
                 raise ValueError(f'`{name}` is a {type(value).__name__}; give a tensor (`return_tensors="pt"`).')
-        if input_ids.ndim != 2 or len(input_ids) == 0 or input_ids.dtype not in (torch.int64, torch.int32):
+        shape, wrong, padding = tuple(input_ids.shape), None, config.pad_token_id
+        if len(shape) != 2 or shape[0] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"`input_ids` has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; it needs (batch_size, "
-                "length), at least one row, and int64 or int32."
+                f"`input_ids` is {input_ids.dtype} of shape {shape}; it must be int64 or int32 of shape (batch_size, "
+                "length), with at least one row."
             )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {tuple(input_ids.shape)}."
-            )
-        padding = config.pad_token_id
+        if attention_mask is not None and tuple(attention_mask.shape) != shape:
+            raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {shape}.")
         if attention_mask is not None:
             real = attention_mask.to(input_ids.device) != 0
         elif padding is None or padding in (*_as_list(config.eos_token_id), config.bos_token_id):
             real = torch.ones_like(input_ids, dtype=torch.bool)
         else:
             real = input_ids != padding
-        if input_ids.shape[1] > 0:
-            wrong = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
-            if len(wrong) > 0:
-                raise ValueError(
-                    f"`input_ids` holds {int(wrong[0])}, outside the vocabulary of {self.config.vocab_size} tokens; "
-                    "is it the right tokenizer?"
-                )
-            padding_rows = (~real.any(-1)).nonzero().flatten().tolist()
-            if padding_rows:
-                raise ValueError(f"Rows {padding_rows} of the input are all padding; leave them out.")
+        bad = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)].tolist()
+        empty = (~real.any(-1)).nonzero().flatten().tolist() if shape[1] > 0 else []
+        if bad:
+            wrong = f"`input_ids` holds {bad[0]}, outside the vocabulary of {self.config.vocab_size} tokens"
+        elif empty:
+            wrong = f"Rows {empty} of the input are all padding; leave them out"
+        if wrong is not None:
+            raise ValueError(f"{wrong}.")
         return real
 
     @staticmethod

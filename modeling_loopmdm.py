@@ -32,23 +32,15 @@ from .loop_policies import LoopPolicy, RowTolerance, VisibleLoops
 @dataclass
 class LoopMDMModelOutput(BaseModelOutput):
     """
-    Output of [`LoopMDMModel`].
+    Output of [`LoopMDMModel`]: `last_hidden_state`, behind the final norm, and
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            Output of tail, after the final norm.
         loops (`torch.LongTensor` of shape `(batch_size,)`):
             Applications of mid that changed each row; below `num_loops` only with an exit rule.
-        token_loops (`torch.LongTensor` of shape `(batch_size,)`, with an exit rule):
-            Applications of mid to single positions, over the row's real ones.
-        past_key_values ([`LoopMDMCache`], with `use_cache=True` or where one was given):
-            Keys and values of every executed layer.
-        hidden_states (`tuple(torch.FloatTensor)`, with `output_hidden_states=True`):
-            Embeddings, then the output of every executed layer in order: head, mid of each loop, tail. The last one
-            is `last_hidden_state`. Each of shape `(batch_size, sequence_length, hidden_size)`.
-        attentions (`tuple(torch.FloatTensor)`, with `output_attentions=True` and eager attention):
-            Attention probabilities of every executed layer in the same order, each of shape
-            `(batch_size, num_attention_heads, sequence_length, sequence_length)`.
+        token_loops (the same, with an exit rule): Applications of mid to single positions, over the row's real ones.
+        past_key_values ([`LoopMDMCache`], with `use_cache=True` or where one was given): Every executed layer's.
+        hidden_states, attentions (`tuple(torch.FloatTensor)`, on request as in transformers):
+            Of every executed layer in order: head, mid of each loop, tail; hidden states begin with the embeddings.
     """
 
     loops: torch.LongTensor | None = None
@@ -59,16 +51,12 @@ class LoopMDMModelOutput(BaseModelOutput):
 @dataclass
 class LoopMDMMaskedLMOutput(MaskedLMOutput):
     """
-    Output of [`LoopMDMForMaskedLM`].
+    Output of [`LoopMDMForMaskedLM`]: what [`LoopMDMModelOutput`] has but `last_hidden_state`, and
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, with `labels`):
-            The masked diffusion loss in nats per label.
+        loss (`torch.FloatTensor` of shape `()`, with `labels`): The masked diffusion loss in nats per label.
         logits (`torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`):
-            Scores; row `i` predicts token `i`, and the mask token's is -inf. `None` in training with `labels`, where
-            nobody reads them.
-        loops, token_loops, past_key_values, hidden_states, attentions:
-            As in [`LoopMDMModelOutput`].
+            Scores; row `i` predicts token `i`, and the mask token's is -inf. None in training with `labels`.
     """
 
     loops: torch.LongTensor | None = None
@@ -285,32 +273,27 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As in transformers, with two differences: a checkpoint that lacks tensors, or has some that the model has not,
-        raises a ValueError, where transformers warns and goes on with random weights; and only safetensors files are
-        read, never pickles, unless `use_safetensors=False` asks for them.
+        As in transformers, but a checkpoint that lacks tensors, or has some that the model has not, raises a
+        ValueError, and only safetensors files are read, never pickles, unless `use_safetensors=False` asks for them.
         """
         kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected") if info[f"{kind}_keys"]}
+        wrong = [f"{name} is {kind}" for kind in ("missing", "unexpected") for name in sorted(info[f"{kind}_keys"])]
         if wrong:
-            found = "; ".join(
-                f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-                for kind, names in wrong.items()
-            )
             raise ValueError(
                 f"The tensors of {pretrained_model_name_or_path} are not those of a {cls.__name__} with this "
-                f"configuration: {found}. Is config.json the one that the weights were saved with?"
+                f"configuration ({len(wrong)} differ: {', '.join(wrong[:5])}). Is config.json the one that the weights "
+                "were saved with?"
             )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers. FSDP puts a class of its own in place of a model's, which is not the one to save."""
         cls = type(self)
-        own = next(base for base in cls.__mro__ if base.__module__ == __name__)
-        if cls is own or not cls.__module__.startswith("torch."):
-            return super().save_pretrained(*args, **kwargs)
         names = cls.__module__, cls.__name__
-        cls.__module__, cls.__name__ = own.__module__, own.__name__
+        own = next(base for base in cls.__mro__ if base.__module__ == __name__)
+        if cls.__module__.startswith("torch."):
+            cls.__module__, cls.__name__ = own.__module__, own.__name__
         try:
             return super().save_pretrained(*args, **kwargs)
         finally:
@@ -347,43 +330,32 @@ class LoopContext:
         return self.attention_mask is None or getattr(self.attention_mask, "ndim", 0) == 4
 
     def narrow(
-        self,
-        rows: torch.LongTensor | None = None,
-        positions: torch.LongTensor | None = None,
-        real: torch.BoolTensor | None = None,
+        self, rows: torch.LongTensor, positions: torch.LongTensor | None = None, real: torch.BoolTensor | None = None
     ) -> "LoopContext":
         """
         The context of a part of the pass: some of its rows, `(M,)`, and of their positions, `(M, P)`, which are filler
         where `real`, `(M, P)`, is False.
         """
-        part = replace(self, real=self.real if real is None else real)
-        if rows is not None:
-            part.attention_mask = _pick(self.attention_mask, rows)
-            part.masked = _pick(self.masked, rows)
-            part.real = _pick(self.real, rows) if real is None else real
-            if self.position_embeddings is not None:
-                part.position_embeddings = tuple(_pick(table, rows) for table in self.position_embeddings)
+
+        def pick(values: torch.Tensor | None) -> torch.Tensor | None:
+            return values if values is None or values.shape[0] == 1 else values[rows]
+
+        mask, masked, tables = pick(self.attention_mask), pick(self.masked), self.position_embeddings
+        tables = None if tables is None else tuple(pick(table) for table in tables)
         if positions is not None:
-            part.attention_mask = _narrow_mask(part.attention_mask, positions)
-            part.masked = None if part.masked is None else part.masked.gather(1, positions)
-            if part.position_embeddings is not None:
-                part.position_embeddings = tuple(
-                    take_positions(table, positions) for table in part.position_embeddings
-                )
-        if self.cache is not None:
-            part.cache = self.cache.narrow(rows, positions, real)
-        return part
+            mask = narrow_mask(mask, positions)
+            masked = None if masked is None else masked.gather(1, positions)
+            tables = None if tables is None else tuple(take_positions(table, positions) for table in tables)
+        cache = None if self.cache is None else self.cache.narrow(rows, positions, real)
+        real = pick(self.real) if real is None else real
+        return LoopContext(mask, tables, cache, real, masked, arguments=self.arguments)
 
     def ask(self, positions: torch.LongTensor) -> "LoopContext":
         """For a layer that sees all positions, and whose output is wanted of some, `(N, P)`."""
-        return replace(self, queries=positions, attention_mask=_narrow_mask(self.attention_mask, positions))
+        return replace(self, queries=positions, attention_mask=narrow_mask(self.attention_mask, positions))
 
 
-def _pick(values: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
-    return values if values is None or values.shape[0] == 1 else values[rows]
-
-
-def _narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
+def narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
     """The mask, `(1 or batch_size, heads, length, keys)`, of the `queries`, `(batch_size, num_queries)`."""
     if mask is None or mask.shape[2] == 1:
         return mask
@@ -393,30 +365,37 @@ def _narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.
 
 def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
     """Where a row's documents begin, `(batch_size, sequence_length)`, given the id of every token's document."""
-    changes = document_ids[:, 1:] != document_ids[:, :-1]
-    return torch.cat((torch.ones_like(changes[:, :1]), changes), dim=1)
+    return nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
 
 
-def count_positions(
-    real: torch.BoolTensor | None, document_ids: torch.LongTensor | None, length: int, device: torch.device
-) -> torch.LongTensor:
+def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
-    Positions `(1 or batch_size, length)`: real tokens are counted from 0, within each packed document. Padding takes
-    no position, so that it changes nothing wherever it stands.
+    Positions `(1 or batch_size, length)` of the `real` tokens (of the same shape, nonzero), counted from 0 within each
+    packed document. Padding takes no position, so that it changes nothing wherever it stands.
     """
-    real = torch.ones(1, length, dtype=torch.long, device=device) if real is None else real.long()
-    count = real.cumsum(-1)
+    count = (real != 0).long().cumsum(-1)
     if document_ids is not None:
-        before = (count - real) * document_starts(document_ids)
-        count = count - before.cummax(-1).values
+        count = count - ((count - (real != 0).long()) * document_starts(document_ids)).cummax(-1).values
     return (count - 1).clamp(min=0)
+
+
+def predictors(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
+    """
+    With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the `real`
+    column before, or for the first real one of a row or document the column itself.
+    """
+    columns = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    before = nn.functional.pad(torch.where(real != 0, columns, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    start = torch.zeros_like(columns)
+    if document_ids is not None:
+        start = (columns * document_starts(document_ids.to(real.device))).cummax(-1).values
+    return torch.where(before < start, columns, before)
 
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
     """
-    The looped transformer without a head: head, `num_loops` times mid, tail, final norm.
-
-    The parts are methods of their own, for probes, objectives and tests:
+    The looped transformer without a head: head, `num_loops` times mid, tail, final norm. The parts are methods of their
+    own, for probes, objectives and tests:
 
     ```python
     >>> states, context = model.prelude(input_ids, attention_mask)  # embeddings and head
@@ -464,32 +443,33 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMModelOutput:
         """
-        See [`LoopMDMForMaskedLM.forward`]. `positions_to_keep`, `(batch_size, num_positions)`, are those that
+        See [`LoopMDMForMaskedLM`]. `positions_to_keep`, `(batch_size, num_positions)`, are those that
         `last_hidden_state` is wanted of; the last layer computes no others.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
-        self._check_kwargs(kwargs)
-        num_loops = self._resolve_num_loops(num_loops)
-        policy = self.resolve_policy(loop_tolerance, visible_loops, loop_policy, input_ids is not None)
+        if num_loops is None:
+            in_training = self.training and self.num_train_loops is not None
+            num_loops = self.num_train_loops if in_training else self.config.num_loops
+        check_num_loops(num_loops)
+        check_kwargs(self, kwargs)
+        policy = self.resolve_policy(loop_tolerance, visible_loops, loop_policy, inputs_embeds is None)
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
-        past_key_values = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
-
+        cache = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
         states, context = self.prelude(
-            input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, **kwargs
+            input_ids, attention_mask, position_ids, inputs_embeds, document_ids, cache, **kwargs
         )
         loops = torch.zeros(batch_size, dtype=torch.long, device=states.device)
         token_loops = None if policy is None else torch.zeros_like(loops)
-        for states, moving in self.iterate(states, context, num_loops, policy):
+        for looped, moving in self.iterate(states, context, num_loops, policy):
+            states = looped
             loops += 1 if moving is None else moving.any(-1)
             if moving is not None:
                 token_loops += moving.sum(-1)
         states = self.readout(states, context, positions_to_keep)
-        if past_key_values is not None and use_cache:
-            past_key_values.store(context.cache.reach, input_ids, context.cache.places)
-        return LoopMDMModelOutput(
-            last_hidden_state=states, loops=loops, token_loops=token_loops, past_key_values=past_key_values
-        )
+        if use_cache:
+            cache.store(context.cache.reach, input_ids, context.cache.places)
+        return LoopMDMModelOutput(states, loops=loops, token_loops=token_loops, past_key_values=cache)
 
     def prelude(
         self,
@@ -505,20 +485,23 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         Embeddings and head. Returns the states, `(batch_size, sequence_length, hidden_size)`, and the context that
         [`~LoopMDMModel.iterate`] and [`~LoopMDMModel.readout`] take.
         """
-        if inputs_embeds is None:
-            self._check_input_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
-        self._check_shapes(inputs_embeds, attention_mask, document_ids, past_key_values, position_ids is not None)
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
         context = LoopContext(arguments=kwargs)
+        if inputs_embeds is None:
+            check_input_ids(self.config, input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        check_shapes(self.config, inputs_embeds, attention_mask, position_ids, document_ids, past_key_values)
         if attention_mask is not None and attention_mask.ndim == 2:
-            attention_mask = context.real = attention_mask.to(device) != 0
+            attention_mask = context.real = attention_mask.to(inputs_embeds.device) != 0
         if position_ids is None:
-            position_ids = count_positions(context.real, document_ids, length, device)
+            real = inputs_embeds.new_ones(1, inputs_embeds.shape[1]) if context.real is None else context.real
+            position_ids = count_positions(real, document_ids)
             if past_key_values is not None:
-                position_ids = position_ids + past_key_values.stored_lengths().to(device)[:, None]
+                position_ids = position_ids + past_key_values.stored_lengths().to(position_ids.device)[:, None]
         if input_ids is not None:
-            context.masked = self._find_masked(input_ids, context.real)
+            context.masked = input_ids == self.config.mask_token_id
+            context.masked = context.masked if context.real is None else context.masked & context.real
+            if self.config.shift_logits:
+                context.masked = context.masked | nn.functional.pad(context.masked[:, 1:], (0, 1))
         if past_key_values is not None:
             context.cache = past_key_values.open(position_ids, context.real)
         context.attention_mask = self._make_mask(
@@ -552,71 +535,59 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             if index < skipped:
                 with torch.no_grad():
                     states = self.loop(states, context, index, step_size)
+                yield states, None
+                continue
+            if 0 < index == skipped:
+                # Adds exactly zero, so that the values are those of the loops in any dtype.
+                states = states + (first - first.detach())
+            if trains and self.checkpoint_loops:
+                states = checkpoint(self.loop, states, context, index, step_size, use_reentrant=False)
             else:
-                if 0 < index == skipped:
-                    # Adds exactly zero, so that the values are those of the loops in any dtype.
-                    states = states + (first - first.detach())
-                if trains and self.checkpoint_loops:
-                    states = checkpoint(self.loop, states, context, index, step_size, use_reentrant=False)
-                else:
-                    states = self.loop(states, context, index, step_size)
+                states = self.loop(states, context, index, step_size)
             yield states, None
 
     def _iterate_while_moving(
         self, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
     ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
         """[`~LoopMDMModel.iterate`] by a policy: after every loop, what is settled leaves the part that loops on."""
-        if policy.per_position:
-            if not context.can_narrow:
-                raise ValueError(
-                    f"Loops that differ from position to position cannot be run by "
-                    f'{self.config._attn_implementation!r} attention; call `model.set_attn_implementation("sdpa")`.'
-                )
-            if context.cache is None:  # the positions' own keys and values, for this pass alone
-                context = replace(context, cache=self._make_memory(states))
-        everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        moving = everything if context.real is None else context.real
+        if policy.per_position and context.cache is None:
+            # The positions' own keys and values, for this pass alone, numbered by column
+            memory = LoopMDMCache(self.config, 1, *states.shape[:2], share_loops=True)
+            columns = torch.arange(states.shape[1], device=states.device)
+            context = replace(
+                context, cache=CacheView(memory, None, columns, columns.new_tensor([len(columns)]).cpu())
+            )
+        moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        moving = moving if context.real is None else context.real
+        # Of the part: its context, what of it moves, its states, and where they belong (None: everywhere)
         part, own, before, where = context, moving, states, None
         for index in range(num_loops):
             if where is not None and context.cache is not None:
-                context.cache.carry(
-                    index, states
-                )  # the keys and values of what has settled stay those of its last loop
+                context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
             after = self.loop(before, part, index)
-            goes_on = policy.goes_on(index, before, after, part)
-            after = torch.where(own[..., None], after, before)
-            states = after if where is None else states.index_put(where, after)
+            still = policy.goes_on(index, before, after, part)
+            still = own & (still if policy.per_position else still[:, None])
+            before = torch.where(own[..., None], after, before)
+            states = before if where is None else states.index_put(where, before)
             yield states, moving
-            still = own & (goes_on if policy.per_position else goes_on[:, None])
             if index + 1 == num_loops or torch.equal(still, own):
-                before, own = after, still
                 continue
-            moving = still if where is None else torch.zeros_like(moving).index_put(where, still)
+            moving = own = still if where is None else torch.zeros_like(moving).index_put(where, still)
             rows = moving.any(-1).nonzero().squeeze(-1)
             if len(rows) == 0:
                 break
-            part, own, before, where = self._narrow(states, context, moving, rows, policy.per_position)
-        if policy.per_position and context.cache is not None:
+            if policy.per_position:
+                # A row with fewer moving positions than others is filled up.
+                own = moving[rows]
+                positions = own.long().argsort(dim=-1, descending=True, stable=True)[:, : int(own.sum(-1).max())]
+                own = own.gather(1, positions)
+                part, where = context.narrow(rows, positions, own), (rows[:, None], positions)
+                before = take_positions(states[rows], positions)
+            elif context.can_narrow:
+                part, own, before, where = context.narrow(rows), moving[rows], states[rows], (rows,)
+        if policy.per_position:
             for rest in range(index + 1, num_loops):  # for passes that look for them there
                 context.cache.carry(rest, states)
-
-    @staticmethod
-    def _narrow(
-        states: torch.Tensor, context: LoopContext, moving: torch.Tensor, rows: torch.Tensor, per_position: bool
-    ) -> tuple[LoopContext, torch.Tensor, torch.Tensor, tuple | None]:
-        """
-        The part of a pass that still moves: its context, what of it moves, its states, and where they belong. Without
-        single positions it is whole rows; a row with fewer positions than others is filled up.
-        """
-        if not context.can_narrow:
-            return context, moving, states, None
-        own = moving[rows]
-        if not per_position:
-            return context.narrow(rows), own, states[rows], (rows,)
-        positions = own.long().argsort(dim=-1, descending=True, stable=True)[:, : int(own.sum(-1).max())]
-        own = own.gather(1, positions)
-        part = context.narrow(None if len(rows) == len(states) else rows, positions, own)
-        return part, own, take_positions(states[rows], positions), (rows[:, None], positions)
 
     def loop(self, states: torch.Tensor, context: LoopContext, index: int = 0, step_size: float = 1.0) -> torch.Tensor:
         """
@@ -634,7 +605,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         returned, and the last layer computes them alone.
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
-        if positions is None or start == stop or not context.can_narrow:
+        if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
             return self.norm(states if positions is None else take_positions(states, positions))
         states = self._run(start, stop - 1, states, context)
@@ -653,21 +624,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             )
         return states
 
-    def _find_masked(self, input_ids: torch.LongTensor, real: torch.BoolTensor | None) -> torch.BoolTensor:
-        masked = input_ids == self.config.mask_token_id
-        if real is not None:
-            masked = masked & real
-        if self.config.shift_logits:
-            masked = masked | nn.functional.pad(masked[:, 1:], (0, 1))
-        return masked
-
-    def _make_memory(self, states: torch.Tensor) -> CacheView:
-        """A cache for one pass whose positions stop looping one by one. They are numbered by column."""
-        batch_size, length = states.shape[:2]
-        memory = LoopMDMCache(self.config, 1, batch_size, length, share_loops=True)
-        columns = torch.arange(length, device=states.device)
-        return CacheView(memory, None, columns, torch.full((batch_size,), length))
-
     def _make_mask(
         self,
         inputs_embeds: torch.Tensor,
@@ -681,21 +637,18 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
         cache the positions that the pass reaches.
         """
-        batch_size, length = inputs_embeds.shape[:2]
-        block_size, keys = self.config.attention_block_size, None
-        blocks = key_blocks = None
+        block_size, keys, blocks = self.config.attention_block_size, None, None
         if block_size is not None:
-            blocks = key_blocks = position_ids.expand(batch_size, length) // block_size
+            blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
         if cache is not None:
-            places = torch.arange(cache.stop, device=inputs_embeds.device)
-            attention_mask = None
-            if int(cache.reach.min()) < cache.stop:
-                attention_mask = places < cache.reach.to(places.device)[:, None].expand(batch_size, 1)
-            keys = inputs_embeds.new_empty(1, 1, 1).expand(batch_size, cache.stop, 1)  # says how many there are
+            places, reach = torch.arange(cache.stop, device=inputs_embeds.device), cache.reach
+            is_even = int(reach.min()) == cache.stop
+            attention_mask = None if is_even else places < reach.to(places.device)[:, None]
+            keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # how many there are
             if block_size is not None:
-                key_blocks = (places // block_size).expand(batch_size, -1)
+                key_blocks = (places // block_size).expand(len(inputs_embeds), -1)
                 # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
-                if inputs_embeds.device.type == "cpu" and bool((blocks[:, 0] >= key_blocks[:, -1]).all()):
+                if places.device.type == "cpu" and bool((blocks[:, 0] >= key_blocks[:, -1]).all()):
                     blocks = None
 
         def is_visible(batch, head, query, key):
@@ -703,9 +656,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             return visible if blocks is None else (blocks[batch, query] >= key_blocks[batch, key]) & visible
 
         is_restricted = blocks is not None or document_ids is not None
-        if "flash" in self.config._attn_implementation and (
-            is_restricted or (cache is not None and attention_mask is not None)
-        ):
+        if "flash" in self.config._attn_implementation and (is_restricted or (cache is not None and not is_even)):
             raise ValueError(
                 f"{self.config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
                 'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
@@ -718,70 +669,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             and_mask_function=is_visible if is_restricted else None,
         )
 
-    def _check_shapes(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        document_ids: torch.LongTensor | None,
-        past_key_values: LoopMDMCache | None,
-        has_positions: bool,
-    ):
-        batch_size, length = inputs_embeds.shape[:2]
-        stored = 0 if past_key_values is None or has_positions else past_key_values.length
-        # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
-        if self.config.position_embedding_type == "learned" and stored + length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"The input has {stored + length} positions, more than `max_position_embeddings` "
-                f"({self.config.max_position_embeddings}), and positions are learned; shorten it."
-            )
-        for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-            is_2d = tensor is not None and (tensor.ndim == 2 or name == "document_ids")
-            if is_2d and tensor.shape != (batch_size, length):
-                raise ValueError(
-                    f"`{name}` has shape {tuple(tensor.shape)}; the input needs {(batch_size, length)}"
-                    + ("." if past_key_values is None else ", its own positions without those of the cache.")
-                )
-        if past_key_values is not None and document_ids is not None:
-            raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
-        if past_key_values is not None and attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"`attention_mask` has {attention_mask.ndim} dimensions; `past_key_values` needs (batch_size, length)."
-            )
-
-    def _check_input_ids(self, input_ids: torch.LongTensor):
-        # On an accelerator looking at the values would make every forward pass wait for it.
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
-            return
-        low, high = input_ids.aminmax()
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"`input_ids` holds {int(low if low < 0 else high)}, outside the vocabulary of "
-                f"{self.config.vocab_size} tokens; is it the right tokenizer?"
-            )
-
-    def _check_kwargs(self, kwargs: dict[str, Any]):
-        # Trainer and pipelines pass on arguments of transformers that have no effect here; others are typing errors.
-        known = {*TransformersKwargs.__annotations__} - {"is_causal"}
-        unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
-        if unknown:
-            raise ValueError(f"{type(self).__name__} takes no argument `{'`, `'.join(unknown)}`.")
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"`output_attentions` needs eager attention, and the model runs "
-                f'{self.config._attn_implementation!r}; call `model.set_attn_implementation("eager")`.'
-            )
-        if kwargs.get("output_hidden_states") not in (None, True, False):
-            raise ValueError(
-                f"`output_hidden_states` is {kwargs['output_hidden_states']!r}; it must be True or False. Pick from "
-                "the output, which holds every executed layer."
-            )
-
-    def _resolve_num_loops(self, num_loops: int | None) -> int:
-        if num_loops is None:
-            in_training = self.training and self.num_train_loops is not None
-            num_loops = self.num_train_loops if in_training else self.config.num_loops
-        return check_num_loops(num_loops)
-
     def resolve_policy(
         self,
         loop_tolerance: float | None,
@@ -789,26 +676,26 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         loop_policy: LoopPolicy | None,
         has_ids: bool = True,
     ) -> LoopPolicy | None:
-        """The exit rule that the arguments of a pass describe."""
+        """The exit rule that the arguments of a pass describe. Raises a ValueError where the model cannot run it."""
         given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
         names = [name for name, value in given.items() if value is not None]
         if not names:
             return None
+        policy = loop_policy if loop_tolerance is None else RowTolerance(loop_tolerance)
+        policy = policy if visible_loops is None else VisibleLoops(visible_loops)
+        wrong = None
         if len(names) > 1:
-            raise ValueError(f"`{'` and `'.join(names)}` are different exit rules; give one of them.")
-        if loop_tolerance is not None:
-            policy = RowTolerance(loop_tolerance)
-        else:
-            policy = loop_policy if visible_loops is None else VisibleLoops(visible_loops)
-        if self.config.loop_update == "damped":
-            raise ValueError(
-                f'`{names[0]}` needs `loop_update="replace"`: the steps of a damped model depend on `num_loops`, so '
-                "an earlier state is not the result of fewer loops. Choose `num_loops` instead."
-            )
-        if policy.per_position and self.training:
-            raise ValueError(f"`{names[0]}` passes no gradients on; call `model.eval()`.")
-        if visible_loops is not None and not has_ids:
-            raise ValueError("`visible_loops` has to know which tokens are [MASK]; give `input_ids`.")
+            wrong = f"`{names[1]}` is given too; choose one exit rule"
+        elif self.config.loop_update == "damped":
+            wrong = 'a damped model\'s earlier states are not those of fewer loops (`loop_update="replace"`); choose `num_loops`'
+        elif policy.per_position and self.training:
+            wrong = "positions that stop pass no gradients on; call `model.eval()`"
+        elif policy.per_position and self.config._attn_implementation not in ("sdpa", "eager"):
+            wrong = 'single positions need another attention; call `model.set_attn_implementation("sdpa")`'
+        elif visible_loops is not None and not has_ids:
+            wrong = "it has to know which tokens are [MASK]; give `input_ids`"
+        if wrong is not None:
+            raise ValueError(f"`{names[0]}` cannot be used: {wrong}.")
         return policy
 
     def _prepare_cache(
@@ -820,39 +707,130 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         policy: LoopPolicy | None,
         visible_loops: int | None,
     ) -> LoopMDMCache | None:
+        """The cache of a pass, made where `use_cache` asks for one."""
         if past_key_values is None and not use_cache:
             return None
-        if self.training and torch.is_grad_enabled():
-            raise ValueError(
-                "A cache passes no gradients on; call `model.eval()`, or train without `past_key_values`."
+        wrong, cache = None, past_key_values
+        if self.training:
+            wrong = "A cache passes no gradients on; call `model.eval()`, or train without it."
+        elif cache is None and self.config.attention_block_size is None:
+            wrong = (
+                "`use_cache=True` needs block-causal attention: here all keys and values change with every token. Pass "
+                'a `LoopMDMCache` where stale ones will do, as `generate(cache_implementation="dual")` does.'
             )
-        if past_key_values is None and self.config.attention_block_size is None:
-            raise ValueError(
-                "`use_cache=True` needs block-causal attention: in this model every position sees all others, and "
-                "its keys and values change with them. Pass a `LoopMDMCache` where stale ones will do, as "
-                '`generate(cache_implementation="dual")` does.'
+        elif cache is not None and not isinstance(cache, LoopMDMCache):
+            wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
+        elif use_cache and policy is not None and not policy.per_position:
+            wrong = (
+                "`use_cache=True` stores every loop, and rows that stop looping leave some out; use one of the two."
             )
-        if past_key_values is None:
-            past_key_values = LoopMDMCache(self.config, num_loops, batch_size, visible_loops=visible_loops)
-        if not isinstance(past_key_values, LoopMDMCache):
+        elif use_cache and cache is not None and cache.reach is not None:
+            wrong = "`use_cache=True` is for all rows of a cache; a selection of rows stores nothing."
+        if wrong is not None:
+            raise ValueError(wrong)
+        if cache is None:
+            return LoopMDMCache(self.config, num_loops, batch_size, visible_loops=visible_loops)
+        if cache.reach is None:  # `generate` has checked those that it selects rows of
+            cache.check(self.config, batch_size, num_loops, visible_loops)
+        return cache
+
+
+def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
+    # On an accelerator looking at the values would make every forward pass wait for it.
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel() > 0:
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= config.vocab_size:
             raise ValueError(
-                f"`past_key_values` is a {type(past_key_values).__name__}; a looped model needs a `LoopMDMCache`, "
-                "which has a place for every loop."
+                f"`input_ids` holds {low if low < 0 else high}, outside the vocabulary of {config.vocab_size} tokens; "
+                "is it the right tokenizer?"
             )
-        if past_key_values.reach is None:  # `generate` has checked those that it selects rows of
-            past_key_values.check(self.config, batch_size, num_loops, visible_loops)
-        elif use_cache:
-            raise ValueError("`use_cache=True` is for all rows of a cache; a selection of rows stores nothing.")
-        if use_cache and policy is not None and not policy.per_position and not past_key_values.share_loops:
+
+
+def check_shapes(
+    config: LoopMDMConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+    cache: LoopMDMCache | None,
+) -> None:
+    shape = tuple(inputs_embeds.shape[:2])
+    for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        takes_4d = name == "attention_mask" and cache is None
+        if tensor is not None and tuple(tensor.shape) != shape and not (takes_4d and tensor.ndim == 4):
             raise ValueError(
-                "`use_cache=True` stores the keys and values of every loop, and rows that stop looping leave some "
-                "out; use one of the two."
+                f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}, its own positions without those "
+                "of a cache."
             )
-        return past_key_values
+    if cache is not None and document_ids is not None:
+        raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
+    # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
+    last = shape[1] + (0 if cache is None or position_ids is not None else cache.length)
+    if config.position_embedding_type == "learned" and last > config.max_position_embeddings:
+        raise ValueError(
+            f"The input has {last} positions, more than `max_position_embeddings` ({config.max_position_embeddings}), "
+            "and positions are learned; shorten it."
+        )
+
+
+def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    # Trainer and pipelines pass on arguments of transformers that have no effect here; others are typing errors.
+    known = {*TransformersKwargs.__annotations__} - {"is_causal"}
+    unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
+    if unknown:
+        raise ValueError(f"{type(model).__name__} takes no argument `{'`, `'.join(unknown)}`.")
+    attention = model.config._attn_implementation
+    if kwargs.get("output_attentions") and attention != "eager":
+        raise ValueError(
+            f"`output_attentions` needs eager attention, and the model runs {attention!r}; call "
+            '`model.set_attn_implementation("eager")`.'
+        )
+    if kwargs.get("output_hidden_states") not in (None, True, False):
+        raise ValueError(
+            f"`output_hidden_states` is {kwargs['output_hidden_states']!r}; it must be True or False. Pick from the "
+            "output, which holds every executed layer."
+        )
 
 
 class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
-    """LoopMDM with its output head: `forward` gives logits and the diffusion loss, `generate` denoises [MASK]s."""
+    """
+    LoopMDM with its output head: `forward` gives logits and the diffusion loss, `generate` denoises [MASK]s.
+
+    Arguments of `forward`, all optional but one of the first two:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            Tokens, those to predict replaced by `config.mask_token_id`.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Their embeddings.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            0 on padding, which may stand anywhere, anything else on real tokens. A 4-D mask is passed on as it is, in
+            place of `config.attention_block_size` too.
+        position_ids (`torch.LongTensor` of shape `(1 or batch_size, sequence_length)`):
+            By default real tokens are counted from 0 and padding takes no position.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            Clean tokens; -100 where nothing is to be learned. With them `loss` is
+            `sum(loss_weights * cross_entropy) / number of labels`.
+        loss_weights (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, defaults to ones):
+            Weight of every label, e.g. 0 on visible and L/k on masked tokens, which makes the loss the NELBO in nats
+            per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
+        document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            Several documents packed into a row: tokens of different ids do not see each other, and positions are
+            counted within each document, whose tokens stand together.
+        past_key_values ([`LoopMDMCache`]):
+            Keys and values of earlier positions, which the pass attends to; `input_ids` and `attention_mask` are those
+            of its own positions alone, by default those that follow. Exact with block-causal attention.
+        use_cache (`bool`): Keep the keys and values of this pass in `past_key_values`, which the output then holds.
+        num_loops (`int`):
+            Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
+        loop_tolerance (`float`): Adaptive loops of rows, see [`RowTolerance`].
+        visible_loops (`int`): Fewer loops of tokens that are not [MASK], see [`VisibleLoops`].
+        loop_policy ([`LoopPolicy`]): Another exit rule.
+        logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
+            Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`, or
+            of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last layer
+            computes no others either.
+        num_items_in_batch (`int` or `torch.Tensor`):
+            Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels in
+            all micro-batches of an optimiser step.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     generation_config_class = LoopMDMGenerationConfig
@@ -883,62 +861,20 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMMaskedLMOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-                Tokens, those to predict replaced by `config.mask_token_id`.
-            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                0 on padding, which may stand anywhere, anything else on real tokens. A 4-D mask is passed on as it is,
-                in place of `config.attention_block_size` too.
-            position_ids (`torch.LongTensor` of shape `(1 or batch_size, sequence_length)`, *optional*):
-                By default real tokens are counted from 0 and padding takes no position.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
-                Token embeddings, in place of `input_ids`.
-            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Clean tokens; -100 where nothing is to be learned. With them `loss` is
-                `sum(loss_weights * cross_entropy) / number of labels`.
-            loss_weights (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, defaults to ones):
-                Weight of every label, e.g. 0 on visible and L/k on masked tokens, which makes the loss the NELBO in
-                nats per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
-            document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Several documents packed into a row: tokens of different ids do not see each other, and positions are
-                counted within each document, whose tokens stand together.
-            past_key_values ([`LoopMDMCache`], *optional*):
-                Keys and values of earlier positions, which the pass attends to; `input_ids` and `attention_mask` are
-                those of its own positions alone, by default those that follow. Exact with block-causal attention.
-            use_cache (`bool`, *optional*):
-                Keep the keys and values of this pass in `past_key_values`, which the output then holds.
-            num_loops (`int`, *optional*):
-                Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
-            loop_tolerance (`float`, *optional*):
-                Adaptive loops ([`RowTolerance`]): a row stops looping when `||h_new - h|| / ||h||` over its real
-                positions falls under this, after at most `num_loops`.
-            visible_loops (`int`, *optional*):
-                Tokens that are not [MASK] loop so many times at most ([`VisibleLoops`]).
-            loop_policy ([`LoopPolicy`], *optional*): Another exit rule.
-            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
-                Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`,
-                or of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last
-                layer computes no others either.
-            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
-                Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels
-                in all micro-batches of an optimiser step.
-        """
+        """See the class. Raises a ValueError for what it cannot do."""
         if loss_weights is not None and labels is None:
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
-        shifts = self.config.shift_logits
-        if shifts and past_key_values is not None and position_ids is None and past_key_values.length > 0:
-            raise ValueError(
-                "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
-                "the input one position earlier and give `position_ids`."
-            )
+        if self.config.shift_logits and position_ids is None and past_key_values is not None:
+            if past_key_values.length > 0:
+                raise ValueError(
+                    "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
+                    "the input one position earlier and give `position_ids`."
+                )
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             keep = None
-        if shifts and keep is not None:
-            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            keep = predictors(length, keep.device, attention_mask, document_ids).expand(len(keep), -1).gather(1, keep)
+        sources = self._sources(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, document_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -951,22 +887,21 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             loop_tolerance=loop_tolerance,
             visible_loops=visible_loops,
             loop_policy=loop_policy,
-            positions_to_keep=keep,
+            positions_to_keep=keep if sources is None or keep is None else sources.gather(1, keep),
             **kwargs,
         )
-        states = outputs.last_hidden_state
-        if keep is None:
-            states = self.align(states, attention_mask, document_ids)
-        loss = logits = None
+        states, loss, logits = outputs.last_hidden_state, None, None
+        if keep is None and sources is not None:
+            states = take_positions(states, sources)
         if labels is not None:
             loss = self._masked_diffusion_loss(states, labels, loss_weights, num_items_in_batch)
         if labels is None or not self.training:
             if isinstance(logits_to_keep, int):
                 states = states[:, -logits_to_keep:]
-            elif logits_to_keep.ndim == 1:
-                states = states[:, logits_to_keep]
             elif keep is None:
-                states = take_positions(states, logits_to_keep)
+                states = (
+                    states[:, logits_to_keep] if logits_to_keep.ndim == 1 else take_positions(states, logits_to_keep)
+                )
             logits = self.logits(states)
         return LoopMDMMaskedLMOutput(
             loss=loss,
@@ -989,10 +924,19 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         `config.shift_logits` row i is the state of the real position before i; the first real position of a row, or of
         a packed document, keeps its own. Otherwise nothing changes.
         """
+        sources = self._sources(states, attention_mask, document_ids)
+        return states if sources is None else take_positions(states, sources)
+
+    def _sources(
+        self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None
+    ) -> torch.LongTensor | None:
+        """With `config.shift_logits` the columns whose states predict the tokens, `(batch_size, length)`."""
         if not self.config.shift_logits:
-            return states
-        sources = predictors(states.shape[1], states.device, attention_mask, document_ids)
-        return take_positions(states, sources.expand(states.shape[0], -1))
+            return None
+        real = torch.ones(inputs.shape[:2], device=inputs.device)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask.to(inputs.device)
+        return predictors(real, document_ids)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """
@@ -1010,38 +954,32 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         loss_weights: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> torch.Tensor:
-        config = self.config
+        shape, config = tuple(states.shape[:2]), self.config
         for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
-            if tensor is not None and tensor.shape != states.shape[:2]:
-                raise ValueError(
-                    f"`{name}` has shape {tuple(tensor.shape)}; the input needs {tuple(states.shape[:2])}."
-                )
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}.")
         labels = labels.to(states.device)
         labelled = labels != -100
-        if num_items_in_batch is None:
-            num_items_in_batch = labelled.sum()
-            if num_items_in_batch == 0:
-                raise ValueError("`labels` holds -100 only, so there is nothing to learn; leave such batches out.")
+        num_labels = labelled.sum() if num_items_in_batch is None else num_items_in_batch
+        if num_labels == 0:
+            raise ValueError("`labels` holds -100 only, so there is nothing to learn; leave such batches out.")
         if loss_weights is not None:
             loss_weights = loss_weights.to(states.device)
             labelled = labelled & (loss_weights != 0)
         targets = labels[labelled]
         wrong = targets[(targets < 0) | (targets >= config.vocab_size) | (targets == config.mask_token_id)]
         if len(wrong) > 0:
-            what = "the mask token, which is never produced"
-            if wrong[0] != config.mask_token_id:
-                what = f"outside the vocabulary of {config.vocab_size} tokens"
             raise ValueError(
-                f"`labels` holds {int(wrong[0])}, {what}; give clean tokens, and -100 where there is nothing to learn."
+                f"`labels` holds {int(wrong[0])}, which is the mask token or outside the vocabulary of "
+                f"{config.vocab_size} tokens; give clean tokens, and -100 where there is nothing to learn."
             )
         logits = self.logits(states[labelled])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        losses = nn.functional.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
+        )
         if loss_weights is not None:
             losses = losses * loss_weights[labelled]
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(losses.device)
-        return losses.sum() / num_items_in_batch
+        return losses.sum() / (num_labels.to(losses.device) if isinstance(num_labels, torch.Tensor) else num_labels)
 
     def flops(
         self,
@@ -1053,17 +991,10 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         last_layer: float | None = None,
     ) -> int:
         """
-        Floating point operations of the matrix products in one forward pass (a multiply-add is two, the convention of
-        torch's `FlopCounterMode`). A training step takes three times as many, four with gradient checkpointing.
-
-        Args:
-            batch_size (`int`): Number of rows.
-            sequence_length (`int`): Positions per row, padding included.
-            num_loops (`int`, defaults to `config.num_loops`): Applications of mid.
-            num_logits (`float`, defaults to `sequence_length`): Mean number of positions per row that reach the head.
-            num_keys (`int`, defaults to `sequence_length`): Positions attended to, those of a cache included.
-            last_layer (`float`, defaults to `sequence_length`):
-                Mean number of positions per row that the last layer computes; of the others only keys and values.
+        Floating point operations of the matrix products in one forward pass (a multiply-add is two, as in torch's
+        `FlopCounterMode`), padding included. A training step takes three times as many, four with gradient
+        checkpointing. By default `num_loops` is the config's, and all positions reach the head (`num_logits`), are
+        attended to (`num_keys`) and are computed by the `last_layer`; means per row where they differ.
         """
         num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
         num_keys, last_layer, num_logits = (
@@ -1071,27 +1002,6 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         )
         flops = self.config.pass_flops(sequence_length, num_keys, last_layer, num_logits, sequence_length * num_loops)
         return round(batch_size * flops)
-
-
-def predictors(
-    length: int,
-    device: torch.device,
-    attention_mask: torch.Tensor | None,
-    document_ids: torch.LongTensor | None = None,
-) -> torch.LongTensor:
-    """
-    With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the real
-    column before, or for the first real one of a row or document the column itself.
-    """
-    columns = torch.arange(length, device=device).unsqueeze(0)
-    before = columns - 1
-    if attention_mask is not None and attention_mask.ndim == 2:
-        last_real = torch.where(attention_mask.to(device) != 0, columns, -1).cummax(-1).values
-        before = torch.cat((torch.full_like(last_real[:, :1], -1), last_real[:, :-1]), dim=1)
-    start = torch.zeros_like(columns)
-    if document_ids is not None:
-        start = (columns * document_starts(document_ids.to(device))).cummax(-1).values
-    return torch.where(before < start, columns, before)
 
 
 __all__ = [
