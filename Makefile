@@ -5,11 +5,19 @@ BIN := .venv/bin
 
 # The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
 # of torch into .venv beforehand; it is kept.
+#
+# Editable installs find the package by an import hook, as its folder has another name. Type checkers and editors run no
+# hooks. setuptools' editable_mode=strict would make them a folder of links to every file, as of the install: a new file
+# would not exist until the next one, and where commands and families are discovered, nothing would tell. So the install
+# is an ordinary one, and .venv/links holds two links to folders, where mypy and pyright look (see pyproject.toml).
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	mkdir -p .venv/links
+	ln -sfn ../.. .venv/links/loopmdm
+	ln -sfn ../../cli .venv/links/loopmdm_cli
 	touch $@
 
 demo: .venv/.installed
@@ -21,6 +29,8 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 # transformers' own tests of a model, fetched from its source distribution
 test-common: .venv/.installed
@@ -39,4 +49,4 @@ test-floor: .venv-floor/.installed
 	.venv-floor/bin/python tests/common_model_tests.py
 
 clean:
-	rm -rf .venv .venv-floor build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache
