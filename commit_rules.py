@@ -12,8 +12,8 @@ import torch
 @dataclass
 class DenoisingStep:
     """
-    One denoising step of a block, and all that a commit rule may look at: the N rows that still denoise, and P of their
-    positions, those that are [MASK], or with remasking all of the block. `generate` fills it in as it goes.
+    One denoising step of a block, and all that a commit rule may look at: the N rows that still denoise, and P of
+    their positions, those that are [MASK], or with remasking all of the block. `generate` fills it in as it goes.
 
     Args:
         index (`int`): Number of the step in its block.

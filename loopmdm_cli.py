@@ -29,14 +29,12 @@ Loops = Annotated[
 evaluation = typer.Typer(help="Measure a model, at any number of loops.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
 Text = Annotated[
-    str,
-    typer.Option(help="Text (.txt), JSON lines (.jsonl), or the name of a data set.", show_default=False),
+    str, typer.Option(help="Text (.txt), JSON lines (.jsonl), or the name of a data set.", show_default=False)
 ]
 Output = Annotated[Path | None, typer.Option(help="Folder for JSON, arrays and pictures; it must not exist.")]
 LoopList = Annotated[str | None, typer.Option(help="Numbers of loops to measure, such as 1,2,4.")]
 Task = Annotated[
-    str,
-    typer.Option(help="Score all of texts, answers given prompts, or what mask tokens stand for (fill)."),
+    str, typer.Option(help="Score all of texts, answers given prompts, or what mask tokens stand for (fill).")
 ]
 TextColumn = Annotated[str, typer.Option(help="Where texts are in JSON and data sets.")]
 Documents = Annotated[str, typer.Option(help="What separates the texts of a .txt: file (none), blank_line or line.")]
