@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# setuptools shows a warning at every editable install of a package whose folder has another name.
+QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
 .PHONY: demo test lint test-common test-floor clean
 
@@ -14,7 +16,7 @@ BIN := .venv/bin
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	mkdir -p .venv/links
 	ln -sfn ../.. .venv/links/loopmdm
 	ln -sfn ../../cli .venv/links/loopmdm_cli
@@ -41,7 +43,7 @@ test-common: .venv/.installed
 	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
 	grep -vE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt > .venv-floor/constraints.txt
 	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt torch
-	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt -e ".[dev]" "transformers==5.17.0"
+	$(QUIET) .venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt -e ".[dev]" "transformers==5.17.0"
 	touch $@
 
 test-floor: .venv-floor/.installed

@@ -40,26 +40,32 @@ def public_functions(thing: object, name: str):
     """A function, or a class's constructor and its public methods that are not overrides, with their names."""
     if inspect.isfunction(thing):
         yield name, thing
-    if inspect.isclass(thing):
-        for member, value in vars(thing).items():
-            function = getattr(value, "__func__", value)  # of class and static methods
-            if inspect.isfunction(function) and function.__module__ == thing.__module__:
-                if member == "__init__" or not (member.startswith("_") or is_inherited(thing, member)):
-                    yield f"{name}.{member}", function
+    for member, value in vars(thing).items() if inspect.isclass(thing) else ():
+        function = getattr(value, "__func__", value)  # of class and static methods
+        is_public = member == "__init__" or not (member.startswith("_") or is_inherited(thing, member))
+        if is_public and inspect.isfunction(function) and function.__module__ == thing.__module__:
+            yield f"{name}.{member}", function
+
+
+def untyped(function, name: str):
+    """What of a signature has no type."""
+    signature = inspect.signature(function)
+    for parameter in signature.parameters.values():
+        is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.annotation is parameter.empty and parameter.name not in ("self", "cls") and not is_variadic:
+            yield f"{name}({parameter.name})"
+    if signature.return_annotation is signature.empty and not name.endswith("__init__"):
+        yield f"{name} -> ?"
 
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_public_signatures_are_typed(module):
     """What is exported says what it takes and returns; mypy (`make lint`) checks that it does."""
     package = importlib.import_module(module)
-    missing = []
-    for export in package.__all__:
-        for name, function in public_functions(getattr(package, export), export):
-            for parameter in list(inspect.signature(function).parameters.values()):
-                is_variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-                if parameter.name not in ("self", "cls") and not is_variadic:
-                    if parameter.annotation is parameter.empty:
-                        missing.append(f"{name}({parameter.name})")
-            if inspect.signature(function).return_annotation is inspect.Signature.empty and "__init__" not in name:
-                missing.append(f"{name} -> ?")
+    missing = [
+        gap
+        for export in package.__all__
+        for name, function in public_functions(getattr(package, export), export)
+        for gap in untyped(function, name)
+    ]
     assert not missing, ", ".join(missing)
