@@ -501,7 +501,9 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             context.masked = input_ids == self.config.mask_token_id
             context.masked = context.masked if context.real is None else context.masked & context.real
             if self.config.shift_logits:
-                context.masked = context.masked | nn.functional.pad(context.masked[:, 1:], (0, 1))
+                masked, real = context.masked, torch.ones_like(input_ids) if context.real is None else context.real
+                sources = torch.where(masked, predictors(real, document_ids), masked.shape[1])
+                context.masked = nn.functional.pad(masked, (0, 1)).scatter(1, sources, True)[:, :-1]
         if past_key_values is not None:
             context.cache = past_key_values.open(position_ids, context.real)
         context.attention_mask = self._make_mask(
@@ -605,7 +607,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         returned, and the last layer computes them alone.
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
-        if positions is None or start == stop or not context.can_narrow:
+        # Attention of no query fails.
+        if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
             return self.norm(states if positions is None else take_positions(states, positions))
         states = self._run(start, stop - 1, states, context)
@@ -864,7 +867,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """See the class. Raises a ValueError for what it cannot do."""
         if loss_weights is not None and labels is None:
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
-        if self.config.shift_logits and position_ids is None and past_key_values is not None:
+        if self.config.shift_logits and position_ids is None and isinstance(past_key_values, LoopMDMCache):
             if past_key_values.length > 0:
                 raise ValueError(
                     "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
