@@ -11,13 +11,17 @@ conversion read and write the same disk; each runs --repeats times, in turn, and
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
+from common import llada_config, llada_shapes, make_parser, write_result
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 CHILD = """
 import json, sys, time
@@ -39,19 +43,8 @@ print(json.dumps({"seconds": time.perf_counter() - start, "base": base, "peak": 
 
 def build(folder: Path, args: argparse.Namespace) -> None:
     """A checkpoint with the names, shapes and shards of LLaDA 8B. The numbers are a tile of noise, repeated."""
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
-    width, mlp, vocab = 4096, 12288, 126464
-    shapes = {"model.transformer.wte.weight": (vocab, width), "model.transformer.ln_f.weight": (width,)}
-    shapes["model.transformer.ff_out.weight"] = (vocab, width)
-    for layer in range(args.layers):
-        name = f"model.transformer.blocks.{layer}."
-        shapes |= {f"{name}{norm}.weight": (width,) for norm in ("attn_norm", "ff_norm")}
-        shapes |= {f"{name}{proj}.weight": (width, width) for proj in ("q_proj", "k_proj", "v_proj", "attn_out")}
-        shapes |= {f"{name}{proj}.weight": (mlp, width) for proj in ("ff_proj", "up_proj")}
-        shapes[f"{name}ff_out.weight"] = (width, mlp)
+    sizes = {"width": 4096, "mlp_width": 12288, "vocab_size": 126464, "layers": args.layers}
+    shapes = llada_shapes(**sizes)
     generator = torch.Generator().manual_seed(0)
     tile = (0.02 * torch.randn(2**20 + 7, generator=generator)).bfloat16()
     meta = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
@@ -65,37 +58,17 @@ def build(folder: Path, args: argparse.Namespace) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
     index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "activation_type": "silu",
-        "block_type": "llama",
-        "d_model": width,
-        "eos_token_id": 126081,
-        "layer_norm_type": "rms",
-        "mask_token_id": 126336,
-        "max_sequence_length": 4096,
-        "mlp_hidden_size": mlp,
-        "n_heads": 32,
-        "n_kv_heads": 32,
-        "n_layers": args.layers,
-        "pad_token_id": 126081,
-        "rms_norm_eps": 1e-5,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": 500000.0,
-        "weight_tying": False,
-    }
+    tokens = {"mask_token_id": 126336, "pad_token_id": 126081, "eos_token_id": 126081}
+    config = llada_config(**sizes, heads=32, rope_theta=500000.0, **tokens)
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder; removed at the end")
     parser.add_argument("--layers", type=int, default=32, help="layers of the checkpoint (default: 32, as LLaDA 8B)")
     parser.add_argument("--max-shard-size", default="2GB")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
 
     source, result = args.folder / "source", args.folder / "result"
@@ -124,11 +97,9 @@ def main() -> None:
         "copy_seconds": copies,
         "convert_seconds": [run["seconds"] for run in runs],
         "time_over_copy": statistics.median(run["seconds"] for run in runs) / statistics.median(copies),
-        "machine": platform.processor() or platform.machine(),
     }
     print(json.dumps(record, indent=2))
-    if args.output:
-        args.output.write_text(json.dumps(record, indent=2) + "\n")
+    write_result(args, **record)
 
 
 if __name__ == "__main__":

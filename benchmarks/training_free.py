@@ -8,13 +8,12 @@ window of layers, plain ("replace") and damped loops, at several numbers of loop
     python benchmarks/training_free.py --model plain --output training_free.json --plot training_free.png
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import torch
-import transformers
+from common import begin, make_parser, write_result
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
@@ -89,16 +88,16 @@ def plot(rows: list[dict], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of a Sudoku model trained with --max-train-loops 1")
     parser.add_argument("--puzzles", type=int, default=100, help="number of puzzles (default: 100)")
     parser.add_argument("--samples", type=int, default=16, help="masks per puzzle (default: 16)")
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 2], help="layers of a window (default: 1 2)")
     parser.add_argument("--loops", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--seed", type=int, default=1, help="seed of puzzles and masks (default: 1)")
-    parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--plot", help="picture to write")
+    parser.set_defaults(seed=1)
     args = parser.parse_args()
+    begin(args)
 
     model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
     if model.config.max_train_loops != 1:
@@ -110,11 +109,7 @@ def main() -> None:
     rows = measure(model, input_ids, maskable, args)
     print(f"without loops: {rows[0]['nelbo']:.4f} +- {rows[0]['standard_error']:.4f} nats per blank")
     if args.output:
-        recipe = json.loads((Path(args.model) / "training.json").read_text())
-        settings = {name: value for name, value in vars(args).items() if name not in ("model", "output", "plot")}
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        record = {"settings": settings, "training": recipe, "versions": versions, "rows": rows}
-        Path(args.output).write_text(json.dumps(record, indent=2) + "\n")
+        write_result(args, training=json.loads((Path(args.model) / "training.json").read_text()), rows=rows)
     if args.plot:
         plot(rows, args.plot)
 

@@ -8,19 +8,13 @@ python benchmarks/training_step.py --output training_step.json
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import transformers
+from common import begin, make_parser, peak_bytes, synchronize, timed, write_result
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
@@ -30,7 +24,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--mlp-width", type=int, help="default: 8/3 of the width, rounded up to a multiple of 64")
     parser.add_argument("--heads", type=int, default=6)
@@ -42,42 +36,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens per row")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=12, help="steps of each model; the median counts")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--peak-size", type=int, help="side of the matrices that give the machine's peak")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
     args = parser.parse_args()
     if args.mlp_width is None:
         args.mlp_width = -(-args.width * 8 // 3 // 64) * 64
     if args.peak_size is None:
         args.peak_size = 8192 if args.device.startswith("cuda") else 2048
     return args
-
-
-def machine_info(device: str) -> dict:
-    """What the times depend on besides this code."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # Linux names the model nowhere else
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    loadavg = Path("/proc/loadavg")
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "load_before": loadavg.read_text().split()[0] if loadavg.exists() else None,
-        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def synchronize(device: str):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 # --- models ---
@@ -149,13 +116,7 @@ def unrolled_loss(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> to
 def peak_flops(size: int, device: str, dtype: torch.dtype, repeats: int = 8) -> float:
     """Floating point operations per second of a large matrix product, the best of some."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
+    seconds = [timed(lambda: left @ right, device)[0] for _ in range(repeats)]
     return 2 * size**3 / min(seconds)
 
 
@@ -209,51 +170,9 @@ class Step:
         self._prepare()
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.loss().backward()
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            with LiveTensors() as live:
-                self.loss().backward()
-            peak = live.peak
+        peak = peak_bytes(lambda: self.loss().backward(), self.device)
         self.optimizer.zero_grad()
         return peak
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors made since it was entered that are still alive, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = self.peak = 0
-        self._seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # Results in place of an argument, and views, have storages that were there before.
-        before = {
-            tensor.untyped_storage()._cdata
-            for tensor in tree_leaves((args, kwargs or {}))
-            if isinstance(tensor, torch.Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata in before or storage in self._seen:
-                continue
-            self._seen.add(storage)
-            self.bytes += storage.nbytes()
-            weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.bytes)
-        return result
-
-    def _free(self, size: int):
-        self.bytes -= size
 
 
 def summarize(name: str, step: Step, args: argparse.Namespace, flops: int, peak: float) -> dict:
@@ -287,11 +206,7 @@ def print_table(rows: list[dict]):
 
 def main():
     args = parse_args()
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    machine = machine_info(args.device)
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    begin(args)
     looped, unrolled = make_models(args)
     batch = make_batch(args)
     losses = {"LoopMDM": lambda: looped(**batch).loss, "Llama, unrolled": lambda: unrolled_loss(unrolled, batch)}
@@ -338,18 +253,15 @@ def main():
     for name, ratio in ratios.items():
         print(f"{name} over Llama: " + ", ".join(f"{part} {value:.3f}" for part, value in ratio.items()))
     print(f"matrix product of side {args.peak_size}: {max(peaks) / 1e9:.1f} GFLOP/s")
-    if args.output:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        result = {
-            "machine": machine,
-            "settings": {**settings, "executed_layers": looped.config.num_executed_layers(args.loops)},
-            "masked_positions": round(num_logits * args.batch_size),
-            "losses_before": values,
-            "peak_gflop_per_second": max(peaks) / 1e9,
-            "rows": rows,
-            "ratios_to_llama": ratios,
-        }
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(
+        args,
+        executed_layers=looped.config.num_executed_layers(args.loops),
+        masked_positions=round(num_logits * args.batch_size),
+        losses_before=values,
+        peak_gflop_per_second=max(peaks) / 1e9,
+        rows=rows,
+        ratios_to_llama=ratios,
+    )
 
 
 if __name__ == "__main__":

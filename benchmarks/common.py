@@ -1,0 +1,176 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What several benchmarks share: arguments, timing in turns, live memory, a checkpoint in LLaDA's format."""
+
+import argparse
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from loopmdm.evaluation.protocol import protocol, write_json
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file for the result")
+    return parser
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Applies the options of `make_parser`."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+
+def write_result(args: argparse.Namespace, **result: Any) -> None:
+    """Writes `--output`, if it is given: settings, versions and machine, and the result."""
+    if args.output is None:
+        return
+    paths = {name for name, value in vars(args).items() if isinstance(value, Path)}
+    settings = {name: value for name, value in vars(args).items() if name not in paths}
+    record = protocol(settings)
+    del record["timing"]  # the benchmarks say themselves what they time
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    write_json(args.output, {"protocol": {**record, "load": load}, **result})
+
+
+# --- time ---
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def timed(run: Callable[[], Any], device: str = "cpu", clock: str = "wall") -> tuple[float, Any]:
+    """Seconds that `run` takes, and what it returns."""
+    now = CLOCKS[clock]
+    synchronize(device)
+    start = now()
+    result = run()
+    synchronize(device)
+    return now() - start, result
+
+
+def in_turn(
+    runs: dict[str, Callable[[], Any]], repeats: int, device: str = "cpu", clock: str = "wall", what: str | None = None
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """
+    Seconds of every run in each of `repeats` rounds, and what each returned. Within a round the runs take turns, so
+    that a slow spell of the machine falls on all of them. A first round, the warm-up, is not counted; the results are
+    its. With `what` every run is printed.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    results = {name: run() for name, run in runs.items()}
+    for number in range(repeats):
+        for name, run in runs.items():
+            taken, _ = timed(run, device, clock)
+            seconds[name].append(taken)
+            if what is not None:
+                print(f"  {what}, round {number + 1}/{repeats}: {name} {taken:.2f} s", flush=True)
+    return seconds, results
+
+
+# --- memory ---
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors made since it was entered that are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._seen = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Results in place of an argument, and views, have storages that were there before.
+        before = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs or {}))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata in before or storage in self._seen:
+                continue
+            self._seen.add(storage)
+            self.bytes += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.bytes -= size
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+def peak_bytes(run: Callable[[], Any], device: str) -> int:
+    """The most memory that tensors made by `run` hold at a time."""
+    if not device.startswith("cuda"):
+        with LiveTensors() as live:
+            run()
+        return live.peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# --- LLaDA's format ---
+
+
+def llada_shapes(width: int, mlp_width: int, vocab_size: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of an untied LLaDA."""
+    root = "model.transformer."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{root}wte.weight": (vocab_size, width),
+        f"{root}ln_f.weight": (width,),
+        f"{root}ff_out.weight": (vocab_size, width),
+    }
+    for layer in range(layers):
+        name = f"{root}blocks.{layer}."
+        shapes |= {f"{name}{norm}.weight": (width,) for norm in ("attn_norm", "ff_norm")}
+        shapes |= {f"{name}{proj}.weight": (width, width) for proj in ("q_proj", "k_proj", "v_proj", "attn_out")}
+        shapes |= {f"{name}{proj}.weight": (mlp_width, width) for proj in ("ff_proj", "up_proj")}
+        shapes[f"{name}ff_out.weight"] = (width, mlp_width)
+    return shapes
+
+
+def llada_config(width: int, mlp_width: int, vocab_size: int, layers: int, heads: int, **others: Any) -> dict:
+    """Its config.json; the mask token is the last one unless `others` say so."""
+    return {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "activation_type": "silu",
+        "block_type": "llama",
+        "d_model": width,
+        "embedding_size": vocab_size,
+        "layer_norm_type": "rms",
+        "mask_token_id": vocab_size - 1,
+        "max_sequence_length": 4096,
+        "mlp_hidden_size": mlp_width,
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "n_layers": layers,
+        "rms_norm_eps": 1e-5,
+        "rope": True,
+        "rope_full_precision": True,
+        "rope_theta": 10000.0,
+        "vocab_size": vocab_size,
+        "weight_tying": False,
+        **others,
+    }
