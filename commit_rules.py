@@ -77,8 +77,8 @@ class DenoisingStep:
     @cached_property
     def quota(self) -> torch.Tensor:
         """
-        Commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step (the first steps take
-        one more where it does not divide), at least one, and all that is left in the last step. With remasking the
+        Commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step (one more in the
+        first steps where it does not divide), at least one, and all that is left in the last step. With remasking the
         shares are spread over all steps, and what this step sends back is made up for.
         """
         left, steps = self.masked.sum(-1), self.num_steps
@@ -157,9 +157,9 @@ class LeftToRightRule(CommitRule):
 
 class AncestralRule(CommitRule):
     """
-    The exact reverse process over `num_steps` equal steps of time, with alpha = share of tokens open = steps done /
-    steps: a [MASK] opens with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, sigma being ReMDM's
-    remasking rate; without remasking this is 1 / (steps left), the (t - s) / t of the plain process.
+    The exact reverse process over `num_steps` equal steps of time, with alpha = steps done / steps: a [MASK] opens
+    with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, sigma being ReMDM's remasking rate. Without
+    remasking this is 1 / (steps left).
     """
 
     draws_tokens = is_random = may_skip = True
@@ -172,7 +172,7 @@ class AncestralRule(CommitRule):
 
 
 class ThresholdRule(CommitRule):
-    """Commits all positions of at least a given confidence, and the quota of another rule (Fast-dLLM)."""
+    """Commits all positions of at least a given confidence, and what another rule does (Fast-dLLM)."""
 
     def __init__(self, threshold: float, rule: CommitRule):
         self.threshold, self.rule = threshold, rule
@@ -183,10 +183,7 @@ class ThresholdRule(CommitRule):
 
 
 class EntropyBoundRule(CommitRule):
-    """
-    Commits positions of lowest entropy while the sum of the others' entropies stays bounded (arXiv 2505.24857), and
-    the quota of another rule.
-    """
+    """Commits positions of lowest entropy while the others' sum stays bounded, and what another rule does."""
 
     def __init__(self, bound: float, rule: CommitRule):
         self.bound, self.rule = bound, rule
@@ -216,8 +213,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """
     Uniform numbers for `rows` of a block with `sizes[row]` positions in each row, `(len(rows), max(sizes))`. With one
-    generator (or none) all rows draw at every step, those that have nothing to do too; with one generator per row a
-    row draws for its own positions only, so that its numbers do not depend on the rest of the batch.
+    generator (or none) every row draws at every step; with one per row, a row draws for its own positions alone, so
+    that its numbers do not depend on the rest of the batch.
     """
     if not isinstance(generator, list):
         source = device if generator is None else generator.device
@@ -239,12 +236,4 @@ def draw_tokens(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
-__all__ = [
-    "COMMIT_RULES",
-    "CommitRule",
-    "DenoisingStep",
-    "EntropyBoundRule",
-    "ThresholdRule",
-    "draw_noise",
-    "draw_tokens",
-]
+__all__ = ["COMMIT_RULES", "CommitRule", "DenoisingStep"]

@@ -6,7 +6,7 @@ without the causal mask; [`LoopMDMModel`] is where the loop is; [`LoopMDMForMask
 loss and `generate` (in generation_utils.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,8 +35,7 @@ class LoopMDMModelOutput(BaseModelOutput):
     Output of [`LoopMDMModel`]: `last_hidden_state`, behind the final norm, and
 
     Args:
-        loops (`torch.LongTensor` of shape `(batch_size,)`):
-            Applications of mid that changed each row; below `num_loops` only with an exit rule.
+        loops (`torch.LongTensor` of shape `(batch_size,)`): Applications of mid that changed each row.
         token_loops (the same, with an exit rule): Applications of mid to single positions, over the row's real ones.
         past_key_values ([`LoopMDMCache`], with `use_cache=True` or where one was given): Every executed layer's.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, on request as in transformers):
@@ -147,15 +146,7 @@ def take_positions(values: torch.Tensor, positions: torch.LongTensor) -> torch.T
     return values.expand(positions.shape[0], -1, -1).gather(1, index)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
     """Reference attention, the only one that returns its probabilities. `attention_mask` is added to the scores."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -195,10 +186,7 @@ class LoopMDMAttention(nn.Module):
         queries: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        `queries`, `(batch_size, num_queries)`, are the positions whose output is wanted, by default all;
-        `attention_mask` is theirs.
-        """
+        """`queries`, `(batch_size, num_queries)`, are the positions whose output is wanted; the mask is theirs."""
         asking = hidden_states if queries is None else take_positions(hidden_states, queries)
         head_dim = self.config.head_dim
         query_shape = (*asking.shape[:-1], self.config.num_attention_heads, head_dim)
@@ -215,13 +203,11 @@ class LoopMDMAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        states, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
         )
-        output, probabilities = attention(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*asking.shape[:-1], query_shape[-2] * head_dim)), probabilities
+        return self.o_proj(states.reshape(*asking.shape[:-1], query_shape[-2] * head_dim)), weights
 
 
 class LoopMDMMLP(nn.Module):
@@ -286,18 +272,6 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers. FSDP puts a class of its own in place of a model's, which is not the one to save."""
-        cls = type(self)
-        names = cls.__module__, cls.__name__
-        own = next(base for base in cls.__mro__ if base.__module__ == __name__)
-        if cls.__module__.startswith("torch."):
-            cls.__module__, cls.__name__ = own.__module__, own.__name__
-        try:
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            cls.__module__, cls.__name__ = names
-
 
 @dataclass
 class LoopContext:
@@ -328,13 +302,8 @@ class LoopContext:
         """Whether rows and queries can be picked from the mask, as from those of sdpa and eager attention."""
         return self.attention_mask is None or getattr(self.attention_mask, "ndim", 0) == 4
 
-    def narrow(
-        self, rows: torch.LongTensor, positions: torch.LongTensor | None = None, real: torch.BoolTensor | None = None
-    ) -> "LoopContext":
-        """
-        The context of a part of the pass: some of its rows, `(M,)`, and of their positions, `(M, P)`, which are filler
-        where `real`, `(M, P)`, is False.
-        """
+    def narrow(self, rows, positions=None, real=None) -> "LoopContext":
+        """For some rows, `(M,)`, and some positions of each, `(M, P)`, which are filler where `real` is False."""
 
         def pick(values: torch.Tensor | None) -> torch.Tensor | None:
             return values if values is None or values.shape[0] == 1 else values[rows]
@@ -369,8 +338,8 @@ def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
 
 def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
-    Positions `(1 or batch_size, length)` of the `real` tokens (of the same shape, nonzero), counted from 0 within each
-    packed document. Padding takes no position, so that it changes nothing wherever it stands.
+    Positions of the `real` tokens (nonzero), both `(1 or batch_size, length)`, counted from 0 within each packed
+    document. Padding takes no position, so that it changes nothing wherever it stands.
     """
     count = (real != 0).long().cumsum(-1)
     if document_ids is not None:
@@ -455,9 +424,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         policy = self.resolve_policy(loop_tolerance, visible_loops, loop_policy, inputs_embeds is None)
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         cache = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
-        states, context = self.prelude(
-            input_ids, attention_mask, position_ids, inputs_embeds, document_ids, cache, **kwargs
-        )
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
+        states, context = self.prelude(*inputs, cache, **kwargs)
         loops = torch.zeros(batch_size, dtype=torch.long, device=states.device)
         token_loops = None if policy is None else torch.zeros_like(loops)
         for looped, moving in self.iterate(states, context, num_loops, policy):
@@ -480,10 +448,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         past_key_values: LoopMDMCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, LoopContext]:
-        """
-        Embeddings and head. Returns the states, `(batch_size, sequence_length, hidden_size)`, and the context that
-        [`~LoopMDMModel.iterate`] and [`~LoopMDMModel.readout`] take.
-        """
+        """Embeddings and head. Returns states, `(batch_size, sequence_length, hidden_size)`, and their context."""
         context = LoopContext(arguments=kwargs)
         if inputs_embeds is None:
             check_input_ids(self.config, input_ids)
@@ -590,20 +555,14 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 context.cache.carry(rest, states)
 
     def loop(self, states: torch.Tensor, context: LoopContext, index: int = 0, step_size: float = 1.0) -> torch.Tensor:
-        """
-        Applies mid once: `h <- h + step_size * (mid(h) - h)`, which is `mid(h)` itself at `step_size=1`. `index`, the
-        loop's number from 0, matters where there is a cache.
-        """
+        """`h <- h + step_size * (mid(h) - h)`, at 1 `mid(h)` itself; `index`, from 0, is the loop that a cache sees."""
         updated = self._run(self.config.loop_start, self.config.loop_end, states, context, index)
         return updated if step_size == 1.0 else torch.lerp(states, updated, step_size)
 
     def readout(
         self, states: torch.Tensor, context: LoopContext, positions: torch.LongTensor | None = None
     ) -> torch.Tensor:
-        """
-        Applies tail and the final norm. With `positions`, `(batch_size, num_positions)`, only their states are
-        returned, and the last layer computes them alone.
-        """
+        """Tail and final norm, of all positions or of those given, `(batch_size, num_positions)`, alone."""
         start, stop = self.config.loop_end, self.config.num_hidden_layers
         if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
@@ -706,13 +665,8 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
             f"{config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
             'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
         )
-    return create_bidirectional_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        encoder_hidden_states=keys,
-        and_mask_function=is_visible if is_restricted else None,
-    )
+    restriction = is_visible if is_restricted else None
+    return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
 
 
 def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
@@ -769,37 +723,33 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     """
     LoopMDM with its output head: `forward` gives logits and the diffusion loss, `generate` denoises [MASK]s.
 
-    Arguments of `forward`, all optional but one of the first two:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Tokens, those to predict replaced by `config.mask_token_id`.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Their embeddings.
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+    Arguments of `forward`, all optional but one of the first two; B is the batch size and L the sequence length:
+        input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, those to predict replaced by `config.mask_token_id`.
+        inputs_embeds (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Their embeddings.
+        attention_mask (`torch.Tensor` of shape `(B, L)`):
             0 on padding, which may stand anywhere, anything else on real tokens. A 4-D mask is passed on as it is, in
             place of `config.attention_block_size` too.
-        position_ids (`torch.LongTensor` of shape `(1 or batch_size, sequence_length)`):
+        position_ids (`torch.LongTensor` of shape `(1 or B, L)`):
             By default real tokens are counted from 0 and padding takes no position.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Clean tokens; -100 where nothing is to be learned. With them `loss` is
-            `sum(loss_weights * cross_entropy) / number of labels`.
-        loss_weights (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, defaults to ones):
+        labels (`torch.LongTensor` of shape `(B, L)`): Clean tokens; -100 where nothing is to be learned. With them
+            `loss` is `sum(loss_weights * cross_entropy) / number of labels`.
+        loss_weights (`torch.FloatTensor` of shape `(B, L)`, defaults to ones):
             Weight of every label, e.g. 0 on visible and L/k on masked tokens, which makes the loss the NELBO in nats
             per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
-        document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+        document_ids (`torch.LongTensor` of shape `(B, L)`):
             Several documents packed into a row: tokens of different ids do not see each other, and positions are
             counted within each document, whose tokens stand together.
         past_key_values ([`LoopMDMCache`]):
             Keys and values of earlier positions, which the pass attends to; `input_ids` and `attention_mask` are those
             of its own positions alone, by default those that follow. Exact with block-causal attention.
         use_cache (`bool`): Keep the keys and values of this pass in `past_key_values`, which the output then holds.
-        num_loops (`int`):
-            Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
+        num_loops (`int`): Applications of mid; by default `config.num_loops`, or in training what was drawn.
         loop_tolerance (`float`): Adaptive loops of rows, see [`RowTolerance`].
         visible_loops (`int`): Fewer loops of tokens that are not [MASK], see [`VisibleLoops`].
         loop_policy ([`LoopPolicy`]): Another exit rule.
         logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
-            Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`, or
-            of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last layer
-            computes no others either.
+            Positions to compute logits of: the last so many (0: all), those given, `(num_positions,)`, or those chosen
+            for every row, `(B, num_positions)`, which alone the last layer then computes.
         num_items_in_batch (`int` or `torch.Tensor`):
             Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels in
             all micro-batches of an optimiser step.
@@ -848,22 +798,11 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             keep = None
         sources = self._sources(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, document_ids)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            document_ids=document_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            num_loops=num_loops,
-            loop_tolerance=loop_tolerance,
-            visible_loops=visible_loops,
-            loop_policy=loop_policy,
-            positions_to_keep=keep if sources is None or keep is None else sources.gather(1, keep),
-            **kwargs,
-        )
-        states, loss, logits = outputs.last_hidden_state, None, None
+        kept = keep if sources is None or keep is None else sources.gather(1, keep)
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
+        loops = num_loops, loop_tolerance, visible_loops, loop_policy
+        outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **kwargs))
+        states, loss, logits = outputs.pop("last_hidden_state"), None, None
         if keep is None and sources is not None:
             states = take_positions(states, sources)
         if labels is not None:
@@ -876,33 +815,22 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                     states[:, logits_to_keep] if logits_to_keep.ndim == 1 else take_positions(states, logits_to_keep)
                 )
             logits = self.logits(states)
-        return LoopMDMMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            loops=outputs.loops,
-            token_loops=outputs.token_loops,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return LoopMDMMaskedLMOutput(loss=loss, logits=logits, **outputs)
 
     def align(
         self,
         states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Output states `(batch_size, sequence_length, hidden_size)` such that row i predicts token i. With
-        `config.shift_logits` row i is the state of the real position before i; the first real position of a row, or of
-        a packed document, keeps its own. Otherwise nothing changes.
+        States `(batch_size, sequence_length, hidden_size)` ordered so that row i predicts token i: with
+        `config.shift_logits` that of the real position before i, or of i where a row or packed document begins.
         """
         sources = self._sources(states, attention_mask, document_ids)
         return states if sources is None else take_positions(states, sources)
 
-    def _sources(
-        self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None
-    ) -> torch.LongTensor | None:
+    def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor | None:
         """With `config.shift_logits` the columns whose states predict the tokens, `(batch_size, length)`."""
         if not self.config.shift_logits:
             return None
@@ -971,11 +899,4 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         return round(batch_size * flops)
 
 
-__all__ = [
-    "LoopContext",
-    "LoopMDMForMaskedLM",
-    "LoopMDMMaskedLMOutput",
-    "LoopMDMModel",
-    "LoopMDMModelOutput",
-    "LoopMDMPreTrainedModel",
-]
+__all__ = ["LoopContext", "LoopMDMForMaskedLM", "LoopMDMModel", "LoopMDMPreTrainedModel"]
