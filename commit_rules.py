@@ -206,6 +206,7 @@ COMMIT_RULES: dict[str, type[CommitRule]] = {
     "margin": MarginRule,
     "random": RandomRule,
 }
+PARALLEL_RULES = {"confidence_threshold": ThresholdRule, "entropy_bound": EntropyBoundRule}
 
 
 def draw_noise(

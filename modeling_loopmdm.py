@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_utils import CacheView, LayerMemory, LoopMDMCache
 from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
-from .loop_policies import LoopPolicy, RowTolerance, VisibleLoops
+from .loop_policies import LoopPolicy, iterate_while_moving, resolve_policy
 
 
 @dataclass
@@ -421,7 +421,10 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             num_loops = self.num_train_loops if in_training else self.config.num_loops
         check_num_loops(num_loops)
         check_kwargs(self, kwargs)
-        policy = self.resolve_policy(loop_tolerance, visible_loops, loop_policy, inputs_embeds is None)
+        trains = self.training and torch.is_grad_enabled()
+        policy = resolve_policy(
+            self.config, loop_tolerance, visible_loops, loop_policy, trains=trains, has_ids=inputs_embeds is None
+        )
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         cache = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
@@ -490,7 +493,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         identity: head and embeddings would get none without it.
         """
         if policy is not None:
-            yield from self._iterate_while_moving(states, context, num_loops, policy)
+            yield from iterate_while_moving(self, states, context, num_loops, policy)
             return
         step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
         trains = self.training and torch.is_grad_enabled()
@@ -511,51 +514,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 states = self.loop(states, context, index, step_size)
             yield states, None
 
-    def _iterate_while_moving(
-        self, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
-    ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
-        """[`~LoopMDMModel.iterate`] by a policy: after every loop, what is settled leaves the part that loops on."""
-        if policy.per_position and context.cache is None:
-            # The positions' own keys and values, for this pass alone, numbered by column
-            memory = LoopMDMCache(self.config, 1, *states.shape[:2], share_loops=True)
-            columns = torch.arange(states.shape[1], device=states.device)
-            context = replace(
-                context, cache=CacheView(memory, None, columns, columns.new_tensor([len(columns)]).cpu())
-            )
-        moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        moving = moving if context.real is None else context.real
-        # Of the part: its context, what of it moves, its states, and where they belong (None: everywhere)
-        part, own, before, where = context, moving, states, None
-        for index in range(num_loops):
-            if where is not None and context.cache is not None:
-                context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
-            after = self.loop(before, part, index)
-            still = policy.goes_on(index, before, after, part)
-            still = own & (still if policy.per_position else still[:, None])
-            before = torch.where(own[..., None], after, before)
-            states = before if where is None else states.index_put(where, before)
-            yield states, moving
-            if index + 1 == num_loops or torch.equal(still, own):
-                continue
-            moving = own = still if where is None else torch.zeros_like(moving).index_put(where, still)
-            rows = moving.any(-1).nonzero().squeeze(-1)
-            if len(rows) == 0:
-                break
-            if policy.per_position:
-                # A row with fewer moving positions than others is filled up.
-                own = moving[rows]
-                positions = own.long().argsort(dim=-1, descending=True, stable=True)[:, : int(own.sum(-1).max())]
-                own = own.gather(1, positions)
-                part, where = context.narrow(rows, positions, own), (rows[:, None], positions)
-                before = take_positions(states[rows], positions)
-            elif context.can_narrow:
-                part, own, before, where = context.narrow(rows), moving[rows], states[rows], (rows,)
-        if policy.per_position:
-            for rest in range(index + 1, num_loops):  # for passes that look for them there
-                context.cache.carry(rest, states)
-
     def loop(self, states: torch.Tensor, context: LoopContext, index: int = 0, step_size: float = 1.0) -> torch.Tensor:
-        """`h <- h + step_size * (mid(h) - h)`, at 1 `mid(h)` itself; `index`, from 0, is the loop that a cache sees."""
+        """`h <- h + step_size * (mid(h) - h)`, at 1 `mid(h)` itself; `index`, from 0, is the loop for a cache."""
         updated = self._run(self.config.loop_start, self.config.loop_end, states, context, index)
         return updated if step_size == 1.0 else torch.lerp(states, updated, step_size)
 
@@ -582,29 +542,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 **context.arguments,
             )
         return states
-
-    def resolve_policy(self, loop_tolerance, visible_loops, loop_policy, has_ids: bool = True) -> LoopPolicy | None:
-        """The exit rule that the arguments of a pass describe. Raises a ValueError where the model cannot run it."""
-        given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
-        names = [name for name, value in given.items() if value is not None]
-        if not names:
-            return None
-        policy = loop_policy if loop_tolerance is None else RowTolerance(loop_tolerance)
-        policy = policy if visible_loops is None else VisibleLoops(visible_loops)
-        wrong = None
-        if len(names) > 1:
-            wrong = f"`{names[1]}` is given too; choose one exit rule"
-        elif self.config.loop_update == "damped":
-            wrong = 'it needs `loop_update="replace"`, as damped steps depend on `num_loops`; choose that'
-        elif policy.per_position and self.training and torch.is_grad_enabled():
-            wrong = "positions that stop pass no gradients on; call `model.eval()`"
-        elif policy.per_position and self.config._attn_implementation not in ("sdpa", "eager"):
-            wrong = 'single positions need another attention; call `model.set_attn_implementation("sdpa")`'
-        elif visible_loops is not None and not has_ids:
-            wrong = "it has to know which tokens are [MASK]; give `input_ids`"
-        if wrong is not None:
-            raise ValueError(f"`{names[0]}` cannot be used: {wrong}.")
-        return policy
 
     def _prepare_cache(self, cache, use_cache, batch_size, num_loops, policy, visible_loops) -> LoopMDMCache | None:
         """The cache of a pass, made where `use_cache` asks for one."""
