@@ -275,27 +275,15 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class LoopContext:
-    """
-    What the layers of one forward pass need besides the states of its N rows and Q positions.
+    """What the layers of one forward pass need besides the states of its N rows and Q positions."""
 
-    Args:
-        attention_mask: As the attention implementation takes it; None: everything is seen.
-        position_embeddings (`tuple(torch.Tensor)`, *optional*): Rotary tables, each `(1 or N, Q, head_dim)`.
-        cache ([`CacheView`], *optional*): Where keys and values are kept.
-        real (`torch.BoolTensor` of shape `(N, Q)`, *optional*): False on padding.
-        masked (`torch.BoolTensor` of shape `(N, Q)`, *optional*):
-            The [MASK]s, and with `config.shift_logits` what predicts them; None where embeddings came in place of ids.
-        queries (`torch.LongTensor` of shape `(N, P)`, *optional*): Positions whose output is wanted; None: all.
-        arguments (`dict`): Further ones of the attention implementation.
-    """
-
-    attention_mask: Any = None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    attention_mask: Any = None  # as the attention implementation takes it; None: everything is seen
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # each (1 or N, Q, head_dim)
     cache: CacheView | None = None
-    real: torch.BoolTensor | None = None
-    masked: torch.BoolTensor | None = None
-    queries: torch.LongTensor | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    real: torch.BoolTensor | None = None  # (N, Q), False on padding
+    masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and what predicts them; None where embeddings came
+    queries: torch.LongTensor | None = None  # (N, P), positions whose output is wanted; None: all
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of the attention implementation
 
     @property
     def can_narrow(self) -> bool:
@@ -317,10 +305,6 @@ class LoopContext:
         cache = None if self.cache is None else self.cache.narrow(rows, positions, real)
         real = pick(self.real) if real is None else real
         return LoopContext(mask, tables, cache, real, masked, arguments=self.arguments)
-
-    def ask(self, positions: torch.LongTensor) -> "LoopContext":
-        """For a layer that sees all positions, and whose output is wanted of some, `(N, P)`."""
-        return replace(self, queries=positions, attention_mask=narrow_mask(self.attention_mask, positions))
 
 
 def narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
@@ -385,9 +369,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
-        # What training sets, kept off the config, where it would be saved with the model: the loops of a training pass
-        # that names none, anew for every optimiser step; how many of the last loops pass gradients back in full (None:
-        # all); and whether each loop's activations are computed again in the backward pass.
+        # What training sets (a config would be saved with the model): loops of a training pass that names none, how
+        # many of the last loops pass gradients back in full (None: all), and whether activations are computed again.
         self.num_train_loops: int | None = None
         self.gradient_loops: int | None = None
         self.checkpoint_loops = False
@@ -422,9 +405,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         check_num_loops(num_loops)
         check_kwargs(self, kwargs)
         trains = self.training and torch.is_grad_enabled()
-        policy = resolve_policy(
-            self.config, loop_tolerance, visible_loops, loop_policy, trains=trains, has_ids=inputs_embeds is None
-        )
+        rules = loop_tolerance, visible_loops, loop_policy
+        policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         cache = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
@@ -487,10 +469,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         Applies mid `num_loops` times and yields after every loop the states, `(batch_size, sequence_length,
         hidden_size)`, and the positions that it changed, `(batch_size, sequence_length)` (None: all). With a `policy`
-        it ends when nothing goes on.
-
-        In training, loops before the last `gradient_loops` pass the gradient on unchanged, as if they were the
-        identity: head and embeddings would get none without it.
+        it ends when nothing goes on. In training, loops before the last `gradient_loops` pass the gradient on
+        unchanged, as if they were the identity: head and embeddings would get none without it.
         """
         if policy is not None:
             yield from iterate_while_moving(self, states, context, num_loops, policy)
@@ -528,7 +508,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             states = self._run(start, stop, states, context)
             return self.norm(states if positions is None else take_positions(states, positions))
         states = self._run(start, stop - 1, states, context)
-        return self.norm(self._run(stop - 1, stop, states, context.ask(positions)))
+        asked = replace(context, queries=positions, attention_mask=narrow_mask(context.attention_mask, positions))
+        return self.norm(self._run(stop - 1, stop, states, asked))
 
     def _run(self, start: int, stop: int, states: torch.Tensor, context: LoopContext, loop: int = 0) -> torch.Tensor:
         """Applies the physical layers `start` to `stop` in turn; `loop` is the number of the loop that they run in."""
@@ -558,9 +539,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         elif cache is not None and not isinstance(cache, LoopMDMCache):
             wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
         elif use_cache and policy is not None and not policy.per_position:
-            wrong = (
-                "`use_cache=True` stores every loop, and rows that stop looping leave some out; use one of the two."
-            )
+            wrong = "`use_cache=True` stores every loop, and rows that stop leave some out; use one of the two."
         elif use_cache and cache is not None and cache.reach is not None:
             wrong = "`use_cache=True` is for all rows of a cache; a selection of rows stores nothing."
         if wrong is not None:
@@ -611,10 +590,8 @@ def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel() > 0:
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"`input_ids` holds {low if low < 0 else high}, outside the vocabulary of {config.vocab_size} tokens; "
-                "is it the right tokenizer?"
-            )
+            bad = low if low < 0 else high
+            raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
 
 
 def check_shapes(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
@@ -622,19 +599,15 @@ def check_shapes(config, inputs_embeds, attention_mask, position_ids, document_i
     for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         takes_4d = name == "attention_mask" and cache is None
         if tensor is not None and tuple(tensor.shape) != shape and not (takes_4d and tensor.ndim == 4):
-            raise ValueError(
-                f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}, its own positions without those "
-                "of a cache."
-            )
+            needed = f"{shape}, its own positions without those of a cache"
+            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
     if cache is not None and document_ids is not None:
         raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
     # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
     last = shape[1] + (0 if cache is None or position_ids is not None else cache.length)
     if config.position_embedding_type == "learned" and last > config.max_position_embeddings:
-        raise ValueError(
-            f"The input has {last} positions, more than `max_position_embeddings` ({config.max_position_embeddings}), "
-            "and positions are learned; shorten it."
-        )
+        limit = config.max_position_embeddings
+        raise ValueError(f"The input has {last} positions, more than `max_position_embeddings` ({limit}); shorten it.")
 
 
 def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -645,15 +618,10 @@ def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{type(model).__name__} takes no argument `{'`, `'.join(unknown)}`.")
     attention = model.config._attn_implementation
     if kwargs.get("output_attentions") and attention != "eager":
-        raise ValueError(
-            f"`output_attentions` needs eager attention, and the model runs {attention!r}; call "
-            '`model.set_attn_implementation("eager")`.'
-        )
+        fix = 'call `model.set_attn_implementation("eager")`'
+        raise ValueError(f"`output_attentions` needs eager attention, and the model runs {attention!r}; {fix}.")
     if kwargs.get("output_hidden_states") not in (None, True, False):
-        raise ValueError(
-            f"`output_hidden_states` is {kwargs['output_hidden_states']!r}; it must be True or False. Pick from the "
-            "output, which holds every executed layer."
-        )
+        raise ValueError(f"`output_hidden_states` is {kwargs['output_hidden_states']!r}; it must be True or False.")
 
 
 class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
@@ -778,8 +746,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """
-        The output head: scores `(..., vocab_size)` of `states`, `(..., hidden_size)`. The mask token's score is -inf,
-        so that no sampler produces it and no likelihood counts it (MDLM's zero masking probabilities).
+        The output head: scores `(..., vocab_size)` of `states`, `(..., hidden_size)`. The mask token's is -inf, so
+        that no sampler produces it and no likelihood counts it (MDLM's zero masking probabilities).
         """
         logits = self.lm_head(states)
         logits[..., self.config.mask_token_id] = float("-inf")
