@@ -1,9 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Text generation by masked diffusion: [MASK] tokens are predicted all at once and committed over denoising steps.
 
-The file reads top to bottom: the generation config, the output, the canvas and its blocks, the denoiser (the one place
-that calls the model), the watchers of cost, trace and stream, and [`LoopMDMGenerationMixin`] with `generate`. What a
-step commits is in commit_rules.py, what it computes and what it reads from a cache in cache_utils.py.
+The file reads top to bottom: the generation config, the output, the denoiser (the one place that calls the model), the
+watchers of cost, trace and stream, and [`LoopMDMGenerationMixin`] with `generate`. The canvas and what a step commits
+are in commit_rules.py, what it computes and what it reads from a cache in cache_utils.py.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import difflib
 import inspect
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache_utils import CACHE_PLANS, BlockCausalCache, CachePlan, ForwardPass, LoopMDMCache
-from .commit_rules import COMMIT_RULES, PARALLEL_RULES, CommitRule, DenoisingStep, draw_noise, draw_tokens
+from .commit_rules import COMMIT_RULES, PARALLEL_RULES, Block, Canvas, CommitRule, DenoisingStep, draw_tokens
 from .configuration_loopmdm import check_num_loops
 from .loop_policies import LoopPolicy, resolve_policy
 
@@ -309,145 +308,6 @@ class LoopMDMGenerationOutput(ModelOutput):
     trace: list[LoopMDMTraceStep] | None = None
 
 
-class Canvas:
-    """
-    The sequences being denoised, on the device. All tensors are `(num_rows, length)` unless said otherwise.
-
-    Args:
-        sequences: Tokens, new positions as [MASK].
-        real: False on padding.
-        config, model_config: The call's generation config, and the model's.
-        generator: Source of all random numbers.
-    """
-
-    def __init__(self, sequences: torch.Tensor, real: torch.Tensor, config, model_config, generator=None):
-        self.sequences, self.real, self.config, self.generator = sequences, real, config, generator
-        self.mask_token_id = model_config.mask_token_id
-        self.to_denoise = real & (sequences == self.mask_token_id)
-        self.given = real & ~self.to_denoise
-        self.columns = torch.arange(sequences.shape[1], device=sequences.device)
-        self.last_given = torch.where(self.given, self.columns, -1).amax(-1, keepdim=True)
-        # Blocks are counted over a row's real positions, so that padding does not shift them. The first one that holds
-        # a [MASK] is block 0.
-        self.position = real.long().cumsum(-1) - 1  # of every column
-        self.column = real.long().argsort(dim=-1, descending=True, stable=True)  # of every position
-        num_rows, length = sequences.shape
-        self.block_length = config.block_length or model_config.attention_block_size or length
-        first = self.position.masked_fill(~self.to_denoise, length).amin(-1, keepdim=True)
-        if model_config.attention_block_size is not None:
-            first = first // self.block_length * self.block_length
-        self.block_of = ((self.position - first) // self.block_length).masked_fill(~self.to_denoise, -1)
-        # What passes are planned with, (num_rows,) on the host: where block 0 begins, and how many positions there are
-        self.starts, self.lengths = torch.stack((first.squeeze(-1), real.sum(-1))).cpu()
-        self.ends = torch.full((num_rows,), length, device=sequences.device)  # the column where each row ends
-        self.failed = torch.zeros((), dtype=torch.long, device=sequences.device)
-
-    @property
-    def finished(self) -> torch.Tensor:
-        """Rows that have reached their end, `(num_rows,)`."""
-        return self.ends < self.sequences.shape[1]
-
-    def blocks(self) -> Iterator["Block"]:
-        for index in range(int(self.block_of.max()) + 1):
-            block = Block(self, index)
-            if block.num_steps > 0:
-                yield block
-            if bool(self.finished.all()):
-                return
-
-    def commit(self, step: DenoisingStep, commit: torch.Tensor) -> None:
-        """Writes the tokens that are committed, and [MASK] where the step sends one back."""
-        where = (step.rows[:, None], step.columns)
-        tokens = self.sequences[where].where(~commit, step.tokens)
-        self.sequences[where] = tokens.where(~step.remask, self.mask_token_id)
-
-    def end_at(self, eos_token_ids: list[int]) -> None:
-        """Ends rows at a denoised end token with no [MASK] before it and no given token after it."""
-        if eos_token_ids:
-            is_end = torch.isin(self.sequences, self.sequences.new_tensor(eos_token_ids))
-            before = (self.real & (self.sequences == self.mask_token_id)).long().cumsum(-1) == 0
-            self._end(is_end & self.to_denoise & before & (self.columns > self.last_given))
-
-    def stop_at(self, criteria: StoppingCriteriaList, block: "Block") -> None:
-        """
-        Ends rows where transformers' criteria stop them, asked behind every token of a finished block, for each row on
-        its own real tokens. What stops a row whatever its text (a time limit) ends it behind the block.
-        """
-        stops = torch.zeros_like(self.to_denoise)
-        for row in (~self.finished).nonzero().flatten().tolist() if criteria else []:
-            tokens = self.sequences[row][self.real[row]]
-            columns = (self.block_of[row] == block.index).nonzero().flatten().tolist()
-            lengths = (self.position[row, columns] + 1).tolist()
-            hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
-            # No criterion takes an empty text; a [MASK] stands for it.
-            before = tokens[: lengths[0] - 1] if hits and lengths[0] > 1 else tokens.new_tensor([self.mask_token_id])
-            if hits and all(hits) and bool(criteria(before[None], None)):
-                stops[row, columns[-1]] = True
-            elif any(hits):
-                stops[row, columns[hits.index(True)]] = True
-        self._end(stops)
-
-    def _end(self, stops: torch.Tensor) -> None:
-        self.ends = torch.minimum(self.ends, torch.where(stops, self.columns, len(self.columns)).amin(-1))
-
-    def check(self) -> None:
-        """Raises a ValueError where no token could be chosen."""
-        if bool(self.failed):
-            raise ValueError(
-                "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "
-                "processors that forbid everything, or for an overflow (use `dtype=torch.bfloat16` or float32)."
-            )
-
-
-class Block:
-    """The positions of all rows that are denoised together; `index` counts the blocks."""
-
-    def __init__(self, canvas: Canvas, index: int):
-        self.canvas, self.index, config = canvas, index, canvas.config
-        members = (canvas.block_of == index) & ~canvas.finished[:, None]
-        self.size = members.sum(-1)
-        self.sizes: list[int] = self.size.tolist()
-        # Where they stand, (num_rows, max(sizes)), filled up with others where `belongs` is False
-        self.columns = members.long().argsort(dim=-1, descending=True, stable=True)[:, : max(self.sizes)]
-        self.belongs = torch.arange(max(self.sizes), device=self.size.device) < self.size[:, None]
-        # More steps than positions serve only rules that may commit nothing in a step, or close what was open.
-        extra, wanted = config.remask_probability > 0 or config.commit_rule().may_skip, config.max_denoising_steps
-        steps = [n if wanted is None or n == 0 else wanted if extra else min(wanted, n) for n in self.sizes]
-        self.num_steps, self.steps = max(steps), torch.tensor(steps, device=self.size.device)
-
-    def step(self, index: int) -> DenoisingStep | None:
-        """What denoises in a step; None where the block is done. The one time that a step waits for the device."""
-        canvas, remasks = self.canvas, self.canvas.config.remask_probability > 0
-        masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
-        # A row is done with the block when nothing is masked; with remasking, when its steps are over.
-        left = self.size * (index < self.steps) if remasks else masked.sum(-1)
-        *left, failed = torch.cat((left * ~canvas.finished, canvas.failed[None])).tolist()
-        row_list = [row for row, count in enumerate(left) if count > 0]
-        if failed or not row_list:
-            return None
-        rows = torch.tensor(row_list, device=self.columns.device)
-        # Only what is [MASK] can be committed; with remasking a step looks at all of the block.
-        order = (self.belongs if remasks else masked)[rows].long().argsort(dim=-1, descending=True, stable=True)
-        slots = order[:, : max(left)]
-
-        def noise() -> torch.Tensor:
-            return draw_noise(canvas.generator, self.sizes, row_list, rows.device).gather(1, slots)
-
-        masked = masked[rows].gather(1, slots)
-        return DenoisingStep(
-            index=index,
-            row_list=row_list,
-            rows=rows,
-            columns=self.columns[rows].gather(1, slots),
-            masked=masked,
-            counted=self.belongs[rows].gather(1, slots) if remasks else masked,
-            size=self.size[rows],
-            num_steps=self.steps[rows],
-            remask_probability=canvas.config.remask_probability,
-            noise=noise,
-        )
-
-
 class Denoiser:
     """
     Predicts the [MASK]s of a denoising step. The one place where `generate` calls the model.
@@ -700,18 +560,16 @@ class LoopMDMGenerationMixin(GenerationMixin):
             Prompt, padded on either side; [MASK] tokens in it are filled in.
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
             0 on padding. By default everything but `pad_token_id` is a token.
-        generation_config ([`LoopMDMGenerationConfig`], *optional*):
-            Arguments in one object; its documentation lists them. Each may also be given by name.
+        generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, which may be given by name.
         logits_processor (`LogitsProcessorList`, *optional*):
             Called on the row's tokens `(num_positions, length)` and the scores `(num_positions, vocab_size)` of the
             block's positions, before the sampling arguments apply. Confidence does not see the result.
         stopping_criteria (`StoppingCriteriaList`, *optional*):
             Asked after every block, behind each of its tokens; a row that they stop is padded from there on.
         streamer (`BaseStreamer`, *optional*):
-            Gets the prompt, then every finished block, and after each step the block as it stands where the streamer
-            takes drafts (`TextDiffusionStreamer`). One row only.
-        generator (`torch.Generator`, or a `list` with one per row of the output, *optional*):
-            Source of all random numbers.
+            Gets the prompt and every finished block of the one row, and after each step a draft (`put_draft`) of the
+            block where it takes such (`TextDiffusionStreamer`).
+        generator (`torch.Generator`, or a `list` with one per row of the output, *optional*): Source of randomness.
         past_key_values ([`LoopMDMCache`], *optional*):
             Of an earlier call, whose sequences the input continues (block-causal models only). It is filled on.
         tokenizer (*optional*): For `stop_strings`.
@@ -869,17 +727,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
         rows = sequences.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
         return Canvas(*rows, config, self.config, generator)
 
-    def _check_input(self, config: LoopMDMGenerationConfig, input_ids: Any, attention_mask: Any) -> torch.BoolTensor:
+    def _check_input(self, config, input_ids, attention_mask) -> torch.BoolTensor:
         """Which tokens are real, `(batch_size, length)`."""
         for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
             if not isinstance(value, torch.Tensor) and not (value is None and name == "attention_mask"):
                 raise ValueError(f'`{name}` is a {type(value).__name__}; give a tensor (`return_tensors="pt"`).')
-        shape, wrong, padding = tuple(input_ids.shape), None, config.pad_token_id
+        shape, padding = tuple(input_ids.shape), config.pad_token_id
         if len(shape) != 2 or shape[0] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"`input_ids` is {input_ids.dtype} of shape {shape}; it must be int64 or int32 of shape (batch_size, "
-                "length), with at least one row."
-            )
+            needed = "int64 or int32 of shape (batch_size, length), with at least one row"
+            raise ValueError(f"`input_ids` is {input_ids.dtype} of shape {shape}; it must be {needed}.")
         if attention_mask is not None and tuple(attention_mask.shape) != shape:
             raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {shape}.")
         if attention_mask is not None:
@@ -891,11 +747,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
         bad = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)].tolist()
         empty = (~real.any(-1)).nonzero().flatten().tolist() if shape[1] > 0 else []
         if bad:
-            wrong = f"`input_ids` holds {bad[0]}, outside the vocabulary of {self.config.vocab_size} tokens"
-        elif empty:
-            wrong = f"Rows {empty} of the input are all padding; leave them out"
-        if wrong is not None:
-            raise ValueError(f"{wrong}.")
+            raise ValueError(f"`input_ids` holds {bad[0]}, outside the vocabulary of {self.config.vocab_size} tokens.")
+        if empty:
+            raise ValueError(f"Rows {empty} of the input are all padding; leave them out.")
         return real
 
     @staticmethod

@@ -532,10 +532,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             wrong = "A cache passes no gradients on; call `model.eval()`, or train without it."
         elif cache is None and self.config.attention_block_size is None:
-            wrong = (
-                "`use_cache=True` needs block-causal attention: here all keys and values change with every token. "
-                'Pass a `LoopMDMCache` where stale ones will do, as `generate(cache_implementation="dual")` does.'
-            )
+            wrong = "`use_cache=True` needs block-causal attention; pass a `LoopMDMCache` where stale values will do."
         elif cache is not None and not isinstance(cache, LoopMDMCache):
             wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
         elif use_cache and policy is not None and not policy.per_position:
@@ -694,10 +691,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
         continues = isinstance(past_key_values, LoopMDMCache) and position_ids is None and past_key_values.length > 0
         if self.config.shift_logits and continues:
-            raise ValueError(
-                "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
-                "the input one position earlier and give `position_ids`."
-            )
+            fix = "Begin the input one position earlier and give `position_ids`"
+            raise ValueError(f"The position that predicts the first token is not in a cache. {fix}.")
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
@@ -774,9 +769,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 f"{config.vocab_size} tokens; give clean tokens, and -100 where there is nothing to learn."
             )
         logits = self.logits(states[labelled])
-        losses = nn.functional.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         if loss_weights is not None:
             losses = losses * loss_weights[labelled]
         return losses.sum() / (num_labels.to(losses.device) if isinstance(num_labels, torch.Tensor) else num_labels)
@@ -792,16 +786,13 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     ) -> int:
         """
         Floating point operations of the matrix products in one forward pass (a multiply-add is two, as in torch's
-        `FlopCounterMode`), padding included. A training step takes three times as many, four with gradient
+        `FlopCounterMode`), padding included; a training step takes three times as many, four with gradient
         checkpointing. By default `num_loops` is the config's, and all positions reach the head (`num_logits`), are
         attended to (`num_keys`) and are computed by the `last_layer`; means per row where they differ.
         """
         num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
-        num_keys, last_layer, num_logits = (
-            sequence_length if value is None else value for value in (num_keys, last_layer, num_logits)
-        )
-        flops = self.config.pass_flops(sequence_length, num_keys, last_layer, num_logits, sequence_length * num_loops)
-        return round(batch_size * flops)
+        counts = (sequence_length if count is None else count for count in (num_keys, last_layer, num_logits))
+        return round(batch_size * self.config.pass_flops(sequence_length, *counts, sequence_length * num_loops))
 
 
 __all__ = ["LoopContext", "LoopMDMForMaskedLM", "LoopMDMModel", "LoopMDMPreTrainedModel"]
