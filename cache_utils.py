@@ -172,13 +172,8 @@ class LayerMemory:
 
 class CacheView:
     """
-    A cache during one forward pass over N rows and Q positions: where the pass writes and what it reads.
-
-    Args:
-        cache ([`LoopMDMCache`]): What is looked at.
-        rows (`torch.LongTensor` of shape `(N,)`, *optional*): Its rows that the pass is about; None: all.
-        places (`torch.LongTensor` of shape `(Q,)` or `(N, Q)`): Where the pass writes.
-        reach (`torch.LongTensor` of shape `(N,)`, on the host): Positions of each row that it attends to.
+    A `cache` during one forward pass over N rows and Q positions: its `rows` that the pass covers, `(N,)` (None: all),
+    the `places` that it writes to, `(Q,)` or `(N, Q)`, and the `reach` of its attention, `(N,)` on the host.
     """
 
     def __init__(self, cache: LoopMDMCache, rows: torch.Tensor | None, places: torch.Tensor, reach: torch.Tensor):
@@ -197,7 +192,7 @@ class CacheView:
             cache.slots[index] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop)
 
-    def narrow(self, rows: torch.Tensor, positions: torch.Tensor | None, real: torch.Tensor | None) -> "CacheView":
+    def narrow(self, rows, positions, real) -> "CacheView":
         """For some of the pass's rows, `(M,)`, and positions, `(M, P)`, which are filler where `real` is False."""
         view = copy.copy(self)
         view.places = self.places if self.places.ndim == 1 else self.places[rows]

@@ -15,40 +15,25 @@ class DenoisingStep:
     """
     One denoising step of a block, and all that a commit rule may look at: the N rows that still denoise, and P of
     their positions, those that are [MASK], or with remasking all of the block. `generate` fills it in as it goes.
-
-    Args:
-        index (`int`): Number of the step in its block.
-        row_list (`list[int]`), rows (`torch.LongTensor` of shape `(N,)`): The rows, on the host and on the device.
-        columns (`torch.LongTensor` of shape `(N, P)`): Where the positions stand in the row.
-        masked, counted (`torch.BoolTensor` of shape `(N, P)`):
-            Positions that are [MASK], which alone may be committed, and those that are not mere filling.
-        size, num_steps (`torch.LongTensor` of shape `(N,)`): Positions and steps of the row's block.
-        remask_probability (`float`): Wanted by the user, before it is capped.
-        noise (`Callable`): Draws uniform numbers in [0, 1) of shape `(N, P)`.
-        logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
-        loops, forward_passes, flops (`torch.LongTensor` of shape `(N,)`): What the scores cost the row.
-        scores (`torch.FloatTensor` of shape `(N, P, vocab_size)`): What tokens are chosen by, after processors.
-        tokens (`torch.LongTensor` of shape `(N, P)`): The token chosen for every position.
-        penalty (`torch.FloatTensor` of shape `(N, P)`): Taken from the confidence.
     """
 
-    index: int
-    row_list: list[int]
-    rows: torch.Tensor
-    columns: torch.Tensor
-    masked: torch.Tensor
-    counted: torch.Tensor
-    size: torch.Tensor
-    num_steps: torch.Tensor
-    remask_probability: float
-    noise: Callable[[], torch.Tensor]
-    logits: torch.Tensor | None = None
-    loops: torch.Tensor | None = None
+    index: int  # number of the step in its block
+    row_list: list[int]  # the rows, on the host
+    rows: torch.Tensor  # (N,) int64, the rows, on the device
+    columns: torch.Tensor  # (N, P) int64, where the positions stand in the row
+    masked: torch.Tensor  # (N, P) bool, positions that are [MASK], which alone may be committed
+    counted: torch.Tensor  # (N, P) bool, positions that are not mere filling
+    size: torch.Tensor  # (N,) int64, positions of the row's block
+    num_steps: torch.Tensor  # (N,) int64, steps of the row's block
+    remask_probability: float  # wanted by the user, before it is capped
+    noise: Callable[[], torch.Tensor]  # draws uniform numbers in [0, 1), (N, P)
+    logits: torch.Tensor | None = None  # (N, P, vocab_size) float32, raw scores; -inf for the mask token
+    loops: torch.Tensor | None = None  # (N,) int64, what the scores cost the row, like the next two
     forward_passes: torch.Tensor | None = None
     flops: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    penalty: torch.Tensor | float = 0.0
+    scores: torch.Tensor | None = None  # (N, P, vocab_size), what tokens are chosen by, after processors
+    tokens: torch.Tensor | None = None  # (N, P) int64, the token chosen for every position
+    penalty: torch.Tensor | float = 0.0  # (N, P), taken from the confidence
 
     @cached_property
     def normalizer(self) -> torch.Tensor:

@@ -258,23 +258,16 @@ def _as_list(value: Any) -> list:
 
 @dataclass
 class LoopMDMTraceStep:
-    """
-    What denoising step `step` of block `block` did; tensors are `(num_rows, length)` unless said otherwise.
-
-    Args:
-        loops (`torch.LongTensor` of shape `(num_rows,)`): Loops run for every row; 0 where a row had nothing to do.
-        committed, remasked (`torch.BoolTensor`): Positions filled, and sent back.
-        tokens (`torch.LongTensor`): The sequences after the step.
-        confidence, log_probs (`torch.FloatTensor`): Of the chosen token at positions that were [MASK], its probability
-            under the raw distribution, and its log-probability under the one that it was drawn from; NaN elsewhere.
-    """
+    """What denoising step `step` of block `block` did; rows that had nothing to do ran no loops."""
 
     block: int
     step: int
-    loops: torch.LongTensor
-    committed: torch.BoolTensor
-    remasked: torch.BoolTensor
-    tokens: torch.LongTensor
+    loops: torch.LongTensor  # (num_rows,), loops run for every row
+    committed: torch.BoolTensor  # (num_rows, length), positions filled
+    remasked: torch.BoolTensor  # (num_rows, length), positions sent back to [MASK]
+    tokens: torch.LongTensor  # (num_rows, length), the sequences after the step
+    # Of the token chosen at positions that were [MASK], (num_rows, length), NaN elsewhere: its probability under the
+    # raw distribution, and its log-probability under the one that it was drawn from
     confidence: torch.FloatTensor
     log_probs: torch.FloatTensor
 
@@ -465,10 +458,8 @@ class ReusingDenoiser(Denoiser):
             step.loops, step.forward_passes, step.flops = torch.zeros_like(step.rows).repeat(3, 1)
             new = [i for i in range(len(step.row_list)) if i not in known]
             if new:
-                names = ("rows", "columns", "counted")
-                part = replace(
-                    step, row_list=[step.row_list[i] for i in new], **{n: getattr(step, n)[new] for n in names}
-                )
+                parts = {name: getattr(step, name)[new] for name in ("rows", "columns", "counted")}
+                part = replace(step, row_list=[step.row_list[i] for i in new], **parts)
                 super().predict(block, part)
                 for name in ("logits", "loops", "forward_passes", "flops"):
                     getattr(step, name)[new] = getattr(part, name)
@@ -502,18 +493,10 @@ class Trace:
             return out
 
         log_probs = step.scores.log_softmax(-1).gather(-1, step.tokens[..., None]).squeeze(-1)
-        self.steps.append(
-            LoopMDMTraceStep(
-                block=block.index,
-                step=step.index,
-                loops=torch.zeros_like(block.size).index_copy(0, step.rows, step.loops),
-                committed=scatter(commit, commit, False),
-                remasked=scatter(step.remask, step.remask, False),
-                tokens=sequences.clone(),
-                confidence=scatter(step.log_probs.exp(), step.masked, math.nan),
-                log_probs=scatter(log_probs, step.masked, math.nan),
-            )
-        )
+        loops = torch.zeros_like(block.size).index_copy(0, step.rows, step.loops)
+        commits = scatter(commit, commit, False), scatter(step.remask, step.remask, False)
+        scores = (scatter(values, step.masked, math.nan) for values in (step.log_probs.exp(), log_probs))
+        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, sequences.clone(), *scores))
 
 
 class Stream:
@@ -677,7 +660,6 @@ class LoopMDMGenerationMixin(GenerationMixin):
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""
         config_class = self.generation_config_class
         config = self.generation_config if generation_config is None else generation_config
-        # transformers' own: take over what is set
         config = copy.deepcopy(config) if hasattr(config, "FIELDS") else config_class.from_dict(config.to_diff_dict())
         # A config made for one call need not repeat the special tokens.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
