@@ -18,39 +18,29 @@ from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 
 class LoopMDMCache:
     """
-    A depth-aware cache: keys and values by position, for every executed layer, so that loop s of mid finds those of
-    loop s. The `num_hidden_layers + (num_loops - 1) * |mid|` layers lie in executed order: head, mid of every loop,
-    tail.
+    A depth-aware cache: keys and values by position, for every executed layer (head, mid of every loop, tail), so that
+    loop s of mid finds those of loop s.
 
     Give it to `forward` (or let `generate` make one) as `past_key_values`: the pass attends to the stored positions
     and to its own, which it writes behind them. With `use_cache=True` its positions stay stored; without, the next
-    pass writes over them, as denoising steps do with a block that is not finished. With block-causal attention
-    (`config.attention_block_size`) storing finished blocks is exact. A cache belongs to one state of the weights:
-    after training, or with another adapter, start a new one.
+    pass writes over them, as denoising steps do with a block that is not finished. A cache belongs to one state of the
+    weights: after training, or with another adapter, start a new one.
 
     Args:
         config ([`LoopMDMConfig`]): Of the model that will fill it.
         num_loops (`int`): Applications of mid that the keys and values come from.
         batch_size (`int`): Number of rows.
         max_length (`int`, defaults to 0): Positions per row to make room for at once; it grows when more are needed.
-        share_loops (`bool`, defaults to `False`):
-            One place for all loops of mid, which holds the keys and values of the last loop that wrote them. An
-            approximation which needs the memory of a model without loops.
+        share_loops (`bool`, defaults to `False`): One place for all loops of mid, which the last one to come by has
+            written: an approximation in the memory of a model without loops.
         visible_loops (`int`, *optional*): The `visible_loops` of the passes that fill it.
     """
 
     def __init__(
-        self,
-        config: LoopMDMConfig,
-        num_loops: int,
-        batch_size: int,
-        max_length: int = 0,
-        share_loops: bool = False,
-        visible_loops: int | None = None,
+        self, config, num_loops: int, batch_size: int, max_length: int = 0, share_loops=False, visible_loops=None
     ):
         self.config, self.share_loops, self.visible_loops = config, share_loops, visible_loops
-        self.num_loops = check_num_loops(num_loops)
-        self.max_length = max_length
+        self.num_loops, self.max_length = check_num_loops(num_loops), max_length
         # Of every executed layer keys and values, (batch_size, num_key_value_heads, max_length + 1, head_dim), once a
         # pass has come by. The last place takes what filler positions write, and is never read.
         num_slots = config.num_executed_layers(1 if share_loops else num_loops)
@@ -71,9 +61,7 @@ class LoopMDMCache:
         return self.length
 
     @staticmethod
-    def num_bytes(
-        config: LoopMDMConfig, num_loops: int, batch_size: int, length: int, dtype: torch.dtype, share_loops=False
-    ) -> int:
+    def num_bytes(config, num_loops: int, batch_size: int, length: int, dtype: torch.dtype, share_loops=False) -> int:
         """`2 * batch_size * (length + 1) * num_key_value_heads * head_dim * element_size` for each executed layer."""
         size = config.num_key_value_heads * config.head_dim * dtype.itemsize
         return 2 * batch_size * (length + 1) * size * config.num_executed_layers(1 if share_loops else num_loops)
@@ -86,10 +74,8 @@ class LoopMDMCache:
         own = {"rows": len(self.lengths), "num_loops": self.num_loops, "visible_loops": self.visible_loops}
         for name in ("rows",) if self.share_loops else own:  # shared loops are an approximation by design
             if own[name] != asked[name]:
-                raise ValueError(
-                    f"`past_key_values` was made for {name}={own[name]} and is used with {asked[name]}; use the same, "
-                    "or start a new cache."
-                )
+                made, used = f"made for {name}={own[name]}", f"used with {asked[name]}"
+                raise ValueError(f"`past_key_values` was {made} and is {used}; use the same, or start a new cache.")
 
     def crop(self, max_length: int) -> None:
         """
@@ -159,7 +145,7 @@ class LoopMDMCache:
 @dataclass
 class LayerMemory:
     """
-    One executed layer's part of a [`CacheView`]: `keys` and `values` are those of the whole cache. Tensors and numbers
+    One executed layer's part of a [`CacheView`], with the keys and values of the whole cache. Tensors and numbers
     alone, so that a compiled layer has one graph for all of them.
     """
 
@@ -186,13 +172,8 @@ class LayerMemory:
 
 class CacheView:
     """
-    A cache during one forward pass over N rows and Q positions: where the pass writes and what it reads.
-
-    Args:
-        cache ([`LoopMDMCache`]): What is looked at.
-        rows (`torch.LongTensor` of shape `(N,)`, *optional*): Its rows that the pass is about; None: all.
-        places (`torch.LongTensor` of shape `(Q,)` or `(N, Q)`): Where the pass writes.
-        reach (`torch.LongTensor` of shape `(N,)`, on the host): Positions of each row that it attends to.
+    A `cache` during one forward pass over N rows and Q positions: its `rows` that the pass covers, `(N,)` (None: all),
+    the `places` that it writes to, `(Q,)` or `(N, Q)`, and the `reach` of its attention, `(N,)` on the host.
     """
 
     def __init__(self, cache: LoopMDMCache, rows: torch.Tensor | None, places: torch.Tensor, reach: torch.Tensor):
@@ -211,7 +192,7 @@ class CacheView:
             cache.slots[index] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop)
 
-    def narrow(self, rows: torch.Tensor, positions: torch.Tensor | None, real: torch.Tensor | None) -> "CacheView":
+    def narrow(self, rows, positions, real) -> "CacheView":
         """For some of the pass's rows, `(M,)`, and positions, `(M, P)`, which are filler where `real` is False."""
         view = copy.copy(self)
         view.places = self.places if self.places.ndim == 1 else self.places[rows]
@@ -294,9 +275,8 @@ class DualCache(CachePlan):
     """The first step of a block computes everything, the others the block alone and read the rest as it was."""
 
     def make_cache(self, num_loops, visible_loops):
-        cache = LoopMDMCache(
-            self.config, num_loops, len(self.lengths) * self.copies, int(self.lengths.max()), share_loops=True
-        )
+        size, length = len(self.lengths) * self.copies, int(self.lengths.max())
+        cache = LoopMDMCache(self.config, num_loops, size, length, share_loops=True)
         cache.lengths = self.lengths.repeat(self.copies)  # all is there from the first pass on
         return cache
 

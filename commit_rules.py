@@ -1,12 +1,13 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What a denoising step of `generate` commits: the state that a rule may look at, the rules, and their noise."""
+"""What `generate` denoises: a step and what a rule may look at, the commit rules, their noise, the canvas."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from transformers.generation import StoppingCriteriaList
 
 
 @dataclass
@@ -14,40 +15,25 @@ class DenoisingStep:
     """
     One denoising step of a block, and all that a commit rule may look at: the N rows that still denoise, and P of
     their positions, those that are [MASK], or with remasking all of the block. `generate` fills it in as it goes.
-
-    Args:
-        index (`int`): Number of the step in its block.
-        row_list (`list[int]`), rows (`torch.LongTensor` of shape `(N,)`): The rows, on the host and on the device.
-        columns (`torch.LongTensor` of shape `(N, P)`): Where the positions stand in the row.
-        masked, counted (`torch.BoolTensor` of shape `(N, P)`):
-            Positions that are [MASK], which alone may be committed, and those that are not mere filling.
-        size, num_steps (`torch.LongTensor` of shape `(N,)`): Positions and steps of the row's block.
-        remask_probability (`float`): Wanted by the user, before it is capped.
-        noise (`Callable`): Draws uniform numbers in [0, 1) of shape `(N, P)`.
-        logits (`torch.FloatTensor` of shape `(N, P, vocab_size)`): Raw float32 scores; -inf for the mask token.
-        loops, forward_passes, flops (`torch.LongTensor` of shape `(N,)`): What the scores cost the row.
-        scores (`torch.FloatTensor` of shape `(N, P, vocab_size)`): What tokens are chosen by, after processors.
-        tokens (`torch.LongTensor` of shape `(N, P)`): The token chosen for every position.
-        penalty (`torch.FloatTensor` of shape `(N, P)`): Taken from the confidence.
     """
 
-    index: int
-    row_list: list[int]
-    rows: torch.Tensor
-    columns: torch.Tensor
-    masked: torch.Tensor
-    counted: torch.Tensor
-    size: torch.Tensor
-    num_steps: torch.Tensor
-    remask_probability: float
-    noise: Callable[[], torch.Tensor]
-    logits: torch.Tensor | None = None
-    loops: torch.Tensor | None = None
+    index: int  # number of the step in its block
+    row_list: list[int]  # the rows, on the host
+    rows: torch.Tensor  # (N,) int64, the rows, on the device
+    columns: torch.Tensor  # (N, P) int64, where the positions stand in the row
+    masked: torch.Tensor  # (N, P) bool, positions that are [MASK], which alone may be committed
+    counted: torch.Tensor  # (N, P) bool, positions that are not mere filling
+    size: torch.Tensor  # (N,) int64, positions of the row's block
+    num_steps: torch.Tensor  # (N,) int64, steps of the row's block
+    remask_probability: float  # wanted by the user, before it is capped
+    noise: Callable[[], torch.Tensor]  # draws uniform numbers in [0, 1), (N, P)
+    logits: torch.Tensor | None = None  # (N, P, vocab_size) float32, raw scores; -inf for the mask token
+    loops: torch.Tensor | None = None  # (N,) int64, what the scores cost the row, like the next two
     forward_passes: torch.Tensor | None = None
     flops: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    penalty: torch.Tensor | float = 0.0
+    scores: torch.Tensor | None = None  # (N, P, vocab_size), what tokens are chosen by, after processors
+    tokens: torch.Tensor | None = None  # (N, P) int64, the token chosen for every position
+    penalty: torch.Tensor | float = 0.0  # (N, P), taken from the confidence
 
     @cached_property
     def normalizer(self) -> torch.Tensor:
@@ -77,8 +63,8 @@ class DenoisingStep:
     @cached_property
     def quota(self) -> torch.Tensor:
         """
-        Commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step (the first steps take
-        one more where it does not divide), at least one, and all that is left in the last step. With remasking the
+        Commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step (one more in the
+        first steps where it does not divide), at least one, and all that is left in the last step. With remasking the
         shares are spread over all steps, and what this step sends back is made up for.
         """
         left, steps = self.masked.sum(-1), self.num_steps
@@ -157,9 +143,9 @@ class LeftToRightRule(CommitRule):
 
 class AncestralRule(CommitRule):
     """
-    The exact reverse process over `num_steps` equal steps of time, with alpha = share of tokens open = steps done /
-    steps: a [MASK] opens with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, sigma being ReMDM's
-    remasking rate; without remasking this is 1 / (steps left), the (t - s) / t of the plain process.
+    The exact reverse process over `num_steps` equal steps of time, with alpha = steps done / steps: a [MASK] opens
+    with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, sigma being ReMDM's remasking rate. Without
+    remasking this is 1 / (steps left).
     """
 
     draws_tokens = is_random = may_skip = True
@@ -172,7 +158,7 @@ class AncestralRule(CommitRule):
 
 
 class ThresholdRule(CommitRule):
-    """Commits all positions of at least a given confidence, and the quota of another rule (Fast-dLLM)."""
+    """Commits all positions of at least a given confidence, and what another rule does (Fast-dLLM)."""
 
     def __init__(self, threshold: float, rule: CommitRule):
         self.threshold, self.rule = threshold, rule
@@ -183,10 +169,7 @@ class ThresholdRule(CommitRule):
 
 
 class EntropyBoundRule(CommitRule):
-    """
-    Commits positions of lowest entropy while the sum of the others' entropies stays bounded (arXiv 2505.24857), and
-    the quota of another rule.
-    """
+    """Commits positions of lowest entropy while the others' sum stays bounded, and what another rule does."""
 
     def __init__(self, bound: float, rule: CommitRule):
         self.bound, self.rule = bound, rule
@@ -209,6 +192,7 @@ COMMIT_RULES: dict[str, type[CommitRule]] = {
     "margin": MarginRule,
     "random": RandomRule,
 }
+PARALLEL_RULES = {"confidence_threshold": ThresholdRule, "entropy_bound": EntropyBoundRule}
 
 
 def draw_noise(
@@ -216,8 +200,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """
     Uniform numbers for `rows` of a block with `sizes[row]` positions in each row, `(len(rows), max(sizes))`. With one
-    generator (or none) all rows draw at every step, those that have nothing to do too; with one generator per row a
-    row draws for its own positions only, so that its numbers do not depend on the rest of the batch.
+    generator (or none) every row draws at every step; with one per row, a row draws for its own positions alone, so
+    that its numbers do not depend on the rest of the batch.
     """
     if not isinstance(generator, list):
         source = device if generator is None else generator.device
@@ -239,12 +223,137 @@ def draw_tokens(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
-__all__ = [
-    "COMMIT_RULES",
-    "CommitRule",
-    "DenoisingStep",
-    "EntropyBoundRule",
-    "ThresholdRule",
-    "draw_noise",
-    "draw_tokens",
-]
+class Canvas:
+    """
+    The sequences being denoised, on the device. All tensors are `(num_rows, length)` unless said otherwise.
+
+    Args:
+        sequences: Tokens, new positions as [MASK].
+        real: False on padding.
+        config, model_config: The call's generation config, and the model's.
+        generator: Source of all random numbers.
+    """
+
+    def __init__(self, sequences: torch.Tensor, real: torch.Tensor, config, model_config, generator=None):
+        self.sequences, self.real, self.config, self.generator = sequences, real, config, generator
+        self.mask_token_id = model_config.mask_token_id
+        self.to_denoise = real & (sequences == self.mask_token_id)
+        self.given = real & ~self.to_denoise
+        self.columns = torch.arange(sequences.shape[1], device=sequences.device)
+        self.last_given = torch.where(self.given, self.columns, -1).amax(-1, keepdim=True)
+        # Blocks are counted over a row's real positions, so that padding does not shift them. The first one that holds
+        # a [MASK] is block 0.
+        self.position = real.long().cumsum(-1) - 1  # of every column
+        self.column = real.long().argsort(dim=-1, descending=True, stable=True)  # of every position
+        num_rows, length = sequences.shape
+        self.block_length = config.block_length or model_config.attention_block_size or length
+        first = self.position.masked_fill(~self.to_denoise, length).amin(-1, keepdim=True)
+        if model_config.attention_block_size is not None:
+            first = first // self.block_length * self.block_length
+        self.block_of = ((self.position - first) // self.block_length).masked_fill(~self.to_denoise, -1)
+        # What passes are planned with, (num_rows,) on the host: where block 0 begins, and how many positions there are
+        self.starts, self.lengths = torch.stack((first.squeeze(-1), real.sum(-1))).cpu()
+        self.ends = torch.full((num_rows,), length, device=sequences.device)  # the column where each row ends
+        self.failed = torch.zeros((), dtype=torch.long, device=sequences.device)
+
+    @property
+    def finished(self) -> torch.Tensor:
+        """Rows that have reached their end, `(num_rows,)`."""
+        return self.ends < self.sequences.shape[1]
+
+    def blocks(self) -> Iterator["Block"]:
+        for index in range(int(self.block_of.max()) + 1):
+            block = Block(self, index)
+            if block.num_steps > 0:
+                yield block
+            if bool(self.finished.all()):
+                return
+
+    def commit(self, step: DenoisingStep, commit: torch.Tensor) -> None:
+        """Writes the tokens that are committed, and [MASK] where the step sends one back."""
+        where = (step.rows[:, None], step.columns)
+        tokens = self.sequences[where].where(~commit, step.tokens)
+        self.sequences[where] = tokens.where(~step.remask, self.mask_token_id)
+
+    def end_at(self, eos_token_ids: list[int]) -> None:
+        """Ends rows at a denoised end token with no [MASK] before it and no given token after it."""
+        if eos_token_ids:
+            is_end = torch.isin(self.sequences, self.sequences.new_tensor(eos_token_ids))
+            before = (self.real & (self.sequences == self.mask_token_id)).long().cumsum(-1) == 0
+            self._end(is_end & self.to_denoise & before & (self.columns > self.last_given))
+
+    def stop_at(self, criteria: StoppingCriteriaList, block: "Block") -> None:
+        """
+        Ends rows where transformers' criteria stop them, asked behind every token of a finished block, for each row on
+        its own real tokens. What stops a row whatever its text (a time limit) ends it behind the block.
+        """
+        stops = torch.zeros_like(self.to_denoise)
+        for row in (~self.finished).nonzero().flatten().tolist() if criteria else []:
+            tokens = self.sequences[row][self.real[row]]
+            columns = (self.block_of[row] == block.index).nonzero().flatten().tolist()
+            lengths = (self.position[row, columns] + 1).tolist()
+            hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
+            # No criterion takes an empty text; a [MASK] stands for it.
+            before = tokens[: lengths[0] - 1] if hits and lengths[0] > 1 else tokens.new_tensor([self.mask_token_id])
+            if hits and all(hits) and bool(criteria(before[None], None)):
+                stops[row, columns[-1]] = True
+            elif any(hits):
+                stops[row, columns[hits.index(True)]] = True
+        self._end(stops)
+
+    def _end(self, stops: torch.Tensor) -> None:
+        self.ends = torch.minimum(self.ends, torch.where(stops, self.columns, len(self.columns)).amin(-1))
+
+    def check(self) -> None:
+        """Raises a ValueError where no token could be chosen."""
+        if bool(self.failed):
+            raise ValueError(
+                "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "
+                "processors that forbid everything, or for an overflow (use `dtype=torch.bfloat16` or float32)."
+            )
+
+
+class Block:
+    """The positions of all rows that are denoised together; `index` counts the blocks."""
+
+    def __init__(self, canvas: Canvas, index: int):
+        self.canvas, self.index, config = canvas, index, canvas.config
+        members = (canvas.block_of == index) & ~canvas.finished[:, None]
+        self.size = members.sum(-1)
+        self.sizes: list[int] = self.size.tolist()
+        # Where they stand, (num_rows, max(sizes)), filled up with others where `belongs` is False
+        self.columns = members.long().argsort(dim=-1, descending=True, stable=True)[:, : max(self.sizes)]
+        self.belongs = torch.arange(max(self.sizes), device=self.size.device) < self.size[:, None]
+        # More steps than positions serve only rules that may commit nothing in a step, or close what was open.
+        extra, wanted = config.remask_probability > 0 or config.commit_rule().may_skip, config.max_denoising_steps
+        steps = [n if wanted is None or n == 0 else wanted if extra else min(wanted, n) for n in self.sizes]
+        self.num_steps, self.steps = max(steps), torch.tensor(steps, device=self.size.device)
+
+    def step(self, index: int) -> DenoisingStep | None:
+        """What denoises in a step; None where the block is done. The one time that a step waits for the device."""
+        canvas, remasks = self.canvas, self.canvas.config.remask_probability > 0
+        masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
+        # A row is done with the block when nothing is masked; with remasking, when its steps are over.
+        left = self.size * (index < self.steps) if remasks else masked.sum(-1)
+        *left, failed = torch.cat((left * ~canvas.finished, canvas.failed[None])).tolist()
+        row_list = [row for row, count in enumerate(left) if count > 0]
+        if failed or not row_list:
+            return None
+        rows = torch.tensor(row_list, device=self.columns.device)
+        # Only what is [MASK] can be committed; with remasking a step looks at all of the block.
+        order = (self.belongs if remasks else masked)[rows].long().argsort(dim=-1, descending=True, stable=True)
+        slots = order[:, : max(left)]
+
+        def noise() -> torch.Tensor:
+            return draw_noise(canvas.generator, self.sizes, row_list, rows.device).gather(1, slots)
+
+        columns, masked, belongs = (part[rows].gather(1, slots) for part in (self.columns, masked, self.belongs))
+        where = {"columns": columns, "masked": masked, "counted": belongs if remasks else masked}
+        limits = {"size": self.size[rows], "num_steps": self.steps[rows]}
+        remask_probability = canvas.config.remask_probability
+        return DenoisingStep(
+            index, row_list, rows, **where, **limits, remask_probability=remask_probability, noise=noise
+        )
+
+
+__all__ = ["COMMIT_RULES", "Block", "Canvas", "CommitRule", "DenoisingStep"]

@@ -8,11 +8,8 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings", "attention_block_size"),
-    *("num_loops", "max_train_loops"),
-)
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+SIZES += " max_position_embeddings attention_block_size num_loops max_train_loops"
 REMOVED_FIELDS = {
     "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
     "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',
@@ -36,8 +33,7 @@ class LoopMDMConfig(PreTrainedConfig):
     runs head once, mid `num_loops` times with the same weights, and tail once ("Looped Diffusion Language Models",
     arXiv 2605.26106). `num_loops=1` is the plain, non-looped transformer.
 
-    All values are validated when the configuration is made; a bad one raises huggingface_hub's
-    `StrictDataclassError`, which names the value and the fix.
+    A bad value raises huggingface_hub's `StrictDataclassError`, which names it and the fix.
 
     Args:
         vocab_size (`int`, defaults to 50258): Number of tokens, special tokens and the mask token included.
@@ -45,19 +41,15 @@ class LoopMDMConfig(PreTrainedConfig):
         intermediate_size (`int`, defaults to 2048): Width of the MLP.
         num_hidden_layers (`int`, defaults to 12): Number of physical layers, head + mid + tail. Looping adds none.
         num_attention_heads (`int`, defaults to 12): Number of query heads.
-        num_key_value_heads (`int`, *optional*, defaults to `num_attention_heads`):
-            Number of key and value heads (grouped-query attention).
-        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`): Width of one head.
+        num_key_value_heads (`int`, defaults to `num_attention_heads`): Of keys and values (grouped-query attention).
+        head_dim (`int`, defaults to `hidden_size // num_attention_heads`): Width of one head.
         hidden_act (`str`, defaults to `"silu"`): Activation of the MLP, a name of transformers' `ACT2FN`.
-        use_gated_mlp (`bool`, defaults to `True`):
-            `down(act(gate(x)) * up(x))` as in Llama, or without it the plain `down(act(up(x)))` of GPT-2.
+        use_gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))`, else GPT-2's `down(act(up(x)))`.
         max_position_embeddings (`int`, defaults to 1024):
-            Longest sequence that the model is made for, in tokens, and the limit of `generate`. With learned positions
-            also the number of position embeddings.
+            Longest sequence in tokens, the limit of `generate` and of learned positions.
         position_embedding_type (`"rope"` or `"learned"`, defaults to `"rope"`):
             Rotary position embedding in every layer, or one learned embedding per position added to the token's.
-        rope_parameters (`dict`, *optional*):
-            As in transformers' Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
+        rope_parameters (`dict`, *optional*): As in Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
         rope_precision (`"model"`, `"float32"` or `"bfloat16"`, defaults to `"model"`):
             How queries and keys are rotated: in the model's dtype (Llama, Qwen), in float32 whatever the model's dtype
             (LLaDA), or in the model's dtype with cosines and sines that were rounded to bfloat16 (SMDM).
@@ -65,12 +57,9 @@ class LoopMDMConfig(PreTrainedConfig):
         norm_type (`"rmsnorm"` or `"layernorm"`, defaults to `"rmsnorm"`): RMSNorm, or LayerNorm with weight and bias.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of every norm, LayerNorm included.
         attention_bias (`bool`, defaults to `False`): Whether the query, key and value projections have a bias (Qwen2).
-        attention_output_bias (`bool`, defaults to `False`):
-            Whether the attention's output projection has a bias (Llama with `attention_bias=True` has both).
-        mlp_bias (`bool`, defaults to `False`): Whether the projections of the MLP have a bias.
-        lm_head_bias (`bool`, defaults to `False`): Whether the output head has a bias.
-        use_qk_norm (`bool`, defaults to `False`):
-            RMSNorm over `head_dim` on queries and keys, before the rotary embedding (Qwen3).
+        attention_output_bias (`bool`, defaults to `False`): Whether the attention's output projection has one (GPT-2).
+        mlp_bias, lm_head_bias (`bool`, default to `False`): Whether the MLP's projections, and the head, have one.
+        use_qk_norm (`bool`, defaults to `False`): RMSNorm over `head_dim` on queries and keys, before RoPE (Qwen3).
         tie_word_embeddings (`bool`, defaults to `True`): Whether the output head shares the input embedding's weight.
         attention_block_size (`int`, *optional*):
             Block-causal attention (BD3LM, SDAR): positions fall into blocks of this size, counted from position 0, and
@@ -78,17 +67,15 @@ class LoopMDMConfig(PreTrainedConfig):
         shift_logits (`bool`, defaults to `False`):
             The hidden state of position i - 1 predicts token i, as in models made from autoregressive ones (Dream).
             The model's logits are aligned all the same: row i predicts token i.
-        loop_start, loop_end (`int`, default to 1 and 3):
-            mid is `layers[loop_start:loop_end]`. Early-middle layers work best when the loops are trained.
+        loop_start, loop_end (`int`, default to 1 and 3): mid is `layers[loop_start:loop_end]`.
         num_loops (`int`, defaults to 6): Applications of mid in an inference pass that names no other number.
         max_train_loops (`int`, defaults to 12):
             S_max: training draws the number of loops from Uniform{1..S_max}. Inference may go beyond it.
         loop_update (`"replace"` or `"damped"`, defaults to `"replace"`):
             `"replace"`: `h <- mid(h)`, for trained loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`, sub-steps
             that let layers trained without loops be looped at once (arXiv 2605.23872).
-        mask_token_id (`int`): Id of [MASK]. Required, and different from `pad_token_id`.
-        pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
-            Ids of the other special tokens.
+        mask_token_id (`int`): Id of [MASK]. Required, and different from all others.
+        pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*): Other tokens.
     """
 
     model_type = "loopmdm"
@@ -139,8 +126,8 @@ class LoopMDMConfig(PreTrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         # Every saved folder names its own code, whichever way the model was made.
-        code = dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), "LoopMDMForMaskedLM")
-        code = {name: f"modeling_loopmdm.{cls}" for name, cls in code.items()}
+        model_classes = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
+        code = dict.fromkeys(model_classes, "modeling_loopmdm.LoopMDMForMaskedLM")
         kwargs.setdefault("auto_map", {"AutoConfig": "configuration_loopmdm.LoopMDMConfig", **code})
         super().__post_init__(**kwargs)
         if self.position_embedding_type == "learned":
@@ -179,7 +166,7 @@ class LoopMDMConfig(PreTrainedConfig):
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads}); change one of them, or give `head_dim`."
             )
-        for name in SIZES:
+        for name in SIZES.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; it must be at least 1.")

@@ -1,9 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Text generation by masked diffusion: [MASK] tokens are predicted all at once and committed over denoising steps.
 
-The file reads top to bottom: the generation config, the output, the canvas and its blocks, the denoiser (the one place
-that calls the model), the watchers of cost, trace and stream, and [`LoopMDMGenerationMixin`] with `generate`. What a
-step commits is in commit_rules.py, what it computes and what it reads from a cache in cache_utils.py.
+The file reads top to bottom: the generation config, the output, the denoiser (the one place that calls the model), the
+watchers of cost, trace and stream, and [`LoopMDMGenerationMixin`] with `generate`. The canvas and what a step commits
+are in commit_rules.py, what it computes and what it reads from a cache in cache_utils.py.
 """
 
 import contextlib
@@ -12,54 +12,32 @@ import difflib
 import inspect
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers.generation import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, logits_process
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache_utils import CACHE_PLANS, BlockCausalCache, CachePlan, ForwardPass, LoopMDMCache
-from .commit_rules import (
-    COMMIT_RULES,
-    CommitRule,
-    DenoisingStep,
-    EntropyBoundRule,
-    ThresholdRule,
-    draw_noise,
-    draw_tokens,
-)
+from .commit_rules import COMMIT_RULES, PARALLEL_RULES, Block, Canvas, CommitRule, DenoisingStep, draw_tokens
 from .configuration_loopmdm import check_num_loops
-from .loop_policies import LoopPolicy
+from .loop_policies import LoopPolicy, resolve_policy
 
 # What other samplers call our arguments, and arguments of autoregressive generation that cannot work here.
 OTHER_NAMES = {
     "alg": "`unmasking` chooses the commit rule",
     "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
-    "diffusion_steps": "use `max_denoising_steps`",
     "dual_cache": 'use `cache_implementation="dual"`',
     "gen_length": "use `max_new_tokens`",
-    "inputs": "use `input_ids`",
     "mask_id": "the mask token is `config.mask_token_id`",
     "max_time": "use `stopping_criteria` with transformers' MaxTimeCriteria",
-    "max_tokens": "use `max_new_tokens`",
     "min_new_tokens": "use `eos_penalty`, which holds back end tokens",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
-    "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
     "output_scores": "use `output_trace`",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
     "repetition_penalty": "use a `logits_processor`",
@@ -68,21 +46,16 @@ OTHER_NAMES = {
     "use_block_cache": "use `cache_implementation`",
 }
 # Values of transformers' arguments that ask for nothing, as None, 0 and False do, and are accepted.
-NEUTRAL_VALUES = dict.fromkeys(
-    (
-        "encoder_repetition_penalty",
-        "length_penalty",
-        "num_beam_groups",
-        "num_beams",
-        "repetition_penalty",
-        "typical_p",
-    ),
-    1,
-) | {"disable_compile": True, "use_model_defaults": True}
+NEUTRAL_VALUES = {"disable_compile": True, "use_model_defaults": True, "num_beams": 1, "num_beam_groups": 1}
+NEUTRAL_VALUES |= dict.fromkeys(("length_penalty", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), 1)
 TRANSFORMERS_NAMES = {*GenerationConfig().__dict__, *inspect.signature(GenerationMixin.generate).parameters}
-
-# Arguments that say how to draw tokens, and mean nothing where none are drawn.
-SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+# How tokens are drawn, in transformers' order. These arguments mean nothing where none are.
+SAMPLING = {
+    "temperature": logits_process.TemperatureLogitsWarper,
+    "top_k": logits_process.TopKLogitsWarper,
+    "top_p": logits_process.TopPLogitsWarper,
+    "min_p": logits_process.MinPLogitsWarper,
+}
 
 
 class LoopMDMGenerationConfig(GenerationConfig):
@@ -91,44 +64,34 @@ class LoopMDMGenerationConfig(GenerationConfig):
     transformers' own `generate` are accepted where their value asks for nothing (`num_beams=1`, `top_k=0`).
 
     Args:
-        > Length
-
-        max_new_tokens (`int`, *optional*):
-            Tokens to append to the input. May be left out, or 0, when the input already holds [MASK] tokens.
-        max_length (`int`, *optional*):
-            Length of the input (padding included) plus new tokens; ignored when `max_new_tokens` is given.
+        max_new_tokens (`int`, *optional*): Tokens to append; none where the input holds the [MASK]s to fill in.
+        max_length (`int`, *optional*): Tokens of input (padding included) and new ones, without `max_new_tokens`.
         stop_strings (`str` or `list[str]`, *optional*):
             A row ends at the token that completes the first of these texts; `generate` needs the `tokenizer`.
 
         > Cost and quality
 
-        num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`):
+        num_loops (`int` or `list[int]`, defaults to `config.num_loops`):
             Applications of mid in a forward pass. A list gives those of a block's first, second, ... denoising step,
             its last element those of all further ones.
         loop_tolerance (`float`, *optional*):
             Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
         visible_loops (`int`, *optional*):
-            Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them as they
-            are. The more of the sequence is given, the more this saves.
+            Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them.
         loop_policy ([`LoopPolicy`], *optional*): Another exit rule.
         block_length (`int`, *optional*):
-            Positions that are denoised together; blocks follow each other from left to right. By default all positions
-            are one block. Any value works, and the last block may be short. A model with `attention_block_size` takes
-            multiples of it (by default the size itself), and its blocks are counted from position 0.
+            Positions that are denoised together, block after block from left to right; by default all, or
+            `config.attention_block_size`, of which a block-causal model takes multiples, counted from position 0.
         max_denoising_steps (`int`, *optional*):
-            Forward passes per block at most. By default as many as the block has [MASK]s, one commitment a step.
-
-        > Caching
-
+            Forward passes per block at most; by default as many as it has [MASK]s, one commitment a step.
         use_cache (`bool`, *optional*):
-            Models with `attention_block_size` keep the keys and values of finished blocks, which is exact, where every
+            With `attention_block_size` the keys and values of finished blocks are kept, which is exact, where every
             step has the same `num_loops`; `False` computes them again. Without effect on other models.
         cache_implementation (`"prefix"`, `"dual"` or a subclass of [`CachePlan`], *optional*):
-            For models whose attention is over the whole sequence, an approximation (Fast-dLLM, arXiv 2505.22618): the
-            first step of a block computes everything, the others only the block (`"dual"`), or the block and what is
-            behind it (`"prefix"`), and read the keys and values of the rest as they were then.
-        cache_refresh_interval (`int`, *optional*):
-            Compute everything anew in every so many steps of a block; by default in its first one only.
+            For attention over the whole sequence, an approximation (Fast-dLLM, arXiv 2505.22618): the first step of a
+            block computes everything, the others only the block (`"dual"`), or the block and what is behind it
+            (`"prefix"`), and read the keys and values of the rest as they were then.
+        cache_refresh_interval (`int`, *optional*): Steps between passes over everything; by default one a block.
 
         > What a step commits
 
@@ -138,26 +101,24 @@ class LoopMDMGenerationConfig(GenerationConfig):
             block a step. `"ancestral"` is the exact reverse process: every [MASK] opens independently, with
             probability 1 / (steps left), and its token is sampled at temperature 1.
         confidence_threshold (`float` in (0, 1], *optional*):
-            Commit every position whose chosen token is at least so likely (Fast-dLLM, arXiv 2505.22618), and at least
-            what keeps the block on schedule.
+            Commit also every position whose chosen token is at least so likely (Fast-dLLM).
         entropy_bound (`float`, *optional*):
-            Commit the positions of lowest entropy as long as the sum of their entropies less the largest, in nats,
-            stays within the bound (arXiv 2505.24857), and at least what keeps the block on schedule.
+            Commit also the positions of lowest entropy as long as the sum of their entropies less the largest, in
+            nats, stays within the bound (arXiv 2505.24857).
         remask_probability (`float` in [0, 1], defaults to 0.0):
             Remasking sampler (ReMDM, arXiv 2503.00307, "cap" schedule): at each step every token committed earlier in
             the block goes back to [MASK] with this probability, less towards the end. All `max_denoising_steps` are
             run then, and more of them than [MASK]s are useful.
         eos_penalty (`float`, defaults to 0.0):
-            Taken from the confidence (and margin, and added to the entropy) where the chosen token ends the sequence,
-            against early floods of end tokens. The distribution that tokens are drawn from stays as it is.
+            Taken from the confidence and margin, and added to the entropy, where the chosen token ends the sequence,
+            against early floods of end tokens. Tokens are drawn as before.
 
         > Sampling
 
         do_sample (`bool`, defaults to `False`): Draw tokens instead of choosing the most likely one.
         temperature (`float`, defaults to 1.0), top_k (`int`), top_p (`float`), min_p (`float`):
-            As in transformers; they need `do_sample=True`. Confidence is read from the raw distribution all the same.
-        num_return_sequences (`int`, defaults to 1):
-            Independent answers per row; needs `do_sample=True` or another source of chance (`unmasking="ancestral"`).
+            As in transformers, with `do_sample=True`. Confidence is read from the raw distribution all the same.
+        num_return_sequences (`int`, defaults to 1): Independent answers per row; needs a source of chance.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance: `uncond + guidance_scale * (cond - uncond)` on the logits, where the
             unconditional pass sees [MASK] in place of every given token. 1 is off; it doubles the cost.
@@ -166,10 +127,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
             A row ends at a committed end token with no [MASK] before it and no given token after it; padding follows.
-        return_dict_in_generate (`bool`, defaults to `False`):
-            Return a [`LoopMDMGenerationOutput`] with the cost of every row instead of the sequences alone.
-        output_trace (`bool`, defaults to `False`):
-            Add what every step did to that output; needs `return_dict_in_generate=True`.
+        return_dict_in_generate (`bool`, defaults to `False`): Return a [`LoopMDMGenerationOutput`].
+        output_trace (`bool`, defaults to `False`): Add to that output what every step did.
     """
 
     # By name the default, the type and for numbers the range; a lower end of EPSILON says "above 0".
@@ -227,7 +186,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
     def _validate_combinations(self):
         """Arguments that exclude or need each other."""
         rule, wrong = self.commit_rule(), None
-        parallel = [name for name in ("confidence_threshold", "entropy_bound") if getattr(self, name) is not None]
+        parallel = [name for name in PARALLEL_RULES if getattr(self, name) is not None]
         idle = [name for name in SAMPLING if getattr(self, name) != self.FIELDS[name][0] and not self.do_sample]
         is_random = self.do_sample or rule.is_random or self.remask_probability > 0
         if len(parallel) > 1 or (parallel and rule.draws_tokens):
@@ -259,20 +218,10 @@ class LoopMDMGenerationConfig(GenerationConfig):
     def commit_rule(self) -> CommitRule:
         """The rule that the arguments describe."""
         rule = COMMIT_RULES[self.unmasking]() if isinstance(self.unmasking, str) else self.unmasking
-        if self.confidence_threshold is not None:
-            return ThresholdRule(self.confidence_threshold, rule)
-        return rule if self.entropy_bound is None else EntropyBoundRule(self.entropy_bound, rule)
-
-    def has_exits(self, model_config) -> bool:
-        """Whether a block may loop otherwise than it would as a part of finished text."""
-        # With `shift_logits` a token before a [MASK] loops with it.
-        visible_counts = self.visible_loops is not None and model_config.shift_logits
-        return self.loop_tolerance is not None or self.loop_policy is not None or visible_counts
-
-    def caches_exactly(self, model_config) -> bool:
-        """Whether finished blocks are stored: their keys and values are those of one number of loops."""
-        is_constant = isinstance(self.num_loops, int | None)
-        return model_config.attention_block_size is not None and self.use_cache is not False and is_constant
+        for name, parallel_rule in PARALLEL_RULES.items():
+            if getattr(self, name) is not None:
+                rule = parallel_rule(getattr(self, name), rule)
+        return rule
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
@@ -309,25 +258,16 @@ def _as_list(value: Any) -> list:
 
 @dataclass
 class LoopMDMTraceStep:
-    """
-    What one denoising step did.
-
-    Args:
-        block, step (`int`): Index of the block, and of the step within it.
-        loops (`torch.LongTensor` of shape `(num_rows,)`): Loops run for every row; 0 where a row had nothing to do.
-        committed, remasked (`torch.BoolTensor` of shape `(num_rows, length)`): Positions filled, and sent back.
-        tokens (`torch.LongTensor` of shape `(num_rows, length)`): The sequences after the step.
-        confidence, log_probs (`torch.FloatTensor` of shape `(num_rows, length)`):
-            Of the chosen token at positions that were [MASK], its probability under the raw distribution, and its
-            log-probability under the one that it was drawn from; NaN elsewhere.
-    """
+    """What denoising step `step` of block `block` did; rows that had nothing to do ran no loops."""
 
     block: int
     step: int
-    loops: torch.LongTensor
-    committed: torch.BoolTensor
-    remasked: torch.BoolTensor
-    tokens: torch.LongTensor
+    loops: torch.LongTensor  # (num_rows,), loops run for every row
+    committed: torch.BoolTensor  # (num_rows, length), positions filled
+    remasked: torch.BoolTensor  # (num_rows, length), positions sent back to [MASK]
+    tokens: torch.LongTensor  # (num_rows, length), the sequences after the step
+    # Of the token chosen at positions that were [MASK], (num_rows, length), NaN elsewhere: its probability under the
+    # raw distribution, and its log-probability under the one that it was drawn from
     confidence: torch.FloatTensor
     log_probs: torch.FloatTensor
 
@@ -342,7 +282,6 @@ class LoopMDMGenerationOutput(ModelOutput):
         forward_passes, loops, flops (`torch.LongTensor` of shape `(num_rows,)`):
             What each row cost: forward passes (a guided step takes two), applications of mid over all of them, and
             floating point operations of the matrix products (`model.flops`) without what fills up shorter rows.
-            `forward_passes * (num_hidden_layers - |mid|) + loops * |mid|` layers were executed.
         seconds (`float`): Wall time of the call. The first call of a process takes longer: warm up to compare.
         tokens_per_second (`float`): Denoised tokens of all rows, up to and including the end token, in that time.
         tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`): The same per forward pass of the row.
@@ -362,145 +301,6 @@ class LoopMDMGenerationOutput(ModelOutput):
     trace: list[LoopMDMTraceStep] | None = None
 
 
-class Canvas:
-    """
-    The sequences being denoised, on the device. All tensors are `(num_rows, length)` unless said otherwise.
-
-    Args:
-        sequences: Tokens, new positions as [MASK].
-        real: False on padding.
-        config, model_config: The call's generation config, and the model's.
-        generator: Source of all random numbers.
-    """
-
-    def __init__(self, sequences: torch.Tensor, real: torch.Tensor, config, model_config, generator=None):
-        self.sequences, self.real, self.config, self.generator = sequences, real, config, generator
-        self.mask_token_id = model_config.mask_token_id
-        self.to_denoise = real & (sequences == self.mask_token_id)
-        self.given = real & ~self.to_denoise
-        self.columns = torch.arange(sequences.shape[1], device=sequences.device)
-        self.last_given = torch.where(self.given, self.columns, -1).amax(-1, keepdim=True)
-        # Blocks are counted over a row's real positions, so that padding does not shift them. The first one that holds
-        # a [MASK] is block 0.
-        self.position = real.long().cumsum(-1) - 1  # of every column
-        self.column = real.long().argsort(dim=-1, descending=True, stable=True)  # of every position
-        num_rows, length = sequences.shape
-        self.block_length = config.block_length or model_config.attention_block_size or length
-        first = self.position.masked_fill(~self.to_denoise, length).amin(-1, keepdim=True)
-        if model_config.attention_block_size is not None:
-            first = first // self.block_length * self.block_length
-        self.block_of = ((self.position - first) // self.block_length).masked_fill(~self.to_denoise, -1)
-        # What passes are planned with, (num_rows,) on the host: where block 0 begins, and how many positions there are
-        self.starts, self.lengths = torch.stack((first.squeeze(-1), real.sum(-1))).cpu()
-        self.ends = torch.full((num_rows,), length, device=sequences.device)  # the column where each row ends
-        self.failed = torch.zeros((), dtype=torch.long, device=sequences.device)
-
-    @property
-    def finished(self) -> torch.Tensor:
-        """Rows that have reached their end, `(num_rows,)`."""
-        return self.ends < self.sequences.shape[1]
-
-    def blocks(self) -> Iterator["Block"]:
-        for index in range(int(self.block_of.max()) + 1):
-            block = Block(self, index)
-            if block.num_steps > 0:
-                yield block
-            if bool(self.finished.all()):
-                return
-
-    def commit(self, step: DenoisingStep, commit: torch.Tensor) -> None:
-        """Writes the tokens that are committed, and [MASK] where the step sends one back."""
-        where = (step.rows[:, None], step.columns)
-        tokens = self.sequences[where].where(~commit, step.tokens)
-        self.sequences[where] = tokens.where(~step.remask, self.mask_token_id)
-
-    def end_at(self, eos_token_ids: list[int]) -> None:
-        """Ends rows at a denoised end token with no [MASK] before it and no given token after it."""
-        if eos_token_ids:
-            is_end = torch.isin(self.sequences, self.sequences.new_tensor(eos_token_ids))
-            before = (self.real & (self.sequences == self.mask_token_id)).long().cumsum(-1) == 0
-            self._end(is_end & self.to_denoise & before & (self.columns > self.last_given))
-
-    def stop_at(self, criteria: StoppingCriteriaList, block: "Block") -> None:
-        """
-        Ends rows where transformers' criteria stop them, asked behind every token of a finished block, for each row on
-        its own real tokens. What stops a row whatever its text (a time limit) ends it behind the block.
-        """
-        stops = torch.zeros_like(self.to_denoise)
-        for row in (~self.finished).nonzero().flatten().tolist() if criteria else []:
-            tokens = self.sequences[row][self.real[row]]
-            columns = (self.block_of[row] == block.index).nonzero().flatten().tolist()
-            lengths = (self.position[row, columns] + 1).tolist()
-            hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
-            # No criterion takes an empty text; a [MASK] stands for it.
-            before = tokens[: lengths[0] - 1] if hits and lengths[0] > 1 else tokens.new_tensor([self.mask_token_id])
-            if hits and all(hits) and bool(criteria(before[None], None)):
-                stops[row, columns[-1]] = True
-            elif any(hits):
-                stops[row, columns[hits.index(True)]] = True
-        self._end(stops)
-
-    def _end(self, stops: torch.Tensor) -> None:
-        self.ends = torch.minimum(self.ends, torch.where(stops, self.columns, len(self.columns)).amin(-1))
-
-    def check(self) -> None:
-        """Raises a ValueError where no token could be chosen."""
-        if bool(self.failed):
-            raise ValueError(
-                "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "
-                "processors that forbid everything, or for an overflow (use `dtype=torch.bfloat16` or float32)."
-            )
-
-
-class Block:
-    """The positions of all rows that are denoised together; `index` counts the blocks."""
-
-    def __init__(self, canvas: Canvas, index: int):
-        self.canvas, self.index, config = canvas, index, canvas.config
-        members = (canvas.block_of == index) & ~canvas.finished[:, None]
-        self.size = members.sum(-1)
-        self.sizes: list[int] = self.size.tolist()
-        # Where they stand, (num_rows, max(sizes)), filled up with others where `belongs` is False
-        self.columns = members.long().argsort(dim=-1, descending=True, stable=True)[:, : max(self.sizes)]
-        self.belongs = torch.arange(max(self.sizes), device=self.size.device) < self.size[:, None]
-        # More steps than positions serve only rules that may commit nothing in a step, or close what was open.
-        extra, wanted = config.remask_probability > 0 or config.commit_rule().may_skip, config.max_denoising_steps
-        steps = [n if wanted is None or n == 0 else wanted if extra else min(wanted, n) for n in self.sizes]
-        self.num_steps, self.steps = max(steps), torch.tensor(steps, device=self.size.device)
-
-    def step(self, index: int) -> DenoisingStep | None:
-        """What denoises in a step; None where the block is done. The one time that a step waits for the device."""
-        canvas, remasks = self.canvas, self.canvas.config.remask_probability > 0
-        masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
-        # A row is done with the block when nothing is masked; with remasking, when its steps are over.
-        left = self.size * (index < self.steps) if remasks else masked.sum(-1)
-        *left, failed = torch.cat((left * ~canvas.finished, canvas.failed[None])).tolist()
-        row_list = [row for row, count in enumerate(left) if count > 0]
-        if failed or not row_list:
-            return None
-        rows = torch.tensor(row_list, device=self.columns.device)
-        # Only what is [MASK] can be committed; with remasking a step looks at all of the block.
-        order = (self.belongs if remasks else masked)[rows].long().argsort(dim=-1, descending=True, stable=True)
-        slots = order[:, : max(left)]
-
-        def noise() -> torch.Tensor:
-            return draw_noise(canvas.generator, self.sizes, row_list, rows.device).gather(1, slots)
-
-        masked = masked[rows].gather(1, slots)
-        return DenoisingStep(
-            index=index,
-            row_list=row_list,
-            rows=rows,
-            columns=self.columns[rows].gather(1, slots),
-            masked=masked,
-            counted=self.belongs[rows].gather(1, slots) if remasks else masked,
-            size=self.size[rows],
-            num_steps=self.steps[rows],
-            remask_probability=canvas.config.remask_probability,
-            noise=noise,
-        )
-
-
 class Denoiser:
     """
     Predicts the [MASK]s of a denoising step. The one place where `generate` calls the model.
@@ -513,25 +313,23 @@ class Denoiser:
 
     def __init__(self, model, canvas: Canvas, cache: LoopMDMCache | None):
         self.model, self.canvas, self.config = model, canvas, canvas.config
-        loops = _as_list(self.config.num_loops) or [model.config.num_loops]
-        self.loops, self.copies = loops, 1 if self.config.guidance_scale in (None, 1) else 2
-        self.is_exact = self.config.caches_exactly(model.config)
-        # Exits need a cache within a step even where none is kept: finished text runs all loops.
-        has_exits = model.config.attention_block_size is not None and self.config.has_exits(model.config)
-        kind = self.config.cache_implementation or CachePlan
-        kind = BlockCausalCache if self.is_exact or has_exits else kind
-        self.plan: CachePlan = CACHE_PLANS.get(kind, kind)(
-            model.config,
-            canvas.lengths,
-            max(loops),
-            self.copies,
-            self.config.cache_refresh_interval,
-            self.config.visible_loops,
-        )
+        config, block_size = self.config, model.config.attention_block_size
+        self.loops = _as_list(config.num_loops) or [model.config.num_loops]
+        self.copies = 1 if config.guidance_scale in (None, 1) else 2
+        # Whether finished blocks are stored: their keys and values are those of one number of loops.
+        is_constant = isinstance(config.num_loops, int | None)
+        self.is_exact = block_size is not None and config.use_cache is not False and is_constant
+        # Whether a block may loop otherwise than as finished text (with `shift_logits` a token before a [MASK] loops
+        # with it). That needs a cache within a step even where none is kept: finished text runs all loops.
+        visible_counts = config.visible_loops is not None and model.config.shift_logits
+        is_adaptive = config.loop_tolerance is not None or config.loop_policy is not None or visible_counts
+        has_exits = block_size is not None and is_adaptive
+        kind = BlockCausalCache if self.is_exact or has_exits else config.cache_implementation or CachePlan
+        settings = self.copies, config.cache_refresh_interval, config.visible_loops
+        self.plan: CachePlan = CACHE_PLANS.get(kind, kind)(model.config, canvas.lengths, max(self.loops), *settings)
         self.plan.has_exits = has_exits
         if cache is not None:
             self._check_cache(cache)
-            block_size = model.config.attention_block_size
             cache.lengths = cache.lengths // block_size * block_size
             self.plan.cache = cache
 
@@ -660,10 +458,8 @@ class ReusingDenoiser(Denoiser):
             step.loops, step.forward_passes, step.flops = torch.zeros_like(step.rows).repeat(3, 1)
             new = [i for i in range(len(step.row_list)) if i not in known]
             if new:
-                names = ("rows", "columns", "counted")
-                part = replace(
-                    step, row_list=[step.row_list[i] for i in new], **{n: getattr(step, n)[new] for n in names}
-                )
+                parts = {name: getattr(step, name)[new] for name in ("rows", "columns", "counted")}
+                part = replace(step, row_list=[step.row_list[i] for i in new], **parts)
                 super().predict(block, part)
                 for name in ("logits", "loops", "forward_passes", "flops"):
                     getattr(step, name)[new] = getattr(part, name)
@@ -697,18 +493,10 @@ class Trace:
             return out
 
         log_probs = step.scores.log_softmax(-1).gather(-1, step.tokens[..., None]).squeeze(-1)
-        self.steps.append(
-            LoopMDMTraceStep(
-                block=block.index,
-                step=step.index,
-                loops=torch.zeros_like(block.size).index_copy(0, step.rows, step.loops),
-                committed=scatter(commit, commit, False),
-                remasked=scatter(step.remask, step.remask, False),
-                tokens=sequences.clone(),
-                confidence=scatter(step.log_probs.exp(), step.masked, math.nan),
-                log_probs=scatter(log_probs, step.masked, math.nan),
-            )
-        )
+        loops = torch.zeros_like(block.size).index_copy(0, step.rows, step.loops)
+        commits = scatter(commit, commit, False), scatter(step.remask, step.remask, False)
+        scores = (scatter(values, step.masked, math.nan) for values in (step.log_probs.exp(), log_probs))
+        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, sequences.clone(), *scores))
 
 
 class Stream:
@@ -755,18 +543,16 @@ class LoopMDMGenerationMixin(GenerationMixin):
             Prompt, padded on either side; [MASK] tokens in it are filled in.
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
             0 on padding. By default everything but `pad_token_id` is a token.
-        generation_config ([`LoopMDMGenerationConfig`], *optional*):
-            Arguments in one object; its documentation lists them. Each may also be given by name.
+        generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, which may be given by name.
         logits_processor (`LogitsProcessorList`, *optional*):
             Called on the row's tokens `(num_positions, length)` and the scores `(num_positions, vocab_size)` of the
             block's positions, before the sampling arguments apply. Confidence does not see the result.
         stopping_criteria (`StoppingCriteriaList`, *optional*):
             Asked after every block, behind each of its tokens; a row that they stop is padded from there on.
         streamer (`BaseStreamer`, *optional*):
-            Gets the prompt, then every finished block, and after each step the block as it stands where the streamer
-            takes drafts (`TextDiffusionStreamer`). One row only.
-        generator (`torch.Generator`, or a `list` with one per row of the output, *optional*):
-            Source of all random numbers.
+            Gets the prompt and every finished block of the one row, and after each step a draft (`put_draft`) of the
+            block where it takes such (`TextDiffusionStreamer`).
+        generator (`torch.Generator`, or a `list` with one per row of the output, *optional*): Source of randomness.
         past_key_values ([`LoopMDMCache`], *optional*):
             Of an earlier call, whose sequences the input continues (block-causal models only). It is filled on.
         tokenizer (*optional*): For `stop_strings`.
@@ -870,13 +656,10 @@ class LoopMDMGenerationMixin(GenerationMixin):
             ends = step.tokens.new_tensor(_as_list(canvas.config.eos_token_id))
             step.penalty = canvas.config.eos_penalty * torch.isin(step.tokens, ends)
 
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, **kwargs
-    ) -> tuple[LoopMDMGenerationConfig, dict]:
+    def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""
         config_class = self.generation_config_class
         config = self.generation_config if generation_config is None else generation_config
-        # transformers' own: take over what is set
         config = copy.deepcopy(config) if hasattr(config, "FIELDS") else config_class.from_dict(config.to_diff_dict())
         # A config made for one call need not repeat the special tokens.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -890,12 +673,10 @@ class LoopMDMGenerationMixin(GenerationMixin):
         reject_unknown(kwargs)
         config.validate()
         config.validate_for(self.config)
-        self.model.resolve_policy(config.loop_tolerance, config.visible_loops, config.loop_policy)
+        resolve_policy(self.config, config.loop_tolerance, config.visible_loops, config.loop_policy)
         return config, {}
 
-    def _prepare_canvas(
-        self, config: LoopMDMGenerationConfig, input_ids: Any, attention_mask: Any, generator: Any, streamer: Any
-    ) -> Canvas:
+    def _prepare_canvas(self, config, input_ids, attention_mask, generator, streamer) -> Canvas:
         """Checks the input, repeats its rows for `num_return_sequences`, and puts [MASK]s behind it."""
         real = self._check_input(config, input_ids, attention_mask)
         input_ids, length, mask_token_id = input_ids.long(), input_ids.shape[1], self.config.mask_token_id
@@ -928,17 +709,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
         rows = sequences.repeat_interleave(repeats, 0), real.repeat_interleave(repeats, 0)
         return Canvas(*rows, config, self.config, generator)
 
-    def _check_input(self, config: LoopMDMGenerationConfig, input_ids: Any, attention_mask: Any) -> torch.BoolTensor:
+    def _check_input(self, config, input_ids, attention_mask) -> torch.BoolTensor:
         """Which tokens are real, `(batch_size, length)`."""
         for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
             if not isinstance(value, torch.Tensor) and not (value is None and name == "attention_mask"):
                 raise ValueError(f'`{name}` is a {type(value).__name__}; give a tensor (`return_tensors="pt"`).')
-        shape, wrong, padding = tuple(input_ids.shape), None, config.pad_token_id
+        shape, padding = tuple(input_ids.shape), config.pad_token_id
         if len(shape) != 2 or shape[0] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"`input_ids` is {input_ids.dtype} of shape {shape}; it must be int64 or int32 of shape (batch_size, "
-                "length), with at least one row."
-            )
+            needed = "int64 or int32 of shape (batch_size, length), with at least one row"
+            raise ValueError(f"`input_ids` is {input_ids.dtype} of shape {shape}; it must be {needed}.")
         if attention_mask is not None and tuple(attention_mask.shape) != shape:
             raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {shape}.")
         if attention_mask is not None:
@@ -950,27 +729,19 @@ class LoopMDMGenerationMixin(GenerationMixin):
         bad = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)].tolist()
         empty = (~real.any(-1)).nonzero().flatten().tolist() if shape[1] > 0 else []
         if bad:
-            wrong = f"`input_ids` holds {bad[0]}, outside the vocabulary of {self.config.vocab_size} tokens"
-        elif empty:
-            wrong = f"Rows {empty} of the input are all padding; leave them out"
-        if wrong is not None:
-            raise ValueError(f"{wrong}.")
+            raise ValueError(f"`input_ids` holds {bad[0]}, outside the vocabulary of {self.config.vocab_size} tokens.")
+        if empty:
+            raise ValueError(f"Rows {empty} of the input are all padding; leave them out.")
         return real
 
     @staticmethod
-    def _prepare_lists(
-        config: LoopMDMGenerationConfig, logits_processor: Any, stopping_criteria: Any, tokenizer: Any
-    ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+    def _prepare_lists(config, logits_processor, stopping_criteria, tokenizer):
         """The user's processors, then the sampling arguments, as transformers orders them; and all criteria."""
         processors = LogitsProcessorList(logits_processor or [])
-        if config.temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(float(config.temperature)))
-        if config.top_k is not None:
-            processors.append(TopKLogitsWarper(config.top_k))
-        if config.top_p is not None and config.top_p < 1:
-            processors.append(TopPLogitsWarper(float(config.top_p)))
-        if config.min_p is not None:
-            processors.append(MinPLogitsWarper(float(config.min_p)))
+        for name, warper in SAMPLING.items():
+            value = getattr(config, name)
+            if value is not None and (value != 1 or name not in ("temperature", "top_p")):
+                processors.append(warper(value if name == "top_k" else float(value)))
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.stop_strings:
             if tokenizer is None:
@@ -993,12 +764,4 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 )
 
 
-__all__ = [
-    "CachePlan",
-    "Canvas",
-    "CommitRule",
-    "LoopMDMGenerationConfig",
-    "LoopMDMGenerationMixin",
-    "LoopMDMGenerationOutput",
-    "LoopMDMTraceStep",
-]
+__all__ = ["Canvas", "LoopMDMGenerationConfig", "LoopMDMGenerationMixin", "LoopMDMGenerationOutput"]

@@ -1,10 +1,13 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Exit rules of adaptive loops: which rows, or single positions, are settled before `num_loops` is reached."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from .cache_utils import CacheView, LoopMDMCache
 from .configuration_loopmdm import check_num_loops
 
 if TYPE_CHECKING:
@@ -69,4 +72,73 @@ class VisibleLoops(LoopPolicy):
         return part.masked if index + 1 >= self.count else torch.ones_like(part.masked)
 
 
-__all__ = ["LoopPolicy", "RowTolerance", "VisibleLoops"]
+def resolve_policy(
+    config, loop_tolerance, visible_loops, loop_policy, trains=False, has_ids=True
+) -> LoopPolicy | None:
+    """The exit rule that the arguments of a pass describe. Raises a ValueError where the model cannot run it."""
+    given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        return None
+    policy = loop_policy if loop_tolerance is None else RowTolerance(loop_tolerance)
+    policy = policy if visible_loops is None else VisibleLoops(visible_loops)
+    wrong = None
+    if len(names) > 1:
+        wrong = f"`{names[1]}` is given too; choose one exit rule"
+    elif config.loop_update == "damped":
+        wrong = 'it needs `loop_update="replace"`, as damped steps depend on `num_loops`; choose that'
+    elif policy.per_position and trains:
+        wrong = "positions that stop pass no gradients on; call `model.eval()`"
+    elif policy.per_position and config._attn_implementation not in ("sdpa", "eager"):
+        wrong = 'single positions need another attention; call `model.set_attn_implementation("sdpa")`'
+    elif visible_loops is not None and not has_ids:
+        wrong = "it has to know which tokens are [MASK]; give `input_ids`"
+    if wrong is not None:
+        raise ValueError(f"`{names[0]}` cannot be used: {wrong}.")
+    return policy
+
+
+def iterate_while_moving(
+    model, states: torch.Tensor, context: "LoopContext", num_loops: int, policy: LoopPolicy
+) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
+    """`LoopMDMModel.iterate` by a policy: after every loop, what is settled leaves the part that loops on."""
+    if policy.per_position and context.cache is None:
+        # The positions' own keys and values, for this pass alone, numbered by column
+        memory = LoopMDMCache(model.config, 1, *states.shape[:2], share_loops=True)
+        columns = torch.arange(states.shape[1], device=states.device)
+        view = CacheView(memory, None, columns, torch.tensor([len(columns)]))
+        context = replace(context, cache=view)
+    moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    moving = moving if context.real is None else context.real
+    # Of the part: its context, what of it moves, its states, and where they belong (None: everywhere)
+    part, own, before, where = context, moving, states, None
+    for index in range(num_loops):
+        if where is not None and context.cache is not None:
+            context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
+        after = model.loop(before, part, index)
+        still = policy.goes_on(index, before, after, part)
+        still = own & (still if policy.per_position else still[:, None])
+        before = torch.where(own[..., None], after, before)
+        states = before if where is None else states.index_put(where, before)
+        yield states, moving
+        if index + 1 == num_loops or torch.equal(still, own):
+            continue
+        moving = own = still if where is None else torch.zeros_like(moving).index_put(where, still)
+        rows = moving.any(-1).nonzero().squeeze(-1)
+        if len(rows) == 0:
+            break
+        if policy.per_position:
+            # A row with fewer moving positions than others is filled up.
+            own = moving[rows]
+            positions = own.long().argsort(dim=-1, descending=True, stable=True)[:, : int(own.sum(-1).max())]
+            own = own.gather(1, positions)
+            part, where = context.narrow(rows, positions, own), (rows[:, None], positions)
+            before = states[where]
+        elif context.can_narrow:
+            part, own, before, where = context.narrow(rows), moving[rows], states[rows], (rows,)
+    if policy.per_position:
+        for rest in range(index + 1, num_loops):  # for passes that look for them there
+            context.cache.carry(rest, states)
+
+
+__all__ = ["LoopPolicy", "RowTolerance", "VisibleLoops", "iterate_while_moving", "resolve_policy"]

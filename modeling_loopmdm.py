@@ -6,7 +6,7 @@ without the causal mask; [`LoopMDMModel`] is where the loop is; [`LoopMDMForMask
 loss and `generate` (in generation_utils.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_utils import CacheView, LayerMemory, LoopMDMCache
 from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
-from .loop_policies import LoopPolicy, RowTolerance, VisibleLoops
+from .loop_policies import LoopPolicy, iterate_while_moving, resolve_policy
 
 
 @dataclass
@@ -35,8 +35,7 @@ class LoopMDMModelOutput(BaseModelOutput):
     Output of [`LoopMDMModel`]: `last_hidden_state`, behind the final norm, and
 
     Args:
-        loops (`torch.LongTensor` of shape `(batch_size,)`):
-            Applications of mid that changed each row; below `num_loops` only with an exit rule.
+        loops (`torch.LongTensor` of shape `(batch_size,)`): Applications of mid that changed each row.
         token_loops (the same, with an exit rule): Applications of mid to single positions, over the row's real ones.
         past_key_values ([`LoopMDMCache`], with `use_cache=True` or where one was given): Every executed layer's.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, on request as in transformers):
@@ -147,15 +146,7 @@ def take_positions(values: torch.Tensor, positions: torch.LongTensor) -> torch.T
     return values.expand(positions.shape[0], -1, -1).gather(1, index)
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
     """Reference attention, the only one that returns its probabilities. `attention_mask` is added to the scores."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
@@ -195,10 +186,7 @@ class LoopMDMAttention(nn.Module):
         queries: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        `queries`, `(batch_size, num_queries)`, are the positions whose output is wanted, by default all;
-        `attention_mask` is theirs.
-        """
+        """`queries`, `(batch_size, num_queries)`, are the positions whose output is wanted; the mask is theirs."""
         asking = hidden_states if queries is None else take_positions(hidden_states, queries)
         head_dim = self.config.head_dim
         query_shape = (*asking.shape[:-1], self.config.num_attention_heads, head_dim)
@@ -215,13 +203,11 @@ class LoopMDMAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        states, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
         )
-        output, probabilities = attention(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*asking.shape[:-1], query_shape[-2] * head_dim)), probabilities
+        return self.o_proj(states.reshape(*asking.shape[:-1], query_shape[-2] * head_dim)), weights
 
 
 class LoopMDMMLP(nn.Module):
@@ -286,55 +272,26 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers. FSDP puts a class of its own in place of a model's, which is not the one to save."""
-        cls = type(self)
-        names = cls.__module__, cls.__name__
-        own = next(base for base in cls.__mro__ if base.__module__ == __name__)
-        if cls.__module__.startswith("torch."):
-            cls.__module__, cls.__name__ = own.__module__, own.__name__
-        try:
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            cls.__module__, cls.__name__ = names
-
 
 @dataclass
 class LoopContext:
-    """
-    What the layers of one forward pass need besides the states of its N rows and Q positions.
+    """What the layers of one forward pass need besides the states of its N rows and Q positions."""
 
-    Args:
-        attention_mask: As the attention implementation takes it; None: everything is seen.
-        position_embeddings (`tuple(torch.Tensor)`, *optional*): Rotary tables, each `(1 or N, Q, head_dim)`.
-        cache ([`CacheView`], *optional*): Where keys and values are kept.
-        real (`torch.BoolTensor` of shape `(N, Q)`, *optional*): False on padding.
-        masked (`torch.BoolTensor` of shape `(N, Q)`, *optional*):
-            The [MASK]s, and with `config.shift_logits` what predicts them; None where embeddings came in place of ids.
-        queries (`torch.LongTensor` of shape `(N, P)`, *optional*): Positions whose output is wanted; None: all.
-        arguments (`dict`): Further ones of the attention implementation.
-    """
-
-    attention_mask: Any = None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    attention_mask: Any = None  # as the attention implementation takes it; None: everything is seen
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # each (1 or N, Q, head_dim)
     cache: CacheView | None = None
-    real: torch.BoolTensor | None = None
-    masked: torch.BoolTensor | None = None
-    queries: torch.LongTensor | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    real: torch.BoolTensor | None = None  # (N, Q), False on padding
+    masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and what predicts them; None where embeddings came
+    queries: torch.LongTensor | None = None  # (N, P), positions whose output is wanted; None: all
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of the attention implementation
 
     @property
     def can_narrow(self) -> bool:
         """Whether rows and queries can be picked from the mask, as from those of sdpa and eager attention."""
         return self.attention_mask is None or getattr(self.attention_mask, "ndim", 0) == 4
 
-    def narrow(
-        self, rows: torch.LongTensor, positions: torch.LongTensor | None = None, real: torch.BoolTensor | None = None
-    ) -> "LoopContext":
-        """
-        The context of a part of the pass: some of its rows, `(M,)`, and of their positions, `(M, P)`, which are filler
-        where `real`, `(M, P)`, is False.
-        """
+    def narrow(self, rows, positions=None, real=None) -> "LoopContext":
+        """For some rows, `(M,)`, and some positions of each, `(M, P)`, which are filler where `real` is False."""
 
         def pick(values: torch.Tensor | None) -> torch.Tensor | None:
             return values if values is None or values.shape[0] == 1 else values[rows]
@@ -348,10 +305,6 @@ class LoopContext:
         cache = None if self.cache is None else self.cache.narrow(rows, positions, real)
         real = pick(self.real) if real is None else real
         return LoopContext(mask, tables, cache, real, masked, arguments=self.arguments)
-
-    def ask(self, positions: torch.LongTensor) -> "LoopContext":
-        """For a layer that sees all positions, and whose output is wanted of some, `(N, P)`."""
-        return replace(self, queries=positions, attention_mask=narrow_mask(self.attention_mask, positions))
 
 
 def narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
@@ -369,8 +322,8 @@ def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
 
 def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
-    Positions `(1 or batch_size, length)` of the `real` tokens (of the same shape, nonzero), counted from 0 within each
-    packed document. Padding takes no position, so that it changes nothing wherever it stands.
+    Positions of the `real` tokens (nonzero), both `(1 or batch_size, length)`, counted from 0 within each packed
+    document. Padding takes no position, so that it changes nothing wherever it stands.
     """
     count = (real != 0).long().cumsum(-1)
     if document_ids is not None:
@@ -416,9 +369,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
-        # What training sets, kept off the config, where it would be saved with the model: the loops of a training pass
-        # that names none, anew for every optimiser step; how many of the last loops pass gradients back in full (None:
-        # all); and whether each loop's activations are computed again in the backward pass.
+        # What training sets (a config would be saved with the model): loops of a training pass that names none, how
+        # many of the last loops pass gradients back in full (None: all), and whether activations are computed again.
         self.num_train_loops: int | None = None
         self.gradient_loops: int | None = None
         self.checkpoint_loops = False
@@ -452,12 +404,13 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             num_loops = self.num_train_loops if in_training else self.config.num_loops
         check_num_loops(num_loops)
         check_kwargs(self, kwargs)
-        policy = self.resolve_policy(loop_tolerance, visible_loops, loop_policy, inputs_embeds is None)
+        trains = self.training and torch.is_grad_enabled()
+        rules = loop_tolerance, visible_loops, loop_policy
+        policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
         batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         cache = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
-        states, context = self.prelude(
-            input_ids, attention_mask, position_ids, inputs_embeds, document_ids, cache, **kwargs
-        )
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
+        states, context = self.prelude(*inputs, cache, **kwargs)
         loops = torch.zeros(batch_size, dtype=torch.long, device=states.device)
         token_loops = None if policy is None else torch.zeros_like(loops)
         for looped, moving in self.iterate(states, context, num_loops, policy):
@@ -480,10 +433,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         past_key_values: LoopMDMCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, LoopContext]:
-        """
-        Embeddings and head. Returns the states, `(batch_size, sequence_length, hidden_size)`, and the context that
-        [`~LoopMDMModel.iterate`] and [`~LoopMDMModel.readout`] take.
-        """
+        """Embeddings and head. Returns states, `(batch_size, sequence_length, hidden_size)`, and their context."""
         context = LoopContext(arguments=kwargs)
         if inputs_embeds is None:
             check_input_ids(self.config, input_ids)
@@ -519,13 +469,11 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         """
         Applies mid `num_loops` times and yields after every loop the states, `(batch_size, sequence_length,
         hidden_size)`, and the positions that it changed, `(batch_size, sequence_length)` (None: all). With a `policy`
-        it ends when nothing goes on.
-
-        In training, loops before the last `gradient_loops` pass the gradient on unchanged, as if they were the
-        identity: head and embeddings would get none without it.
+        it ends when nothing goes on. In training, loops before the last `gradient_loops` pass the gradient on
+        unchanged, as if they were the identity: head and embeddings would get none without it.
         """
         if policy is not None:
-            yield from self._iterate_while_moving(states, context, num_loops, policy)
+            yield from iterate_while_moving(self, states, context, num_loops, policy)
             return
         step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
         trains = self.training and torch.is_grad_enabled()
@@ -546,71 +494,22 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 states = self.loop(states, context, index, step_size)
             yield states, None
 
-    def _iterate_while_moving(
-        self, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
-    ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
-        """[`~LoopMDMModel.iterate`] by a policy: after every loop, what is settled leaves the part that loops on."""
-        if policy.per_position and context.cache is None:
-            # The positions' own keys and values, for this pass alone, numbered by column
-            memory = LoopMDMCache(self.config, 1, *states.shape[:2], share_loops=True)
-            columns = torch.arange(states.shape[1], device=states.device)
-            context = replace(
-                context, cache=CacheView(memory, None, columns, columns.new_tensor([len(columns)]).cpu())
-            )
-        moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        moving = moving if context.real is None else context.real
-        # Of the part: its context, what of it moves, its states, and where they belong (None: everywhere)
-        part, own, before, where = context, moving, states, None
-        for index in range(num_loops):
-            if where is not None and context.cache is not None:
-                context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
-            after = self.loop(before, part, index)
-            still = policy.goes_on(index, before, after, part)
-            still = own & (still if policy.per_position else still[:, None])
-            before = torch.where(own[..., None], after, before)
-            states = before if where is None else states.index_put(where, before)
-            yield states, moving
-            if index + 1 == num_loops or torch.equal(still, own):
-                continue
-            moving = own = still if where is None else torch.zeros_like(moving).index_put(where, still)
-            rows = moving.any(-1).nonzero().squeeze(-1)
-            if len(rows) == 0:
-                break
-            if policy.per_position:
-                # A row with fewer moving positions than others is filled up.
-                own = moving[rows]
-                positions = own.long().argsort(dim=-1, descending=True, stable=True)[:, : int(own.sum(-1).max())]
-                own = own.gather(1, positions)
-                part, where = context.narrow(rows, positions, own), (rows[:, None], positions)
-                before = take_positions(states[rows], positions)
-            elif context.can_narrow:
-                part, own, before, where = context.narrow(rows), moving[rows], states[rows], (rows,)
-        if policy.per_position:
-            for rest in range(index + 1, num_loops):  # for passes that look for them there
-                context.cache.carry(rest, states)
-
     def loop(self, states: torch.Tensor, context: LoopContext, index: int = 0, step_size: float = 1.0) -> torch.Tensor:
-        """
-        Applies mid once: `h <- h + step_size * (mid(h) - h)`, which is `mid(h)` itself at `step_size=1`. `index`, the
-        loop's number from 0, matters where there is a cache.
-        """
+        """`h <- h + step_size * (mid(h) - h)`, at 1 `mid(h)` itself; `index`, from 0, is the loop for a cache."""
         updated = self._run(self.config.loop_start, self.config.loop_end, states, context, index)
         return updated if step_size == 1.0 else torch.lerp(states, updated, step_size)
 
     def readout(
         self, states: torch.Tensor, context: LoopContext, positions: torch.LongTensor | None = None
     ) -> torch.Tensor:
-        """
-        Applies tail and the final norm. With `positions`, `(batch_size, num_positions)`, only their states are
-        returned, and the last layer computes them alone.
-        """
+        """Tail and final norm, of all positions or of those given, `(batch_size, num_positions)`, alone."""
         start, stop = self.config.loop_end, self.config.num_hidden_layers
-        # Attention of no query fails.
         if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
             return self.norm(states if positions is None else take_positions(states, positions))
         states = self._run(start, stop - 1, states, context)
-        return self.norm(self._run(stop - 1, stop, states, context.ask(positions)))
+        asked = replace(context, queries=positions, attention_mask=narrow_mask(context.attention_mask, positions))
+        return self.norm(self._run(stop - 1, stop, states, asked))
 
     def _run(self, start: int, stop: int, states: torch.Tensor, context: LoopContext, loop: int = 0) -> torch.Tensor:
         """Applies the physical layers `start` to `stop` in turn; `loop` is the number of the loop that they run in."""
@@ -625,29 +524,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             )
         return states
 
-    def resolve_policy(self, loop_tolerance, visible_loops, loop_policy, has_ids: bool = True) -> LoopPolicy | None:
-        """The exit rule that the arguments of a pass describe. Raises a ValueError where the model cannot run it."""
-        given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
-        names = [name for name, value in given.items() if value is not None]
-        if not names:
-            return None
-        policy = loop_policy if loop_tolerance is None else RowTolerance(loop_tolerance)
-        policy = policy if visible_loops is None else VisibleLoops(visible_loops)
-        wrong = None
-        if len(names) > 1:
-            wrong = f"`{names[1]}` is given too; choose one exit rule"
-        elif self.config.loop_update == "damped":
-            wrong = 'it needs `loop_update="replace"`, as damped steps depend on `num_loops`; choose that'
-        elif policy.per_position and self.training and torch.is_grad_enabled():
-            wrong = "positions that stop pass no gradients on; call `model.eval()`"
-        elif policy.per_position and self.config._attn_implementation not in ("sdpa", "eager"):
-            wrong = 'single positions need another attention; call `model.set_attn_implementation("sdpa")`'
-        elif visible_loops is not None and not has_ids:
-            wrong = "it has to know which tokens are [MASK]; give `input_ids`"
-        if wrong is not None:
-            raise ValueError(f"`{names[0]}` cannot be used: {wrong}.")
-        return policy
-
     def _prepare_cache(self, cache, use_cache, batch_size, num_loops, policy, visible_loops) -> LoopMDMCache | None:
         """The cache of a pass, made where `use_cache` asks for one."""
         if cache is None and not use_cache:
@@ -656,16 +532,11 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if self.training and torch.is_grad_enabled():
             wrong = "A cache passes no gradients on; call `model.eval()`, or train without it."
         elif cache is None and self.config.attention_block_size is None:
-            wrong = (
-                "`use_cache=True` needs block-causal attention: here all keys and values change with every token. "
-                'Pass a `LoopMDMCache` where stale ones will do, as `generate(cache_implementation="dual")` does.'
-            )
+            wrong = "`use_cache=True` needs block-causal attention; pass a `LoopMDMCache` where stale values will do."
         elif cache is not None and not isinstance(cache, LoopMDMCache):
             wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
         elif use_cache and policy is not None and not policy.per_position:
-            wrong = (
-                "`use_cache=True` stores every loop, and rows that stop looping leave some out; use one of the two."
-            )
+            wrong = "`use_cache=True` stores every loop, and rows that stop leave some out; use one of the two."
         elif use_cache and cache is not None and cache.reach is not None:
             wrong = "`use_cache=True` is for all rows of a cache; a selection of rows stores nothing."
         if wrong is not None:
@@ -707,13 +578,8 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
             f"{config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
             'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
         )
-    return create_bidirectional_mask(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        encoder_hidden_states=keys,
-        and_mask_function=is_visible if is_restricted else None,
-    )
+    restriction = is_visible if is_restricted else None
+    return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
 
 
 def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
@@ -721,10 +587,8 @@ def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel() > 0:
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
-            raise ValueError(
-                f"`input_ids` holds {low if low < 0 else high}, outside the vocabulary of {config.vocab_size} tokens; "
-                "is it the right tokenizer?"
-            )
+            bad = low if low < 0 else high
+            raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
 
 
 def check_shapes(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
@@ -732,19 +596,15 @@ def check_shapes(config, inputs_embeds, attention_mask, position_ids, document_i
     for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         takes_4d = name == "attention_mask" and cache is None
         if tensor is not None and tuple(tensor.shape) != shape and not (takes_4d and tensor.ndim == 4):
-            raise ValueError(
-                f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}, its own positions without those "
-                "of a cache."
-            )
+            needed = f"{shape}, its own positions without those of a cache"
+            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
     if cache is not None and document_ids is not None:
         raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
     # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
     last = shape[1] + (0 if cache is None or position_ids is not None else cache.length)
     if config.position_embedding_type == "learned" and last > config.max_position_embeddings:
-        raise ValueError(
-            f"The input has {last} positions, more than `max_position_embeddings` ({config.max_position_embeddings}), "
-            "and positions are learned; shorten it."
-        )
+        limit = config.max_position_embeddings
+        raise ValueError(f"The input has {last} positions, more than `max_position_embeddings` ({limit}); shorten it.")
 
 
 def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -755,52 +615,43 @@ def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{type(model).__name__} takes no argument `{'`, `'.join(unknown)}`.")
     attention = model.config._attn_implementation
     if kwargs.get("output_attentions") and attention != "eager":
-        raise ValueError(
-            f"`output_attentions` needs eager attention, and the model runs {attention!r}; call "
-            '`model.set_attn_implementation("eager")`.'
-        )
+        fix = 'call `model.set_attn_implementation("eager")`'
+        raise ValueError(f"`output_attentions` needs eager attention, and the model runs {attention!r}; {fix}.")
     if kwargs.get("output_hidden_states") not in (None, True, False):
-        raise ValueError(
-            f"`output_hidden_states` is {kwargs['output_hidden_states']!r}; it must be True or False. Pick from the "
-            "output, which holds every executed layer."
-        )
+        raise ValueError(f"`output_hidden_states` is {kwargs['output_hidden_states']!r}; it must be True or False.")
 
 
 class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     """
     LoopMDM with its output head: `forward` gives logits and the diffusion loss, `generate` denoises [MASK]s.
 
-    Arguments of `forward`, all optional but one of the first two:
-        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Tokens, those to predict replaced by `config.mask_token_id`.
-        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Their embeddings.
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+    Arguments of `forward`, all optional but one of the first two; B is the batch size and L the sequence length:
+        input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, those to predict replaced by `config.mask_token_id`.
+        inputs_embeds (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Their embeddings.
+        attention_mask (`torch.Tensor` of shape `(B, L)`):
             0 on padding, which may stand anywhere, anything else on real tokens. A 4-D mask is passed on as it is, in
             place of `config.attention_block_size` too.
-        position_ids (`torch.LongTensor` of shape `(1 or batch_size, sequence_length)`):
+        position_ids (`torch.LongTensor` of shape `(1 or B, L)`):
             By default real tokens are counted from 0 and padding takes no position.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Clean tokens; -100 where nothing is to be learned. With them `loss` is
-            `sum(loss_weights * cross_entropy) / number of labels`.
-        loss_weights (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, defaults to ones):
+        labels (`torch.LongTensor` of shape `(B, L)`): Clean tokens; -100 where nothing is to be learned. With them
+            `loss` is `sum(loss_weights * cross_entropy) / number of labels`.
+        loss_weights (`torch.FloatTensor` of shape `(B, L)`, defaults to ones):
             Weight of every label, e.g. 0 on visible and L/k on masked tokens, which makes the loss the NELBO in nats
             per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
-        document_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+        document_ids (`torch.LongTensor` of shape `(B, L)`):
             Several documents packed into a row: tokens of different ids do not see each other, and positions are
             counted within each document, whose tokens stand together.
         past_key_values ([`LoopMDMCache`]):
             Keys and values of earlier positions, which the pass attends to; `input_ids` and `attention_mask` are those
             of its own positions alone, by default those that follow. Exact with block-causal attention.
         use_cache (`bool`): Keep the keys and values of this pass in `past_key_values`, which the output then holds.
-        num_loops (`int`):
-            Applications of mid; by default what training drew (in training mode), or `config.num_loops`.
+        num_loops (`int`): Applications of mid; by default `config.num_loops`, or in training what was drawn.
         loop_tolerance (`float`): Adaptive loops of rows, see [`RowTolerance`].
         visible_loops (`int`): Fewer loops of tokens that are not [MASK], see [`VisibleLoops`].
         loop_policy ([`LoopPolicy`]): Another exit rule.
         logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
-            Compute logits only of the last so many positions (0: all), of the given positions `(num_positions,)`, or
-            of positions chosen for every row `(batch_size, num_positions)`. Chosen for every row, the last layer
-            computes no others either.
+            Positions to compute logits of: the last so many (0: all), those given, `(num_positions,)`, or those chosen
+            for every row, `(B, num_positions)`, which alone the last layer then computes.
         num_items_in_batch (`int` or `torch.Tensor`):
             Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels in
             all micro-batches of an optimiser step.
@@ -838,33 +689,20 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """See the class. Raises a ValueError for what it cannot do."""
         if loss_weights is not None and labels is None:
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
-        has_stored = isinstance(past_key_values, LoopMDMCache) and past_key_values.length > 0
-        if self.config.shift_logits and has_stored and position_ids is None:
-            raise ValueError(
-                "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
-                "the input one position earlier and give `position_ids`."
-            )
+        continues = isinstance(past_key_values, LoopMDMCache) and position_ids is None and past_key_values.length > 0
+        if self.config.shift_logits and continues:
+            fix = "Begin the input one position earlier and give `position_ids`"
+            raise ValueError(f"The position that predicts the first token is not in a cache. {fix}.")
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             keep = None
         sources = self._sources(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, document_ids)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            document_ids=document_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            num_loops=num_loops,
-            loop_tolerance=loop_tolerance,
-            visible_loops=visible_loops,
-            loop_policy=loop_policy,
-            positions_to_keep=keep if sources is None or keep is None else sources.gather(1, keep),
-            **kwargs,
-        )
-        states, loss, logits = outputs.last_hidden_state, None, None
+        kept = keep if sources is None or keep is None else sources.gather(1, keep)
+        inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
+        loops = num_loops, loop_tolerance, visible_loops, loop_policy
+        outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **kwargs))
+        states, loss, logits = outputs.pop("last_hidden_state"), None, None
         if keep is None and sources is not None:
             states = take_positions(states, sources)
         if labels is not None:
@@ -877,33 +715,22 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                     states[:, logits_to_keep] if logits_to_keep.ndim == 1 else take_positions(states, logits_to_keep)
                 )
             logits = self.logits(states)
-        return LoopMDMMaskedLMOutput(
-            loss=loss,
-            logits=logits,
-            loops=outputs.loops,
-            token_loops=outputs.token_loops,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return LoopMDMMaskedLMOutput(loss=loss, logits=logits, **outputs)
 
     def align(
         self,
         states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        document_ids: torch.LongTensor | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Output states `(batch_size, sequence_length, hidden_size)` such that row i predicts token i. With
-        `config.shift_logits` row i is the state of the real position before i; the first real position of a row, or of
-        a packed document, keeps its own. Otherwise nothing changes.
+        States `(batch_size, sequence_length, hidden_size)` ordered so that row i predicts token i: with
+        `config.shift_logits` that of the real position before i, or of i where a row or packed document begins.
         """
         sources = self._sources(states, attention_mask, document_ids)
         return states if sources is None else take_positions(states, sources)
 
-    def _sources(
-        self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, document_ids: torch.Tensor | None
-    ) -> torch.LongTensor | None:
+    def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor | None:
         """With `config.shift_logits` the columns whose states predict the tokens, `(batch_size, length)`."""
         if not self.config.shift_logits:
             return None
@@ -914,8 +741,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """
-        The output head: scores `(..., vocab_size)` of `states`, `(..., hidden_size)`. The mask token's score is -inf,
-        so that no sampler produces it and no likelihood counts it (MDLM's zero masking probabilities).
+        The output head: scores `(..., vocab_size)` of `states`, `(..., hidden_size)`. The mask token's is -inf, so
+        that no sampler produces it and no likelihood counts it (MDLM's zero masking probabilities).
         """
         logits = self.lm_head(states)
         logits[..., self.config.mask_token_id] = float("-inf")
@@ -942,9 +769,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 f"{config.vocab_size} tokens; give clean tokens, and -100 where there is nothing to learn."
             )
         logits = self.logits(states[labelled])
-        losses = nn.functional.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none"
-        )
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         if loss_weights is not None:
             losses = losses * loss_weights[labelled]
         return losses.sum() / (num_labels.to(losses.device) if isinstance(num_labels, torch.Tensor) else num_labels)
@@ -960,23 +786,13 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     ) -> int:
         """
         Floating point operations of the matrix products in one forward pass (a multiply-add is two, as in torch's
-        `FlopCounterMode`), padding included. A training step takes three times as many, four with gradient
+        `FlopCounterMode`), padding included; a training step takes three times as many, four with gradient
         checkpointing. By default `num_loops` is the config's, and all positions reach the head (`num_logits`), are
         attended to (`num_keys`) and are computed by the `last_layer`; means per row where they differ.
         """
         num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
-        num_keys, last_layer, num_logits = (
-            sequence_length if value is None else value for value in (num_keys, last_layer, num_logits)
-        )
-        flops = self.config.pass_flops(sequence_length, num_keys, last_layer, num_logits, sequence_length * num_loops)
-        return round(batch_size * flops)
+        counts = (sequence_length if count is None else count for count in (num_keys, last_layer, num_logits))
+        return round(batch_size * self.config.pass_flops(sequence_length, *counts, sequence_length * num_loops))
 
 
-__all__ = [
-    "LoopContext",
-    "LoopMDMForMaskedLM",
-    "LoopMDMMaskedLMOutput",
-    "LoopMDMModel",
-    "LoopMDMModelOutput",
-    "LoopMDMPreTrainedModel",
-]
+__all__ = ["LoopContext", "LoopMDMForMaskedLM", "LoopMDMModel", "LoopMDMPreTrainedModel"]

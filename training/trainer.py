@@ -169,6 +169,18 @@ class LoopMDMTrainer(Trainer):
         self._head_positions = 0
         super().store_flos()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # FSDP puts a class of its own in place of the model's, and that is not the one whose code is to be saved.
+        cls = type(self.looped_model)
+        names = cls.__module__, cls.__name__
+        if cls.__module__.startswith("torch."):
+            own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+            cls.__module__, cls.__name__ = own.__module__, own.__name__
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            cls.__module__, cls.__name__ = names
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._loops:
             seconds = time.perf_counter() - self._since
