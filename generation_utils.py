@@ -803,15 +803,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
         started = time.perf_counter()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
-        processors = self._prepare_processors(config, logits_processor)
-        criteria = self._prepare_criteria(config, stopping_criteria, tokenizer)
+        processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
 
         # 2. Lay out the canvas
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
         reuses = rule.may_skip or config.remask_probability > 0
         denoiser = (ReusingDenoiser if reuses else Denoiser)(self, canvas, past_key_values)
         cost, trace = Cost(canvas), Trace() if config.output_trace else None
-        stream = None if streamer is None else Stream(streamer, canvas)
+        stream = Stream(streamer, canvas) if streamer else None
         watchers = [watcher for watcher in (cost, trace, stream) if watcher is not None]
 
         # 3. Denoise block after block
@@ -833,21 +832,21 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 stream.put_block(block)
 
         # 4. Pad behind the ends
-        fill = next((t for t in (config.pad_token_id, self.config.pad_token_id, *eos_token_ids) if t is not None), 0)
+        fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, 0)
         behind = canvas.columns > canvas.ends[:, None]
+        fill = next(token for token in fills if token is not None)
         sequences = canvas.sequences.masked_fill(behind & canvas.to_denoise, fill)
         if stream is not None:
             stream.end()
         if not config.return_dict_in_generate:
             return sequences
         denoised = (canvas.to_denoise & ~behind).sum(-1)
-        num_denoised = int(denoised.sum())  # waits for the device
-        seconds = time.perf_counter() - started
+        total, seconds = int(denoised.sum()), time.perf_counter() - started  # waits for the device
         return LoopMDMGenerationOutput(
             sequences=sequences,
             **cost.totals,
             seconds=seconds,
-            tokens_per_second=num_denoised / seconds,
+            tokens_per_second=total / seconds,
             tokens_per_forward=denoised / cost.totals["forward_passes"].clamp(min=1),
             past_key_values=denoiser.finished_cache(),
             trace=None if trace is None else trace.steps,
@@ -957,12 +956,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return real
 
     @staticmethod
-    def _prepare_processors(
-        config: LoopMDMGenerationConfig, logits_processor: LogitsProcessorList | None
-    ) -> LogitsProcessorList:
-        """The user's processors, then the sampling arguments, as transformers orders them."""
+    def _prepare_lists(
+        config: LoopMDMGenerationConfig, logits_processor: Any, stopping_criteria: Any, tokenizer: Any
+    ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        """The user's processors, then the sampling arguments, as transformers orders them; and all criteria."""
         processors = LogitsProcessorList(logits_processor or [])
-        if config.do_sample and config.temperature != 1.0:
+        if config.temperature != 1.0:
             processors.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.top_k is not None:
             processors.append(TopKLogitsWarper(config.top_k))
@@ -970,18 +969,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
             processors.append(TopPLogitsWarper(float(config.top_p)))
         if config.min_p is not None:
             processors.append(MinPLogitsWarper(float(config.min_p)))
-        return processors
-
-    @staticmethod
-    def _prepare_criteria(
-        config: LoopMDMGenerationConfig, stopping_criteria: StoppingCriteriaList | None, tokenizer: Any
-    ) -> StoppingCriteriaList:
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        return criteria
+        return processors, criteria
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs

@@ -504,7 +504,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if past_key_values is not None:
             context.cache = past_key_values.open(position_ids, context.real)
         masks = attention_mask, position_ids, document_ids
-        context.attention_mask = self._make_mask(inputs_embeds, *masks, context.cache)
+        context.attention_mask = make_mask(self.config, inputs_embeds, *masks, context.cache)
         if self.config.position_embedding_type == "learned":
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         else:
@@ -622,44 +622,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             )
         return states
 
-    def _make_mask(self, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> Any:
-        """
-        What each query may see, as the attention implementation takes it: its own and earlier blocks with
-        `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
-        cache the positions that the pass reaches.
-        """
-        block_size, keys, blocks = self.config.attention_block_size, None, None
-        if block_size is not None:
-            blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
-        if cache is not None:
-            places, reach = torch.arange(cache.stop, device=inputs_embeds.device), cache.reach
-            is_even = int(reach.min()) == cache.stop
-            attention_mask = None if is_even else places < reach.to(places.device)[:, None]
-            keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # how many there are
-            if block_size is not None:
-                key_blocks = (places // block_size).expand(len(inputs_embeds), -1)
-                # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
-                if places.device.type == "cpu" and bool((blocks[:, 0] >= key_blocks[:, -1]).all()):
-                    blocks = None
-
-        def is_visible(batch, head, query, key):
-            visible = True if document_ids is None else document_ids[batch, query] == document_ids[batch, key]
-            return visible if blocks is None else (blocks[batch, query] >= key_blocks[batch, key]) & visible
-
-        is_restricted = blocks is not None or document_ids is not None
-        if "flash" in self.config._attn_implementation and (is_restricted or (cache is not None and not is_even)):
-            raise ValueError(
-                f"{self.config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
-                'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
-            )
-        return create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            encoder_hidden_states=keys,
-            and_mask_function=is_visible if is_restricted else None,
-        )
-
     def resolve_policy(self, loop_tolerance, visible_loops, loop_policy, has_ids: bool = True) -> LoopPolicy | None:
         """The exit rule that the arguments of a pass describe. Raises a ValueError where the model cannot run it."""
         given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
@@ -710,6 +672,45 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if cache.reach is None:  # `generate` has checked those that it selects rows of
             cache.check(self.config, batch_size, num_loops, visible_loops)
         return cache
+
+
+def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> Any:
+    """
+    What each query may see, as the attention implementation takes it: its own and earlier blocks with
+    `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
+    cache the positions that the pass reaches.
+    """
+    block_size, keys, blocks = config.attention_block_size, None, None
+    if block_size is not None:
+        blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
+    if cache is not None:
+        places, reach = torch.arange(cache.stop, device=inputs_embeds.device), cache.reach
+        is_even = int(reach.min()) == cache.stop
+        attention_mask = None if is_even else places < reach.to(places.device)[:, None]
+        keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # how many there are
+        if block_size is not None:
+            key_blocks = (places // block_size).expand(len(inputs_embeds), -1)
+            # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
+            if places.device.type == "cpu" and bool((blocks[:, 0] >= key_blocks[:, -1]).all()):
+                blocks = None
+
+    def is_visible(batch, head, query, key):
+        visible = True if document_ids is None else document_ids[batch, query] == document_ids[batch, key]
+        return visible if blocks is None else (blocks[batch, query] >= key_blocks[batch, key]) & visible
+
+    is_restricted = blocks is not None or document_ids is not None
+    if "flash" in config._attn_implementation and (is_restricted or (cache is not None and not is_even)):
+        raise ValueError(
+            f"{config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
+            'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
+        )
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        encoder_hidden_states=keys,
+        and_mask_function=is_visible if is_restricted else None,
+    )
 
 
 def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
@@ -837,8 +838,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         continues = past_key_values is not None and past_key_values.length > 0 and position_ids is None
         if self.config.shift_logits and continues:
             raise ValueError(
-                "This model predicts a token from the position before it, whose state a cache does not keep. Begin the "
-                "input one position earlier and give `position_ids`."
+                "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
+                "the input one position earlier and give `position_ids`."
             )
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
