@@ -211,14 +211,11 @@ class CacheView:
             cache.slots[index] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop)
 
-    def narrow(
-        self, rows: torch.Tensor | None, positions: torch.Tensor | None, real: torch.Tensor | None
-    ) -> "CacheView":
+    def narrow(self, rows: torch.Tensor, positions: torch.Tensor | None, real: torch.Tensor | None) -> "CacheView":
         """For some of the pass's rows, `(M,)`, and positions, `(M, P)`, which are filler where `real` is False."""
         view = copy.copy(self)
-        if rows is not None:
-            view.places = self.places if self.places.ndim == 1 else self.places[rows]
-            view.rows = rows if self.rows is None else self.rows[rows]
+        view.places = self.places if self.places.ndim == 1 else self.places[rows]
+        view.rows = rows if self.rows is None else self.rows[rows]
         if positions is not None:
             places = view.places.expand(positions.shape[0], -1).gather(1, positions)
             view.places = places.masked_fill(~real, self.cache.max_length)
@@ -239,9 +236,9 @@ class CacheView:
 @dataclass
 class ForwardPass:
     """
-    A forward pass of `generate`: of each of its `rows` the positions from `starts` to `stops` are computed, those before
-    `reach` attended to, and those before `keeps` stored for good; each `(N,)` int64 on the host. With `predicts=False`
-    it serves the `cache` alone, and runs all loops whatever the exit rule.
+    A forward pass of `generate`: of each of its `rows` the positions from `starts` to `stops` are computed, those
+    before `reach` attended to, and those before `keeps` stored for good; each `(N,)` int64 on the host. With
+    `predicts=False` it serves the `cache` alone, and runs all loops whatever the exit rule.
     """
 
     rows: torch.Tensor
@@ -268,15 +265,7 @@ class CachePlan:
         visible_loops (`int`, *optional*): As in `generate`.
     """
 
-    def __init__(
-        self,
-        config: LoopMDMConfig,
-        lengths: torch.Tensor,
-        num_loops: int,
-        copies: int = 1,
-        refresh_interval: int | None = None,
-        visible_loops: int | None = None,
-    ):
+    def __init__(self, config, lengths, num_loops, copies=1, refresh_interval=None, visible_loops=None):
         self.config, self.lengths, self.copies, self.refresh_interval = config, lengths, copies, refresh_interval
         self.has_exits = False  # whether a block's loops may be others than those of finished text
         self.cache: LoopMDMCache | None = self.make_cache(num_loops, visible_loops)

@@ -12,8 +12,8 @@ import torch
 @dataclass
 class DenoisingStep:
     """
-    One denoising step of a block, and all that a commit rule may look at: the N rows that still denoise, and P of their
-    positions, those that are [MASK], or with remasking all of the block. `generate` fills it in as it goes.
+    One denoising step of a block, and all that a commit rule may look at: the N rows that still denoise, and P of
+    their positions, those that are [MASK], or with remasking all of the block. `generate` fills it in as it goes.
 
     Args:
         index (`int`): Number of the step in its block.
@@ -175,7 +175,8 @@ class ThresholdRule(CommitRule):
     """Commits all positions of at least a given confidence, and the quota of another rule (Fast-dLLM)."""
 
     def __init__(self, threshold: float, rule: CommitRule):
-        self.threshold, self.rule, self.is_random = threshold, rule, rule.is_random
+        self.threshold, self.rule = threshold, rule
+        self.is_random, self.draws_tokens = rule.is_random, rule.draws_tokens
 
     def __call__(self, step):
         return self.rule(step) | (step.masked & (step.confidence >= self.threshold))
@@ -188,7 +189,8 @@ class EntropyBoundRule(CommitRule):
     """
 
     def __init__(self, bound: float, rule: CommitRule):
-        self.bound, self.rule, self.is_random = bound, rule, rule.is_random
+        self.bound, self.rule = bound, rule
+        self.is_random, self.draws_tokens = rule.is_random, rule.draws_tokens
 
     def __call__(self, step):
         entropies = step.entropy.masked_fill(~step.masked, 0.0)

@@ -9,9 +9,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings attention_block_size num_loops max_train_loops"
-).split()
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "attention_block_size"),
+    *("num_loops", "max_train_loops"),
+)
 REMOVED_FIELDS = {
     "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
     "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',
@@ -157,8 +158,8 @@ class LoopMDMConfig(PreTrainedConfig):
     def pass_flops(self, num_queries, num_keys, num_last, num_logits, token_loops):
         """
         Floating point operations of the matrix products in one forward pass over one row (a multiply-add is two):
-        `num_queries` positions attend to `num_keys`, the last layer computes `num_last` of them, `num_logits` reach the
-        output head, and mid is applied `token_loops` times to single positions. Numbers or tensors alike.
+        `num_queries` positions attend to `num_keys`, the last layer computes `num_last` of them, `num_logits` reach
+        the output head, and mid is applied `token_loops` times to single positions. Numbers or tensors alike.
         """
         query_size = self.num_attention_heads * self.head_dim
         key_value_size = self.num_key_value_heads * self.head_dim

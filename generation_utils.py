@@ -175,35 +175,23 @@ class LoopMDMGenerationConfig(GenerationConfig):
     # By name the default, the type and for numbers the range; a lower end of EPSILON says "above 0".
     EPSILON = 1e-12
     FIELDS = {
-        "max_new_tokens": (None, int, 0),
-        "max_length": (None, int, 1),
-        "stop_strings": (None, str | list),
-        "num_loops": (None, int | list | tuple),
-        "loop_tolerance": (None, float, 0),
-        "visible_loops": (None, int, 1),
-        "loop_policy": (None, LoopPolicy),
-        "block_length": (None, int, 1),
-        "max_denoising_steps": (None, int, 1),
+        **dict.fromkeys(("max_new_tokens", "pad_token_id", "bos_token_id"), (None, int, 0)),
+        **dict.fromkeys(("max_length", "block_length", "max_denoising_steps", "visible_loops"), (None, int, 1)),
+        **dict.fromkeys(("cache_refresh_interval", "top_k"), (None, int, 1)),
+        **dict.fromkeys(("num_loops", "eos_token_id"), (None, int | list | tuple)),
+        **dict.fromkeys(("loop_tolerance", "entropy_bound", "guidance_scale"), (None, float, 0)),
+        **dict.fromkeys(("confidence_threshold", "top_p"), (None, float, EPSILON, 1)),
+        **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_trace"), (False, bool)),
         "use_cache": (None, bool),
-        "cache_implementation": (None, str | type),
-        "cache_refresh_interval": (None, int, 1),
-        "unmasking": ("confidence", str | CommitRule),
-        "confidence_threshold": (None, float, EPSILON, 1),
-        "entropy_bound": (None, float, 0),
         "remask_probability": (0.0, float, 0, 1),
         "eos_penalty": (0.0, float, 0),
-        "do_sample": (False, bool),
         "temperature": (1.0, float, EPSILON),
-        "top_k": (None, int, 1),
-        "top_p": (None, float, EPSILON, 1),
         "min_p": (None, float, 0, 1),
         "num_return_sequences": (1, int, 1),
-        "guidance_scale": (None, float, 0),
-        "pad_token_id": (None, int, 0),
-        "bos_token_id": (None, int, 0),
-        "eos_token_id": (None, int | list | tuple),
-        "return_dict_in_generate": (False, bool),
-        "output_trace": (False, bool),
+        "unmasking": ("confidence", str | CommitRule),
+        "cache_implementation": (None, str | type),
+        "loop_policy": (None, LoopPolicy),
+        "stop_strings": (None, str | list),
     }
 
     def __init__(self, **kwargs):
@@ -228,11 +216,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
         for token in _as_list(self.eos_token_id):
             check_argument("eos_token_id", token, int, 0)
         loops = [check_num_loops(value) for value in _as_list(self.num_loops)]
-        if loops == [] and self.num_loops is not None or len(loops) > (self.max_denoising_steps or len(loops)):
-            raise ValueError(
-                f"`num_loops` lists the loops of {len(loops)} steps, and `max_denoising_steps` is "
-                f"{self.max_denoising_steps}; give at least one number, and at most one for each step."
-            )
+        if (self.num_loops is not None and not loops) or len(loops) > (self.max_denoising_steps or len(loops)):
+            steps = self.max_denoising_steps
+            raise ValueError(f"`num_loops` lists {len(loops)} steps of {steps}; give one number or more, one a step.")
         for name, known in (("unmasking", COMMIT_RULES), ("cache_implementation", CACHE_PLANS)):
             if isinstance(getattr(self, name), str) and getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(sorted(known))}.")
@@ -249,9 +235,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
         elif idle:
             wrong = f"`{idle[0]}` is {getattr(self, idle[0])} without effect; add `do_sample=True`"
         elif self.num_return_sequences != 1 and not is_random:
-            wrong = f"`num_return_sequences` is {self.num_return_sequences}, but all would be the same; add `do_sample=True`"
+            wrong = f"`num_return_sequences` is {self.num_return_sequences}, all the same; add `do_sample=True`"
         elif self.cache_refresh_interval is not None and self.cache_implementation is None:
-            wrong = f"`cache_refresh_interval` is {self.cache_refresh_interval} without effect; give `cache_implementation`"
+            wrong = "`cache_refresh_interval` has no effect without `cache_implementation`; give both, or neither"
         elif self.output_trace and not self.return_dict_in_generate:
             wrong = "`output_trace` needs `return_dict_in_generate=True`"
         if wrong is not None:
@@ -261,19 +247,12 @@ class LoopMDMGenerationConfig(GenerationConfig):
         """Raises a ValueError for what a model of this [`LoopMDMConfig`] cannot do."""
         size, wrong = model_config.attention_block_size, None
         if size is not None and self.cache_implementation is not None:
-            wrong = (
-                f"`cache_implementation` is {self.cache_implementation!r}, an approximation for attention over the whole "
-                "sequence, and this model is block-causal and caches exactly; leave it out"
-            )
+            wrong = "`cache_implementation` approximates, and this block-causal model caches exactly; leave it out"
         elif size is not None and (self.block_length or 0) % size != 0:
-            wrong = (
-                f"`block_length` is {self.block_length}; this model's attention takes multiples of {size} positions"
-            )
+            wrong = f"`block_length` is {self.block_length}; this model's attention takes multiples of {size}"
         for name in ("pad_token_id", "eos_token_id"):
             if model_config.mask_token_id in _as_list(getattr(self, name)):
-                wrong = (
-                    f"`{name}` is the mask token ({model_config.mask_token_id}), which is never produced; name another"
-                )
+                wrong = f"`{name}` is the mask token ({model_config.mask_token_id}); name another"
         if wrong is not None:
             raise ValueError(f"{wrong}.")
 
@@ -338,10 +317,9 @@ class LoopMDMTraceStep:
         loops (`torch.LongTensor` of shape `(num_rows,)`): Loops run for every row; 0 where a row had nothing to do.
         committed, remasked (`torch.BoolTensor` of shape `(num_rows, length)`): Positions filled, and sent back.
         tokens (`torch.LongTensor` of shape `(num_rows, length)`): The sequences after the step.
-        confidence (`torch.FloatTensor` of shape `(num_rows, length)`):
-            Probability of the chosen token under the raw distribution, at positions that were [MASK]; NaN elsewhere.
-        log_probs (`torch.FloatTensor` of shape `(num_rows, length)`):
-            Its log-probability under the distribution that it was drawn from; NaN elsewhere.
+        confidence, log_probs (`torch.FloatTensor` of shape `(num_rows, length)`):
+            Of the chosen token at positions that were [MASK], its probability under the raw distribution, and its
+            log-probability under the one that it was drawn from; NaN elsewhere.
     """
 
     block: int
@@ -825,15 +803,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
         started = time.perf_counter()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
-        processors = self._prepare_processors(config, logits_processor)
-        criteria = self._prepare_criteria(config, stopping_criteria, tokenizer)
+        processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
 
         # 2. Lay out the canvas
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
         reuses = rule.may_skip or config.remask_probability > 0
         denoiser = (ReusingDenoiser if reuses else Denoiser)(self, canvas, past_key_values)
         cost, trace = Cost(canvas), Trace() if config.output_trace else None
-        stream = None if streamer is None else Stream(streamer, canvas)
+        stream = Stream(streamer, canvas) if streamer else None
         watchers = [watcher for watcher in (cost, trace, stream) if watcher is not None]
 
         # 3. Denoise block after block
@@ -855,21 +832,21 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 stream.put_block(block)
 
         # 4. Pad behind the ends
-        fill = next((t for t in (config.pad_token_id, self.config.pad_token_id, *eos_token_ids) if t is not None), 0)
+        fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, 0)
         behind = canvas.columns > canvas.ends[:, None]
+        fill = next(token for token in fills if token is not None)
         sequences = canvas.sequences.masked_fill(behind & canvas.to_denoise, fill)
         if stream is not None:
             stream.end()
         if not config.return_dict_in_generate:
             return sequences
         denoised = (canvas.to_denoise & ~behind).sum(-1)
-        num_denoised = int(denoised.sum())  # waits for the device
-        seconds = time.perf_counter() - started
+        total, seconds = int(denoised.sum()), time.perf_counter() - started  # waits for the device
         return LoopMDMGenerationOutput(
             sequences=sequences,
             **cost.totals,
             seconds=seconds,
-            tokens_per_second=num_denoised / seconds,
+            tokens_per_second=total / seconds,
             tokens_per_forward=denoised / cost.totals["forward_passes"].clamp(min=1),
             past_key_values=denoiser.finished_cache(),
             trace=None if trace is None else trace.steps,
@@ -979,12 +956,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return real
 
     @staticmethod
-    def _prepare_processors(
-        config: LoopMDMGenerationConfig, logits_processor: LogitsProcessorList | None
-    ) -> LogitsProcessorList:
-        """The user's processors, then the sampling arguments, as transformers orders them."""
+    def _prepare_lists(
+        config: LoopMDMGenerationConfig, logits_processor: Any, stopping_criteria: Any, tokenizer: Any
+    ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        """The user's processors, then the sampling arguments, as transformers orders them; and all criteria."""
         processors = LogitsProcessorList(logits_processor or [])
-        if config.do_sample and config.temperature != 1.0:
+        if config.temperature != 1.0:
             processors.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.top_k is not None:
             processors.append(TopKLogitsWarper(config.top_k))
@@ -992,18 +969,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
             processors.append(TopPLogitsWarper(float(config.top_p)))
         if config.min_p is not None:
             processors.append(MinPLogitsWarper(float(config.min_p)))
-        return processors
-
-    @staticmethod
-    def _prepare_criteria(
-        config: LoopMDMGenerationConfig, stopping_criteria: StoppingCriteriaList | None, tokenizer: Any
-    ) -> StoppingCriteriaList:
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        return criteria
+        return processors, criteria
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs

@@ -282,8 +282,7 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
         if wrong:
             raise ValueError(
                 f"The tensors of {pretrained_model_name_or_path} are not those of a {cls.__name__} with this "
-                f"configuration ({len(wrong)} differ: {', '.join(wrong[:5])}). Is config.json the one that the weights "
-                "were saved with?"
+                f"configuration ({len(wrong)} differ: {', '.join(wrong[:5])}). Is config.json that of these weights?"
             )
         return (model, info) if output_loading_info else model
 
@@ -394,8 +393,8 @@ def predictors(real: torch.Tensor, document_ids: torch.LongTensor | None) -> tor
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
     """
-    The looped transformer without a head: head, `num_loops` times mid, tail, final norm. The parts are methods of their
-    own, for probes, objectives and tests:
+    The looped transformer without a head: head, `num_loops` times mid, tail, final norm. Its parts are methods, for
+    probes, objectives and tests:
 
     ```python
     >>> states, context = model.prelude(input_ids, attention_mask)  # embeddings and head
@@ -504,9 +503,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 context.masked = context.masked | nn.functional.pad(context.masked[:, 1:], (0, 1))
         if past_key_values is not None:
             context.cache = past_key_values.open(position_ids, context.real)
-        context.attention_mask = self._make_mask(
-            inputs_embeds, attention_mask, position_ids, document_ids, context.cache
-        )
+        masks = attention_mask, position_ids, document_ids
+        context.attention_mask = make_mask(self.config, inputs_embeds, *masks, context.cache)
         if self.config.position_embedding_type == "learned":
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         else:
@@ -624,58 +622,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             )
         return states
 
-    def _make_mask(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.LongTensor,
-        document_ids: torch.LongTensor | None,
-        cache: CacheView | None,
-    ) -> Any:
-        """
-        What each query may see, as the attention implementation takes it: its own and earlier blocks with
-        `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
-        cache the positions that the pass reaches.
-        """
-        block_size, keys, blocks = self.config.attention_block_size, None, None
-        if block_size is not None:
-            blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
-        if cache is not None:
-            places, reach = torch.arange(cache.stop, device=inputs_embeds.device), cache.reach
-            is_even = int(reach.min()) == cache.stop
-            attention_mask = None if is_even else places < reach.to(places.device)[:, None]
-            keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # how many there are
-            if block_size is not None:
-                key_blocks = (places // block_size).expand(len(inputs_embeds), -1)
-                # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
-                if places.device.type == "cpu" and bool((blocks[:, 0] >= key_blocks[:, -1]).all()):
-                    blocks = None
-
-        def is_visible(batch, head, query, key):
-            visible = True if document_ids is None else document_ids[batch, query] == document_ids[batch, key]
-            return visible if blocks is None else (blocks[batch, query] >= key_blocks[batch, key]) & visible
-
-        is_restricted = blocks is not None or document_ids is not None
-        if "flash" in self.config._attn_implementation and (is_restricted or (cache is not None and not is_even)):
-            raise ValueError(
-                f"{self.config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
-                'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
-            )
-        return create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            encoder_hidden_states=keys,
-            and_mask_function=is_visible if is_restricted else None,
-        )
-
-    def resolve_policy(
-        self,
-        loop_tolerance: float | None,
-        visible_loops: int | None,
-        loop_policy: LoopPolicy | None,
-        has_ids: bool = True,
-    ) -> LoopPolicy | None:
+    def resolve_policy(self, loop_tolerance, visible_loops, loop_policy, has_ids: bool = True) -> LoopPolicy | None:
         """The exit rule that the arguments of a pass describe. Raises a ValueError where the model cannot run it."""
         given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
         names = [name for name, value in given.items() if value is not None]
@@ -687,8 +634,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if len(names) > 1:
             wrong = f"`{names[1]}` is given too; choose one exit rule"
         elif self.config.loop_update == "damped":
-            wrong = 'a damped model\'s earlier states are not those of fewer loops (`loop_update="replace"`); choose `num_loops`'
-        elif policy.per_position and self.training:
+            wrong = 'it needs `loop_update="replace"`, as damped steps depend on `num_loops`; choose that'
+        elif policy.per_position and self.training and torch.is_grad_enabled():
             wrong = "positions that stop pass no gradients on; call `model.eval()`"
         elif policy.per_position and self.config._attn_implementation not in ("sdpa", "eager"):
             wrong = 'single positions need another attention; call `model.set_attn_implementation("sdpa")`'
@@ -698,25 +645,17 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             raise ValueError(f"`{names[0]}` cannot be used: {wrong}.")
         return policy
 
-    def _prepare_cache(
-        self,
-        past_key_values: LoopMDMCache | None,
-        use_cache: bool | None,
-        batch_size: int,
-        num_loops: int,
-        policy: LoopPolicy | None,
-        visible_loops: int | None,
-    ) -> LoopMDMCache | None:
+    def _prepare_cache(self, cache, use_cache, batch_size, num_loops, policy, visible_loops) -> LoopMDMCache | None:
         """The cache of a pass, made where `use_cache` asks for one."""
-        if past_key_values is None and not use_cache:
+        if cache is None and not use_cache:
             return None
-        wrong, cache = None, past_key_values
-        if self.training:
+        wrong = None
+        if self.training and torch.is_grad_enabled():
             wrong = "A cache passes no gradients on; call `model.eval()`, or train without it."
         elif cache is None and self.config.attention_block_size is None:
             wrong = (
-                "`use_cache=True` needs block-causal attention: here all keys and values change with every token. Pass "
-                'a `LoopMDMCache` where stale ones will do, as `generate(cache_implementation="dual")` does.'
+                "`use_cache=True` needs block-causal attention: here all keys and values change with every token. "
+                'Pass a `LoopMDMCache` where stale ones will do, as `generate(cache_implementation="dual")` does.'
             )
         elif cache is not None and not isinstance(cache, LoopMDMCache):
             wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
@@ -735,6 +674,45 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         return cache
 
 
+def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> Any:
+    """
+    What each query may see, as the attention implementation takes it: its own and earlier blocks with
+    `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
+    cache the positions that the pass reaches.
+    """
+    block_size, keys, blocks = config.attention_block_size, None, None
+    if block_size is not None:
+        blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
+    if cache is not None:
+        places, reach = torch.arange(cache.stop, device=inputs_embeds.device), cache.reach
+        is_even = int(reach.min()) == cache.stop
+        attention_mask = None if is_even else places < reach.to(places.device)[:, None]
+        keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # how many there are
+        if block_size is not None:
+            key_blocks = (places // block_size).expand(len(inputs_embeds), -1)
+            # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
+            if places.device.type == "cpu" and bool((blocks[:, 0] >= key_blocks[:, -1]).all()):
+                blocks = None
+
+    def is_visible(batch, head, query, key):
+        visible = True if document_ids is None else document_ids[batch, query] == document_ids[batch, key]
+        return visible if blocks is None else (blocks[batch, query] >= key_blocks[batch, key]) & visible
+
+    is_restricted = blocks is not None or document_ids is not None
+    if "flash" in config._attn_implementation and (is_restricted or (cache is not None and not is_even)):
+        raise ValueError(
+            f"{config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
+            'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
+        )
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        encoder_hidden_states=keys,
+        and_mask_function=is_visible if is_restricted else None,
+    )
+
+
 def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
     # On an accelerator looking at the values would make every forward pass wait for it.
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel() > 0:
@@ -746,14 +724,7 @@ def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
             )
 
 
-def check_shapes(
-    config: LoopMDMConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
-    cache: LoopMDMCache | None,
-) -> None:
+def check_shapes(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
     shape = tuple(inputs_embeds.shape[:2])
     for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         takes_4d = name == "attention_mask" and cache is None
@@ -864,12 +835,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """See the class. Raises a ValueError for what it cannot do."""
         if loss_weights is not None and labels is None:
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
-        if self.config.shift_logits and position_ids is None and past_key_values is not None:
-            if past_key_values.length > 0:
-                raise ValueError(
-                    "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
-                    "the input one position earlier and give `position_ids`."
-                )
+        continues = past_key_values is not None and past_key_values.length > 0 and position_ids is None
+        if self.config.shift_logits and continues:
+            raise ValueError(
+                "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
+                "the input one position earlier and give `position_ids`."
+            )
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
@@ -947,13 +918,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         logits[..., self.config.mask_token_id] = float("-inf")
         return logits
 
-    def _masked_diffusion_loss(
-        self,
-        states: torch.Tensor,
-        labels: torch.LongTensor,
-        loss_weights: torch.Tensor | None,
-        num_items_in_batch: int | torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _masked_diffusion_loss(self, states, labels, loss_weights, num_items_in_batch) -> torch.Tensor:
         shape, config = tuple(states.shape[:2]), self.config
         for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
             if tensor is not None and tuple(tensor.shape) != shape:
