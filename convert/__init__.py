@@ -1,10 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Non-looped checkpoints of masked diffusion language models, turned into looped initialisations."""
 
-from .engine import Plan, convert_checkpoint, plan_conversion
+from .engine import convert_checkpoint
 from .families import FAMILIES, choose_family
 from .family import Family, Recipe
 from .loop_window import calibrate, default_window
+from .plan import Plan, plan_conversion
 from .source import Source, open_source
 
 __all__ = [

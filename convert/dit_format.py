@@ -6,123 +6,129 @@ folds exactly into the norms and into the projections that write to the residual
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .family import Recipe, constant, copy, per_layer, rows
+from .family import Family, Recipe, copy, per_layer, rows, zeros
 from .source import Source
 
-LAYER_NORM_EPS = 1e-5
-IGNORED = (r".*rotary_emb\.inv_freq",)
-# Chunks of a block's modulation, in this order; the last layer's has the first two.
+# Chunks of a block's modulation, in this order. The last layer's has the first two.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
 
 
-def is_modulated(source: Source, root: str) -> bool:
-    return f"{root}blocks.0.adaLN_modulation.weight" in source
+class DiTFormat(Family):
+    """
+    A family in this format.
 
+    Attributes:
+        root (`str`): What all tensor names start with.
+    """
 
-def check_conditioning(source: Source, time_conditioning: bool) -> None:
-    """Raises a ValueError unless the source computes the same at every noise level, or one level was chosen."""
-    if time_conditioning and source.sigma is None:
-        raise ValueError(
-            f"{source.name} is conditioned on the noise level (`time_conditioning`), and a LoopMDM is not. Give "
-            "--sigma (`sigma=`) to convert what it computes at that one level."
-        )
-    if not time_conditioning and source.sigma is not None:
-        raise ValueError(f"`sigma` is {source.sigma}, but {source.name} is not conditioned on it; leave it out.")
+    ignored = (r".*rotary_emb\.inv_freq",)
+    root = "backbone."
 
+    def is_modulated(self, source: Source) -> bool:
+        return f"{self.root}blocks.0.adaLN_modulation.weight" in source
 
-def config(source: Source, root: str, num_heads: int, max_length: int, num_layers: int | None) -> dict[str, Any]:
-    """Arguments of a `LoopMDMConfig`. Tensor names start with `root`; the config speaks of `num_layers`."""
-    vocab_size, hidden_size = source.shape(f"{root}vocab_embed.embedding")
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": source.shape(f"{root}blocks.0.mlp.0.weight")[0],
-        "num_hidden_layers": source.num_layers(f"{root}blocks.{{i}}.attn_qkv.weight", num_layers),
-        "num_attention_heads": num_heads,
-        "hidden_act": "gelu_pytorch_tanh",
-        "use_gated_mlp": False,
-        "max_position_embeddings": max_length,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "norm_type": "layernorm",
-        "rms_norm_eps": LAYER_NORM_EPS,
-        "mlp_bias": True,
-        "lm_head_bias": True,
-        "tie_word_embeddings": False,
-    }
+    def settings(self, source: Source) -> dict[str, Any]:
+        """`n_heads`, `length`, `time_conditioning` and, where known, `n_blocks`: what the tensors do not tell."""
+        return {
+            "n_heads": source.setting("n_heads"),
+            "length": source.setting("model_length"),
+            "time_conditioning": source.setting("time_conditioning"),
+            "n_blocks": source.config.get("n_blocks"),
+        }
 
+    def config(self, source: Source) -> dict[str, Any]:
+        settings, block = self.settings(source), f"{self.root}blocks.{{i}}."
+        if settings["time_conditioning"] and source.sigma is None:
+            raise ValueError(
+                f"{source.name} is conditioned on the noise level (`time_conditioning`), and a LoopMDM is not. Give "
+                "--sigma (`sigma=`) to convert what it computes at that one level."
+            )
+        if not settings["time_conditioning"] and source.sigma is not None:
+            raise ValueError(f"`sigma` is {source.sigma}, but {source.name} is not conditioned on it; leave it out.")
+        vocab_size, hidden_size = source.shape(f"{self.root}vocab_embed.embedding")
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": source.shape(f"{block}mlp.0.weight".format(i=0))[0],
+            "num_hidden_layers": source.num_layers(f"{block}attn_qkv.weight", settings.get("n_blocks")),
+            "num_attention_heads": settings["n_heads"],
+            "hidden_act": "gelu_pytorch_tanh",
+            "use_gated_mlp": False,
+            "max_position_embeddings": settings["length"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "norm_type": "layernorm",
+            "rms_norm_eps": 1e-5,
+            "mlp_bias": True,
+            "lm_head_bias": True,
+            "tie_word_embeddings": False,
+            "mask_token_id": vocab_size - 1,
+        }
 
-def recipes(source: Source, config: dict[str, Any], root: str) -> dict[str, Recipe]:
-    """Copies and splits; with modulation also folds, at `source.sigma` or 0."""
-    size = config["hidden_size"]
-    block, last = f"{root}blocks.{{i}}.", f"{root}output_layer."
-    qkv = f"{block}attn_qkv.weight"
+    def generation(self, source: Source) -> dict[str, Any]:
+        return {"unmasking": "ancestral"}
 
-    def norm(name: str, prefix: str, scale: int, shift: int, chunks: int) -> dict[str, Recipe]:
-        weight, bias = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
-        if is_modulated(source, root):
-            return {
-                "weight": _modulate(
-                    source, root, weight, prefix, scale, chunks, lambda norm, scale: norm * (1 + scale)
-                ),
-                "bias": _modulate(source, root, weight, prefix, shift, chunks, lambda norm, shift: shift),
-            }
-        return {"weight": copy(weight), "bias": copy(bias) if bias.format(i=0) in source else constant(0.0, weight)}
+    def recipes(self, source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
+        """Copies and splits; with modulation also folds, at `source.sigma` or 0."""
+        size, modulated = config["hidden_size"], self.is_modulated(source)
+        block, last = f"{self.root}blocks.{{i}}.", f"{self.root}output_layer."
 
-    def gated(name: str, gate: int) -> Recipe:
-        if not is_modulated(source, root):
-            return copy(f"{block}{name}")
-        return _modulate(source, root, f"{block}{name}", block, gate, 6, _scale_rows)
+        def norm(target: str, prefix: str, name: str, scale: int, shift: int) -> dict[str, Recipe]:
+            weight, bias = f"{prefix}{name}.weight", f"{prefix}{name}.bias"
+            if modulated:
+                made = (
+                    self._fold(source, weight, prefix, scale, lambda weight, scale: weight * (1 + scale)),
+                    self._fold(source, weight, prefix, shift, lambda weight, shift: shift),
+                )
+            else:
+                made = copy(weight), copy(bias) if bias.format(i=0) in source else zeros(weight)
+            return {f"{target}.weight": made[0], f"{target}.bias": made[1]}
 
-    layer = {
-        **_under("input_layernorm", norm("norm1", block, SCALE, SHIFT, 6)),
-        "self_attn.q_proj.weight": rows(qkv, 0, size),
-        "self_attn.k_proj.weight": rows(qkv, size, 2 * size),
-        "self_attn.v_proj.weight": rows(qkv, 2 * size, 3 * size),
-        "self_attn.o_proj.weight": gated("attn_out.weight", GATE),
-        **_under("post_attention_layernorm", norm("norm2", block, MLP_SCALE, MLP_SHIFT, 6)),
-        "mlp.up_proj.weight": f"{block}mlp.0.weight",
-        "mlp.up_proj.bias": f"{block}mlp.0.bias",
-        "mlp.down_proj.weight": gated("mlp.2.weight", MLP_GATE),
-        "mlp.down_proj.bias": gated("mlp.2.bias", MLP_GATE),
-    }
-    return {
-        "model.embed_tokens.weight": copy(f"{root}vocab_embed.embedding"),
-        **per_layer(config["num_hidden_layers"], _under("model.layers.{i}", layer)),
-        **_under("model.norm", norm("norm_final", last, SCALE, SHIFT, 2)),
-        "lm_head.weight": copy(f"{last}linear.weight"),
-        "lm_head.bias": copy(f"{last}linear.bias"),
-    }
+        def gated(name: str, gate: int) -> Recipe:
+            if not modulated:
+                return copy(f"{block}{name}")
+            return self._fold(source, f"{block}{name}", block, gate, _scale_rows)
+
+        layer = {
+            **norm("input_layernorm", block, "norm1", SCALE, SHIFT),
+            "self_attn.q_proj.weight": rows(f"{block}attn_qkv.weight", 0, size),
+            "self_attn.k_proj.weight": rows(f"{block}attn_qkv.weight", size, 2 * size),
+            "self_attn.v_proj.weight": rows(f"{block}attn_qkv.weight", 2 * size, 3 * size),
+            "self_attn.o_proj.weight": gated("attn_out.weight", GATE),
+            **norm("post_attention_layernorm", block, "norm2", MLP_SCALE, MLP_SHIFT),
+            "mlp.up_proj.weight": f"{block}mlp.0.weight",
+            "mlp.up_proj.bias": f"{block}mlp.0.bias",
+            "mlp.down_proj.weight": gated("mlp.2.weight", MLP_GATE),
+            "mlp.down_proj.bias": gated("mlp.2.bias", MLP_GATE),
+        }
+        return {
+            "model.embed_tokens.weight": copy(f"{self.root}vocab_embed.embedding"),
+            **per_layer(config["num_hidden_layers"], layer),
+            **norm("model.norm", last, "norm_final", SCALE, SHIFT),
+            "lm_head.weight": copy(f"{last}linear.weight"),
+            "lm_head.bias": copy(f"{last}linear.bias"),
+        }
+
+    def _fold(self, source: Source, name: str, prefix: str, chunk: int, apply: Callable) -> Recipe:
+        """`apply(tensor, modulation)` on the tensor `name` and one chunk of the modulation, in float64."""
+        sigma, num_chunks = source.sigma or 0.0, 6 if "{i}" in prefix else 2
+        names = [f"{prefix}adaLN_modulation.{kind}" for kind in ("weight", "bias")]
+        names += [f"{self.root}sigma_map.mlp.{index}.{kind}" for index in (0, 2) for kind in ("weight", "bias")]
+
+        def compute(tensor, weight, bias, *sigma_map):
+            conditioning = _conditioning(sigma, *(part.double() for part in sigma_map))
+            modulation = weight.double() @ conditioning + bias.double()
+            return apply(tensor.double(), modulation.chunk(num_chunks)[chunk])
+
+        return Recipe((name, *names), f"fold adaLN at sigma {sigma:g}", compute)
 
 
 def _scale_rows(tensor: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return tensor * (gate if tensor.ndim == 1 else gate[:, None])
-
-
-def last_token(root: str):
-    """The mask token of these families: the last row of the embedding."""
-    return lambda source: source.shape(f"{root}vocab_embed.embedding")[0] - 1
-
-
-def _under(prefix: str, recipes: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}.{name}": recipe for name, recipe in recipes.items()}
-
-
-def _modulate(source: Source, root: str, name: str, prefix: str, chunk: int, chunks: int, apply) -> Recipe:
-    """`apply(tensor, modulation)` on the tensor `name` and one chunk of the modulation, in float64."""
-    sigma = source.sigma or 0.0
-    adaln = f"{prefix}adaLN_modulation"
-    sigma_map = [f"{root}sigma_map.mlp.{index}.{kind}" for index in (0, 2) for kind in ("weight", "bias")]
-
-    def compute(tensor, weight, bias, *sigma_map):
-        conditioning = _conditioning(sigma, *(part.double() for part in sigma_map))
-        modulation = weight.double() @ conditioning + bias.double()
-        return apply(tensor.double(), modulation.chunk(chunks)[chunk])
-
-    return Recipe((name, f"{adaln}.weight", f"{adaln}.bias", *sigma_map), f"fold adaLN at sigma {sigma:g}", compute)
 
 
 def _conditioning(sigma: float, weight_0, bias_0, weight_2, bias_2) -> torch.Tensor:

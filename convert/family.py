@@ -20,7 +20,7 @@ class Recipe:
 
     Args:
         sources (`tuple[str, ...]`): Names of the source's tensors.
-        how (`str`): What is done to them, in a few words, for the plan.
+        how (`str`): What is done to them, in a few words, for the record.
         compute (`Callable`): Does it: takes the tensors in that order. Runs on meta tensors too, for the shapes.
     """
 
@@ -45,68 +45,85 @@ def transposed(name: str, start: int | None = None, stop: int | None = None) -> 
 
 
 def scaled(name: str, factor: float) -> Recipe:
-    return Recipe((name,), f"times {factor:.6g}", lambda tensor: tensor.double() * factor)
+    """`tensor * factor`, and a copy where the factor is 1."""
+    return (
+        copy(name) if factor == 1 else Recipe((name,), f"times {factor:.6g}", lambda tensor: tensor.double() * factor)
+    )
 
 
-def constant(value: float, like: str) -> Recipe:
-    """A vector of `value`, as long as the source's tensor `like` has rows."""
-    return Recipe((like,), f"{value:g} for each row", lambda tensor: tensor.new_full(tensor.shape[:1], value))
+def zeros(like: str) -> Recipe:
+    """A vector of zeros, as long as the source's tensor `like` has rows."""
+    return Recipe((like,), "0 for each row", lambda tensor: tensor.new_zeros(tensor.shape[0]))
 
 
-def per_layer(num_layers: int, template: dict[str, str | Recipe]) -> dict[str, Recipe]:
-    """Repeats `template` for every layer: `{i}` in names becomes the layer's index. A plain name is a copy."""
+def per_layer(num_layers: int, layer: dict[str, str | Recipe]) -> dict[str, Recipe]:
+    """
+    Repeats the recipes of one layer, by their names within it, for all layers: `{i}` in the source's names becomes the
+    index. A plain name is a copy.
+    """
 
     def expand(recipe: str | Recipe, index: int) -> Recipe:
-        if isinstance(recipe, str):
-            return copy(recipe.format(i=index))
+        recipe = copy(recipe) if isinstance(recipe, str) else recipe
         return Recipe(tuple(name.format(i=index) for name in recipe.sources), recipe.how, recipe.compute)
 
     return {
-        target.format(i=index): expand(recipe, index)
+        f"model.layers.{index}.{target}": expand(recipe, index)
         for index in range(num_layers)
-        for target, recipe in template.items()
+        for target, recipe in layer.items()
     }
 
 
-@dataclass(frozen=True)
 class Family:
     """
-    One format of checkpoints. To add one, write a module in `convert/families/` with such an object and list it in
-    `convert/families/__init__.py`.
+    One format of checkpoints. To add one, put a module into `convert/families/` whose `FAMILIES` is a list of objects
+    of subclasses; or pass such an object as `convert_checkpoint(..., family=)`.
 
-    Args:
+    Attributes:
         name (`str`): What `--family` calls it.
-        models (`str`): The published models that it covers.
-        matches (`Callable[[Source], bool]`):
-            Recognises it, from `architectures` and tensor names. A family whose files nothing tells from another's
-            never matches, and is used on request (`--family`).
-        config (`Callable[[Source], dict]`):
-            The arguments of a `LoopMDMConfig`, but for the loop and the special tokens. Sizes come from tensors.
-        recipes (`Callable[[Source, dict], dict[str, Recipe]]`):
-            The recipe of every tensor of the result, given the source and that dict.
+        models (`str`): The published models that it covers, for error messages.
+        architectures (`tuple[str, ...]`):
+            The names in config.json by which it is recognised. A family whose files nothing tells from another's has
+            none, and is used on request (`--family`) alone.
         tied_names (`tuple[str, ...]`):
             Where the head shares the embedding's weight: names under which it may be stored once more.
         ignored (`tuple[str, ...]`): Patterns (whole-name regular expressions) of tensors that are not needed.
-        mask_token_id (`Callable[[Source], int | None]`): Id of [MASK] where neither config nor tokenizer tells.
-        generation (`Callable[[Source], dict]`): Defaults of `generate`: the family's usual settings.
         reference (`str`, *optional*):
             The transformers class (e.g. `"Qwen2"`) that computes what the source computes, with attention over the
             whole sequence; `--verify` loads the source into it.
-        reference_names (`Callable[[str], str]`, *optional*): Name of a source tensor in that class.
-        prepare (`Callable[[Source], Source]`, *optional*): Changes the source before anything else looks at it.
-        from_causal (`bool`): The source is autoregressive: used on request (`--from-causal`) alone.
+        from_causal (`bool`): The source is autoregressive: used with `--from-causal` alone.
     """
 
     name: str
     models: str
-    matches: Callable[[Source], bool]
-    config: Callable[[Source], dict[str, Any]]
-    recipes: Callable[[Source, dict[str, Any]], dict[str, Recipe]]
+    architectures: tuple[str, ...] = ()
     tied_names: tuple[str, ...] = ("lm_head.weight",)
     ignored: tuple[str, ...] = ()
-    mask_token_id: Callable[[Source], int | None] = lambda source: None
-    generation: Callable[[Source], dict[str, Any]] = lambda source: {}
     reference: str | None = None
-    reference_names: Callable[[str], str] = lambda name: name
-    prepare: Callable[[Source], Source] = lambda source: source
     from_causal: bool = False
+
+    def matches(self, source: Source) -> bool:
+        """Recognises the family's checkpoints, and no other family's. `model_type` lies too often to be asked."""
+        return not set(self.architectures).isdisjoint(source.architectures)
+
+    def prepare(self, source: Source) -> Source:
+        """Changes the source before anything else looks at it."""
+        return source
+
+    def config(self, source: Source) -> dict[str, Any]:
+        """
+        The arguments of a `LoopMDMConfig`, without the loop's. Sizes come from tensors. Of the special tokens only
+        `mask_token_id`, for checkpoints of which neither config.json nor the tokenizer names it.
+        """
+        raise NotImplementedError
+
+    def recipes(self, source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
+        """The recipe of every tensor of the result, given also what `config` returned."""
+        raise NotImplementedError
+
+    def generation(self, source: Source) -> dict[str, Any]:
+        """Defaults of `generate`: the family's usual settings."""
+        return {}
+
+    def reference_name(self, name: str) -> str:
+        """What the class `reference` calls the source's tensor `name`."""
+        return name

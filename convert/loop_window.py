@@ -2,14 +2,13 @@
 """Which layers to loop: a default by depth, and a choice from data."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..evaluation.likelihood import NelboEstimate, nelbo
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..objective import nelbo
 
 
 def default_window(num_layers: int, loop_update: str) -> tuple[int, int]:
@@ -37,19 +36,21 @@ def candidate_windows(num_layers: int, width: int) -> list[tuple[int, int]]:
     return [(start, start + width) for start in range(first, last - width + 1)]
 
 
-@dataclass
-class WindowScore:
+def read_sequences(tokenizer: Any, text: Path, num_sequences: int, length: int) -> torch.LongTensor:
     """
-    NELBO with one window looped, in nats per token, and its standard error; and how it differs from the NELBO without
-    loops, whose standard error (over sequences) is much smaller, as both see the same masks.
+    Up to `num_sequences` pieces of `length` tokens, spread over the whole text: `(num_sequences, length)`. Raises a
+    ValueError where the file is not UTF-8 or too short for one.
     """
-
-    loop_start: int
-    loop_end: int
-    nelbo: float
-    standard_error: float
-    change: float
-    change_standard_error: float
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not a text in UTF-8: {error}") from error
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(len(ids) // length, num_sequences)
+    if count == 0:
+        raise ValueError(f"{text} has {len(ids)} tokens; calibration needs at least {length}.")
+    starts = [index * (len(ids) - length) // max(1, count - 1) for index in range(count)]
+    return torch.tensor([ids[start : start + length] for start in starts])
 
 
 def calibrate(
@@ -61,7 +62,7 @@ def calibrate(
     batch_size: int = 8,
     seed: int = 0,
     progress: Callable[[int, int], Any] = lambda done, total: None,
-) -> tuple[list[WindowScore], NelboEstimate]:
+) -> dict[str, Any]:
     """
     Measures the NELBO of `input_ids` with every candidate window applied `num_loops` times, with the same noise for
     all.
@@ -72,44 +73,41 @@ def calibrate(
         width (`int`): Layers in a window.
 
     Returns:
-        The scores of all windows from left to right, and the estimate without loops.
+        `dict`: `without_loops`, the NELBO in nats per token and its standard error; `windows`, for each from left to
+        right the same with the window looped, and the change against no loops. Its standard error (over sequences) is
+        much smaller, as both see the same masks. `best` is the window of the lowest NELBO.
     """
     config = model.config
+    if not 1 <= width <= config.num_hidden_layers:
+        raise ValueError(f"The width of the loop is {width}; the model has {config.num_hidden_layers} layers.")
     before = config.loop_start, config.loop_end
-    settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     windows = candidate_windows(config.num_hidden_layers, width)
 
-    plain = nelbo(model, input_ids, num_loops=1, **settings)
-    total = plain.num_tokens.sum()
+    def estimate(num_loops: int) -> tuple[torch.Tensor, dict[str, float]]:
+        found = nelbo(model, input_ids, num_loops=num_loops, num_samples=num_samples, batch_size=batch_size, seed=seed)
+        mean, error = found.per_token()
+        return found.nats[0] / found.num_tokens.sum(), {"nelbo": mean.item(), "standard_error": error.item()}
 
-    def score(estimate: NelboEstimate) -> WindowScore:
-        mean, error = estimate.per_token()
-        change = estimate.nats[0] - plain.nats[0]
-        change_error = len(change) ** 0.5 * change.std() / total if len(change) > 1 else torch.tensor(torch.nan)
-        values = (mean[0], error[0], change.sum() / total, change_error)
-        return WindowScore(config.loop_start, config.loop_end, *(value.item() for value in values))
-
-    scores = []
+    plain, without_loops = estimate(1)
     progress(1, len(windows) + 1)
+    rows = []
     try:
         for window in windows:
             config.loop_start, config.loop_end = window
-            scores.append(score(nelbo(model, input_ids, num_loops=num_loops, **settings)))
-            progress(len(scores) + 1, len(windows) + 1)
+            looped, score = estimate(num_loops)
+            change = looped - plain  # what each sequence adds
+            error = len(change) ** 0.5 * change.std().item() if len(change) > 1 else float("nan")
+            row = {"loop_start": window[0], "loop_end": window[1], **score}
+            rows.append({**row, "change": change.sum().item(), "change_standard_error": error})
+            progress(len(rows) + 1, len(windows) + 1)
     finally:
         config.loop_start, config.loop_end = before
-    return scores, plain
-
-
-def calibration_record(scores: list[WindowScore], plain: NelboEstimate, num_loops: int) -> dict[str, Any]:
-    """What calibration.json keeps; `best` is the window of the lowest NELBO."""
-    mean, error = plain.per_token()
-    best = min(scores, key=lambda score: score.nelbo)
+    best = min(rows, key=lambda row: row["nelbo"])
     return {
         "num_loops": num_loops,
-        "without_loops": {"nelbo": mean[0].item(), "standard_error": error[0].item()},
-        "windows": [asdict(score) for score in scores],
-        "best": [best.loop_start, best.loop_end],
+        "without_loops": without_loops,
+        "windows": rows,
+        "best": [best["loop_start"], best["loop_end"]],
     }
 
 

@@ -4,13 +4,11 @@ A published checkpoint, opened for reading tensor by tensor: a folder or a Hub r
 safetensors file, or, on request, pickled weights read without running anything that they contain.
 """
 
-import contextlib
+import functools
 import json
-import pickle
-import types
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ class StoredTensor:
     read: Callable[[], torch.Tensor]
 
 
+@dataclass
 class Source:
     """
     A checkpoint that is converted.
@@ -47,20 +46,17 @@ class Source:
         sigma (`float`, *optional*): The noise level at which a model conditioned on it is to be converted.
     """
 
-    def __init__(
-        self,
-        name: str,
-        folder: Path,
-        weights: Path,
-        tensors: dict[str, StoredTensor],
-        config: dict[str, Any],
-        extras: dict[str, Any] | None = None,
-        sigma: float | None = None,
-    ):
-        self.name, self.folder, self.weights = name, folder, weights
-        self.tensors, self.config, self.extras = tensors, config, extras or {}
-        self.sigma = sigma
-        self.generation_config = read_json(folder / "generation_config.json")
+    name: str
+    folder: Path
+    weights: Path
+    tensors: dict[str, StoredTensor]
+    config: dict[str, Any]
+    extras: dict[str, Any] = field(default_factory=dict)
+    sigma: float | None = None
+
+    @functools.cached_property
+    def generation_config(self) -> dict[str, Any]:
+        return read_json(self.folder / "generation_config.json")
 
     @property
     def architectures(self) -> list[str]:
@@ -100,7 +96,10 @@ class Source:
         return count
 
     def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name].read()
+        try:
+            return self.tensors[name].read()
+        except SafetensorError as error:  # a file that has been damaged since it was opened
+            raise ValueError(f"{name!r} of {self.name} cannot be read: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def open_source(
         path = _download(str(source), revision, allow_pickle)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") or read_json(folder / "lit_config.json")
-    files = [path] if path.is_file() else _weight_files(path, allow_pickle)
+    files = [path] if path.is_file() else _weight_files(path)
     pickled = [file.name for file in files if file.suffix in PICKLES]
     if pickled and not allow_pickle:
         raise ValueError(
@@ -147,7 +146,7 @@ def open_source(
         elif file.suffix in PICKLES:
             found, extras = _pickled(file)
         else:
-            raise ValueError(f"{file} is no file of weights; they end in .safetensors, {', '.join(PICKLES)}.")
+            raise ValueError(f"{file} is not a file of weights; they end in .safetensors, {', '.join(PICKLES)}.")
         repeated = sorted(tensors.keys() & found.keys())
         if repeated:
             raise ValueError(f"{file} holds {repeated[0]!r} again; which of the two counts?")
@@ -161,13 +160,13 @@ def _download(source: str, revision: str | None, allow_pickle: bool) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except HFValidationError:
-        raise ValueError(f"{source} does not exist, and is no id of the Hugging Face Hub either.") from None
-    except Exception as error:  # of the network, the file system, the Hub: all mean that it is not to be had
+        raise ValueError(f"{source} does not exist, and is not an id of the Hugging Face Hub either.") from None
+    except Exception as error:  # of the network, the file system, the Hub
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{source} is no folder here and could not be had from the Hub: {reason}") from error
+        raise ValueError(f"{source} is not a folder here, and the Hub does not give it: {reason}") from error
 
 
-def _weight_files(folder: Path, allow_pickle: bool) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: what an index names, or all of one kind."""
     for pattern, index in (("*.safetensors", "*.safetensors.index.json"), ("*.bin", "*.bin.index.json")):
         for index_file in sorted(folder.glob(index)):
@@ -213,7 +212,7 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
             stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no complete safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
     for name, (_, dtype) in stored.items():
         if dtype not in DTYPES:
             raise _quantised(file, name, dtype)
@@ -228,95 +227,53 @@ def _quantised(file: Path, name: str, dtype: Any) -> ValueError:
 
 
 class _Stub:
-    """What stands for an object of a class that is not let in: takes any treatment, does nothing, keeps its state."""
+    """What stands for an object of any class that tensors do not need: takes all arguments and keeps its state."""
+
+    state = None
 
     def __new__(cls, *args, **kwargs):
-        stub = super().__new__(cls)
-        stub.state, stub.items = None, {}
-        return stub
+        return super().__new__(cls)
 
     def __init__(self, *args, **kwargs):
         pass
 
-    def __call__(self, *args, **kwargs):
-        return _Stub()
-
     def __setstate__(self, state):
         self.state = state
 
-    def __setitem__(self, key, value):
-        self.items[key] = value
 
-    def append(self, value):
-        self.items[len(self.items)] = value
-
-    def extend(self, values):
-        for value in values:
-            self.append(value)
-
-    add = append
-
-
-_ADMITTED = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch.serialization", "_get_layout"),
-} | {
-    ("torch", name) for name in dir(torch) if name.endswith("Storage") or isinstance(getattr(torch, name), torch.dtype)
-}
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Admits what tensors are made of; every other class or function of the file becomes an inert stub."""
-
-    def find_class(self, module, name):
-        if (module, name) in _ADMITTED:
-            found = super().find_class(module, name)
-            # A function of its own for every file, as a pickle may set attributes on what it is given.
-            return (lambda *args: found(*args)) if isinstance(found, types.FunctionType) else found
-        return type(name, (_Stub,), {"__module__": module})
-
-
-def _load_pickle(file, **kwargs):
-    return _TensorUnpickler(file, **kwargs).load()
-
-
-_PICKLE_MODULE = types.SimpleNamespace(
-    __name__="loopmdm.convert.source",
-    Unpickler=_TensorUnpickler,
-    load=_load_pickle,
-    UnpicklingError=pickle.UnpicklingError,
-)
+def _empty_dict(*args):
+    """Stands for a defaultdict, which the unpickler would not fill."""
+    return {}
 
 
 def stub_value(value: Any) -> Any:
-    """The plain data in a stub's state: a dict of the names it holds, a list of its items, or the value of a leaf."""
-    if not isinstance(value, _Stub):
-        return value
-    state = value.state if isinstance(value.state, dict) else {}
-    content = state.get("_content", state.get("_val", value.items or None))
-    if isinstance(content, dict):
-        return {key: stub_value(item) for key, item in content.items()}
-    if isinstance(content, list):
-        return [stub_value(item) for item in content]
-    return content
+    """The plain data that a stub of an omegaconf object holds: a dict, a list, or the value of a leaf."""
+    if isinstance(value, _Stub):
+        state = value.state if isinstance(value.state, dict) else {}
+        value = state.get("_content", state.get("_val"))
+    if isinstance(value, dict):
+        return {key: stub_value(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [stub_value(item) for item in value]
+    return value
 
 
 def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"{file} is no complete file of torch.save's zip format; get it anew, or convert it to safetensors."
+            f"{file} is not a complete file of torch.save's zip format; get it anew, or convert it to safetensors."
         )
-    with zipfile.ZipFile(file) as archive:
-        if any(entry.endswith("constants.pkl") for entry in archive.namelist()):
-            raise ValueError(f"{file} is a TorchScript program, not weights.")
     try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE_MODULE)
+        # torch's unpickler admits what tensors are made of. All else that the file names becomes inert.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        stubs = [(_empty_dict if name == "collections.defaultdict" else _Stub, name) for name in names]
+        with torch.serialization.safe_globals(stubs):
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        raise ValueError(f"{file} cannot be read as pickled weights: {error}") from error
+        # torch puts the reason between two paragraphs of advice, the first of which is to trust the file.
+        paragraphs = [part.strip() for part in str(error).split("\n\n") if part.strip()] or [type(error).__name__]
+        reason = paragraphs[1 if len(paragraphs) > 1 else 0].splitlines()[0]
+        raise ValueError(f"{file} cannot be read as pickled weights: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, not a dict of tensors.")
     extras = {}
@@ -330,12 +287,3 @@ def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
         if tensor.dtype not in DTYPES.values():
             raise _quantised(file, name, tensor.dtype)
     return {name: StoredTensor(tuple(t.shape), t.dtype, lambda t=t: t.detach()) for name, t in tensors.items()}, extras
-
-
-@contextlib.contextmanager
-def explained(what: str):
-    """Turns a file's damage, met while reading, into a ValueError that says where."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ValueError(f"{what} cannot be read: {error}") from error

@@ -3,7 +3,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +40,33 @@ class SpecialTokens:
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
 
+    def ids(self) -> dict[str, Any]:
+        """The ids that a configuration has."""
+        return {name: value for name, value in asdict(self).items() if name.endswith("_id")}
+
 
 class TokenizerFiles:
-    """The tokenizer beside a checkpoint, as far as special tokens go. `vocabulary` is that of the added tokens."""
+    """
+    The tokenizer beside a checkpoint, as far as special tokens go. `vocabulary` is all that its files list in JSON,
+    which for slow tokenizers can be the added tokens alone.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.settings = read_json(folder / "tokenizer_config.json")
         named = read_json(folder / "special_tokens_map.json")
         self.special = {name: _content(self.settings.get(name, named.get(name))) for name in _TOKEN_NAMES}
-        self.vocabulary = dict(read_json(folder / "added_tokens.json").items())
-        for index, token in (self.settings.get("added_tokens_decoder") or {}).items():
-            self.vocabulary[token["content"]] = int(index)
         model = read_json(folder / "tokenizer.json")
-        for token in model.get("added_tokens", []):
-            self.vocabulary[token["content"]] = token["id"]
         vocabulary = (model.get("model") or {}).get("vocab") or read_json(folder / "vocab.json")
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
-        self.vocabulary = {**vocabulary, **self.vocabulary}
+        added = (self.settings.get("added_tokens_decoder") or {}).items()
+        self.vocabulary: dict[str, int] = {
+            **vocabulary,
+            **read_json(folder / "added_tokens.json"),
+            **{token["content"]: int(index) for index, token in added},
+            **{token["content"]: token["id"] for token in model.get("added_tokens", [])},
+        }
 
     def __bool__(self) -> bool:
         return any((self.folder / name).is_file() for name in FILES)
@@ -81,75 +89,83 @@ def _content(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
+def _find_mask_token(
+    source: Source, family: Family, tokenizer: TokenizerFiles, settings: dict[str, Any], argument: int | None
+) -> tuple[int, str]:
+    """The id of [MASK], and where it was found."""
+    declared, named = source.config.get("mask_token_id"), tokenizer.id_of(tokenizer.special["mask_token"])
+    if argument is None and None not in (declared, named) and declared != named:
+        raise ValueError(
+            f"The mask token is {declared} in config.json and {named} ({tokenizer.special['mask_token']!r}) in the "
+            "tokenizer; say which with --mask-token-id."
+        )
+    candidates = [
+        (argument, "argument"),
+        (declared, "config.json"),
+        (named, "tokenizer"),
+        *((tokenizer.id_of(token), "tokenizer (by name)") for token in MASK_TOKENS),
+        (settings.get("mask_token_id"), f"family {family.name}"),
+    ]
+    vocab_size = settings["vocab_size"]
+    if family.from_causal:
+        # The tokenizer's first free id: often a row that the embedding has already, otherwise a new one.
+        candidates.append((len(tokenizer) or vocab_size, "new token"))
+    index, found = next((candidate for candidate in candidates if candidate[0] is not None), (None, None))
+    if index is None:
+        raise ValueError(
+            f"Neither the config nor the tokenizer of {source.name} names its mask token; give its id with "
+            "--mask-token-id."
+        )
+    if found == "new token" and index > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows, so they do not belong "
+            "together; give --mask-token-id."
+        )
+    if not 0 <= index < vocab_size + family.from_causal:
+        raise ValueError(
+            f"The mask token is {index} ({found}), outside the {vocab_size} rows of the embedding; give another with "
+            "--mask-token-id."
+        )
+    return index, found
+
+
 def find_special_tokens(
-    source: Source, family: Family, tokenizer: TokenizerFiles, vocab_size: int, mask_token_id: int | None = None
+    source: Source,
+    family: Family,
+    tokenizer: TokenizerFiles,
+    settings: dict[str, Any],
+    mask_token_id: int | None = None,
 ) -> SpecialTokens:
     """
-    The special tokens of the result. [MASK] is `mask_token_id`, or what the first of these names: the config, the
-    tokenizer, the family. A causal source that has none gets the first id that its tokenizer leaves free.
+    The special tokens of the result, whose configuration the family gives as `settings`. [MASK] is `mask_token_id`, or
+    what the first of these names: the config, the tokenizer, the family. A causal source that has none gets the first
+    id that its tokenizer leaves free.
 
     Raises a ValueError where [MASK] cannot be determined, is contradicted, or lies outside the vocabulary.
     """
-    found = "argument"
-    mask_token = tokenizer.special["mask_token"]
-    from_tokenizer = tokenizer.id_of(mask_token)
-    if mask_token_id is None:
-        mask_token_id, found = source.config.get("mask_token_id"), "config.json"
-        if None not in (mask_token_id, from_tokenizer) and mask_token_id != from_tokenizer:
-            raise ValueError(
-                f"The mask token is {mask_token_id} in config.json and {from_tokenizer} ({mask_token!r}) in the "
-                "tokenizer; say which with --mask-token-id."
-            )
-    if mask_token_id is None:
-        mask_token_id, found = from_tokenizer, "tokenizer"
-    if mask_token_id is None:
-        mask_token = next((token for token in MASK_TOKENS if token in tokenizer.vocabulary), None)
-        mask_token_id, found = tokenizer.id_of(mask_token), "tokenizer (by name)"
-    if mask_token_id is None:
-        mask_token_id, found = family.mask_token_id(source), f"family {family.name}"
-    if mask_token_id is None and family.from_causal:
-        # The tokenizer's first free id: often a row that the embedding has already, otherwise a new one.
-        mask_token_id, found = (len(tokenizer) or vocab_size), "new token"
-        if mask_token_id > vocab_size:
-            raise ValueError(
-                f"The tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows, so they do not "
-                "belong together; give --mask-token-id."
-            )
-    if mask_token_id is None:
-        raise ValueError(
-            f"The mask token of {source.name} is named neither in its config nor in its tokenizer; give its id with "
-            "--mask-token-id."
-        )
-    grows = family.from_causal and mask_token_id == vocab_size
-    if not 0 <= mask_token_id < vocab_size + grows:
-        raise ValueError(
-            f"The mask token is {mask_token_id} ({found}), outside the {vocab_size} rows of the embedding; give "
-            "another with --mask-token-id."
-        )
+    mask_token_id, found = _find_mask_token(source, family, tokenizer, settings, mask_token_id)
 
-    def token_id(name: str) -> Any:
-        for settings in (source.generation_config, source.config):
-            if settings.get(f"{name}_id") is not None:
-                return settings[f"{name}_id"]
+    def declared(name: str) -> Any:
+        for content in (source.generation_config, source.config):
+            if content.get(f"{name}_id") is not None:
+                return content[f"{name}_id"]
         return tokenizer.id_of(tokenizer.special[name])
 
-    eos_token_id = token_id("eos_token")
-    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    ends = [end for end in ends if end is not None and end != mask_token_id and 0 <= end < vocab_size]
-    pad_token_id, bos_token_id = token_id("pad_token"), token_id("bos_token")
-    if pad_token_id is None or pad_token_id == mask_token_id or not 0 <= pad_token_id < vocab_size:
-        pad_token_id = ends[0] if ends else None
-    if bos_token_id is not None and not 0 <= bos_token_id < vocab_size:
-        bos_token_id = None
+    def usable(index: int | None) -> bool:
+        return index is not None and index != mask_token_id and 0 <= index < settings["vocab_size"]
+
+    ends = declared("eos_token")
+    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if usable(end)]
+    pad, start = declared("pad_token"), declared("bos_token")
     return SpecialTokens(
         mask_token_id=mask_token_id,
         # A tokenizer gives a new token the first free id, so only that one can be added.
         mask_token=tokenizer.token_of(mask_token_id)
         or (NEW_MASK_TOKEN if tokenizer and mask_token_id == len(tokenizer) else None),
         mask_found=found,
-        pad_token_id=pad_token_id,
-        bos_token_id=bos_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0] if ends else None,
+        pad_token_id=pad if usable(pad) else next(iter(ends), None),
+        bos_token_id=start if usable(start) else None,
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
     )
 
 
@@ -173,15 +189,9 @@ def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTo
         settings["tokenizer_class"] = "PreTrainedTokenizerFast" if is_fast else "GPT2Tokenizer"
     settings["mask_token"] = tokens.mask_token
     if tokens.mask_token is not None and tokenizer.id_of(tokens.mask_token) is None:
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
         added = settings.setdefault("added_tokens_decoder", {})
-        added[str(tokens.mask_token_id)] = {
-            "content": tokens.mask_token,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": True,
-        }
+        added[str(tokens.mask_token_id)] = {"content": tokens.mask_token, "special": True, **flags}
     if _content(settings.get("pad_token")) == tokens.mask_token:
         settings["pad_token"] = None if tokens.pad_token_id is None else tokenizer.token_of(tokens.pad_token_id)
     (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")

@@ -10,16 +10,20 @@ import transformers
 from torch import nn
 
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .family import Family
 from .llama_format import rope_parameters
-from .source import Source
+from .plan import Plan
 
 # In float32; relative to the largest logit where that is above 1.
 TOLERANCE = 5e-5
+# What the config of transformers' class gets otherwise, or not at all
+REPLACED = {
+    *("architectures", "model_type", "auto_map", "torch_dtype", "dtype"),
+    *("rope_theta", "rope_scaling", "layer_types"),
+}
 
 
 def verify_with_transformers(
-    model: LoopMDMForMaskedLM, source: Source, family: Family, batch_size: int = 2, length: int = 32, seed: int = 0
+    model: LoopMDMForMaskedLM, plan: Plan, batch_size: int = 2, length: int = 32, seed: int = 0
 ) -> dict[str, Any]:
     """
     Runs the source's own weights in the transformers class of its family, with attention over the whole sequence (or
@@ -29,9 +33,12 @@ def verify_with_transformers(
     config = model.config
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
-    rows = min(config.vocab_size, source.shape(_embedding(source))[0])
-    input_ids = torch.randint(rows, (batch_size, length), generator=generator)
-    reference = _reference_model(source, family, model.dtype)
+    (embedding,) = plan.recipes["model.embed_tokens.weight"].sources
+    num_rows = plan.source.shape(embedding)[0]
+    input_ids = torch.randint(min(config.vocab_size, num_rows), (batch_size, length), generator=generator)
+    if plan.tokens.mask_found == "new token":  # its row is not the source's
+        input_ids = input_ids.masked_fill(input_ids == config.mask_token_id, 0)
+    reference = _reference_model(plan, num_rows, model.dtype)
     visible = torch.ones(length, length, dtype=torch.bool)
     if config.attention_block_size is not None:
         block = torch.arange(length) // config.attention_block_size
@@ -42,6 +49,28 @@ def verify_with_transformers(
         logits = reference(input_ids=input_ids, attention_mask=mask).logits
     record = _compare(model, input_ids, logits)
     return {"against": f"transformers' {type(reference).__name__}", "transformers": transformers.__version__, **record}
+
+
+def _reference_model(plan: Plan, vocab_size: int, dtype: torch.dtype) -> nn.Module:
+    """The source in transformers' own class, without any of our code between."""
+    source, family = plan.source, plan.family
+    config_class = getattr(transformers, f"{family.reference}Config")
+    known = set(config_class().to_dict()) - REPLACED
+    settings = {name: value for name, value in source.config.items() if name in known}
+    settings |= {"vocab_size": vocab_size, "tie_word_embeddings": "lm_head.weight" not in source}
+    suffix = "LMHeadModel" if family.reference == "GPT2" else "ForCausalLM"
+    if family.reference != "GPT2":
+        settings["rope_parameters"] = rope_parameters(source.config)
+    config = config_class(**settings)
+    config._attn_implementation = "sdpa"
+    model_class = getattr(transformers, family.reference + suffix)
+    weights = {family.reference_name(name): source.read(name) for name in source.tensors}
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"The source lacks {min(info['missing_keys'])!r}, which {model_class.__name__} has.")
+    return model.eval()
 
 
 def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, Any]:
@@ -56,16 +85,14 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
         with numpy.load(path, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz file: {error}") from error
-    missing = {"input_ids", "logits"} - content.keys()
-    if missing:
-        raise ValueError(f"{path} has no array {sorted(missing)[0]!r}; make it with convert/write_reference.py.")
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     for name, kinds, what in (("input_ids", "iu", "integers"), ("logits", "f", "floating point numbers")):
+        if name not in content:
+            raise ValueError(f"{path} has no array {name!r}; make it with convert/write_reference.py.")
         if content[name].dtype.kind not in kinds or content[name].size == 0:
             found = f"{content[name].dtype} {content[name].shape}"
             raise ValueError(f"{name!r} in {path} is {found}; it must hold {what}.")
-    input_ids = torch.from_numpy(content["input_ids"]).long()
-    logits = torch.from_numpy(content["logits"])
+    input_ids, logits = torch.from_numpy(content["input_ids"]).long(), torch.from_numpy(content["logits"])
     if not 0 <= input_ids.min() <= input_ids.max() < model.config.vocab_size:
         raise ValueError(f"{path} holds tokens outside the vocabulary of {model.config.vocab_size}; another model's?")
     if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
@@ -77,64 +104,28 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
 
 
 def _compare(model: LoopMDMForMaskedLM, input_ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+    """Of all columns that both have, but for [MASK], which our model never predicts."""
     with torch.no_grad():
         ours = model.eval()(input_ids=input_ids, num_loops=1).logits
     if model.config.shift_logits:
         logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
-    columns = min(logits.shape[-1], ours.shape[-1])
-    logits, ours = logits[..., :columns].double(), ours[..., :columns].double()
+    columns = torch.arange(min(logits.shape[-1], ours.shape[-1]))
+    columns = columns[columns != model.config.mask_token_id]
+    logits, ours = logits[..., columns].double(), ours[..., columns].double()
     if not logits.isfinite().all():
         raise ValueError("The reference logits are not finite, so they say nothing; make them in float32.")
-    difference = (logits - ours).abs().max().item()
-    tolerance = TOLERANCE * max(1.0, logits.abs().max().item())
+    difference, largest = (logits - ours).abs().max().item(), logits.abs().max().item()
+    tolerance = TOLERANCE * max(1.0, largest)
     if not difference <= tolerance:
         raise ValueError(
             f"The converted model differs from the source by {difference:.3g} in its logits (tolerance "
-            f"{tolerance:.3g}); "
-            "nothing was written. If the reference ran in float32, this is a fault of the conversion: please report "
-            "it."
+            f"{tolerance:.3g}); nothing was written. If the reference ran in float32, this is a fault of the "
+            "conversion: please report it."
         )
     return {
         "max_difference": difference,
         "tolerance": tolerance,
-        "max_logit": logits.abs().max().item(),
+        "max_logit": largest,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokens": input_ids.numel(),
     }
-
-
-def _embedding(source: Source) -> str:
-    names = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight")
-    return next(name for name in names if name in source)
-
-
-def _reference_model(source: Source, family: Family, dtype: torch.dtype) -> nn.Module:
-    """The source in transformers' own class, without any of our code between."""
-    config_class = getattr(transformers, f"{family.reference}Config")
-    known = set(config_class().to_dict())
-    drop = {
-        "architectures",
-        "model_type",
-        "auto_map",
-        "torch_dtype",
-        "dtype",
-        "rope_theta",
-        "rope_scaling",
-        "layer_types",
-    }
-    settings = {name: value for name, value in source.config.items() if name in known and name not in drop}
-    settings["vocab_size"] = source.shape(_embedding(source))[0]
-    settings["tie_word_embeddings"] = "lm_head.weight" not in source
-    if family.reference != "GPT2":
-        settings["rope_parameters"] = rope_parameters(source.config)
-    config = config_class(**settings)
-    config._attn_implementation = "sdpa"
-    suffix = "LMHeadModel" if family.reference == "GPT2" else "ForCausalLM"
-    model_class = getattr(transformers, family.reference + suffix)
-    weights = {family.reference_names(name): source.read(name) for name in source.tensors}
-    model, info = model_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
-    )
-    if info["missing_keys"]:
-        raise ValueError(f"The source lacks {min(info['missing_keys'])!r}, which {model_class.__name__} has.")
-    return model.eval()

@@ -4,10 +4,10 @@ Measuring models at any number of loops: likelihood, generative perplexity, atte
 loops are enough. The lm-eval adapter is `loopmdm.evaluation.lm_eval_model`, which needs `pip install loopmdm[eval]`.
 """
 
+from ..objective import NelboEstimate, nelbo
 from .dynamics import Dynamics, measure_dynamics
-from .generative_perplexity import GenerativePerplexity, generative_perplexity
-from .likelihood import NelboEstimate, TextLikelihood, nelbo, text_likelihood
 from .loop_budget import LoopBudget, calibrate_loops
+from .perplexity import GenerativePerplexity, TextLikelihood, generative_perplexity, text_likelihood
 from .texts import Text, make_windows, read_texts
 
 __all__ = [

@@ -1,18 +1,18 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What happens inside the loop: attention between masked and visible tokens, states, and predictions by loop."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..configuration_loopmdm import check_num_loops
-from ..randomness import seeded_generator
-from .likelihood import block_ids, find_model
+from ..objective import CleanRows, clean_rows, draw_share, evaluating, find_model, input_device, seeded_generator
 
 # Distances are looked at to the states of so many loops before.
 MAX_PERIOD = 4
@@ -197,69 +197,46 @@ def measure_dynamics(
             "(`lens=False`, --no-lens)."
         )
     timesteps = list(timesteps)
-    bad = [timestep for timestep in timesteps if not 0 < timestep <= 1]
-    if bad or not timesteps:
+    if not timesteps or not all(0 < timestep <= 1 for timestep in timesteps):
         raise ValueError(f"`timesteps` is {timesteps}; it must list shares of masked tokens, above 0 and at most 1.")
     for name, value in (("masks_per_text", masks_per_text), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-    if input_ids.ndim != 2 or len(input_ids) == 0:
-        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (num_texts, length), not empty.")
-    input_ids = input_ids.cpu()
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
-    maskable = real if maskable is None else real & maskable.cpu().bool()
-    if not maskable.any(-1).all():
-        raise ValueError("Some texts have no maskable token, so there is nothing to follow.")
-    if (input_ids[maskable] == config.mask_token_id).any():
-        raise ValueError(f"`input_ids` holds the mask token ({config.mask_token_id}); give clean tokens.")
-    blocks = block_ids(real, torch.zeros_like(input_ids), config.attention_block_size)
-
-    jobs = [
-        (step, text, mask)
-        for step in range(len(timesteps))
-        for text in range(len(input_ids))
-        for mask in range(masks_per_text)
-    ]
+    rows = clean_rows(config, input_ids, attention_mask, maskable)
+    numbers = itertools.product(range(len(timesteps)), range(len(input_ids)), range(masks_per_text))
+    jobs = [_draw(rows, step, timesteps[step], text, mask, seed) for step, text, mask in numbers]
     recorder = _Recorder(config, timesteps, num_loops, attention, lens)
-    was_training, implementation = model.training, config._attn_implementation
-    model.eval()
+    implementation = config._attn_implementation
     if attention:
         model.set_attn_implementation("eager")
     try:
-        for start in range(0, len(jobs), batch_size):
-            batch = jobs[start : start + batch_size]
-            texts = torch.tensor([text for _, text, _ in batch])
-            drawn = [
-                _draw_mask(
-                    maskable[text], blocks[text], timesteps[step], seeded_generator(seed, "dynamics", text, step, mask)
-                )
-                for step, text, mask in batch
-            ]
-            masked = torch.stack([mask for mask, _ in drawn])
-            last = torch.tensor([block for _, block in drawn])
-            seen = real[texts] & (blocks[texts] <= last[:, None])
-            recorder.add(model, batch, input_ids[texts], seen, blocks[texts], masked)
-            if progress is not None:
-                progress(start + len(batch), len(jobs))
+        with evaluating(model):
+            for start in range(0, len(jobs), batch_size):
+                batch = jobs[start : start + batch_size]
+                recorder.add(model, rows, batch)
+                if progress is not None:
+                    progress(start + len(batch), len(jobs))
     finally:
-        model.train(was_training)
         if attention:
             model.set_attn_implementation(implementation)
     return recorder.result(len(input_ids) * masks_per_text)
 
 
-def _draw_mask(
-    maskable: torch.Tensor, blocks: torch.Tensor, timestep: float, generator: torch.Generator
-) -> tuple[torch.Tensor, int]:
-    """A mask of one text, `(length,)` bool, and the block that it is in."""
-    positions = maskable.nonzero().squeeze(-1)
-    choices = blocks[positions].unique()
-    block = choices[int(torch.randint(len(choices), (), generator=generator))]
-    positions = positions[blocks[positions] == block]
-    count = max(1, round(timestep * len(positions)))
-    masked = torch.zeros_like(maskable)
-    masked[positions[torch.randperm(len(positions), generator=generator)[:count]]] = True
-    return masked, int(block)
+class _Job(NamedTuple):
+    """One masked text: indices of its timestep and text, `(length,)` masked tokens, and those that may be seen."""
+
+    step: int
+    text: int
+    masked: torch.Tensor
+    seen: torch.Tensor
+
+
+def _draw(rows: CleanRows, step: int, timestep: float, text: int, number: int, seed: int) -> _Job:
+    mask = draw_share(rows.split(text), timestep, seeded_generator(seed, "dynamics", text, step, number))
+    masked = torch.zeros_like(rows.maskable[text])
+    masked[mask.positions] = True
+    # What comes after the block is out of its sight.
+    return _Job(step, text, masked, rows.real[text] & (rows.blocks[text] <= rows.blocks[text][mask.block[0]]))
 
 
 class _Recorder:
@@ -268,44 +245,42 @@ class _Recorder:
     def __init__(self, config: Any, timesteps: list[float], num_loops: int, attention: bool, lens: bool):
         self.config, self.timesteps, self.num_loops = config, timesteps, num_loops
         self.with_attention, self.with_lens = attention, lens
-        # By name, one list per timestep of the masks' arrays
-        self.records: dict[str, list[list[np.ndarray]]] = {}
-        self.tokens: list[tuple[np.ndarray, ...]] = []
+        self.steps: list[int] = []  # the timestep of every mask
+        self.records: dict[str, list[torch.Tensor]] = {}  # by name, batches with a row for every mask
+        self.tokens: list[tuple[torch.Tensor, ...]] = []
 
-    def add(self, model, batch, input_ids, seen, blocks, masked) -> None:
-        device = model.model.embed_tokens.weight.device
+    def add(self, model: nn.Module, rows: CleanRows, batch: list[_Job]) -> None:
+        self.steps += [job.step for job in batch]
+        texts, device = torch.tensor([job.text for job in batch]), input_device(model)
+        masked, seen = (torch.stack([getattr(job, name) for job in batch]) for name in ("masked", "seen"))
+        input_ids, blocks = rows.input_ids[texts], rows.blocks[texts]
         inputs = input_ids.masked_fill(masked, self.config.mask_token_id).to(device)
         attention_mask = None if bool(seen.all()) else seen.long().to(device)
         kinds = torch.stack((masked, seen & ~masked, seen), dim=1)  # (batch, 3, length)
 
-        state, context = model.model.prelude(inputs, attention_mask)
-        step_size = 1 / self.num_loops if self.config.loop_update == "damped" else 1.0
-        states, predictions, losses = [state], [], []
-        for _ in range(self.num_loops):
-            state = model.model.loop(state, context, step_size)
+        start, context = model.model.prelude(inputs, attention_mask)
+        states, predictions, losses = [start], [], []
+        for state, _ in model.model.iterate(start, context, self.num_loops):
             states.append(state)
             if self.with_lens:
                 output = model.align(model.model.readout(state, context), attention_mask)[masked.to(device)]
-                logits = model.lm_head(output)
+                logits = model.logits(output)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                logits[:, self.config.mask_token_id] = -torch.inf
                 log_probs = logits.log_softmax(-1).cpu()
                 predictions.append(log_probs.argmax(-1))
                 losses.append(-log_probs.gather(1, input_ids[masked][:, None])[:, 0].double())
-        self._add_states(batch, states, kinds.to(device))
+        self._add_states(states, kinds.to(device))
         if self.with_lens:
             self._add_lens(batch, torch.stack(predictions, 1), torch.stack(losses, 1), input_ids, masked)
         if self.with_attention:
             maps = model.model(inputs, attention_mask, num_loops=self.num_loops, output_attentions=True).attentions
-            self._add_attention(batch, maps, kinds[:, :2], seen, blocks)
+            self._add_attention(maps, kinds[:, :2], seen, blocks)
 
-    def _keep(self, batch, name: str, values: torch.Tensor) -> None:
+    def _keep(self, name: str, values: torch.Tensor) -> None:
         """`values` has a row for each mask of the batch."""
-        lists = self.records.setdefault(name, [[] for _ in self.timesteps])
-        for (step, _, _), value in zip(batch, values.double().cpu().numpy(), strict=True):
-            lists[step].append(value)
+        self.records.setdefault(name, []).append(values.double().cpu())
 
-    def _add_states(self, batch, states: list[torch.Tensor], kinds: torch.Tensor) -> None:
+    def _add_states(self, states: list[torch.Tensor], kinds: torch.Tensor) -> None:
         states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
 
         def norms(state: torch.Tensor) -> torch.Tensor:
@@ -314,14 +289,14 @@ class _Recorder:
 
         sizes = [norms(state) for state in states]
         pairs = list(zip(states[:-1], states[1:], sizes[:-1], strict=True))
-        self._keep(batch, "change", torch.stack([norms(new - old) / size for old, new, size in pairs], 1))
+        self._keep("change", torch.stack([norms(new - old) / size for old, new, size in pairs], 1))
         left = [norms(state - states[-1]) / sizes[-1] for state in states[1:]]
-        self._keep(batch, "distance", torch.stack(left, 1))
-        recurrence = torch.full((len(batch), self.num_loops, MAX_PERIOD), torch.nan)
+        self._keep("distance", torch.stack(left, 1))
+        recurrence = torch.full((len(kinds), self.num_loops, MAX_PERIOD), torch.nan)
         for s in range(1, self.num_loops + 1):
             for period in range(1, min(s, MAX_PERIOD) + 1):
                 recurrence[:, s - 1, period - 1] = (norms(states[s] - states[s - period]) / sizes[s])[:, 2]
-        self._keep(batch, "recurrence", recurrence)
+        self._keep("recurrence", recurrence)
 
     def _add_lens(self, batch, predictions, losses, input_ids, masked) -> None:
         targets = input_ids[masked]
@@ -345,11 +320,11 @@ class _Recorder:
             means = by_mask(values)
             if name not in ("loss", "accuracy"):
                 means[:, 0] = torch.nan
-            self._keep(batch, name, means)
-        steps, texts = (torch.tensor([job[i] for job in batch])[rows] for i in (0, 1))
-        self.tokens.append(tuple(part.numpy() for part in (steps, texts, positions, targets, predictions)))
+            self._keep(name, means)
+        steps, texts = (torch.tensor([job[i] for job in batch])[rows] for i in (0, 1))  # of every masked token
+        self.tokens.append((steps, texts, positions, targets, predictions))
 
-    def _add_attention(self, batch, maps, kinds: torch.Tensor, seen: torch.Tensor, blocks: torch.Tensor) -> None:
+    def _add_attention(self, maps, kinds: torch.Tensor, seen: torch.Tensor, blocks: torch.Tensor) -> None:
         # Without a visible token there are no rows to average; NaN then, which means over masks leave out.
         kinds = kinds.double()
         counts = kinds.sum(-1)
@@ -357,44 +332,34 @@ class _Recorder:
         for probabilities in maps:
             mean = probabilities.double().mean(1).cpu()  # over heads: (batch, queries, keys)
             masses.append(torch.einsum("baq,bqk,bck->bac", kinds, mean, kinds) / counts[..., None])
-        self._keep(batch, "attention", torch.stack(masses, 1))
+        self._keep("attention", torch.stack(masses, 1))
         visible = seen[:, None, :] & (blocks[:, None, :] <= blocks[:, :, None])
         even = visible.double() / visible.sum(-1, keepdim=True).clamp(min=1)
-        self._keep(
-            batch, "uniform_attention", torch.einsum("baq,bqk,bck->bac", kinds, even, kinds) / counts[..., None]
-        )
+        self._keep("uniform_attention", torch.einsum("baq,bqk,bck->bac", kinds, even, kinds) / counts[..., None])
 
     def result(self, num_masks: int) -> Dynamics:
-        def mean(name: str) -> np.ndarray:
-            return np.stack([_nanmean(np.stack(masks)) for masks in self.records[name]])
+        steps = torch.tensor(self.steps)
+
+        def by_timestep(name: str, reduce: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+            values = torch.cat(self.records[name])
+            return torch.stack([reduce(values[steps == step]) for step in range(len(self.timesteps))]).numpy()
 
         start, end, layers = self.config.loop_start, self.config.loop_end, self.config.num_hidden_layers
         executed = [(layer, 0) for layer in range(start)]
         executed += [(layer, loop) for loop in range(1, self.num_loops + 1) for layer in range(start, end)]
         executed += [(layer, self.num_loops + 1) for layer in range(end, layers)]
-        values = {name: mean(name) for name in self.records}
+        values = {name: by_timestep(name, lambda part: part.nanmean(0)) for name in self.records}
         if self.with_lens:
-            losses = [np.stack(masks) for masks in self.records["loss"]]
-            values["loss_error"] = np.stack(
-                [
-                    one.std(0, ddof=1) / len(one) ** 0.5 if len(one) > 1 else np.full(one.shape[1:], np.nan)
-                    for one in losses
-                ]
-            )
+            values["loss_error"] = by_timestep("loss", _standard_error)
             names = ("token_timestep", "token_text", "token_position", "token_target", "token_predictions")
-            parts = (np.concatenate(part) for part in zip(*self.tokens, strict=True))
-            values |= dict(zip(names, parts, strict=True))
-        return Dynamics(
-            np.array(self.timesteps),
-            num_masks,
-            np.array([layer for layer, _ in executed]),
-            np.array([loop for _, loop in executed]),
-            **values,
-        )
+            values |= {
+                name: torch.cat(part).numpy() for name, part in zip(names, zip(*self.tokens, strict=True), strict=True)
+            }
+        layer, loop = np.array(executed).T
+        return Dynamics(np.array(self.timesteps), num_masks, layer, loop, **values)
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Over the first dimension without NaN, NaN where there is nothing else, and without numpy's warning."""
-    known = ~np.isnan(values)
-    counts = known.sum(0)
-    return np.where(counts > 0, np.where(known, values, 0).sum(0) / np.maximum(counts, 1), np.nan)
+def _standard_error(values: torch.Tensor) -> torch.Tensor:
+    """Of the mean over the first dimension; NaN of a single value."""
+    count = len(values)
+    return values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], torch.nan)

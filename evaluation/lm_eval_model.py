@@ -23,14 +23,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
+from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from ..randomness import seeded_generator
-from .likelihood import block_ids, check_settings, nelbo, pad_windows
-from .texts import Text, Window, encode, make_windows
+from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
+from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
 
+# What lm-eval writes into its results
+SETTINGS = ("num_loops", "num_samples", "seed", "max_length", "stride", "max_gen_toks", "add_bos_token", "generation")
 WHY_NOT_HF = (
     "lm-eval's model type `hf` scores a text as a causal language model does: it shows the model the whole text and "
     "takes the logits of position i for those of token i + 1. A masked diffusion model sees both neighbours of a "
@@ -39,8 +41,39 @@ WHY_NOT_HF = (
 )
 
 
+class _Processes(TemplateLM):
+    """Several processes that share the requests, by way of accelerate."""
+
+    def start_processes(self, device: str | None) -> None:
+        """Sets the device, the rank and their number."""
+        self.accelerator = None
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator(cpu=self._device.type == "cpu")
+            self._device = self.accelerator.device
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.accelerator is None else self.accelerator.gather(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self.accelerator is None:
+            return [obj]
+        gathered = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+
 @register_model("loopmdm")
-class LoopMDMEvalModel(TemplateLM):
+class LoopMDMEvalModel(_Processes):
     """
     A LoopMDM as lm-eval sees it.
 
@@ -106,12 +139,12 @@ class LoopMDMEvalModel(TemplateLM):
                     f"{pretrained} is a {kind!r} model, not a LoopMDM. Convert it (`loopmdm convert`), or use "
                     "lm-eval's `--model hf` if it is a causal language model."
                 )
-        self._start_processes(device)
+        self.start_processes(device)
         if isinstance(pretrained, str):
             self.model = LoopMDMForMaskedLM.from_pretrained(pretrained, revision=revision, dtype=dtype)
             self.model.to(self._device)
         else:
-            self.model, self._device = pretrained, pretrained.device
+            self.model, self._device = pretrained, input_device(pretrained)
         self.model.eval()
         self.pretrained, self.revision = pretrained if isinstance(pretrained, str) else None, revision
         if tokenizer is None or isinstance(tokenizer, str):
@@ -145,34 +178,6 @@ class LoopMDMEvalModel(TemplateLM):
     def num_loops(self, value: int | None) -> None:
         self._num_loops = check_num_loops(self.model.config.num_loops if value is None else value)
 
-    # Several processes
-
-    def _start_processes(self, device: str | None) -> None:
-        self.accelerator = None
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import Accelerator
-
-            self.accelerator = Accelerator(cpu=self._device.type == "cpu")
-            self._device = self.accelerator.device
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.accelerator is None else self.accelerator.gather(tensor)
-
-    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        if self.accelerator is None:
-            return [obj]
-        gathered = [None] * self.world_size if self.rank == dst else None
-        torch.distributed.gather_object(obj, gathered, dst=dst)
-        return gathered
-
-    def barrier(self) -> None:
-        if self.accelerator is not None:
-            self.accelerator.wait_for_everyone()
-
     # Texts and tokens
 
     @property
@@ -184,7 +189,7 @@ class LoopMDMEvalModel(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        ids = encode(self.tokenizer, string, "a text")[0]
+        ids = encode(self.tokenizer, string, "a text")
         if not self.add_bos_token or add_special_tokens is False or ids[:1] == [self.tokenizer.bos_token_id]:
             return ids
         return [self.tokenizer.bos_token_id, *ids]
@@ -222,16 +227,14 @@ class LoopMDMEvalModel(TemplateLM):
                     f"({self.max_length})."
                 )
         rooms = [self.max_length - len(continuation) for _, _, continuation in requests]
-        contexts = self._shorten([context for _, context, _ in requests], rooms)
+        contexts = shorten([context for _, context, _ in requests], rooms)
         for context, (_, _, continuation) in zip(contexts, requests, strict=True):
             ids, given = context + continuation, len(context)
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
         scores = self._score(windows, disable_tqdm)
         results: list[tuple[float, bool]] = [None] * len(windows)
-        order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            greedy = self._is_greedy([windows[index] for index in chosen])
+        for chosen in batches_by_length([window.input_ids for window in windows], self.batch_size):
+            greedy = fills_in(self.model, [windows[index] for index in chosen], self.num_loops)
             for index, is_greedy in zip(chosen, greedy, strict=True):
                 results[index] = (scores[index], is_greedy)
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
@@ -261,10 +264,9 @@ class LoopMDMEvalModel(TemplateLM):
         several = [index for index, window in enumerate(windows) if sum(window.maskable) > 1]
         with tqdm(total=len(windows), desc="NELBO", disable=disable_tqdm or self.rank != 0) as bar:
             for members, num_samples in ((single, 2), (several, self.num_samples)):
-                members.sort(key=lambda index: len(windows[index].input_ids))
                 size = max(1, 4 * self.batch_size // num_samples)
-                for start in range(0, len(members), size):
-                    chosen = members[start : start + size]
+                for places in batches_by_length([windows[index].input_ids for index in members], size):
+                    chosen = [members[place] for place in places]
                     estimate = nelbo(
                         self.model,
                         *pad_windows([windows[index] for index in chosen]),
@@ -278,35 +280,6 @@ class LoopMDMEvalModel(TemplateLM):
                         scores[index] = -nats
                     bar.update(len(chosen))
         return scores
-
-    @torch.no_grad()
-    def _is_greedy(self, windows: list[Window]) -> list[bool]:
-        """
-        Whether the model would fill in what the windows score: one forward pass, one commitment of the most certain
-        token, until all is filled in or a token is not the one asked for.
-        """
-        mask_token_id = self.model.config.mask_token_id
-        targets, attention_mask, to_fill = pad_windows(windows)
-        blocks = block_ids(attention_mask != 0, torch.zeros_like(targets), self.model.config.attention_block_size)
-        tokens = targets.masked_fill(to_fill, mask_token_id)
-        alive = torch.ones(len(windows), dtype=torch.bool)
-        while bool((alive & (tokens == mask_token_id).any(-1)).any()):
-            rows = (alive & (tokens == mask_token_id).any(-1)).nonzero().flatten()
-            logits = self.model(
-                tokens[rows].to(self._device),
-                attention_mask=attention_mask[rows].to(self._device),
-                num_loops=self.num_loops,
-            ).logits
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logits[..., mask_token_id] = -torch.inf
-            confidence, choice = (part.cpu() for part in logits.softmax(-1).max(-1))
-            open_ = tokens[rows] == mask_token_id
-            first = blocks[rows].where(open_, torch.iinfo(torch.long).max).min(-1, keepdim=True).values
-            place = confidence.where(open_ & (blocks[rows] == first), -1).argmax(-1)
-            chosen = choice[torch.arange(len(rows)), place]
-            tokens[rows, place] = chosen
-            alive[rows] = chosen == targets[rows, place]
-        return alive.tolist()
 
     # Generation
 
@@ -324,14 +297,13 @@ class LoopMDMEvalModel(TemplateLM):
             # A prompt that is asked several times gets several answers, where they are drawn.
             seeds.append((self.seed, "generate", seen[text], text))
             seen[text] += 1
-        contexts = self._shorten(contexts, rooms)
+        contexts = shorten(contexts, rooms)
         answers: list[str] = [None] * len(requests)
         with tqdm(total=len(requests), desc="Generating", disable=disable_tqdm or self.rank != 0) as bar:
             for members in groups.values():
                 until, arguments = plans[members[0]]
-                members.sort(key=lambda index: len(contexts[index]))
-                for start in range(0, len(members), self.batch_size):
-                    chosen = members[start : start + self.batch_size]
+                for places in batches_by_length([contexts[index] for index in members], self.batch_size):
+                    chosen = [members[place] for place in places]
                     generators = [seeded_generator(*seeds[index]) for index in chosen]
                     texts = self._generate([contexts[index] for index in chosen], generators, until, arguments)
                     for index, text in zip(chosen, texts, strict=True):
@@ -363,17 +335,6 @@ class LoopMDMEvalModel(TemplateLM):
         LoopMDMGenerationConfig(**settings)  # checks
         return until, settings
 
-    @staticmethod
-    def _shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
-        """The ends of contexts that are longer than there is room for."""
-        cut = sum(len(ids) > room for ids, room in zip(contexts, rooms, strict=True))
-        if cut:
-            longest = max(map(len, contexts))
-            logger.warning(
-                "%d of %d contexts lose their beginning; the longest has %d tokens.", cut, len(rooms), longest
-            )
-        return [ids[max(0, len(ids) - room) :] for ids, room in zip(contexts, rooms, strict=True)]
-
     def _generate(
         self,
         contexts: list[list[int]],
@@ -381,12 +342,8 @@ class LoopMDMEvalModel(TemplateLM):
         until: list[str],
         arguments: dict[str, Any],
     ) -> list[str]:
-        width = max(len(context) for context in contexts)
-        input_ids = torch.zeros(len(contexts), width, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, context in enumerate(contexts):
-            input_ids[row, width - len(context) :] = torch.tensor(context)
-            attention_mask[row, width - len(context) :] = 1
+        input_ids, attention_mask = pad_left(contexts)
+        width = input_ids.shape[1]
         stop = [StopAtText(self, width, until)] if until and arguments.get("block_length") else None
         sequences = self.model.generate(
             input_ids=input_ids.to(self._device),
@@ -395,23 +352,7 @@ class LoopMDMEvalModel(TemplateLM):
             stopping_criteria=stop,
             **arguments,
         )
-        return [self._cut(self._answer(row[width:].tolist(), until), until) for row in sequences]
-
-    def _answer(self, ids: list[int], until: Iterable[str]) -> str:
-        """The text of new tokens, up to the end token, or a stop string that is a special token."""
-        config = self.model.config
-        ends = {self.tokenizer.eos_token_id, *(config.eos_token_id if isinstance(config.eos_token_id, list) else [])}
-        ends.add(config.eos_token_id if isinstance(config.eos_token_id, int) else None)
-        special = set(self.tokenizer.all_special_tokens)
-        ends |= {self.tokenizer.convert_tokens_to_ids(word) for word in until if word in special}
-        end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-        kept = [token for token in ids[:end] if token != config.mask_token_id]
-        return self.tokenizer.decode(kept, skip_special_tokens=True)
-
-    @staticmethod
-    def _cut(text: str, until: Iterable[str]) -> str:
-        places = [place for place in (text.find(word) for word in until if word) if place >= 0]
-        return text[: min(places)] if places else text
+        return [answer(self.tokenizer, self.model.config, row[width:].tolist(), until) for row in sequences]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to its results."""
@@ -425,16 +366,59 @@ class LoopMDMEvalModel(TemplateLM):
             "model_device": str(self._device),
             "processes": self.world_size,
             "loopmdm_version": version("loopmdm"),
-            "num_loops": self.num_loops,
-            "num_samples": self.num_samples,
-            "seed": self.seed,
-            "max_length": self.max_length,
-            "stride": self.stride,
-            "max_gen_toks": self.max_gen_toks,
-            "add_bos_token": self.add_bos_token,
-            "generation": self.generation,
             "model_batch_size": self.batch_size,
+            **{name: getattr(self, name) for name in SETTINGS},
         }
+
+
+@torch.no_grad()
+def fills_in(model: LoopMDMForMaskedLM, windows: list[Window], num_loops: int) -> list[bool]:
+    """
+    Whether the model would fill in what the windows score: one forward pass, one commitment of the most certain
+    token, until all is filled in or a token is not the one asked for.
+    """
+    device, mask_token_id = input_device(model), model.config.mask_token_id
+    targets, attention_mask, to_fill = pad_windows(windows)
+    blocks = block_ids(attention_mask != 0, torch.zeros_like(targets), model.config.attention_block_size)
+    tokens = targets.masked_fill(to_fill, mask_token_id)
+    alive = torch.ones(len(windows), dtype=torch.bool)
+    while bool((alive & (tokens == mask_token_id).any(-1)).any()):
+        rows = (alive & (tokens == mask_token_id).any(-1)).nonzero().flatten()
+        logits = model(
+            tokens[rows].to(device),
+            attention_mask=attention_mask[rows].to(device),
+            num_loops=num_loops,
+        ).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        confidence, choice = (part.cpu() for part in logits.softmax(-1).max(-1))
+        open_ = tokens[rows] == mask_token_id
+        first = blocks[rows].where(open_, torch.iinfo(torch.long).max).min(-1, keepdim=True).values
+        place = confidence.where(open_ & (blocks[rows] == first), -1).argmax(-1)
+        chosen = choice[torch.arange(len(rows)), place]
+        tokens[rows, place] = chosen
+        alive[rows] = chosen == targets[rows, place]
+    return alive.tolist()
+
+
+def shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
+    """The ends of contexts that are longer than there is room for."""
+    cut = sum(len(ids) > room for ids, room in zip(contexts, rooms, strict=True))
+    if cut:
+        longest = max(map(len, contexts))
+        logger.warning("%d of %d contexts lose their beginning; the longest has %d tokens.", cut, len(rooms), longest)
+    return [ids[max(0, len(ids) - room) :] for ids, room in zip(contexts, rooms, strict=True)]
+
+
+def answer(tokenizer: Any, config: Any, ids: list[int], until: Iterable[str]) -> str:
+    """The text of new tokens, up to the first end token or string of `until`, which may be a special token."""
+    special = set(tokenizer.all_special_tokens)
+    of_model = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = {tokenizer.eos_token_id, *of_model, *(tokenizer.convert_tokens_to_ids(w) for w in until if w in special)}
+    end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    kept = [token for token in ids[:end] if token != config.mask_token_id]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    places = [place for place in (text.find(word) for word in until if word) if place >= 0]
+    return text[: min(places)] if places else text
 
 
 class StopAtText(StoppingCriteria):

@@ -1,10 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-How few loops are enough: settings of `generate` (fewer loops, schedules over the denoising steps, adaptive loops) are
-tried on examples, and the cheapest that keeps the quality is chosen, by measurement rather than by hand.
+How few loops are enough: settings of `generate` (fewer loops, fewer for visible tokens, adaptive loops) are tried on
+examples, and the cheapest that keeps the quality is chosen, by measurement rather than by hand.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,11 +14,15 @@ from typing import Any
 import torch
 
 from ..configuration_loopmdm import check_num_loops
-from ..generation_utils import LoopMDMGenerationConfig, reject_unknown
+from ..data import encode_answer, read_jsonl
+from ..generation_utils import LoopMDMGenerationConfig
+from ..objective import input_device
+from .texts import batches_by_length, pad_left
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
 # What a setting may change, and what is taken back to its default where it does not.
-BUDGET_ARGUMENTS = ("num_loops", "loop_schedule", "loop_tolerance", "loop_exit", "visible_loops")
+BUDGET_ARGUMENTS = ("num_loops", "loop_tolerance", "visible_loops")
+COSTS = ("forward_passes", "loops", "flops")
 
 
 @dataclass
@@ -31,8 +34,7 @@ class BudgetResult:
         arguments (`dict`): Arguments of `generate`.
         quality, standard_error (`float`): Mean over the examples, from 0 to 1, and its standard error.
         loss, loss_standard_error (`float`): Quality below that of the most loops, on the same examples (paired).
-        mean_loops (`float`): Loops of a position in a forward pass.
-        forward_passes, token_layer_passes, flops (`float`): Mean per example.
+        forward_passes, loops, flops (`float`): Mean cost of an example, as `generate` reports it.
     """
 
     arguments: dict[str, Any]
@@ -40,10 +42,14 @@ class BudgetResult:
     standard_error: float
     loss: float
     loss_standard_error: float
-    mean_loops: float
     forward_passes: float
-    token_layer_passes: float
+    loops: float
     flops: float
+
+    @property
+    def mean_loops(self) -> float:
+        """Loops of a forward pass."""
+        return self.loops / self.forward_passes
 
 
 @dataclass
@@ -74,10 +80,9 @@ class LoopBudget:
         return asdict(self)
 
 
-def budget_settings(num_loops: int, num_steps: int | None = None) -> list[dict[str, Any]]:
+def budget_settings(num_loops: int) -> list[dict[str, Any]]:
     """
-    Settings that spend at most `num_loops`: every smaller number, fewer loops for visible tokens, schedules over the
-    steps (where there is more than one), and tolerances for rows and for tokens.
+    Settings that spend at most `num_loops`: every smaller number, fewer loops for visible tokens, and tolerances.
     """
     settings: list[dict[str, Any]] = [{"num_loops": loops} for loops in range(1, num_loops)]
     settings += [
@@ -85,18 +90,8 @@ def budget_settings(num_loops: int, num_steps: int | None = None) -> list[dict[s
         for loops in sorted({num_loops, max(2, round(num_loops * 2 / 3))})
         for visible in range(1, min(loops, 4))
     ]
-    if num_loops > 1 and (num_steps is None or num_steps > 1):
-        settings += [
-            {"num_loops": loops, "loop_schedule": schedule}
-            for schedule in ("early", "middle", "late")
-            for loops in sorted({max(2, round(num_loops * share)) for share in (0.5, 1.0)})
-        ]
     if num_loops > 1:
-        settings += [
-            {"num_loops": num_loops, "loop_tolerance": tolerance, "loop_exit": exit_}
-            for exit_ in ("row", "token")
-            for tolerance in TOLERANCES
-        ]
+        settings += [{"num_loops": num_loops, "loop_tolerance": tolerance} for tolerance in TOLERANCES]
     return settings
 
 
@@ -133,6 +128,37 @@ def calibrate_loops(
         generate_arguments: Further arguments of `generate`, for all settings alike.
     """
     num_loops = check_num_loops(model.config.num_loops if num_loops is None else num_loops)
+    settings = budget_settings(num_loops) if settings is None else settings
+    _check(model, examples, num_loops, max_loss, quality, settings, generate_arguments)
+    first, second = (
+        _Half(model, half, quality, num_loops, batch_size, seed, generate_arguments)
+        for half in (examples[::2], examples[1::2])
+    )
+    results, checks = [first.full], []
+    for number, setting in enumerate(settings, start=1):
+        results.append(first.measure(setting))
+        if progress is not None:
+            progress(number, len(settings))
+    # The cheapest of many settings is often a lucky one: it has to hold on the other examples too.
+    for best in sorted((result for result in results if result.loss <= max_loss), key=lambda result: result.flops):
+        check = second.full if best is first.full else second.measure(best.arguments)
+        checks.append(check)
+        if check.loss <= max_loss:
+            break
+    how = {"max_loss": max_loss, "quality": quality, "examples": len(examples), "seed": seed, **generate_arguments}
+    return LoopBudget(first.full, results, best, check, second.full, checks, how)
+
+
+def _check(
+    model: torch.nn.Module,
+    examples: Sequence[dict[str, torch.Tensor]],
+    num_loops: int,
+    max_loss: float,
+    quality: str,
+    settings: Sequence[dict[str, Any]],
+    generate_arguments: dict[str, Any],
+) -> None:
+    """Raises a ValueError for bad arguments of [`calibrate_loops`], before the first of many runs."""
     if model.config.loop_update != "replace":
         raise ValueError(
             'The loops of a model with `loop_update="damped"` are steps towards one result, whose number is not a '
@@ -159,43 +185,10 @@ def calibrate_loops(
                 f"Example {number} has {len(example['input_ids'])} tokens and a target of {len(example['target'])}; "
                 "they stand for each other one by one."
             )
-    if settings is None:
-        settings = budget_settings(num_loops, generate_arguments.get("max_denoising_steps"))
-    # Bad arguments are found before the first of many runs.
     for setting in settings:
-        reject_unknown(name for name in setting if name not in LoopMDMGenerationConfig.DEFAULTS)
         if not set(setting) <= set(BUDGET_ARGUMENTS):
             raise ValueError(f"A setting is {setting}; it may hold {', '.join(BUDGET_ARGUMENTS)}.")
         model._prepare_generation_config(None, **_complete(setting), **generate_arguments)
-
-    halves = [list(examples[::2]), list(examples[1::2])]
-    fulls = [_run(model, half, {"num_loops": num_loops}, batch_size, seed, generate_arguments) for half in halves]
-    scores = [
-        _score(half, full, full.sequences, quality, model.config.mask_token_id)
-        for half, full in zip(halves, fulls, strict=True)
-    ]
-
-    def measure(setting: dict[str, Any], part: int) -> BudgetResult:
-        run = _run(model, halves[part], setting, batch_size, seed, generate_arguments)
-        score = _score(halves[part], run, fulls[part].sequences, quality, model.config.mask_token_id)
-        return _summarize(setting, run, score, scores[part])
-
-    full, check_full = (
-        _summarize({"num_loops": num_loops}, run, score, score) for run, score in zip(fulls, scores, strict=True)
-    )
-    results, checks = [full], []
-    for number, setting in enumerate(settings):
-        results.append(measure(setting, 0))
-        if progress is not None:
-            progress(number + 1, len(settings))
-    # The cheapest of many settings is often a lucky one: it has to hold on the other examples too.
-    for best in sorted((result for result in results if result.loss <= max_loss), key=lambda result: result.flops):
-        check = check_full if best is full else measure(best.arguments, 1)
-        checks.append(check)
-        if check.loss <= max_loss:
-            break
-    how = {"max_loss": max_loss, "quality": quality, "examples": len(examples), "seed": seed, **generate_arguments}
-    return LoopBudget(full, results, best, check, check_full, checks, how)
 
 
 def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
@@ -205,14 +198,13 @@ def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model; there is no config.json in it.")
+        raise ValueError(f"{folder} does not hold a model: there is no config.json in it.")
     file = folder / "generation_config.json"
     config = LoopMDMGenerationConfig.from_pretrained(folder) if file.is_file() else LoopMDMGenerationConfig()
     config.update(**_complete(arguments))
     config.validate()
     part = folder / ".generation_config.json.part"
     part.write_text(config.to_json_string(use_diff=False))
-    json.loads(part.read_text())
     os.replace(part, file)
     return file
 
@@ -220,11 +212,9 @@ def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
 def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[dict[str, torch.Tensor]]:
     """
     Examples for [`calibrate_loops`] from JSON lines `{"prompt": ..., "answer": ...}` (or the other names that
-    `training.encode_answer` takes): the answer's tokens are to be filled in behind the prompt. Where the prompt holds
+    `data.encode_answer` takes): the answer's tokens are to be filled in behind the prompt. Where the prompt holds
     mask tokens itself, the answer is the whole text and they are filled in.
     """
-    from ..training.data import encode_answer, read_jsonl  # training imports this package
-
     examples = []
     for number, item in enumerate(read_jsonl(path)):
         where = f"Example {number} of {path}"
@@ -252,82 +242,60 @@ def describe(arguments: dict[str, Any]) -> str:
     if "visible_loops" in arguments:
         words.append(f"visible {arguments['visible_loops']}")
     if "loop_tolerance" in arguments:
-        words.append(f"{arguments.get('loop_exit', 'row')} {arguments['loop_tolerance']:g}")
-    if "loop_schedule" in arguments:
-        words.append(arguments["loop_schedule"])
+        words.append(f"tolerance {arguments['loop_tolerance']:g}")
     return ", ".join(words)
 
 
 def _complete(setting: dict[str, Any]) -> dict[str, Any]:
     """A setting with defaults for what it leaves open, so that nothing of an earlier calibration remains."""
-    return {name: setting.get(name, LoopMDMGenerationConfig.DEFAULTS[name]) for name in BUDGET_ARGUMENTS}
+    return {name: setting.get(name, LoopMDMGenerationConfig.FIELDS[name][0]) for name in BUDGET_ARGUMENTS}
 
 
-@dataclass
-class _Run:
-    sequences: list[torch.Tensor]
-    cost: dict[str, torch.Tensor]
+class _Half:
+    """Half of the examples, with what the most loops make of them."""
 
+    def __init__(self, model, examples, quality, num_loops, batch_size, seed, generate_arguments):
+        self.model, self.examples, self.quality = model, examples, quality
+        self.batch_size, self.seed, self.generate_arguments = batch_size, seed, generate_arguments
+        # `full_score` is set by the first measurement, of which nothing is lost against itself.
+        self.full_sequences = self.full_score = None
+        self.full = self.measure({"num_loops": num_loops})
 
-def _run(
-    model: torch.nn.Module,
-    examples: list[dict[str, torch.Tensor]],
-    setting: dict[str, Any],
-    batch_size: int,
-    seed: int,
-    generate_arguments: dict[str, Any],
-) -> _Run:
-    """Fills in all examples; those of similar length go together, padded on the left."""
-    order = sorted(range(len(examples)), key=lambda number: len(examples[number]["input_ids"]))
-    sequences: list[torch.Tensor | None] = [None] * len(examples)
-    names = ("forward_passes", "token_passes", "token_loops", "token_layer_passes", "flops")
-    cost = {name: torch.zeros(len(examples), dtype=torch.float64) for name in names}
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        rows = [examples[number]["input_ids"] for number in numbers]
-        width = max(len(row) for row in rows)
-        pad = model.config.pad_token_id or 0
-        input_ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=pad) for row in rows])
-        real = torch.stack([torch.arange(width) >= width - len(row) for row in rows])
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=real.to(model.device),
-            # One for each row, so that a row's tokens do not depend on its batch.
-            generator=[torch.Generator().manual_seed(seed + number) for number in numbers],
-            return_dict_in_generate=True,
-            **{"max_new_tokens": 0, **_complete(setting), **generate_arguments},
-        )
-        for number, row, tokens in zip(numbers, rows, output.sequences.cpu(), strict=True):
-            sequences[number] = tokens[len(tokens) - len(row) :]
-        for name in names:
-            cost[name][numbers] = output[name].double().cpu()
-    return _Run(sequences, cost)
+    def measure(self, setting: dict[str, Any]) -> BudgetResult:
+        sequences, cost = self._generate(setting)
+        if self.full_sequences is None:
+            self.full_sequences = sequences
+        score = torch.stack([self._score(number, tokens) for number, tokens in enumerate(sequences)])
+        if self.full_score is None:
+            self.full_score = score
+        loss, root = self.full_score - score, math.sqrt(len(score))
+        means = score.mean().item(), score.std().item() / root, loss.mean().item(), loss.std().item() / root
+        return BudgetResult(dict(setting), *means, *cost.mean(-1).tolist())
 
+    def _generate(self, setting: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Every example filled in, and its `COSTS`, `(3, num_examples)` float64."""
+        device, count = input_device(self.model), len(self.examples)
+        sequences, cost = [None] * count, torch.zeros(len(COSTS), count, dtype=torch.float64)
+        for numbers in batches_by_length([example["input_ids"] for example in self.examples], self.batch_size):
+            rows = [self.examples[number]["input_ids"] for number in numbers]
+            input_ids, attention_mask = pad_left(rows)
+            output = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                # One for each row, so that a row's tokens do not depend on its batch.
+                generator=[torch.Generator().manual_seed(self.seed + number) for number in numbers],
+                return_dict_in_generate=True,
+                **{"max_new_tokens": 0, **_complete(setting), **self.generate_arguments},
+            )
+            for number, row, tokens in zip(numbers, rows, output.sequences.cpu(), strict=True):
+                sequences[number] = tokens[len(tokens) - len(row) :]
+            cost[:, numbers] = torch.stack([output[name].double().cpu() for name in COSTS])
+        return sequences, cost
 
-def _score(
-    examples: list[dict[str, torch.Tensor]], run: _Run, full: list[torch.Tensor], quality: str, mask_token_id: int
-) -> torch.Tensor:
-    """Quality of every example, `(num_examples,)` float64."""
-    values = []
-    for example, tokens, reference in zip(examples, run.sequences, full, strict=True):
-        blank = example["input_ids"] == mask_token_id
-        target = reference if quality == "agreement" else example["target"]
+    def _score(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
+        """Quality of an example, a float64 scalar."""
+        example = self.examples[number]
+        blank = example["input_ids"] == self.model.config.mask_token_id
+        target = self.full_sequences[number] if self.quality == "agreement" else example["target"]
         right = (tokens[blank] == target[blank]).double()
-        values.append(right.prod() if quality == "exact" else right.mean())
-    return torch.stack(values)
-
-
-def _summarize(setting: dict[str, Any], run: _Run, score: torch.Tensor, full: torch.Tensor) -> BudgetResult:
-    root = math.sqrt(len(score))
-    loss = full - score
-    return BudgetResult(
-        arguments=dict(setting),
-        quality=score.mean().item(),
-        standard_error=score.std().item() / root,
-        loss=loss.mean().item(),
-        loss_standard_error=loss.std().item() / root,
-        mean_loops=(run.cost["token_loops"].sum() / run.cost["token_passes"].sum()).item(),
-        forward_passes=run.cost["forward_passes"].mean().item(),
-        token_layer_passes=run.cost["token_layer_passes"].mean().item(),
-        flops=run.cost["flops"].mean().item(),
-    )
+        return right.prod() if self.quality == "exact" else right.mean()

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ..objective import input_device
+
 # What decides a model's results; generation_config.json holds defaults of `generate`.
 MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TIMING = (
@@ -71,7 +73,7 @@ def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = N
         record["model"] = {
             "source": folder,
             "parameters": model.num_parameters(),
-            "device": str(model.device),
+            "device": str(input_device(model)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
             "sha256": {} if folder is None else hash_files(_local(folder), MODEL_FILES),

@@ -3,9 +3,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from ..data import check_tokens, encode, encode_answer, encode_with_bytes, first_text, read_rows, text_of
+from ..data.encode import ANSWER_NAMES
 
 TASKS = ("texts", "answers", "fill")
 
@@ -82,6 +87,38 @@ def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) 
     return windows
 
 
+def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    `input_ids` and `attention_mask`, int64, and `maskable`, bool, each `(len(windows), length)` of the longest one,
+    filled up on the right.
+    """
+    length = max(len(window.input_ids) for window in windows)
+    input_ids = torch.zeros(len(windows), length, dtype=torch.long)
+    attention_mask, maskable = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        size = len(window.input_ids)
+        input_ids[row, :size] = torch.tensor(window.input_ids)
+        attention_mask[row, :size] = 1
+        maskable[row, :size] = torch.tensor(window.maskable)
+    return input_ids, attention_mask, maskable
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of `rows` in batches of similar length, the shortest first, since batches are filled up."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask`, int64, each `(len(rows), length)` of the longest, filled up on the left."""
+    length = max(map(len, rows))
+    input_ids, attention_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        input_ids[number, length - len(row) :] = torch.as_tensor(row, dtype=torch.long)
+        attention_mask[number, length - len(row) :] = 1
+    return input_ids, attention_mask
+
+
 def read_texts(
     source: str | Path,
     tokenizer: Any,
@@ -111,26 +148,21 @@ def read_texts(
         limit (`int`, *optional*): Take the first so many texts.
 
     Raises:
-        ValueError: Nothing to score, a bad line or example (named by its number), tokens that the model has not, mask
-            tokens where clean ones are needed.
+        ValueError: Nothing to score, a bad line or example (named by its number), tokens that the model does not have,
+            mask tokens where clean ones are needed.
     """
     if task not in TASKS:
         raise ValueError(f"The task is {task!r}; choose one of {', '.join(TASKS)}.")
     if limit is not None and limit < 1:
         raise ValueError(f"The limit is {limit} texts; it must be at least 1.")
     read = {"texts": _read_text, "answers": _read_answer, "fill": _read_masked}[task]
-    rows = _rows(str(source), task, documents, dataset or {})
+    rows = read_rows(source, "line" if task == "fill" else documents, dataset)
     texts = []
     for where, row in islice(rows, limit):
         text = read(where, row, tokenizer, config, text_column)
         if not any(text.maskable):
             raise ValueError(f"{where} has no token to score; it is too short.")
-        largest = max(text.input_ids)
-        if largest >= config.vocab_size:
-            raise ValueError(
-                f"{where} gives the token {largest}, outside the model's vocabulary of {config.vocab_size}; is it the "
-                "right tokenizer?"
-            )
+        check_tokens(text.input_ids, config.vocab_size, where)
         if config.mask_token_id in text.input_ids:
             fix = "" if task == "fill" else '; the task "fill" scores what stands for mask tokens'
             raise ValueError(f"{where} holds the mask token ({config.mask_token_id}); give clean text{fix}.")
@@ -138,66 +170,17 @@ def read_texts(
     return texts
 
 
-def _rows(source: str, task: str, documents: str, dataset: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Strings (of a text file) or objects, each with what to call it in errors."""
-    from ..training.data import SEPARATORS, load_dataset_rows, read_documents, read_jsonl
-
-    path = Path(source).expanduser()
-    if path.suffix in (".txt", ".jsonl") and not path.is_file():
-        raise ValueError(f"{source} is no file.")
-    if path.suffix == ".txt":
-        if documents not in SEPARATORS:
-            raise ValueError(f"The documents are separated by {documents!r}; choose one of {', '.join(SEPARATORS)}.")
-        if task == "answers":
-            raise ValueError(f'{source} is a text; the task "answers" needs prompts and answers (.jsonl).')
-        separator = "\n" if task == "fill" else SEPARATORS[documents]
-        name = "line" if separator == "\n" else "document"
-        rows = enumerate(read_documents(path, separator), start=1)
-        yield from ((f"{source}, {name} {number}", text) for number, text in rows)
-        return
-    rows = read_jsonl(path) if path.suffix == ".jsonl" else load_dataset_rows(source, dataset)
-    yield from ((f"{source}, example {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def encode(tokenizer: Any, text: str, where: str) -> tuple[list[int], list[int] | None]:
-    """
-    Tokens of a text, without special ones, and the bytes of UTF-8 that each stands for: what comes before the next
-    token's first character, so that they add up to the bytes of the text, white space that the tokenizer drops
-    included. None for a tokenizer without offsets.
-    """
-    fast = getattr(tokenizer, "is_fast", False)
-    try:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
-    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
-        raise ValueError(f"The tokenizer cannot read {where}: {error}") from error
-    ids = list(encoded["input_ids"])
-    if not fast:
-        return ids, None
-    # Tokens of a part of a character share its offsets; it counts where they begin.
-    starts = [0, *(start for start, _ in encoded["offset_mapping"][1:]), len(text)]
-    return ids, [len(text[a:b].encode()) for a, b in pairwise(starts)][: len(ids)]
-
-
-def _field(row: Any, name: str, where: str) -> str:
-    if isinstance(row.get(name), str):
-        return row[name]
-    raise ValueError(f"{where} has no text in {name!r}; it has {', '.join(row) or 'nothing'}.")
-
-
 def _read_text(where: str, row: Any, tokenizer: Any, config: Any, text_column: str) -> Text:
-    text = row if isinstance(row, str) else _field(row, text_column, where)
-    ids, num_bytes = encode(tokenizer, text, where)
+    ids, num_bytes = encode_with_bytes(tokenizer, text_of(row, text_column, where), where)
     return Text(where, ids, [True] * len(ids), num_bytes)
 
 
 def _read_answer(where: str, row: Any, tokenizer: Any, config: Any, text_column: str) -> Text:
-    from ..training.data import ANSWER_NAMES, encode_answer, first_text
-
     example = encode_answer(tokenizer, row, where)
     ids, prompt_length = example["input_ids"], example["prompt_length"]
     num_bytes = None
     if "messages" not in row:
-        _, num_bytes = encode(tokenizer, first_text(row, ANSWER_NAMES, where), where)
+        _, num_bytes = encode_with_bytes(tokenizer, first_text(row, ANSWER_NAMES, where), where)
     if num_bytes is not None:  # a prompt's are never asked for; an end token stands for none
         num_bytes = [0] * prompt_length + num_bytes
         num_bytes += [0] * (len(ids) - len(num_bytes))
@@ -213,9 +196,8 @@ def _read_masked(where: str, row: Any, tokenizer: Any, config: Any, text_column:
             )
         masked, text = fields
     else:
-        masked, text = _field(row, "masked", where), _field(row, text_column, where)
-    masked_ids, _ = encode(tokenizer, masked, where)
-    ids, _ = encode(tokenizer, text, where)
+        masked, text = text_of(row, "masked", where), text_of(row, text_column, where)
+    masked_ids, ids = encode(tokenizer, masked, where), encode(tokenizer, text, where)
     if len(masked_ids) != len(ids):
         raise ValueError(f"{where} has {len(masked_ids)} tokens with mask tokens and {len(ids)} complete.")
     maskable = [token == config.mask_token_id for token in masked_ids]

@@ -1,10 +1,13 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-The checkpoints in tests/fixtures: tiny random ones in published formats, with logits that the authors' own code gave.
+What the tests of conversions share. The checkpoints in tests/fixtures are tiny random ones in published formats, with
+logits that the authors' own code gave (ref.npz).
 """
 
+import functools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from loopmdm import LoopMDMForMaskedLM
-from loopmdm.convert import Plan, Source, open_source, plan_conversion
+from loopmdm.convert import Plan, Source, convert_checkpoint, open_source, plan_conversion
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.parent.name for path in FIXTURES.glob("*/ref.npz"))
@@ -33,12 +40,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # A mistake of epsilon changes logits by 8e-4 in float32, rounding by less than 1e-5.
 TOLERANCES = {"f32": 5e-5, "f64": 1e-10}
+REMOVED = object()
+LLADA = "model.transformer."
 
 
 def meta(name: str) -> dict[str, Any]:
     return json.loads((FIXTURES / name / "meta.json").read_text())
 
 
+@functools.cache
 def references(name: str) -> dict[str, torch.Tensor]:
     with numpy.load(FIXTURES / name / "ref.npz") as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
@@ -48,13 +58,95 @@ SHIFTED = [name for name in NAMES if meta(name)["shifted_logits"]]
 PADDED = [name for name in NAMES if "right_f64" in references(name)]
 
 
-def source_tensors(name: str) -> dict[str, torch.Tensor]:
-    """A fixture's safetensors, read without any of our code."""
-    return {
-        key: value
-        for file in sorted((FIXTURES / name).glob("*.safetensors"))
-        for key, value in load_file(file).items()
-    }
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """A folder's safetensors, read without any of our code."""
+    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+
+
+@functools.cache
+def fixture_weights(name: str) -> dict[str, torch.Tensor]:
+    return stored(FIXTURES / name)
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    first, second = stored(first), stored(second)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+# Sources
+
+
+def edited(name: str, folder: Path, config=None, tensors=None, file="model.safetensors") -> Path:
+    """
+    A copy of a fixture in one file, with other values in config.json and other tensors; `REMOVED` removes. A tensor
+    may be given as a function of the old one.
+    """
+    folder.mkdir(parents=True)
+    settings = json.loads((FIXTURES / name / "config.json").read_text()) | (config or {})
+    settings = {key: value for key, value in settings.items() if value is not REMOVED}
+    (folder / "config.json").write_text(json.dumps(settings))
+    weights = dict(fixture_weights(name))
+    for key, tensor in (tensors or {}).items():
+        weights[key] = tensor(weights[key]) if callable(tensor) else tensor
+    weights = {key: tensor.clone() for key, tensor in weights.items() if tensor is not REMOVED}
+    if file.endswith(".safetensors"):
+        save_file(weights, folder / file)
+    else:
+        torch.save(weights, folder / file)
+    return folder
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Another value in the middle of a tensor."""
+
+    def change(tensor):
+        changed = tensor.clone()
+        changed.view(-1)[tensor.numel() // 2] = value
+        return changed
+
+    return change
+
+
+def save_tokenizer(folder: Path, size: int, extra: tuple[str, ...] = (), template: str | None = None, **named) -> None:
+    """A word-level tokenizer of tokens w0, w1, ... and then `extra`; `named` names special tokens."""
+    model = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    model.pre_tokenizer = WhitespaceSplit()
+    special = {f"{name}_token": token for name, token in named.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="w0", **special)
+    tokenizer.add_tokens(list(extra), special_tokens=True)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+
+
+# Conversions
+
+
+def convert(name: str, out: Path, **options) -> dict[str, Any]:
+    """Converts a fixture."""
+    return convert_checkpoint(FIXTURES / name, out, **OPTIONS.get(name, {}) | options)
+
+
+def load(folder: Path, **kwargs) -> LoopMDMForMaskedLM:
+    return LoopMDMForMaskedLM.from_pretrained(folder, **kwargs).eval()
+
+
+def refuse(source: str | Path, out: Path, *parts: str, **options) -> str:
+    """Converts in vain: a ValueError whose message has all `parts`, and nothing is left."""
+    with pytest.raises(ValueError) as error:
+        convert_checkpoint(source, out, **options)
+    assert os.listdir(out.parent) == []
+    message = str(error.value)
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+@torch.no_grad()
+def logits_of(model, *args, **kwargs) -> torch.Tensor:
+    return model(*args, **kwargs).logits
+
+
+# Plans, in float64 too
 
 
 def open_fixture(name: str) -> Source:
@@ -65,8 +157,7 @@ def open_fixture(name: str) -> Source:
 def plan_fixture(name: str, source: Source | None = None) -> Plan:
     options = OPTIONS.get(name, {})
     return plan_conversion(
-        open_fixture(name) if source is None else source,
-        **{key: options[key] for key in ("family", "mask_token_id") if key in options},
+        source or open_fixture(name), **{key: options[key] for key in ("family", "mask_token_id") if key in options}
     )
 
 
@@ -108,34 +199,32 @@ def build(plan: Plan, precision: str) -> LoopMDMForMaskedLM:
     return model.eval()
 
 
-def logits_of(model: LoopMDMForMaskedLM, *args, **kwargs) -> torch.Tensor:
-    with torch.no_grad():
-        return model(*args, **kwargs).logits
-
-
 def largest_difference(
     model: LoopMDMForMaskedLM, name: str, precision: str, without_padding_mask: bool = False
 ) -> float:
     """
     Largest difference between a model's logits at one loop and all those that are stored for a fixture: without
     padding, and with padding at the right and at the left, where only real positions count. Our row i predicts token
-    i; where the source's row i - 1 does, it is compared with that. SMDM's head lacks the row of [MASK], the last one.
+    i; where the source's row i - 1 does, it is compared with that, and the first one with its own, which is Dream's
+    choice. [MASK], which we never predict, does not count.
     """
-    stored = references(name)
+    arrays = references(name)
     worst = 0.0
     for case, padding in (("logits", None), ("right", "mask_right"), ("left", "mask_left")):
-        if f"{case}_{precision}" not in stored:
+        if f"{case}_{precision}" not in arrays:
             continue
-        mask = None if padding is None else stored[padding]
+        mask = None if padding is None else arrays[padding]
         with computing_in(precision):
-            ours = logits_of(model, stored["input_ids"], None if without_padding_mask else mask, num_loops=1)
-        theirs = stored[f"{case}_{precision}"]
+            ours = logits_of(model, arrays["input_ids"], None if without_padding_mask else mask, num_loops=1)
+        theirs = arrays[f"{case}_{precision}"]
         assert ours.dtype == theirs.dtype
-        assert ours.isfinite().all()
-        real = torch.ones_like(stored["input_ids"]) if mask is None else mask
+        columns = [index for index in range(theirs.shape[-1]) if index != model.config.mask_token_id]
+        assert ours[..., columns].isfinite().all()
+        real = torch.ones_like(arrays["input_ids"]) if mask is None else mask
         for row in range(len(real)):
-            positions = real[row].nonzero().flatten()
-            after, before = (positions[1:], positions[:-1]) if meta(name)["shifted_logits"] else (positions,) * 2
-            difference = ours[row, after, : theirs.shape[-1]] - theirs[row, before]
+            after = before = real[row].nonzero().flatten()
+            if meta(name)["shifted_logits"]:
+                before = torch.cat((after[:1], after[:-1]))
+            difference = ours[row, after][:, columns] - theirs[row, before][:, columns]
             worst = max(worst, difference.abs().max().item())
     return worst

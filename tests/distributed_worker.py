@@ -154,8 +154,8 @@ SAVED = {
 }
 DDP_RUNS = {
     "saved": SAVED,
-    "distilled and averaged": {
-        "trainer_kwargs": {"distillation": 0.5, "ema_decay": 0.9, "eval_loops": [2]},
+    "averaged": {
+        "trainer_kwargs": {"ema_decay": 0.9, "eval_loops": [2]},
         "eval_strategy": "steps",
         "eval_steps": 2,
     },

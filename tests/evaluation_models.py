@@ -14,7 +14,7 @@ WORDS = ["<pad>", "<end>", "<mask>", *(f"w{i}" for i in range(29))]
 CHAT = "{% for m in messages %}w0 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
 
 
-def word_tokenizer(words: list[str] = WORDS, **special: str) -> PreTrainedTokenizerFast:
+def word_tokenizer(words: list[str] = WORDS, **special: str | None) -> PreTrainedTokenizerFast:
     """One token per word; unknown words are the first that is no special token."""
     special = {"pad_token": "<pad>", "eos_token": "<end>", "mask_token": "<mask>"} | special
     unknown = next(word for word in words if word not in special.values())

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The bundled checkpoint, the README's code and the `loopmdm` command: what a newcomer runs first."""
+"""The bundled checkpoint and the README's code: what a newcomer runs first."""
 
 import json
 import re
@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-import loopmdm_cli as cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.training.run import read_config
 
@@ -166,15 +165,14 @@ def test_readme_commands_run(monkeypatch, tmp_path):
     assert len(lines) >= 2
     for line in lines:
         if line.startswith("train"):  # takes minutes; tests/test_train_command.py trains
-            _, run, *overrides = line.split()
-            assert read_config(run, overrides).data == "mine.txt"
+            _, config, *overrides = line.split()
+            assert read_config(config, overrides).data == "mine.txt"
             continue
         # A tiny model of the same format stands for the one on the Hub.
         if line.startswith("calibrate"):
             line = line.replace("calibrate . --data validation.jsonl", f"calibrate {calibration(tmp_path)}")
         line = line.replace("GSAI-ML/LLaDA-8B-Instruct llada-looped", f"tests/fixtures/llada {tmp_path}/looped")
-        result = CliRunner().invoke(cli.app, line.split("#")[0].split())
-        assert result.exit_code == 0, result.output
+        run(*line.split("#")[0].split())
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make ([a-z-]+)", text)) <= set(targets)
 
@@ -191,121 +189,3 @@ def test_readme_table_is_the_measured_one(puzzles):
     table = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     for name, cells in rows.items():
         assert [cell.strip() for cell in table[name].split("|")[2 : 2 + len(cells)]] == cells, name
-
-
-# The command
-
-
-def invoke(*args: str, input: str | None = None):
-    return CliRunner().invoke(cli.app, list(args), input=input)
-
-
-def test_generate_command():
-    result = invoke("generate", str(ROOT), PUZZLE, "--num-loops", "6", "--max-denoising-steps", "8")
-    assert result.exit_code == 0, result.output
-    assert result.stdout.strip() == SOLUTION
-
-
-def test_generate_command_json_and_stdin():
-    result = invoke(
-        "generate",
-        str(ROOT),
-        "-",
-        "--num-loops",
-        "2,6",
-        "--max-denoising-steps",
-        "2",
-        "--json",
-        input=f"{PUZZLE}\n" * 2,
-    )
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["prompt"] for line in lines] == [PUZZLE, PUZZLE]
-    assert lines[0] == lines[1]
-    assert lines[0]["forward_passes"] == 2
-    assert lines[0]["loops"] == 8
-    assert lines[0]["layer_passes"] == 2 * 4 + 8 * 2
-
-
-def test_generate_command_streams():
-    result = invoke("generate", str(ROOT), PUZZLE, "--stream", "--max-denoising-steps", "8")
-    assert result.exit_code == 0, result.output
-    assert SOLUTION in result.stdout.replace("\n", "") or SOLUTION[2:] in result.stdout
-
-
-def test_info_command():
-    facts = json.loads(invoke("info", str(ROOT), "--json", "--length", "40").stdout)
-    assert facts["mid"] == "layers[1:3]"
-    assert facts["parameters"] == 1_218_048
-    assert [row["layers"] for row in facts["cost"]] == [6, 8, 12, 16, 20, 28]
-    assert facts["cost"][0]["length"] == 40
-    assert "num loops" in invoke("info", str(ROOT)).stdout
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["info", "./nowhere"], "nowhere"),
-        (["info", ".", "--length", "82"], "--length is 82; the model takes 1 to 81"),
-        (["generate", "./nowhere", "1"], "there is no config.json"),
-        (["generate", "."], "There is no prompt"),
-        (["generate", ".", PUZZLE, "--num-loops", "0"], "`num_loops` is 0"),
-        (["generate", ".", PUZZLE, "--num-loops", "many"], "--num-loops is 'many'"),
-        (["generate", ".", PUZZLE, "--unmasking", "best"], "`unmasking` is 'best'"),
-        (["generate", ".", PUZZLE, "--temperature", "0.5"], "add `do_sample=True`"),
-        (["generate", ".", PUZZLE, "--dtype", "float12"], "--dtype is 'float12'"),
-        (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one prompt"),
-        (["generate", ".", SOLUTION], "nothing to generate"),
-        (["generate", ".", "sudoku"], "cannot read the prompt"),
-    ],
-)
-def test_command_errors_are_one_line_and_exit_2(monkeypatch, capsys, args, message):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["loopmdm", *args])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    error = capsys.readouterr().err.strip()
-    assert exit_.value.code == 2
-    assert error.startswith("loopmdm: error: ")
-    assert message in error
-    assert "\n" not in error
-
-
-def test_help_does_not_import_torch():
-    code = (
-        "import sys, typer.testing, loopmdm_cli as cli\n"
-        "print(typer.testing.CliRunner().invoke(cli.app, ['--help']).output)\n"
-        "assert not {'torch', 'transformers', 'loopmdm'} & set(sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "generate" in result.stdout and "info" in result.stdout
-
-
-def test_info_measures_a_generation():
-    result = invoke("info", str(ROOT), "--measure", "--max-new-tokens", "20", "--batch-size", "2", "--json")
-    assert result.exit_code == 0, result.output
-    measured = json.loads(result.stdout)["measured"]
-    # 8 steps (generation_config.json) of 6 loops over 20 positions; the last layer computes what is masked.
-    assert (measured["forward_passes_per_row"], measured["loops_per_row"]) == (8, 48)
-    assert measured["layer_passes_per_row"] == 8 * 16
-    left = [20 - 3 * min(step, 4) - 2 * max(step - 4, 0) for step in range(8)]
-    assert measured["token_layer_passes_per_row"] == 8 * 15 * 20 + sum(left)
-    assert measured["tokens_per_second"] == pytest.approx(2 * 20 / measured["seconds"])
-    assert "tokens per second" in invoke("info", str(ROOT), "--measure", "--max-new-tokens", "20").stdout
-    refused = invoke("info", str(ROOT), "--measure", "--batch-size", "0")
-    assert isinstance(refused.exception, ValueError) and "--batch-size is 0" in str(refused.exception)
-
-
-def test_generate_command_spends_fewer_loops_on_request():
-    def cost(*options):
-        result = invoke("generate", str(ROOT), PUZZLE, "--max-denoising-steps", "8", "--json", *options)
-        assert result.exit_code == 0, result.output
-        line = json.loads(result.stdout)
-        assert line["text"] == SOLUTION
-        return line["flops"]
-
-    plain = cost("--num-loops", "6")
-    assert cost("--num-loops", "6", "--visible-loops", "2") < plain
-    assert cost("--num-loops", "6", "--loop-schedule", "early") < plain
-    assert cost("--num-loops", "6", "--loop-tolerance", "0.2", "--loop-exit", "token") < plain
-    assert cost("--num-loops", "6", "--entropy-bound", "0.03") < plain / 2

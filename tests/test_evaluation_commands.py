@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refusal, run
 from evaluation_models import make_judge, save_judge, save_looped, word_tokenizer
-from typer.testing import CliRunner
 
-import loopmdm_cli as cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.evaluation import generative_perplexity, nelbo
 from loopmdm.evaluation.protocol import output_folder
@@ -51,11 +50,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def run(*args: object) -> str:
-    result = CliRunner().invoke(cli.app, ["eval", *map(str, args)])
-    if result.exception is not None:
-        raise result.exception
-    return result.output
+def measure(*args: object) -> str:
+    return run("eval", *args)
 
 
 def results(folder: Path) -> dict:
@@ -71,7 +67,7 @@ def is_png(path: Path) -> bool:
 def test_likelihood(place, tmp_path):
     out = tmp_path / "out"
     arguments = ("likelihood", place / "model", "--text", place / "text.txt", "--documents", "blank_line")
-    shown = run(*arguments, "--num-loops", "1,3", "--num-samples", "4", "--output", out)
+    shown = measure(*arguments, "--num-loops", "1,3", "--num-samples", "4", "--output", out)
     assert "NELBO of" in shown and "nats/token" in shown
     record = results(out)
     model = LoopMDMForMaskedLM.from_pretrained(place / "model")
@@ -107,21 +103,21 @@ def test_likelihood(place, tmp_path):
     assert record["seconds"] > 0 and "perf_counter" in protocol["timing"]
 
     again = tmp_path / "again"
-    run(*arguments, "--num-loops", "1,3", "--num-samples", "4", "--output", again)
+    measure(*arguments, "--num-loops", "1,3", "--num-samples", "4", "--output", again)
     assert results(again)["results"] == record["results"]
 
 
 def test_likelihood_of_the_bundled_model_on_puzzles(place):
-    shown = run("likelihood", ROOT, "--text", place / "puzzles.txt", "--task", "fill", "--num-samples", "2")
+    shown = measure("likelihood", ROOT, "--text", place / "puzzles.txt", "--task", "fill", "--num-samples", "2")
     assert "1 texts" in shown
     with pytest.raises(ValueError, match='the task "fill" scores what stands for mask tokens'):
-        run("likelihood", ROOT, "--text", place / "puzzles.txt")
+        measure("likelihood", ROOT, "--text", place / "puzzles.txt")
 
 
 def test_generative_perplexity_of_a_model(place, tmp_path):
     out = tmp_path / "out"
     arguments = ("generative-perplexity", place / "model", "--judge", place / "judge", "--num-samples", 5)
-    shown = run(*arguments, "--max-new-tokens", 8, "--num-loops", "1,2", "--output", out)
+    shown = measure(*arguments, "--max-new-tokens", 8, "--num-loops", "1,2", "--output", out)
     assert "entropy" in shown
     record = results(out)
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -135,17 +131,17 @@ def test_generative_perplexity_of_a_model(place, tmp_path):
     assert is_png(out / "generative_perplexity.png")
     # Batches make no difference, and prompts are continued.
     other = tmp_path / "other"
-    run(*arguments, "--max-new-tokens", 8, "--num-loops", "2", "--batch-size", 2, "--output", other)
+    measure(*arguments, "--max-new-tokens", 8, "--num-loops", "2", "--batch-size", 2, "--output", other)
     assert (other / "samples.jsonl").read_text().splitlines() == (out / "samples.jsonl").read_text().splitlines()[5:]
     prompted = tmp_path / "prompted"
     prompts = ("--prompts", place / "text.txt", "--generate", "unmasking=confidence", "--generate", "block_length=2")
-    run(*arguments, "--max-new-tokens", 4, *prompts, "--output", prompted)
-    assert results(prompted)["protocol"]["settings"]["generation"] == {"unmasking": "confidence", "block_length": 2}
+    measure(*arguments, "--max-new-tokens", 4, *prompts, "--output", prompted)
+    assert results(prompted)["protocol"]["settings"]["generate"] == ["unmasking=confidence", "block_length=2"]
 
 
 def test_generative_perplexity_of_a_file(place, tmp_path):
     out = tmp_path / "out"
-    run("generative-perplexity", "--samples", place / "text.txt", "--judge", place / "judge", "--output", out)
+    measure("generative-perplexity", "--samples", place / "text.txt", "--judge", place / "judge", "--output", out)
     (row,) = results(out)["results"]
     assert row["samples"] == 2 and row["tokens"] == 9
     assert sorted(path.name for path in out.iterdir()) == ["results.json"]
@@ -154,7 +150,7 @@ def test_generative_perplexity_of_a_file(place, tmp_path):
 def test_lm_eval(place, tmp_path):
     out = tmp_path / "out"
     arguments = ("lm-eval", place / "model", "--tasks", place / "task.yaml", "--num-loops", "1,2")
-    shown = run(*arguments, "--generate", "max_denoising_steps=2", "--output", out)
+    shown = measure(*arguments, "--generate", "max_denoising_steps=2", "--output", out)
     assert "exact_match" in shown
     record = results(out)
     assert [(row["task"], row["num_loops"]) for row in record["results"]] == [("ask", 1), ("ask", 2)]
@@ -167,7 +163,7 @@ def test_lm_eval(place, tmp_path):
 def test_dynamics(place, tmp_path):
     out = tmp_path / "out"
     arguments = ("dynamics", place / "model", "--text", place / "text.txt", "--num-loops", 3)
-    shown = run(*arguments, "--timesteps", "0.3,1", "--window", 5, "--output", out)
+    shown = measure(*arguments, "--timesteps", "0.3,1", "--window", 5, "--output", out)
     assert "masked" in shown
     record = results(out)
     assert [row["loop"] for row in record["results"]] == [1, 2, 3]
@@ -176,7 +172,7 @@ def test_dynamics(place, tmp_path):
         assert arrays["attention"].shape == (2, 8, 2, 2)
         assert arrays["timesteps"].tolist() == [0.3, 1.0]
     assert is_png(out / "dynamics.png")
-    run("dynamics", place / "damped", "--text", place / "text.txt", "--no-lens", "--output", tmp_path / "damped")
+    measure("dynamics", place / "damped", "--text", place / "text.txt", "--no-lens", "--output", tmp_path / "damped")
     assert "loss" not in results(tmp_path / "damped")["results"][0]
 
 
@@ -201,7 +197,7 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
     ("args", "message"),
     [
         ([*LIKELIHOOD[:3], "empty.txt"], "empty.txt holds no text"),
-        ([*LIKELIHOOD[:3], "nowhere.txt"], "nowhere.txt is no file"),
+        ([*LIKELIHOOD[:3], "nowhere.txt"], "nowhere.txt is not a file"),
         (["likelihood", "judge", "--text", "text.txt"], "judge is a 'llama' model, not a LoopMDM"),
         (["likelihood", "./nowhere", "--text", "text.txt"], "there is no config.json"),
         ([*LIKELIHOOD, "--num-loops", "0,1"], "`num_loops` is 0"),
@@ -210,24 +206,25 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
         ([*LIKELIHOOD, "--num-samples", "5"], "`num_samples` is 5; it must be even"),
         ([*LIKELIHOOD, "--window", "100"], "window is 100 tokens long; the model takes 1 to 64"),
         ([*LIKELIHOOD, "--window", "4", "--stride", "5"], "stride is 5"),
-        ([*LIKELIHOOD, "--bins", "0"], "0 bins"),
-        ([*LIKELIHOOD, "--dtype", "float12"], "--dtype is 'float12'"),
+        ([*LIKELIHOOD, "--bins", "0"], "--bins is 0"),
+        ([*LIKELIHOOD, "--dtype", "float12"], "`dtype` is 'float12'"),
+        ([*LIKELIHOOD, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
         ([*LIKELIHOOD, "--task", "chat"], "The task is 'chat'"),
         ([*LIKELIHOOD, "--batch-size", "0"], "`batch_size` is 0"),
         (["generative-perplexity", "--judge", "judge"], "Give either a model that makes samples, or --samples"),
         (["generative-perplexity", "--judge", "judge", "--samples", "ids.jsonl"], "holds token ids"),
         (["generative-perplexity", "--judge", "judge", "--samples", "empty.txt"], "holds no text"),
-        (["generative-perplexity", "--judge", "judge", "--samples", "task.yaml"], "is no .txt or .jsonl file"),
+        (["generative-perplexity", "--judge", "judge", "--samples", "task.yaml"], "is not a .txt or .jsonl file"),
         (["generative-perplexity", "model", "--judge", "damped"], "The judge damped is a LoopMDM"),
         ([*PERPLEXITY, "--num-loops", "0"], "`num_loops` is 0"),
         ([*PERPLEXITY, "--num-samples", "0"], "--num-samples is 0"),
         ([*PERPLEXITY, "--max-new-tokens", "65"], "65 new ones (--max-new-tokens) are more than the 64 positions"),
-        ([*PERPLEXITY, "--generate", "steps"], "which is no `key=value`"),
+        ([*PERPLEXITY, "--generate", "steps"], "which is not `key=value`"),
         ([*PERPLEXITY, "--generate", "unmasking=best"], "`unmasking` is 'best'"),
         ([*TASKS[:3], "asks"], "lm-eval knows no task 'asks' (ask?)"),
         ([*TASKS, "--num-loops", "0"], "`num_loops` is 0"),
         ([*TASKS, "--limit", "0"], "--limit is 0"),
-        ([*TASKS, "--include-path", "nowhere"], "nowhere is no folder"),
+        ([*TASKS, "--include-path", "nowhere"], "nowhere is not a folder"),
         ([*TASKS, "--data-files", "test=nowhere.jsonl"], "there is no such file"),
         ([*TASKS, "--max-gen-toks", "64"], "`max_gen_toks` is 64"),
         (["lm-eval", "judge", "--tasks", "task.yaml"], "not a LoopMDM"),
@@ -240,18 +237,18 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_writes_nothing(place, monkeypatch, capsys, args, message):
+def test_bad_input_is_one_line_and_writes_nothing(place, monkeypatch, args, message):
     monkeypatch.chdir(place)
     # lm-eval looks for its own thousands of tasks beside this file.
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(place / "manager.py"))
     before = sorted(place.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["loopmdm", "eval", *args, "--output", "out"])
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_.value.code == 2
-    assert error.startswith("loopmdm: error: ") and message in error
+    assert message in refusal("eval", *args, "--output", "out")
     assert sorted(place.rglob("*")) == before
+
+
+def test_without_lm_eval(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it is an ImportError
+    assert 'pip install "loopmdm[eval]"' in refusal("eval", "lm-eval", place / "model", "--tasks", "x")
 
 
 def test_existing_folders_are_left_alone(place, tmp_path):
@@ -259,9 +256,9 @@ def test_existing_folders_are_left_alone(place, tmp_path):
     for args in (LIKELIHOOD, PERPLEXITY, TASKS, DYNAMICS):
         paths = [str(place / part) if (place / part).exists() else part for part in args]
         with pytest.raises(ValueError, match="exists already; name another folder"):
-            run(*paths, "--output", tmp_path / "out")
+            measure(*paths, "--output", tmp_path / "out")
         with pytest.raises(ValueError, match="is no folder; make it"):
-            run(*paths, "--output", tmp_path / "missing" / "out")
+            measure(*paths, "--output", tmp_path / "missing" / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -270,8 +267,8 @@ def test_a_model_without_a_tokenizer_is_refused(place, tmp_path):
         if not path.name.startswith("tokenizer"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     for args in (LIKELIHOOD, DYNAMICS):
-        with pytest.raises(ValueError, match="has no tokenizer that loads"):
-            run(args[0], tmp_path, "--text", place / "text.txt")
+        with pytest.raises(ValueError, match="does not have a tokenizer that loads"):
+            measure(args[0], tmp_path, "--text", place / "text.txt")
 
 
 def test_a_model_without_a_mask_token_is_refused(place, tmp_path):
@@ -281,4 +278,4 @@ def test_a_model_without_a_mask_token_is_refused(place, tmp_path):
     del values["mask_token_id"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(Exception, match="`mask_token_id` is missing"):
-        run("likelihood", tmp_path, "--text", place / "text.txt")
+        measure("likelihood", tmp_path, "--text", place / "text.txt")

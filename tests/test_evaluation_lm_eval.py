@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import run
 from evaluation_models import save_judge, save_looped
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -278,14 +279,14 @@ def test_several_processes_share_the_work(folder, lm, tasks, tmp_path):
     """Two processes give the results of one."""
     (tmp_path / "run.py").write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = subprocess.run(
+    done = subprocess.run(
         [*launcher, str(tmp_path / "run.py"), folder, str(tasks), str(tmp_path / "two.json")],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         cwd=tmp_path,
     )
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "two.json").read_text())
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     alone = lm_eval.simple_evaluate(model=lm, tasks=["choose", "go_on"], task_manager=manager, bootstrap_iters=0)
@@ -298,8 +299,6 @@ def test_several_processes_share_the_work(folder, lm, tasks, tmp_path):
 
 def test_gsm8k_from_local_files(folder, tmp_path, monkeypatch):
     """The example's task, on data of its own form."""
-    from loopmdm.evaluation.commands import lm_eval_tasks
-
     rows = [{"question": f"w{i} w2 ?", "answer": f"w{i} is <<1+{i}={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(6)]
     (tmp_path / "gsm8k").mkdir()
     for name, part in (("train", rows[:4]), ("test", rows[4:])):
@@ -307,16 +306,11 @@ def test_gsm8k_from_local_files(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answers = iter(["it is 5 .", "none"])
     monkeypatch.setattr(LoopMDMEvalModel, "_generate", lambda self, contexts, *a: [next(answers) for _ in contexts])
-    record = lm_eval_tasks(
-        folder,
-        ["gsm8k_local"],
-        include_path=ROOT / "examples" / "gsm8k",
-        data_files={name: f"gsm8k/{name}.jsonl" for name in ("train", "test")},
-        num_fewshot=2,
-        max_gen_toks=8,
-        generation={"max_denoising_steps": 2},
-        output=tmp_path / "out",
-    )
+    files = ",".join(f"{name}=gsm8k/{name}.jsonl" for name in ("train", "test"))
+    options = ["--include-path", ROOT / "examples" / "gsm8k", "--data-files", files, "--num-fewshot", 2]
+    options += ["--max-gen-toks", 8, "--generate", "max_denoising_steps=2", "--output", "out"]
+    run("eval", "lm-eval", folder, "--tasks", "gsm8k_local", *options)
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
     values = {row["metric"]: row["value"] for row in record["results"]}
     assert values == {"exact_match": 0.5, "answered": 0.5}
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]

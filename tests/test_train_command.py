@@ -7,32 +7,24 @@ import re
 import pytest
 import torch
 import yaml
+from commands import refusal
+from commands import run as command
+from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from transformers import AutoTokenizer
 
-import loopmdm_cli as cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.training.run import read_config, train
 
-WORDS = ["<pad>", "<end>", "<mask>", *(f"w{i}" for i in range(29))]
 TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
-CHAT = "{% for m in messages %}w0 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w0 {% endif %}"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
     folder = tmp_path_factory.mktemp("tokenizer")
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<end>", mask_token="<mask>", chat_template=CHAT
-    ).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -153,7 +145,7 @@ def test_epochs_count_the_examples(run):
     "changes",
     [
         {"loops": {"schedule": "growing", "growth": 0.5}, "gradient_loops": 2, "checkpoint_loops": True},
-        {"loops": {"schedule": "poisson", "mean_loops": 2}, "distillation": 0.5},
+        {"loops": {"schedule": "late", "max_loops": 4, "start": 0.25}},
         {"isolate_documents": True, "collator": {"complementary": True, "mask_ratio": [0.2, 0.8]}},
         {"model_config": {"attention_block_size": 4, "shift_logits": True}},
         {"documents": "line", "dtype": "bfloat16"},
@@ -209,7 +201,7 @@ def test_lora_trains_an_adapter_alone(run, tmp_path, tokenizer):
     ids = torch.tensor([[4, 5, 2, 2]])
     with adapted.disable_adapter():
         before = adapted(ids, num_loops=3).logits
-    assert (adapted(ids, num_loops=3).logits - before).abs().max() > 0.01
+    assert not torch.allclose(adapted(ids, num_loops=3).logits, before, atol=0.01)
     for loops in (1, 4):
         out = adapted.generate(input_ids=ids[:, :2], max_new_tokens=2, num_loops=loops)
         assert out.shape == (1, 4)
@@ -247,13 +239,14 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"collator": {"ratio": 1}}, ["`collator` has a key `ratio`"]),
         ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is (0.9, 0.1)"]),
         ({"loops": {"schedule": "often"}}, ["loop schedule is 'often'", "uniform"]),
+        ({"distillation": 0.5}, ["`distillation`, which does not exist"]),
         ({"loops": {"speed": 2}}, ["'uniform' does not take these options", "speed"]),
         ({"loops": {"max_loops": 0}}, ["`max_loops` is 0"]),
         ({"gradient_loops": 4}, ["`gradient_loops` is 4", "(3)"]),
         ({"task": "chat"}, ["`task` is 'chat'", "answers"]),
         ({"optimizer": "sgd"}, ["`optimizer` is 'sgd'"]),
         ({"sequence_length": 64}, ["`sequence_length` is 64", "1 to 32"]),
-        ({"data": "nowhere.txt"}, ["nowhere.txt is no file"]),
+        ({"data": "nowhere.txt"}, ["nowhere.txt is not a file"]),
         ({"data": None}, ["has no `data`"]),
         ({"model_config": None}, ["no `model` to start from", "`model_config`"]),
         ({"tokenizer": None}, ["`tokenizer` is missing"]),
@@ -295,7 +288,7 @@ def test_bad_answers_are_named(run, tmp_path, content, parts):
 
 
 def test_unreadable_texts_are_named(run, tmp_path):
-    for content, part in ((b"", "holds no text"), (b"\xff\xfe\x00\xd8", "no text in UTF-8")):
+    for content, part in ((b"", "holds no text"), (b"\xff\xfe\x00\xd8", "is not text in UTF-8")):
         (tmp_path / "bad.txt").write_bytes(content)
         with pytest.raises(ValueError, match=part):
             go(run(data=str(tmp_path / "bad.txt")))
@@ -303,9 +296,7 @@ def test_unreadable_texts_are_named(run, tmp_path):
 
 def test_command(run, tmp_path):
     path = run(eval_data=str(tmp_path / "text.txt"), eval_loops=[1, 3])
-    result = CliRunner().invoke(cli.app, ["train", path, "trainer.max_steps=2"])
-    assert result.exit_code == 0, result.output
-    assert "2 steps" in result.output and "eval_nelbo_3" in result.output
-    for overrides, part in ((["max_steps"], "no `key=value`"), (["output.x=1"], "holds a single value")):
-        result = CliRunner().invoke(cli.app, ["train", path, *overrides])
-        assert isinstance(result.exception, ValueError) and part in str(result.exception)
+    shown = command("train", path, "trainer.max_steps=2")
+    assert "2 steps" in shown and "eval_nelbo_3" in shown
+    for overrides, part in ((["max_steps"], "is not `key=value`"), (["output.x=1"], "holds a single value")):
+        assert part in refusal("train", path, *overrides)

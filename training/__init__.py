@@ -1,11 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Training of masked diffusion models with loops: what to add to transformers' Trainer."""
 
-from ..randomness import seeded_generator
+from ..data import ExampleStream, StreamedExamples, encode_answer, pack_documents, read_documents, read_jsonl
+from ..objective.seeds import seeded_generator
 from .adapters import layers_of, lora_config
 from .collator import MaskedDiffusionCollator
-from .data import ExampleStream, StreamedExamples, encode_answer, pack_documents, read_documents, read_jsonl
-from .loop_sampling import (
+from .loop_schedules import (
     LOOP_SCHEDULES,
     LoopSamplingCallback,
     LoopSchedule,

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..randomness import seeded_generator
+from ..objective.masking import Mask, block_ids, draw_mask, split_documents
+from ..objective.seeds import seeded_generator
 
 
 class MaskedDiffusionCollator:
@@ -73,28 +74,19 @@ class MaskedDiffusionCollator:
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = self._read_all(features)
-        length = max(len(row["input_ids"]) for row in rows)
-        if self.pad_token_id is None and any(len(row["input_ids"]) != length for row in rows):
+        if self.pad_token_id is None and len({row["length"] for row in rows}) > 1:
             raise ValueError("Rows of different lengths need a `pad_token_id`.")
-        rows = [self._fill(row, length) for row in rows]
+        batch = self._stack(rows, ("input_ids", "labels", "attention_mask", "document_ids"))
         offset = torch.rand((), generator=seeded_generator(self.seed, "mask rate", rows[0]["index"])).item()
-        masks, weights = zip(
-            *(self._mask(row, (offset + i / len(rows)) % 1.0) for i, row in enumerate(rows)), strict=True
-        )
-        batch = {
-            name: torch.stack([row[name] for row in rows])
-            for name in ("input_ids", "labels", "attention_mask", "document_ids")
-            if name in rows[0]
-        }
-        masked, weights = torch.stack(masks), torch.stack(weights)
+        masks = [self._draw(row, (offset + i / len(rows)) % 1.0) for i, row in enumerate(rows)]
         if self.complementary:
-            others, weights_of_others = zip(
-                *(self._complement(*parts) for parts in zip(rows, masks, weights, strict=True)), strict=True
-            )
+            masks += [[mask.complement() for mask in parts] for parts in masks]
             batch = {name: torch.cat((tensor, tensor)) for name, tensor in batch.items()}
-            masked = torch.cat((masked, torch.stack(others)))
-            weights = torch.cat((weights, torch.stack(weights_of_others)))
-        batch["input_ids"] = batch["input_ids"].masked_fill(masked, self.mask_token_id)
+        weights = torch.zeros(batch["input_ids"].shape, dtype=torch.float32)
+        for row, parts in zip(weights, masks, strict=True):
+            for mask in parts:
+                row[mask.positions] = mask.weight
+        batch["input_ids"] = batch["input_ids"].masked_fill(weights != 0, self.mask_token_id)
         return {**batch, "loss_weights": weights}
 
     def clean(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -103,18 +95,20 @@ class MaskedDiffusionCollator:
         int64, and `maskable`, bool, each of shape `(batch_size, sequence_length)`, as
         [`~loopmdm.evaluation.nelbo`] takes them.
         """
-        rows = self._read_all(features)
-        length = max(len(row["input_ids"]) for row in rows)
-        rows = [self._fill(row, length) for row in rows]
-        names = ("input_ids", "attention_mask", "maskable", "document_ids")
+        return self._stack(self._read_all(features), ("input_ids", "attention_mask", "maskable", "document_ids"))
+
+    @staticmethod
+    def _stack(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: torch.stack([row[name] for row in rows]) for name in names if name in rows[0]}
 
     def _read_all(self, features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The examples, checked, and brought to the length of the longest."""
         rows = [self._read(feature) for feature in features]
         packed = [row["index"] for row in rows if "document_ids" in row]
         if packed and len(packed) != len(rows):
             raise ValueError(f"Example {packed[0]} has `document_ids`, and others of its batch have none.")
-        return rows
+        length = max(len(row["input_ids"]) for row in rows)
+        return [self._fill(row, length) for row in rows]
 
     def _read(self, feature: dict[str, Any]) -> dict[str, Any]:
         """One example as tensors, checked."""
@@ -159,6 +153,7 @@ class MaskedDiffusionCollator:
         maskable = fill(row["maskable"], self.learn_padding)
         filled = {
             "index": row["index"],
+            "length": length - missing,
             "input_ids": tokens,
             "maskable": maskable,
             "labels": tokens.masked_fill(~maskable, -100),
@@ -168,47 +163,13 @@ class MaskedDiffusionCollator:
             filled["document_ids"] = fill(row["document_ids"], int(row["document_ids"][-1]))
         return filled
 
-    def _mask(self, row: dict[str, Any], uniform: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mask of a row and its weights. `uniform` sets the number of masked tokens, and the block."""
+    def _draw(self, row: dict[str, Any], uniform: float) -> list[Mask]:
+        """The masks of a row: one, or of a block-causal model one for each document, as each has blocks of its own."""
         generator = seeded_generator(self.seed, "mask", row["index"])
-        masked = torch.zeros_like(row["maskable"])
-        weights = torch.zeros(masked.shape)
-        for blocks in self._blocks(row):
-            place = uniform * len(blocks)
-            block = blocks[min(int(place), len(blocks) - 1)]
-            low, high = self.mask_ratio
-            share = low + (high - low) * (place - int(place))
-            count = min(int(share * len(block)) + 1, len(block))
-            chosen = block[torch.randperm(len(block), generator=generator)[:count]]
-            masked[chosen] = True
-            weights[chosen] = len(blocks) * len(block) / count
-            # Packed documents draw for themselves, as each has a block of its own.
-            uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
-        return masked, weights
-
-    def _blocks(self, row: dict[str, Any]) -> list[list[torch.Tensor]]:
-        """Maskable positions: of the whole row, or of every document by block, where attention is block-causal."""
-        positions = row["maskable"].nonzero().squeeze(-1)
-        if self.block_size is None:
-            return [[positions]]
         documents = row.get("document_ids", torch.zeros_like(row["input_ids"]))
-        units = []
-        for document in documents[positions].unique_consecutive():
-            start = int((documents == document).nonzero()[0])
-            own = positions[documents[positions] == document]
-            block_of = (own - start) // self.block_size
-            units.append([own[block_of == block] for block in block_of.unique()])
-        return units
-
-    def _complement(
-        self, row: dict[str, Any], masked: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        others = torch.zeros_like(masked)
-        new_weights = torch.zeros_like(weights)
-        for blocks in self._blocks(row):
-            block = next(block for block in blocks if masked[block].any())
-            rest = block[~masked[block]]
-            rest = block if len(rest) == 0 else rest
-            others[rest] = True
-            new_weights[rest] = len(blocks) * len(block) / len(rest)
-        return others, new_weights
+        blocks = block_ids(row["attention_mask"][None], documents[None], self.block_size)[0]
+        masks = []
+        for parts in split_documents(row["maskable"], blocks):
+            masks.append(draw_mask(parts, uniform, generator, self.mask_ratio))
+            uniform = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return masks

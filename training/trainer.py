@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 
-from ..evaluation.likelihood import check_settings, find_model, nelbo
+from ..data import ExampleStream
+from ..objective import check_settings, find_model, nelbo
 from .collator import MaskedDiffusionCollator
-from .data import ExampleStream
-from .loop_sampling import LoopSamplingCallback, LoopSchedule, make_loop_schedule
+from .loop_schedules import LoopSamplingCallback, LoopSchedule, make_loop_schedule
 
 # Written last into a checkpoint; one without it was not finished.
 COMPLETE = "complete.json"
@@ -67,8 +67,6 @@ class LoopMDMTrainer(Trainer):
         eval_samples (`int`, defaults to 8): Masks per sequence of the NELBO.
         ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, which is evaluated, and
             saved as the final model. Not with FSDP.
-        distillation (`float`, defaults to 0.0): Weight of a second loss that keeps the looped model close to itself at
-            one loop: KL(p at one loop, without gradient || p at S loops) at masked positions, weighted like the first.
         args, kwargs: As for `Trainer`.
     """
 
@@ -82,7 +80,6 @@ class LoopMDMTrainer(Trainer):
         eval_loops: Sequence[int] | None = None,
         eval_samples: int = 8,
         ema_decay: float | None = None,
-        distillation: float = 0.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -97,14 +94,12 @@ class LoopMDMTrainer(Trainer):
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ValueError(f"`ema_decay` is {ema_decay}; it must be between 0 and 1, e.g. 0.999.")
         if ema_decay is not None and self.is_fsdp_enabled:
-            raise ValueError("`ema_decay` does not go with FSDP, whose ranks hold parts of the weights.")
+            raise ValueError("`ema_decay` does not work with FSDP, whose ranks hold parts of the weights.")
         if ema_decay is not None and self.args.load_best_model_at_end:
-            raise ValueError("`ema_decay` does not go with `load_best_model_at_end`: the average is of the whole run.")
+            raise ValueError("`ema_decay` averages the whole run, so it does not work with `load_best_model_at_end`.")
         if eval_loops is not None:
             eval_loops = list(eval_loops)
             check_settings(eval_loops, eval_samples)
-        if distillation < 0:
-            raise ValueError(f"`distillation` is {distillation}; it must be at least 0.")
         if self.args.save_strategy != "no" and self.args.save_total_limit == 1:
             raise ValueError(
                 "`save_total_limit` is 1, which deletes a checkpoint before the next one is complete; use 2 or more."
@@ -114,7 +109,6 @@ class LoopMDMTrainer(Trainer):
         self.eval_loops = eval_loops
         self.ema_decay = ema_decay
         self.eval_samples = eval_samples
-        self.distillation = distillation
         self.ema = None
         if ema_decay is not None:
             self.ema = AveragedModel(self.looped_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
@@ -151,39 +145,6 @@ class LoopMDMTrainer(Trainer):
         self._loops.append(self.looped_model.model.num_train_loops)
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.distillation or not self.looped_model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = self._loss_with_distillation(model, inputs, num_items_in_batch)
-        return (loss, {"loss": loss}) if return_outputs else loss
-
-    def _loss_with_distillation(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch) -> torch.Tensor:
-        """Both losses from one pass of the looped model and one, without gradient, at one loop."""
-        labels = inputs["labels"]
-        weights = inputs.get("loss_weights", torch.ones_like(labels, dtype=torch.float32))
-        masked = (labels != -100) & (weights != 0)
-        # The masked positions of every row, filled up with others that count nothing.
-        positions = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
-        weights = weights.gather(1, positions) * masked.gather(1, positions)
-        targets = labels.gather(1, positions).clamp(min=0)
-        rest = {name: value for name, value in inputs.items() if name not in ("labels", "loss_weights")}
-        log_probs = []
-        for loops in (1, None):
-            with torch.no_grad() if loops == 1 else contextlib.nullcontext():
-                logits = model(**rest, num_loops=loops, logits_to_keep=positions).logits
-                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                forbidden = torch.tensor([self.looped_model.config.mask_token_id], device=logits.device)
-                # Finite, so that 0 * inf does not come up; softmax makes it zero all the same.
-                log_probs.append(logits.index_fill(-1, forbidden, -1e4).log_softmax(-1))
-        teacher, student = log_probs
-        divergence = (teacher.exp() * (teacher - student)).sum(-1)
-        cross_entropy = -student.gather(-1, targets[..., None]).squeeze(-1)
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = ((cross_entropy + self.distillation * divergence) * weights).sum() / count
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        return loss
-
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         batch_size, length = inputs["input_ids"].shape
         if "loss_weights" in inputs:
@@ -191,8 +152,7 @@ class LoopMDMTrainer(Trainer):
         else:
             self._head_positions = self._head_positions + inputs["input_ids"].numel()
         transformer = self.looped_model.model
-        teacher = self.looped_model.flops(batch_size, length, 1, 0) if self.distillation else 0
-        return teacher + training_flops(
+        return training_flops(
             self.looped_model,
             batch_size,
             length,
@@ -205,7 +165,7 @@ class LoopMDMTrainer(Trainer):
 
     def store_flos(self) -> None:
         head = self.looped_model.flops(1, 1, 1, 1) - self.looped_model.flops(1, 1, 1, 0)
-        self.current_flos += (4.0 if self.distillation else 3.0) * head * int(self._head_positions)
+        self.current_flos += 3.0 * head * int(self._head_positions)
         self._head_positions = 0
         super().store_flos()
 
@@ -316,7 +276,6 @@ class LoopMDMTrainer(Trainer):
             "loop_schedule": _settings(self.loop_schedule),
             "gradient_loops": self.gradient_loops,
             "ema_decay": self.ema_decay,
-            "distillation": self.distillation,
         }
 
     def _check_same_run(self, checkpoint: Path) -> None:

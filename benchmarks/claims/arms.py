@@ -10,7 +10,7 @@ from tasks import Task
 from transformers import TrainerCallback, TrainingArguments
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
-from loopmdm.randomness import seeded_generator
+from loopmdm.objective import seeded_generator
 from loopmdm.training import (
     ExampleStream,
     LoopMDMTrainer,

@@ -1,87 +1,71 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The families of checkpoints that can be converted, and how one is chosen. Each module has one of them."""
+"""The families of checkpoints that can be converted: those of all modules in this folder. And how one is chosen."""
+
+import pkgutil
+from importlib import import_module
 
 from ..family import Family
 from ..source import Source
-from . import (
-    a2d,
-    bd3lm,
-    causal,
-    diffugpt,
-    diffullama,
-    dream,
-    fast_dllm,
-    illada,
-    llada,
-    loopmdm,
-    mdlm,
-    open_dcoder,
-    radd,
-    sdar,
-    smdm,
-)
-
-FAMILIES: list[Family] = [
-    llada.FAMILY,
-    illada.FAMILY,
-    dream.FAMILY,
-    *a2d.FAMILIES,
-    open_dcoder.FAMILY,
-    fast_dllm.FAMILY,
-    sdar.FAMILY,
-    bd3lm.FAMILY,
-    mdlm.FAMILY,
-    radd.FAMILY,
-    smdm.FAMILY,
-    diffugpt.FAMILY,
-    diffullama.FAMILY,
-    loopmdm.FAMILY,
-    *causal.FAMILIES,
-]
 
 # Architectures that cannot be converted, by the beginning of their names, and why.
 UNSUPPORTED = {
-    "Bert": "its layers are normed after the residual, a LoopMDM's before",
-    "A2DBert": "its layers are normed after the residual, a LoopMDM's before",
-    "ModernBert": "most of its layers attend within a window, with a rotary base of their own",
-    "A2DModernBert": "most of its layers attend within a window, with a rotary base of their own",
-    "LLaDAMoE": "its MLPs are mixtures of experts",
-    "LLaDA2": "its MLPs are mixtures of experts, and only half of each head is rotated",
-    "SDARMoe": "its MLPs are mixtures of experts",
-    "DiffusionGemma": "it is a causal encoder with a decoder that sees its keys and values, and a mixture of experts",
+    ("Bert", "A2DBert"): "its layers are normed after the residual, a LoopMDM's before",
+    ("ModernBert", "A2DModernBert"): "most of its layers attend within a window, with a rotary base of their own",
+    ("LLaDAMoE", "SDARMoe"): "its MLPs are mixtures of experts",
+    ("LLaDA2",): "its MLPs are mixtures of experts, and only half of each head is rotated",
+    ("DiffusionGemma",): (
+        "it is a causal encoder with a decoder that sees its keys and values, and a mixture of experts"
+    ),
 }
 
 
-def choose_family(source: Source, name: str | None = None, from_causal: bool = False) -> Family:
-    """
-    The family of a checkpoint, recognised from its architecture and tensor names, or the one called `name`.
+def discover() -> list[Family]:
+    """The families that the modules of this package list as `FAMILIES`."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
+    return [family for module in modules for family in module.FAMILIES]
 
-    Raises a ValueError for checkpoints that no family covers, with the reason where there is one.
+
+FAMILIES = discover()
+
+
+def choose_family(source: Source, name: str | Family | None = None, from_causal: bool = False) -> Family:
     """
+    The family of a checkpoint: the one called `name`, or the one that recognises it. A `Family` is returned as it is.
+
+    Raises a ValueError for checkpoints that no family covers, with the reason where there is one, and for those that
+    several recognise.
+    """
+    if isinstance(name, Family):
+        return name
     if name is not None:
         families = {family.name: family for family in FAMILIES if not family.from_causal}
         if name not in families:
             raise ValueError(f"There is no family {name!r}; there are {', '.join(families)}.")
         return families[name]
     architecture = ", ".join(source.architectures) or "no architecture named in a config.json"
-    for prefix, why in UNSUPPORTED.items():
-        if any(found.startswith(prefix) for found in source.architectures):
+    for prefixes, why in UNSUPPORTED.items():
+        if any(found.startswith(prefixes) for found in source.architectures):
             raise ValueError(f"{source.name} ({architecture}) cannot be converted: {why}.")
     if any(".experts." in tensor for tensor in source.tensors):
         raise ValueError(f"{source.name} ({architecture}) cannot be converted: its MLPs are mixtures of experts.")
-    for family in FAMILIES:
-        if family.from_causal == from_causal and family.matches(source):
-            return family
-    causal = next((family for family in FAMILIES if family.from_causal and family.matches(source)), None)
-    if causal is not None:
+    matching = [family for family in FAMILIES if family.matches(source)]
+    wanted = [family for family in matching if family.from_causal == from_causal]
+    if len(wanted) == 1:
+        return wanted[0]
+    if wanted:
+        names = ", ".join(family.name for family in wanted)
         raise ValueError(
-            f"{source.name} ({architecture}) says nothing of diffusion. Name its --family if it is a diffusion model "
-            "stored in this format (diffullama, open-dcoder), or give --from-causal to start from a causal model."
+            f"{source.name} ({architecture}) can be of several families; say which with --family: {names}."
         )
     if from_causal:
         names = ", ".join(family.models.split(" (")[0] for family in FAMILIES if family.from_causal)
         raise ValueError(
-            f"{source.name} ({architecture}) is none of the causal models that can be converted: {names}."
+            f"{source.name} ({architecture}) is not one of the causal models that can be converted: {names}."
+        )
+    if matching:
+        raise ValueError(
+            f"{source.name} ({architecture}) says nothing of diffusion. Name its --family if it is a diffusion model "
+            "stored in this format (diffullama, open-dcoder), or give --from-causal to start from a causal model."
         )
     if not source.config and not source.extras:
         raise ValueError(

@@ -1,16 +1,17 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """DiffuLLaMA: stock Llama 2 files, run without the causal mask; the state of position i - 1 predicts token i."""
 
-from .. import llama_format
-from ..family import Family
+from ..llama_format import LlamaFormat
 
-FAMILY = Family(
-    name="diffullama",
-    models="DiffuLLaMA 7B (on request: nothing in its files tells it from the causal Llama)",
-    matches=lambda source: False,
-    config=lambda source: {**llama_format.config(source), "shift_logits": True},
-    recipes=llama_format.recipes,
-    ignored=llama_format.IGNORED,
-    generation=lambda source: {"unmasking": "ancestral"},
-    reference="Llama",
-)
+
+class DiffuLLaMA(LlamaFormat):
+    name = "diffullama"
+    models = "DiffuLLaMA 7B (on request: nothing in its files tells it from the causal Llama)"
+    reference = "Llama"
+    shift_logits = True
+
+    def generation(self, source):
+        return {"unmasking": "ancestral"}
+
+
+FAMILIES = [DiffuLLaMA()]

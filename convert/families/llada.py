@@ -4,179 +4,158 @@ LLaDA (dense), in all variants of its code that are exact: separate or fused pro
 or LayerNorm, grouped keys and values, scaled embeddings and logits.
 """
 
-from typing import Any
-
-from ..family import Family, Recipe, constant, copy, per_layer, rows, scaled
+from ..family import Family, Recipe, copy, per_layer, rows, scaled, zeros
 from ..source import Source
 
 ROOT = "model.transformer."
 LAYER = ROOT + "blocks.{i}."
-# LLaDA's LayerNorm has this epsilon whatever the config's `rms_norm_eps` says.
-LAYER_NORM_EPS = 1e-5
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "swiglu": "silu"}
+# What is convertible, the default first
+CHOICES = {
+    "block_type": ("llama", "sequential"),
+    "layer_norm_type": ("default", "low_precision", "rms", "gemma_rms"),
+    "activation_type": ("silu", "gelu", "relu", "swiglu"),
+}
 
 
-def _ungroup(source: Source) -> Source:
-    """Renames `block_groups.{g}.{j}`, the layers of a config with `block_group_size`, to `blocks.{i}`."""
-    group_size = source.config.get("block_group_size") or 1
-    prefix = f"{ROOT}block_groups."
-
-    def rename(name: str) -> str:
-        if not name.startswith(prefix):
-            return name
-        group, member, rest = name.removeprefix(prefix).split(".", 2)
-        return f"{ROOT}blocks.{int(group) * group_size + int(member)}.{rest}"
-
-    source.tensors = {rename(name): tensor for name, tensor in source.tensors.items()}
-    return source
-
-
-def _is_sequential(source: Source) -> bool:
-    return source.setting("block_type") == "sequential"
-
-
-def _norm_is_rms(source: Source) -> bool:
+def _is_rms(source: Source) -> bool:
     return source.setting("layer_norm_type") in ("rms", "gemma_rms")
 
 
-def _config(source: Source) -> dict[str, Any]:
-    settings = source.config
-    block_type, activation = source.setting("block_type"), settings.get("activation_type", "silu")
-    for name, allowed in (
-        ("block_type", ("llama", "sequential")),
-        ("layer_norm_type", ("default", "low_precision", "rms", "gemma_rms")),
-        ("activation_type", tuple(ACTIVATIONS)),
-    ):
-        if settings.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"LLaDA's `{name}` is {settings[name]!r}; convertible are {', '.join(allowed)}.")
-    for name, why in (
-        ("attention_layer_norm", "a norm over all heads together, which no published model uses"),
-        ("alibi", "attention biases by distance"),
-    ):
-        if settings.get(name):
-            raise ValueError(f"LLaDA's `{name}` is on ({why}), which is not supported.")
-    if not settings.get("rope", False):
-        raise ValueError("LLaDA's `rope` is off; only rotary positions are supported.")
-    if block_type == "llama" and activation == "swiglu":
-        raise ValueError('LLaDA with `block_type` "llama" and `activation_type` "swiglu" cannot run anywhere.')
-
-    vocab_size, hidden_size = source.shape(f"{ROOT}wte.weight")
-    num_heads = source.setting("n_heads")
-    head_dim = hidden_size // num_heads
-    num_kv_heads = 1 if settings.get("multi_query_attention") else settings.get("n_kv_heads") or num_heads
-    first = LAYER.format(i=0)
-    is_gated = block_type == "llama" or activation == "swiglu"
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": source.shape(f"{first}ff_out.weight")[1],
-        "num_hidden_layers": source.num_layers(f"{LAYER}ff_out.weight", settings.get("n_layers")),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "hidden_act": ACTIVATIONS[activation],
-        "use_gated_mlp": is_gated,
-        "max_position_embeddings": source.setting("max_sequence_length"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(settings.get("rope_theta", 10000.0))},
-        "rope_full_precision": bool(settings.get("rope_full_precision", True)),
-        "norm_type": "rmsnorm" if _norm_is_rms(source) else "layernorm",
-        "rms_norm_eps": source.setting("rms_norm_eps") if _norm_is_rms(source) else LAYER_NORM_EPS,
-        "attention_bias": any(f"{first}{name}.bias" in source for name in ("q_proj", "att_proj")),
-        "attention_output_bias": f"{first}attn_out.bias" in source,
-        "mlp_bias": f"{first}ff_out.bias" in source,
-        "lm_head_bias": f"{ROOT}ff_out.bias" in source,
-        "tie_word_embeddings": _is_tied(source),
-        "initializer_range": settings.get("init_std", 0.02),
-    }
-
-
-def _is_tied(source: Source) -> bool:
-    # Scaling one of the two breaks the tie.
-    scales = source.config.get("input_emb_norm") or source.config.get("scale_logits")
-    return bool(source.config.get("weight_tying")) and not scales
-
-
 def _norm(source: Source, target: str, name: str) -> dict[str, Recipe]:
-    """Weight, and for LayerNorm the bias, of a norm; either may be absent from the source."""
+    """Weight, and for LayerNorm the bias, of a norm. The source may lack the bias."""
     weight, bias = f"{name}.weight", f"{name}.bias"
-    if weight.format(i=0) not in source:  # without affine parameters
+    if weight.format(i=0) not in source:
         raise ValueError(
             f"{source.name} has no tensor {weight.format(i=0)!r}; norms without weights are not supported."
         )
     recipes = {f"{target}.weight": copy(weight)}
     if source.config["layer_norm_type"] == "gemma_rms":
         recipes[f"{target}.weight"] = Recipe((weight,), "plus 1", lambda tensor: tensor.double() + 1)
-    if not _norm_is_rms(source):
-        has_bias = bias.format(i=0) in source
-        recipes[f"{target}.bias"] = copy(bias) if has_bias else constant(0.0, like=weight)
+    if not _is_rms(source):
+        recipes[f"{target}.bias"] = copy(bias) if bias.format(i=0) in source else zeros(like=weight)
     return recipes
 
 
-def _linears(source: Source, config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, int] | None]]:
-    """For every projection of a layer: the source's, and which of its rows where several are fused."""
-    query_size = config["num_attention_heads"] * config["head_dim"]
-    key_value_size = config["num_key_value_heads"] * config["head_dim"]
-    mlp_size = config["intermediate_size"]
-    common = {"self_attn.o_proj": ("attn_out", None), "mlp.down_proj": ("ff_out", None)}
-    if not _is_sequential(source):
-        separate = {f"self_attn.{part}_proj": (f"{part}_proj", None) for part in "qkv"}
-        return {**separate, "mlp.gate_proj": ("ff_proj", None), "mlp.up_proj": ("up_proj", None), **common}
-    ends = (query_size, query_size + key_value_size, query_size + 2 * key_value_size)
-    fused = {
-        "self_attn.q_proj": ("att_proj", (0, ends[0])),
-        "self_attn.k_proj": ("att_proj", (ends[0], ends[1])),
-        "self_attn.v_proj": ("att_proj", (ends[1], ends[2])),
-    }
-    if not config["use_gated_mlp"]:
-        return {**fused, "mlp.up_proj": ("ff_proj", None), **common}
-    # The second half is the activated one.
-    halves = {
-        "mlp.up_proj": ("ff_proj", (0, mlp_size)),
-        "mlp.gate_proj": ("ff_proj", (mlp_size, 2 * mlp_size)),
-    }
-    return {**fused, **halves, **common}
+class LLaDA(Family):
+    name = "llada"
+    models = "LLaDA 8B (Base, Instruct), LLaDA 1.5"
+    architectures = ("LLaDAModelLM",)
+    tied_names = (f"{ROOT}ff_out.weight",)
 
+    def matches(self, source):
+        return super().matches(source) and f"{ROOT}wte.weight" in source
 
-def _recipes(source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
-    hidden_size = config["hidden_size"]
-    template = {
-        **_norm(source, "model.layers.{i}.input_layernorm", f"{LAYER}attn_norm"),
-        **_norm(source, "model.layers.{i}.post_attention_layernorm", f"{LAYER}ff_norm"),
-    }
-    for target, (name, part) in _linears(source, config).items():
-        for kind in ("weight", "bias"):
-            stored = f"{LAYER}{name}.{kind}"
-            if kind == "weight" or stored.format(i=0) in source:
-                recipe = copy(stored) if part is None else rows(stored, *part)
-                template[f"model.layers.{{i}}.{target}.{kind}"] = recipe
+    def prepare(self, source):
+        """Renames `block_groups.{g}.{j}`, the layers of a config with `block_group_size`, to `blocks.{i}`."""
+        group_size = source.config.get("block_group_size") or 1
+        prefix = f"{ROOT}block_groups."
 
-    embedding = f"{ROOT}wte.weight"
-    head = embedding if source.config.get("weight_tying") else f"{ROOT}ff_out.weight"
-    scale = hidden_size**0.5
-    recipes = {
-        "model.embed_tokens.weight": scaled(embedding, scale)
-        if source.config.get("input_emb_norm")
-        else copy(embedding),
-        **per_layer(config["num_hidden_layers"], template),
-        **_norm(source, "model.norm", f"{ROOT}ln_f"),
-    }
-    if not config["tie_word_embeddings"]:
-        scales_logits = source.config.get("scale_logits")
-        recipes["lm_head.weight"] = scaled(head, 1 / scale) if scales_logits else copy(head)
+        def rename(name: str) -> str:
+            if not name.startswith(prefix):
+                return name
+            group, member, rest = name.removeprefix(prefix).split(".", 2)
+            return f"{LAYER.format(i=int(group) * group_size + int(member))}{rest}"
+
+        source.tensors = {rename(name): tensor for name, tensor in source.tensors.items()}
+        return source
+
+    def check(self, source: Source) -> None:
+        """Raises a ValueError for variants that cannot be converted."""
+        settings = source.config
+        for name, allowed in CHOICES.items():
+            if settings.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"LLaDA's `{name}` is {settings[name]!r}; convertible are {', '.join(allowed)}.")
+        for name, why in (
+            ("attention_layer_norm", "a norm over all heads together, which no published model uses"),
+            ("alibi", "attention biases by distance"),
+        ):
+            if settings.get(name):
+                raise ValueError(f"LLaDA's `{name}` is on ({why}), which is not supported.")
+        if not settings.get("rope", False):
+            raise ValueError("LLaDA's `rope` is off; only rotary positions are supported.")
+        if source.setting("block_type") == "llama" and settings.get("activation_type") == "swiglu":
+            raise ValueError('LLaDA with `block_type` "llama" and `activation_type` "swiglu" cannot run anywhere.')
+
+    def config(self, source):
+        self.check(source)
+        settings, first = source.config, LAYER.format(i=0)
+        vocab_size, hidden_size = source.shape(f"{ROOT}wte.weight")
+        num_heads, activation = source.setting("n_heads"), settings.get("activation_type", "silu")
+        # Scaling the embedding or the logits breaks the tie of the two weights.
+        is_scaled = settings.get("input_emb_norm") or settings.get("scale_logits")
+        return {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": source.shape(f"{first}ff_out.weight")[1],
+            "num_hidden_layers": source.num_layers(f"{LAYER}ff_out.weight", settings.get("n_layers")),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": (
+                1 if settings.get("multi_query_attention") else settings.get("n_kv_heads") or num_heads
+            ),
+            "head_dim": hidden_size // num_heads,
+            "hidden_act": "silu" if activation == "swiglu" else activation,
+            "use_gated_mlp": settings["block_type"] == "llama" or activation == "swiglu",
+            "max_position_embeddings": source.setting("max_sequence_length"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": float(settings.get("rope_theta", 10000.0))},
+            "rope_precision": "float32" if settings.get("rope_full_precision", True) else "model",
+            "norm_type": "rmsnorm" if _is_rms(source) else "layernorm",
+            # LLaDA's LayerNorm has its epsilon whatever `rms_norm_eps` says.
+            "rms_norm_eps": source.setting("rms_norm_eps") if _is_rms(source) else 1e-5,
+            "attention_bias": f"{first}q_proj.bias" in source or f"{first}att_proj.bias" in source,
+            "attention_output_bias": f"{first}attn_out.bias" in source,
+            "mlp_bias": f"{first}ff_out.bias" in source,
+            "lm_head_bias": f"{ROOT}ff_out.bias" in source,
+            "tie_word_embeddings": bool(settings.get("weight_tying")) and not is_scaled,
+            "initializer_range": settings.get("init_std", 0.02),
+            "mask_token_id": 126336,
+        }
+
+    def projections(self, config: dict, is_fused: bool) -> dict[str, tuple]:
+        """For every projection of a layer: the source's, and which of its rows where several are fused."""
+        parts = {"self_attn.o_proj": ("attn_out",), "mlp.down_proj": ("ff_out",)}
+        if not is_fused:
+            parts |= {f"self_attn.{part}_proj": (f"{part}_proj",) for part in "qkv"}
+            return {**parts, "mlp.gate_proj": ("ff_proj",), "mlp.up_proj": ("up_proj",)}
+        keys = config["num_attention_heads"] * config["head_dim"]  # the row where they begin
+        size = config["num_key_value_heads"] * config["head_dim"]
+        parts["self_attn.q_proj"] = ("att_proj", 0, keys)
+        parts["self_attn.k_proj"] = ("att_proj", keys, keys + size)
+        parts["self_attn.v_proj"] = ("att_proj", keys + size, keys + 2 * size)
+        if not config["use_gated_mlp"]:
+            return {**parts, "mlp.up_proj": ("ff_proj",)}
+        middle = config["intermediate_size"]  # the second half is the activated one
+        return {
+            **parts,
+            "mlp.up_proj": ("ff_proj", 0, middle),
+            "mlp.gate_proj": ("ff_proj", middle, 2 * middle),
+        }
+
+    def recipes(self, source, config):
+        settings, scale = source.config, config["hidden_size"] ** 0.5
+        layer = {
+            **_norm(source, "input_layernorm", f"{LAYER}attn_norm"),
+            **_norm(source, "post_attention_layernorm", f"{LAYER}ff_norm"),
+        }
+        for target, (name, *part) in self.projections(config, settings["block_type"] == "sequential").items():
+            for kind in ("weight", "bias"):
+                stored = f"{LAYER}{name}.{kind}"
+                if kind == "weight" or stored.format(i=0) in source:
+                    layer[f"{target}.{kind}"] = rows(stored, *part) if part else copy(stored)
+        recipes = {
+            "model.embed_tokens.weight": scaled(f"{ROOT}wte.weight", scale if settings.get("input_emb_norm") else 1),
+            **per_layer(config["num_hidden_layers"], layer),
+            **_norm(source, "model.norm", f"{ROOT}ln_f"),
+        }
+        logit_scale = 1 / scale if settings.get("scale_logits") else 1
+        if not config["tie_word_embeddings"]:
+            head = "wte" if settings.get("weight_tying") else "ff_out"
+            recipes["lm_head.weight"] = scaled(f"{ROOT}{head}.weight", logit_scale)
         if config["lm_head_bias"]:
-            bias = f"{ROOT}ff_out.bias"
-            recipes["lm_head.bias"] = scaled(bias, 1 / scale) if scales_logits else copy(bias)
-    return recipes
+            recipes["lm_head.bias"] = scaled(f"{ROOT}ff_out.bias", logit_scale)
+        return recipes
+
+    def generation(self, source):
+        return {"unmasking": "confidence", "block_length": 32}
 
 
-FAMILY = Family(
-    name="llada",
-    models="LLaDA 8B (Base, Instruct), LLaDA 1.5",
-    matches=lambda source: "LLaDAModelLM" in source.architectures and f"{ROOT}wte.weight" in source,
-    config=_config,
-    recipes=_recipes,
-    tied_names=(f"{ROOT}ff_out.weight",),
-    mask_token_id=lambda source: 126336,
-    generation=lambda source: {"unmasking": "confidence", "block_length": 32},
-    prepare=_ungroup,
-)
+FAMILIES = [LLaDA()]

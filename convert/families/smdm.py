@@ -5,7 +5,6 @@ keys and values are interleaved head by head; cosines and sines are rounded to b
 """
 
 import re
-from typing import Any
 
 import torch
 
@@ -27,9 +26,6 @@ _SIZES = {
     17: [2121],
 }
 HEADS = {size: heads for heads, sizes in _SIZES.items() for size in sizes}
-MAX_LENGTH = 2048
-# Takes [MASK] out of every softmax, and is finite in float16 too.
-NEVER = -1e4
 
 
 def _num_heads(source: Source) -> int:
@@ -46,75 +42,68 @@ def _num_heads(source: Source) -> int:
     return HEADS[int(size[1])]
 
 
-def _config(source: Source) -> dict[str, Any]:
-    num_heads = _num_heads(source)
-    rows, hidden_size = source.shape(f"{LAYER}attn.attn.weight".format(i=0))
-    head_dim = hidden_size // num_heads
-    return {
-        "vocab_size": source.shape("transformer.wte.weight")[0],
-        "hidden_size": hidden_size,
-        "intermediate_size": source.shape(f"{LAYER}mlp.swiglu.w1.weight".format(i=0))[0],
-        "num_hidden_layers": source.num_layers(f"{LAYER}norm_1.weight", source.config.get("n_layer")),
-        "num_attention_heads": num_heads,
-        "num_key_value_heads": (rows // head_dim - num_heads) // 2,
-        "head_dim": head_dim,
-        "max_position_embeddings": source.config.get("block_size", MAX_LENGTH),
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        "rope_table_dtype": "bfloat16",
-        "rms_norm_eps": source.config.get("norm_eps", 1e-5),
-        "lm_head_bias": True,
-        "tie_word_embeddings": False,
-    }
+class SMDM(Family):
+    name = "smdm"
+    models = "SMDM (bare safetensors, 6M to 2121M)"
+
+    def matches(self, source):
+        return "transformer.h.0.attn.attn.weight" in source and "transformer.wte.weight" in source
+
+    def config(self, source):
+        num_heads, first = _num_heads(source), LAYER.format(i=0)
+        rows, hidden_size = source.shape(f"{first}attn.attn.weight")
+        head_dim = hidden_size // num_heads
+        return {
+            "vocab_size": source.shape("transformer.wte.weight")[0],
+            "hidden_size": hidden_size,
+            "intermediate_size": source.shape(f"{first}mlp.swiglu.w1.weight")[0],
+            "num_hidden_layers": source.num_layers(f"{LAYER}norm_1.weight", source.config.get("n_layer")),
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": (rows // head_dim - num_heads) // 2,
+            "head_dim": head_dim,
+            "max_position_embeddings": source.config.get("block_size", 2048),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_precision": "bfloat16",
+            "rms_norm_eps": source.config.get("norm_eps", 1e-5),
+            "tie_word_embeddings": False,
+            "mask_token_id": source.shape("lm_head.weight")[0],
+        }
+
+    def recipes(self, source, config):
+        groups, head_dim = config["num_key_value_heads"], config["head_dim"]
+        queries = config["num_attention_heads"] // groups
+
+        def part(name: str, start: int, stop: int) -> Recipe:
+            """The fused weight's rows are (queries, key, value) for each key/value head."""
+
+            def compute(tensor: torch.Tensor) -> torch.Tensor:
+                by_head = tensor.reshape(groups, queries + 2, head_dim, -1)
+                return by_head[:, start:stop].reshape(groups * (stop - start) * head_dim, -1)
+
+            return Recipe((f"{LAYER}attn.attn.weight",), f"{name} of every head", compute)
+
+        layer = {
+            "input_layernorm.weight": f"{LAYER}norm_1.weight",
+            "self_attn.q_proj.weight": part("q", 0, queries),
+            "self_attn.k_proj.weight": part("k", queries, queries + 1),
+            "self_attn.v_proj.weight": part("v", queries + 1, queries + 2),
+            "self_attn.o_proj.weight": f"{LAYER}attn.proj.weight",
+            "post_attention_layernorm.weight": f"{LAYER}norm_2.weight",
+            "mlp.gate_proj.weight": f"{LAYER}mlp.swiglu.w1.weight",
+            "mlp.up_proj.weight": f"{LAYER}mlp.swiglu.w2.weight",
+            "mlp.down_proj.weight": f"{LAYER}mlp.swiglu.w3.weight",
+        }
+        return {
+            "model.embed_tokens.weight": copy("transformer.wte.weight"),
+            **per_layer(config["num_hidden_layers"], layer),
+            "model.norm.weight": copy("transformer.ln_f.weight"),
+            # The model never gives [MASK] a probability, so its row of the head may be anything.
+            "lm_head.weight": Recipe(
+                ("lm_head.weight",),
+                "add a row of zeros for [MASK]",
+                lambda tensor: torch.cat((tensor, tensor.new_zeros(1, tensor.shape[1]))),
+            ),
+        }
 
 
-def _part(config: dict[str, Any], part: str) -> Recipe:
-    """Queries, keys or values of the fused weight, whose rows are (queries, key, value) for each key/value head."""
-    groups, head_dim = config["num_key_value_heads"], config["head_dim"]
-    queries = config["num_attention_heads"] // groups
-    start, stop = {"q": (0, queries), "k": (queries, queries + 1), "v": (queries + 1, queries + 2)}[part]
-
-    def compute(tensor: torch.Tensor) -> torch.Tensor:
-        by_head = tensor.reshape(groups, queries + 2, head_dim, -1)
-        return by_head[:, start:stop].reshape(groups * (stop - start) * head_dim, -1)
-
-    return Recipe((f"{LAYER}attn.attn.weight",), f"{part} of every head", compute)
-
-
-def _recipes(source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
-    head = "lm_head.weight"
-    missing = source.shape("transformer.wte.weight")[0] - source.shape(head)[0]
-    layer = {
-        "input_layernorm.weight": f"{LAYER}norm_1.weight",
-        "self_attn.q_proj.weight": _part(config, "q"),
-        "self_attn.k_proj.weight": _part(config, "k"),
-        "self_attn.v_proj.weight": _part(config, "v"),
-        "self_attn.o_proj.weight": f"{LAYER}attn.proj.weight",
-        "post_attention_layernorm.weight": f"{LAYER}norm_2.weight",
-        "mlp.gate_proj.weight": f"{LAYER}mlp.swiglu.w1.weight",
-        "mlp.up_proj.weight": f"{LAYER}mlp.swiglu.w2.weight",
-        "mlp.down_proj.weight": f"{LAYER}mlp.swiglu.w3.weight",
-    }
-
-    def add_rows(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat((tensor, tensor.new_zeros(missing, tensor.shape[1])))
-
-    def add_bias(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat((tensor.new_zeros(tensor.shape[0]), tensor.new_full((missing,), NEVER)))
-
-    return {
-        "model.embed_tokens.weight": copy("transformer.wte.weight"),
-        **per_layer(config["num_hidden_layers"], {f"model.layers.{{i}}.{name}": to for name, to in layer.items()}),
-        "model.norm.weight": copy("transformer.ln_f.weight"),
-        "lm_head.weight": Recipe((head,), "add a row of zeros for [MASK]", add_rows),
-        "lm_head.bias": Recipe((head,), f"0, and {NEVER:g} for [MASK]", add_bias),
-    }
-
-
-FAMILY = Family(
-    name="smdm",
-    models="SMDM (bare safetensors, 6M to 2121M)",
-    matches=lambda source: f"{LAYER}attn.attn.weight".format(i=0) in source and "transformer.wte.weight" in source,
-    config=_config,
-    recipes=_recipes,
-    mask_token_id=lambda source: source.shape("lm_head.weight")[0],
-)
+FAMILIES = [SMDM()]

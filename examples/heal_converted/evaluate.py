@@ -10,8 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.data import pack_documents, read_documents
 from loopmdm.evaluation import nelbo
-from loopmdm.training import pack_documents, read_documents
 
 
 def main() -> None:

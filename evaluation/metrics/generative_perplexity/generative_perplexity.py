@@ -5,7 +5,7 @@ import datasets
 import evaluate
 
 from loopmdm.evaluation import generative_perplexity
-from loopmdm.evaluation.commands import load_judge
+from loopmdm.evaluation.loading import load_judge
 
 _DESCRIPTION = """Perplexity of samples under a causal language model, with what shows degenerate text: unigram
 entropy, repeated 4-grams, distinct n-grams."""

@@ -5,9 +5,9 @@ import datasets
 import evaluate
 from transformers import AutoTokenizer
 
+from loopmdm.data import encode_with_bytes
 from loopmdm.evaluation import Text, text_likelihood
-from loopmdm.evaluation.commands import load_model
-from loopmdm.evaluation.texts import encode
+from loopmdm.evaluation.loading import load_model
 
 _DESCRIPTION = """Negative evidence lower bound of texts under a masked diffusion model with loops, an upper bound on
 their negative log-likelihood, estimated by masking (arXiv 2502.09992)."""
@@ -39,9 +39,9 @@ class MaskedNelbo(evaluate.Metric):
         model, tokenizer = load_model(model_id, device=device), AutoTokenizer.from_pretrained(model_id)
         texts = []
         for number, prediction in enumerate(predictions, start=1):
-            ids, num_bytes = encode(tokenizer, prediction, f"text {number}")
+            ids, num_bytes = encode_with_bytes(tokenizer, prediction, f"text {number}")
             if not ids:
-                raise ValueError(f"Text {number} has no token to score; it is too short.")
+                raise ValueError(f"Text {number} does not have a token to score; it is too short.")
             texts.append(Text(f"text {number}", ids, [True] * len(ids), num_bytes))
         result = text_likelihood(model, texts, num_loops, num_samples=num_samples, batch_size=batch_size, seed=seed)
         nats, error = result.per_token()

@@ -11,13 +11,20 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..randomness import seeded_generator
+from ..objective.seeds import seeded_generator
 
 
 class LoopSchedule:
     """
     A distribution of the number of loops S over 1..max_loops, which may change over training. To make another one,
-    subclass it, say its `probabilities`, and pass an object of it wherever a schedule is taken.
+    subclass it, say its `probabilities`, and pass an object of it wherever a schedule is taken:
+
+    ```python
+    >>> class LargeLoops(LoopSchedule):
+    ...     def probabilities(self, progress):
+    ...         weights = torch.arange(1, self.max_loops + 1, dtype=torch.float64)
+    ...         return weights / weights.sum()
+    ```
 
     Args:
         max_loops (`int`): S_max.
@@ -62,18 +69,6 @@ class FixedLoops(LoopSchedule):
 
     def probabilities(self, progress):
         return torch.eye(self.max_loops, dtype=torch.float64)[-1]
-
-
-class WeightedLoops(LoopSchedule):
-    """p(S) proportional to S ** power: more large S than uniform, or with a negative power more small ones."""
-
-    def __init__(self, max_loops: int, power: float = 1.0):
-        super().__init__(max_loops)
-        self.power = power
-
-    def probabilities(self, progress):
-        weights = torch.arange(1, self.max_loops + 1, dtype=torch.float64) ** self.power
-        return weights / weights.sum()
 
 
 class GrowingLoops(LoopSchedule):
@@ -126,57 +121,11 @@ class LateLoops(LoopSchedule):
         return plain * (loops == 1).double() + (1 - plain) * high
 
 
-class FlopProportionalLoops(LoopSchedule):
-    """
-    p(S) proportional to 1 / FLOPs(S): every S gets the same share of the computation.
-
-    Args:
-        max_loops (`int`): S_max.
-        num_layers, num_mid_layers (`int`): Layers in all and in mid; a pass runs `num_layers + (S - 1) *
-        num_mid_layers`.
-    """
-
-    def __init__(self, max_loops: int, num_layers: int, num_mid_layers: int):
-        super().__init__(max_loops)
-        self.num_layers, self.num_mid_layers = num_layers, num_mid_layers
-
-    def probabilities(self, progress):
-        loops = torch.arange(1, self.max_loops + 1, dtype=torch.float64)
-        weights = 1 / (self.num_layers + (loops - 1) * self.num_mid_layers)
-        return weights / weights.sum()
-
-
-class PoissonLogNormalLoops(LoopSchedule):
-    """
-    Huginn's heavy-tailed distribution (arXiv 2502.05171): S - 1 ~ Poisson(e^t) with t normal of deviation `sigma` and
-    e^t of mean `mean_loops - 1`; what exceeds max_loops counts as max_loops.
-    """
-
-    def __init__(self, max_loops: int, mean_loops: float | None = None, sigma: float = 0.5):
-        super().__init__(max_loops)
-        mean_loops = (1 + max_loops) / 2 if mean_loops is None else mean_loops
-        if not mean_loops >= 1 or not sigma >= 0:
-            raise ValueError(f"`mean_loops` is {mean_loops} and `sigma` {sigma}; they must be at least 1 and 0.")
-        # Gauss-Hermite quadrature over t: sum of weight * Poisson(e^t)
-        nodes = torch.linspace(-6, 6, 241, dtype=torch.float64)
-        weights = torch.exp(-nodes.square() / 2)
-        rates = max(mean_loops - 1, 1e-12) * torch.exp(sigma * nodes - sigma**2 / 2)
-        counts = torch.arange(max_loops, dtype=torch.float64)[:, None]
-        log_poisson = counts * rates.log() - rates - torch.lgamma(counts + 1)
-        table = (log_poisson.exp() * weights).sum(-1) / weights.sum()
-        table[-1] += (1 - table.sum()).clamp(min=0)
-        self.table = table / table.sum()
-
-    def probabilities(self, progress):
-        return self.table
-
-
 def make_loop_schedule(
     schedule: str | LoopSchedule, config: Any, max_loops: int | None = None, **options
 ) -> LoopSchedule:
     """
-    A schedule by name (`"uniform"`, `"late"`, `"growing"`, `"flops"`, `"weighted"`, `"poisson"`, `"fixed"`), for a
-    model's config.
+    A schedule by name (`"uniform"`, `"late"`, `"growing"`, `"fixed"`), for a model's config.
 
     Args:
         schedule: A name, or a schedule, which is returned as it is.
@@ -193,8 +142,6 @@ def make_loop_schedule(
     if schedule not in LOOP_SCHEDULES:
         raise ValueError(f"The loop schedule is {schedule!r}; choose one of {', '.join(LOOP_SCHEDULES)}.")
     max_loops = config.max_train_loops if max_loops is None else max_loops
-    if schedule == "flops":
-        options = {"num_layers": config.num_hidden_layers, "num_mid_layers": config.num_mid_layers, **options}
     try:
         return LOOP_SCHEDULES[schedule](max_loops, **options)
     except TypeError as error:
@@ -205,9 +152,6 @@ LOOP_SCHEDULES: dict[str, type[LoopSchedule]] = {
     "uniform": UniformLoops,
     "late": LateLoops,
     "growing": GrowingLoops,
-    "flops": FlopProportionalLoops,
-    "weighted": WeightedLoops,
-    "poisson": PoissonLogNormalLoops,
     "fixed": FixedLoops,
 }
 

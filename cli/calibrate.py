@@ -1,0 +1,99 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""`loopmdm calibrate`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .application import app
+from .options import BlockLength, ConfidenceThreshold, Device, Dtype, MaxDenoisingSteps, given
+from .output import console, progress
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder of a looped model.", show_default=False)],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines {"prompt": ..., "answer": ...}; a prompt with mask tokens is filled in.',
+            show_default=False,
+        ),
+    ],
+    max_loss: Annotated[float, typer.Option(help="Quality that may be lost, as a share.")] = 0.005,
+    quality: Annotated[
+        str, typer.Option(help="exact answers, right tokens, or agreement with the most loops.")
+    ] = "exact",
+    num_loops: Annotated[int | None, typer.Option(help="The most loops (default: the model's).")] = None,
+    max_denoising_steps: MaxDenoisingSteps = None,
+    block_length: BlockLength = None,
+    confidence_threshold: ConfidenceThreshold = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many examples.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples generated together.")] = 32,
+    output: Annotated[Path | None, typer.Option(help="Write all measurements to this JSON file.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and leave the model as it is.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Find the cheapest loops that keep a model's quality, and make them its default."""
+    from loopmdm.evaluation import calibrate_loops
+    from loopmdm.evaluation.loading import load_model, load_tokenizer
+    from loopmdm.evaluation.loop_budget import read_examples, write_budget
+    from loopmdm.evaluation.protocol import write_json
+
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"{model} is not the folder of a model; the result is written into it, so download it first.")
+    loaded = load_model(model, dtype, device)
+    examples = read_examples(data, load_tokenizer(model), loaded.config.mask_token_id)[:limit]
+    with progress("settings") as bar:
+        budget = calibrate_loops(
+            loaded,
+            examples,
+            num_loops=num_loops,
+            max_loss=max_loss,
+            quality=quality,
+            batch_size=batch_size,
+            progress=bar,
+            **given(
+                max_denoising_steps=max_denoising_steps,
+                block_length=block_length,
+                confidence_threshold=confidence_threshold,
+            ),
+        )
+    _show(budget, f"Half of {len(examples)} examples of {data}")
+    if output is not None:
+        write_json(output, {"model": model, "data": str(data), **budget.record()})
+    if not dry_run:
+        console.print(f"{write_budget(model, budget.best.arguments)} is written.")
+
+
+def _show(budget: Any, title: str) -> None:
+    from rich.table import Table
+
+    from loopmdm.evaluation.loop_budget import describe
+
+    table = Table(title=title)
+    for column in ("setting", "quality, %", "loss, %", "loops", "passes", "GFLOP"):
+        table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=True)
+
+    def add(result: Any, name: str) -> None:
+        table.add_row(
+            name,
+            f"{100 * result.quality:.1f} ± {100 * result.standard_error:.1f}",
+            f"{100 * result.loss:+.1f} ± {100 * result.loss_standard_error:.1f}",
+            f"{result.mean_loops:.2f}",
+            f"{result.forward_passes:.2f}",
+            f"{result.flops / 1e9:,.3f}",
+        )
+
+    for result in sorted(budget.results, key=lambda result: result.flops):
+        add(result, describe(result.arguments))
+    table.add_section()
+    add(budget.check_full, "other half: all loops")
+    for check in budget.checks:
+        add(check, f"other half: {describe(check.arguments)}")
+    console.print(table)
+    share = budget.check.flops / budget.check_full.flops
+    saved = f"{share:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops on average"
+    console.print(f"Chosen: {describe(budget.best.arguments)} ({saved}).")

@@ -1,0 +1,100 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""`loopmdm eval dynamics`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from .application import evaluation
+from .inputs import measured_texts, start
+from .options import Device, Documents, Dtype, Model, Output, Split, Subset, Task, Text, TextColumn, TextLimit
+from .output import progress, results_folder, show_table
+
+
+@evaluation.command()
+def dynamics(
+    model: Model,
+    text: Text,
+    output: Output = None,
+    num_loops: Annotated[int | None, typer.Option(help="Loops to follow (default: those of training).")] = None,
+    timesteps: Annotated[str, typer.Option(help="Shares of masked tokens.")] = "0.1,0.3,0.5,0.7,0.9",
+    task: Task = "texts",
+    text_column: TextColumn = "text",
+    documents: Documents = "file",
+    split: Split = "train",
+    subset: Subset = None,
+    limit: TextLimit = None,
+    window: Annotated[int | None, typer.Option(help="Tokens seen at once (default: at most 256).")] = None,
+    windows: Annotated[int, typer.Option(help="Follow so many windows, evenly spread.")] = 16,
+    masks: Annotated[int, typer.Option(help="Masks of each window and timestep.")] = 2,
+    no_attention: Annotated[bool, typer.Option("--no-attention", help="Leave attention out.")] = False,
+    no_lens: Annotated[bool, typer.Option("--no-lens", help="Leave predictions by loop out.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Masked texts per forward pass.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """What happens in the loop: attention between masked and visible tokens, states, predictions."""
+    settings = dict(locals())
+    from loopmdm.configuration_loopmdm import check_num_loops
+    from loopmdm.evaluation import make_windows, measure_dynamics
+    from loopmdm.evaluation.loading import load_model, load_tokenizer
+    from loopmdm.evaluation.protocol import Stopwatch, protocol
+    from loopmdm.evaluation.texts import pad_windows
+
+    try:
+        shares = [float(part) for part in timesteps.split(",")]
+    except ValueError:
+        raise ValueError(f"--timesteps is {timesteps!r}; give a list such as 0.1,0.5,0.9.") from None
+    config = start(model, output)
+    if num_loops is not None:
+        check_num_loops(num_loops)
+    if windows < 1:
+        raise ValueError(f"--windows is {windows}; it must be at least 1.")
+    longest = config.max_position_embeddings
+    length = min(256, longest) if window is None and task != "fill" else window or longest
+    if length > longest:
+        raise ValueError(f"--window is {length} tokens; the model takes 1 to {longest} positions.")
+    texts = measured_texts(
+        text, load_tokenizer(model), config, length, task, text_column, documents, split, subset, limit
+    )
+    parts = make_windows(texts, length)
+    count = min(windows, len(parts))
+    parts = [parts[i * len(parts) // count] for i in range(count)]
+    loaded = load_model(model, dtype, device)
+    with progress("Dynamics") as bar, Stopwatch(loaded.device) as watch:
+        result = measure_dynamics(
+            loaded,
+            *pad_windows(parts),
+            num_loops=num_loops,
+            timesteps=shares,
+            masks_per_text=masks,
+            attention=not no_attention,
+            lens=not no_lens,
+            batch_size=batch_size,
+            seed=seed,
+            progress=bar,
+        )
+    record = {
+        "command": "dynamics",
+        "protocol": protocol(settings, loaded, model, data=text),
+        "seconds": watch.seconds,
+        "windows": count,
+        "tokens": sum(len(part.input_ids) for part in parts),
+        "results": result.summary(),
+    }
+    title = f"Loops of {model} on {count} texts, mean of t = {timesteps}, {watch.seconds:.1f} s"
+    _show(title, record["results"])
+    with results_folder(output, record) as folder:
+        if folder is not None:
+            result.save(folder / "dynamics.npz")
+            result.plot(folder / "dynamics.png")
+
+
+def _show(title: str, rows: list[dict[str, Any]]) -> None:
+    names = ("change", "distance", "masked_to_masked", "visible_to_masked", "loss", "accuracy", "changed")
+    names = [name for name in names if name in rows[0]]
+    columns = ["loop", *(name.replace("_", " ") for name in names)]
+    # NaN: a quantity that the first loop does not have
+    cells = [[row["loop"], *("" if row[name] != row[name] else f"{row[name]:.3g}" for name in names)] for row in rows]
+    show_table(title, columns, cells)

@@ -1,0 +1,236 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""`loopmdm eval generative-perplexity`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .application import evaluation
+from .inputs import loop_numbers
+from .options import Device, Documents, Dtype, GenerateArguments, LoopList, Output, TextColumn, pairs
+from .output import new_figure, plus_minus, progress, results_folder, show_table, write_lines
+
+
+@evaluation.command()
+def generative_perplexity(
+    judge: Annotated[str, typer.Option(help="Folder or Hub id of a causal language model.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(help="Model that makes samples (or give --samples).", show_default=False)
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="File of texts to judge (.txt, .jsonl), instead of a model.")
+    ] = None,
+    output: Output = None,
+    num_loops: LoopList = None,
+    num_samples: Annotated[int, typer.Option(help="Samples for each number of loops.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a sample (default: the model's positions, at most 256).")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="File of texts to continue; by default from nothing.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens that the judge sees at once.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window of a long sample.")] = None,
+    text_column: TextColumn = "text",
+    documents: Documents = "blank_line",
+    generate: GenerateArguments = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Perplexity of samples under a causal language model, and their entropy. Ancestral sampling by default."""
+    settings = dict(locals())
+    from loopmdm.evaluation.loading import load_judge, load_model, load_tokenizer
+    from loopmdm.evaluation.protocol import check_output, protocol
+
+    if (model is None) == (samples is None):
+        raise ValueError("Give either a model that makes samples, or --samples, a file that holds them.")
+    for name, value in (("--num-samples", num_samples), ("--batch-size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if output is not None:
+        check_output(output)
+    arguments = {"unmasking": "ancestral"} | pairs("--generate", generate)
+    if model is None:
+        rows, kept = [{}], [_read_samples(samples, text_column, documents)]
+    else:
+        plan = _plan(model, num_loops, num_samples, max_new_tokens, prompts, text_column, arguments)
+    judge_model, tokenizer = load_judge(judge, dtype, device)
+    loaded = None
+    if model is not None:
+        loaded = load_model(model, dtype, device)
+        rows, kept = _make_samples(loaded, load_tokenizer(model), *plan, batch_size, seed, arguments)
+    seconds = sum(row.get("generation_seconds", 0.0) for row in rows)
+    seconds += _judge(rows, kept, judge_model, tokenizer, window, stride, batch_size)
+    record = {
+        "command": "generative-perplexity",
+        "protocol": protocol(settings, loaded, model, judge=judge, data=samples, prompts=prompts),
+        "seconds": seconds,
+        "results": rows,
+    }
+    _show(f"Generative perplexity of {model or samples} under {judge}: {len(kept[0])} samples, {seconds:.1f} s", rows)
+    with results_folder(output, record) as folder:
+        if folder is not None and model is not None:
+            found = zip(rows, kept, strict=True)
+            lines = [{"num_loops": row["num_loops"], "text": text} for row, texts in found for text in texts]
+            write_lines(folder / "samples.jsonl", lines)
+            _plot(folder / "generative_perplexity.png", rows)
+
+
+def _plan(
+    model: str,
+    num_loops: str | None,
+    num_samples: int,
+    max_new_tokens: int | None,
+    prompts: str | None,
+    text_column: str,
+    arguments: dict[str, Any],
+) -> tuple[list[int], list[list[int]], int]:
+    """The numbers of loops, the tokens that each sample starts with, and how many new ones it has, all checked."""
+    from loopmdm import LoopMDMGenerationConfig
+    from loopmdm.evaluation import read_texts
+    from loopmdm.evaluation.loading import load_tokenizer, read_model_config
+
+    config = read_model_config(model)
+    loops = loop_numbers(num_loops, [config.num_loops])
+    room = config.max_position_embeddings
+    length = min(256, room) if max_new_tokens is None else max_new_tokens
+    LoopMDMGenerationConfig(max_new_tokens=length, **arguments)  # checks
+    starts: list[list[int]] = [[]]
+    if prompts is not None:
+        texts = read_texts(prompts, load_tokenizer(model), config, "texts", text_column, "line")
+        starts = [text.input_ids for text in texts]
+    longest = max(map(len, starts))
+    if longest + length > room:
+        raise ValueError(
+            f"Prompts of up to {longest} tokens and {length} new ones (--max-new-tokens) are more than the {room} "
+            "positions of the model."
+        )
+    return loops, [starts[i % len(starts)] for i in range(num_samples)], length
+
+
+def _read_samples(path: str, text_column: str, documents: str) -> list[str]:
+    """The texts of a `.txt` or `.jsonl` file. Token ids are refused: the judge has a tokenizer of its own."""
+    from loopmdm.data import SEPARATORS, read_documents, read_jsonl
+
+    if not Path(path).is_file() or Path(path).suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"--samples {path} is not a .txt or .jsonl file.")
+    if Path(path).suffix == ".txt":
+        if documents not in SEPARATORS:
+            raise ValueError(f"--documents is {documents!r}; choose one of {', '.join(SEPARATORS)}.")
+        return list(read_documents(path, SEPARATORS[documents]))
+    texts = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        value = row.get(text_column)
+        if isinstance(value, list):
+            raise ValueError(
+                f"{path}, example {number}: {text_column!r} holds token ids, which mean something else to the judge; "
+                "decode them with the tokenizer of the model that made them."
+            )
+        if not isinstance(value, str):
+            raise ValueError(f"{path}, example {number} has no text in {text_column!r}; it has {', '.join(row)}.")
+        texts.append(value)
+    return texts
+
+
+def _make_samples(
+    model: Any,
+    tokenizer: Any,
+    loops: list[int],
+    starts: list[list[int]],
+    length: int,
+    batch_size: int,
+    seed: int,
+    arguments: dict[str, Any],
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """For each number of loops, its time and its samples."""
+    from loopmdm.evaluation.protocol import Stopwatch
+
+    rows, kept = [], []
+    for number in loops:
+        with progress(f"{number} loops: samples") as bar, Stopwatch(model.device) as watch:
+            made = []
+            for first in range(0, len(starts), batch_size):
+                batch = starts[first : first + batch_size]
+                made += _generate(model, batch, first, length, seed, {"num_loops": number, **arguments})
+                bar(len(made), len(starts))
+        kept.append(tokenizer.batch_decode(made, skip_special_tokens=True))
+        rows.append({"num_loops": number, "generation_seconds": watch.seconds})
+    return rows, kept
+
+
+def _generate(
+    model: Any, starts: list[list[int]], first: int, length: int, seed: int, arguments: dict[str, Any]
+) -> list[list[int]]:
+    """New tokens of samples `first` and on; each has a generator of its own, so that batches make no difference."""
+    import torch
+
+    from loopmdm.objective import seeded_generator
+
+    width = max(map(len, starts))
+    input_ids, attention_mask = torch.zeros(2, len(starts), width, dtype=torch.long)
+    for row, start in enumerate(starts):
+        input_ids[row, width - len(start) :] = torch.tensor(start, dtype=torch.long)
+        attention_mask[row, width - len(start) :] = 1
+    sequences = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        max_new_tokens=length,
+        generator=[seeded_generator(seed, "sample", first + row) for row in range(len(starts))],
+        **arguments,
+    )
+    return sequences[:, width:].tolist()
+
+
+def _judge(
+    rows: list[dict[str, Any]],
+    kept: list[list[str]],
+    judge: Any,
+    tokenizer: Any,
+    window: int | None,
+    stride: int | None,
+    batch_size: int,
+) -> float:
+    """Adds the judge's scores to the rows. Returns the seconds that it took."""
+    from loopmdm.evaluation import generative_perplexity
+    from loopmdm.evaluation.protocol import Stopwatch
+
+    seconds = 0.0
+    for row, texts in zip(rows, kept, strict=True):
+        with progress("Judge") as bar, Stopwatch(judge.device) as watch:
+            score = generative_perplexity(texts, judge, tokenizer, window, stride, batch_size, bar)
+        seconds += watch.seconds
+        row |= score.summary()
+        row["by_sample"] = {
+            "nats": score.nats,
+            "tokens": score.num_tokens,
+            "entropy": score.entropy,
+            "repetition": score.repetition,
+        }
+    return seconds
+
+
+def _show(title: str, rows: list[dict[str, Any]]) -> None:
+    cells = [
+        [
+            row.get("num_loops", ""),
+            plus_minus(row["perplexity"], row["standard_error"]),
+            f"{row['entropy']:.3f}",
+            f"{row['repetition']:.1%}",
+            ", ".join(f"{row[f'distinct_{n}']:.1%}" for n in (1, 2, 3)),
+        ]
+        for row in rows
+    ]
+    columns = ["num_loops", "perplexity", "entropy", "repeated 4-grams", "distinct 1-, 2-, 3-grams"]
+    show_table(title, columns, cells)
+
+
+def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    figure, (left, right) = new_figure(2)
+    loops = [row["num_loops"] for row in rows]
+    errors = [2 * row["standard_error"] for row in rows]
+    left.errorbar(loops, [row["perplexity"] for row in rows], yerr=errors, marker="o", capsize=3)
+    left.set(xlabel="num_loops", ylabel="generative perplexity (± 2 standard errors)")
+    right.plot(loops, [row["entropy"] for row in rows], marker="o")
+    right.set(xlabel="num_loops", ylabel="unigram entropy, nats per token")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,217 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""`loopmdm eval lm-eval`."""
+
+import difflib
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .application import evaluation
+from .inputs import loop_numbers, start
+from .options import Device, Dtype, GenerateArguments, LoopList, Model, NumMasks, Output, pairs
+from .output import new_figure, plus_minus, results_folder, show_table, write_lines
+
+
+@evaluation.command()
+def lm_eval(
+    model: Model,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, groups or tags of lm-eval, or files (.yaml), by commas.", show_default=False)
+    ],
+    output: Output = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more tasks (.yaml).")] = None,
+    data_files: Annotated[
+        str | None, typer.Option(help="Read the tasks' data from JSON lines, such as test=a.jsonl,train=b.jsonl.")
+    ] = None,
+    num_loops: LoopList = None,
+    num_samples: NumMasks = 32,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt (default: the task's).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents of each task.")] = None,
+    max_gen_toks: Annotated[int | None, typer.Option(help="Tokens to generate (default: the task's).")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens seen at once (default: the model's).")] = None,
+    stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window of a long text.")] = None,
+    apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="Prompts as chats.")] = False,
+    generate: GenerateArguments = None,
+    batch_size: Annotated[int, typer.Option(help="Masked texts, or prompts, per forward pass.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of masks, samples and few-shot examples.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Tasks of EleutherAI's lm-eval. (Its own `--model hf` takes a model for causal, and is wrong for this one.)"""
+    settings = dict(locals())
+    try:
+        importlib.import_module("lm_eval")
+    except ImportError as error:
+        raise ValueError('lm-eval is missing; `pip install "loopmdm[eval]"`.') from error
+    from loopmdm.evaluation.lm_eval_model import LoopMDMEvalModel
+    from loopmdm.objective import check_settings
+
+    config = start(model, output)
+    loops = loop_numbers(num_loops, [config.num_loops])
+    for number in loops:
+        check_settings([number], num_samples)
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit is {limit} documents; it must be at least 1.")
+    files = pairs("--data-files", [data_files] if data_files else None, read=str)
+    manager, names = _find_tasks([task.strip() for task in tasks.split(",") if task.strip()], include_path, files)
+    arguments = pairs("--generate", generate)
+    lm = LoopMDMEvalModel(
+        model,
+        num_loops=loops[0],
+        num_samples=num_samples,
+        seed=seed,
+        batch_size=batch_size,
+        max_length=max_length,
+        stride=stride,
+        dtype=dtype,
+        device=device,
+        **arguments,
+    )
+    # What is asked for here wins over what the tasks say.
+    asked = arguments | ({} if max_gen_toks is None else {"max_gen_toks": max_gen_toks})
+    lm.generation_plan(asked)  # checks
+    options = {
+        "tasks": _with_data(manager, names, files),
+        "task_manager": manager,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "gen_kwargs": asked or None,
+        "apply_chat_template": apply_chat_template,
+        "fewshot_as_multiturn": apply_chat_template,
+    }
+    runs, seconds = _run(lm, loops, names, seed, options)
+    if runs:  # on the first of several processes
+        _report(model, lm, names, files, runs, seconds, settings, output)
+
+
+def _find_tasks(tasks: list[str], include_path: Path | None, files: dict[str, str]) -> tuple[Any, list[str]]:
+    """lm-eval's task manager and the names of the tasks. Its own tasks, thousands of files, are read if needed."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"--include-path {include_path} is not a folder.")
+    for name, path in files.items():
+        if not Path(path).is_file():
+            raise ValueError(f"--data-files {name}={path}: there is no such file.")
+    if not tasks:
+        raise ValueError("There are no tasks; name some with --tasks.")
+    for with_own in (False, True):
+        manager = TaskManager(
+            include_path=None if include_path is None else str(include_path), include_defaults=with_own
+        )
+        names, unknown = [], []
+        for task in tasks:
+            is_file = Path(task).suffix == ".yaml" and Path(task).is_file()
+            matches = [task] if is_file else manager.match_tasks([task])
+            names += matches
+            unknown += [] if matches else [task]
+        if not unknown:
+            return manager, names
+    close = difflib.get_close_matches(unknown[0], manager.all_tasks, n=3)
+    hint = f" ({', '.join(close)}?)" if close else ""
+    raise ValueError(f"lm-eval knows no task {unknown[0]!r}{hint}; --include-path names a folder with your own.")
+
+
+def _with_data(manager: Any, names: list[str], files: dict[str, str]) -> list[Any]:
+    """The tasks, with their data read from local files where there are some."""
+    if not files:
+        return names
+    source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    # A group of them is how lm-eval takes its own tasks with other settings.
+    group = {"group": "local", "task": [{"task": name, **source} for name in names]}
+    return list(manager.load([group])["tasks"].values())
+
+
+def _run(
+    lm: Any, loops: list[int], names: list[str], seed: int, options: dict[str, Any]
+) -> tuple[dict[int, dict[str, Any]], float]:
+    """lm-eval's results by number of loops, on the first process alone, and the seconds that they took."""
+    from lm_eval import simple_evaluate
+
+    from loopmdm.evaluation.protocol import Stopwatch
+
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    runs, seconds = {}, 0.0
+    for number in loops:
+        lm.num_loops = number
+        with Stopwatch(lm.device) as watch:
+            try:
+                run = simple_evaluate(model=lm, bootstrap_iters=1000, **dict.fromkeys(seeds, seed), **options)
+            except KeyError as error:
+                raise ValueError(f"The data of {', '.join(names)} has no {error}.") from error
+        seconds += watch.seconds
+        if run is not None:
+            runs[number] = run
+    return runs, seconds
+
+
+def _report(
+    model: str,
+    lm: Any,
+    names: list[str],
+    files: dict[str, str],
+    runs: dict[int, dict[str, Any]],
+    seconds: float,
+    settings: dict[str, Any],
+    output: Path | None,
+) -> None:
+    from loopmdm.evaluation.protocol import protocol
+
+    kept = {number: run.pop("samples", {}) for number, run in runs.items()}
+    rows = [row for number, run in runs.items() for row in _rows(number, run["results"])]
+    record = {
+        "command": "lm-eval",
+        "protocol": protocol(settings, lm.model, model, **{f"data_{name}": path for name, path in files.items()}),
+        "seconds": seconds,
+        "results": rows,
+        "lm_eval": {str(number): run for number, run in runs.items()},
+    }
+    shown = ("task", "metric", "filter", "num_loops")
+    show_table(
+        f"lm-eval: {', '.join(names)}, {seconds:.1f} s",
+        [*shown, "value"],
+        [[*(row[name] for name in shown), plus_minus(row["value"], row["standard_error"])] for row in rows],
+    )
+    with results_folder(output, record) as folder:
+        if folder is not None:
+            lines = [
+                {"num_loops": number, "task": task, **sample}
+                for number, by_task in kept.items()
+                for task, members in by_task.items()
+                for sample in members
+            ]
+            write_lines(folder / "samples.jsonl", lines)
+            _plot(folder / "lm_eval.png", rows)
+
+
+def _rows(number: int, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """lm-eval's `{"metric,filter": value}` of every task as rows."""
+    rows = []
+    for task, values in results.items():
+        for name, value in values.items():
+            metric, _, kind = name.partition(",")
+            error = values.get(f"{metric}_stderr,{kind}")
+            if kind and not metric.endswith("_stderr") and isinstance(value, int | float):
+                error = error if isinstance(error, int | float) else None
+                row = {"task": task, "metric": metric, "filter": kind, "num_loops": number}
+                rows.append(row | {"value": value, "standard_error": error})
+    return rows
+
+
+def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+    figure, (axis,) = new_figure(1)
+    for key in dict.fromkeys((row["task"], row["metric"], row["filter"]) for row in rows):
+        members = [row for row in rows if (row["task"], row["metric"], row["filter"]) == key]
+        axis.errorbar(
+            [row["num_loops"] for row in members],
+            [row["value"] for row in members],
+            yerr=[2 * (row["standard_error"] or 0) for row in members],
+            marker="o",
+            capsize=3,
+            label=" ".join(part for part in key if part != "none"),
+        )
+    axis.set(xlabel="num_loops", ylabel="value (± 2 standard errors)")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,122 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""`loopmdm info`."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from .application import app
+from .options import Json, Model
+from .output import show_facts, show_table
+
+
+@app.command()
+def info(
+    model: Model,
+    length: Annotated[int | None, typer.Option(help="Sequence length of the FLOPs (default: the longest).")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Generate with the model's settings, and show what it took.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(help="With --measure: tokens to generate.")] = None,
+    batch_size: Annotated[int, typer.Option(help="With --measure: rows.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Show a model's layers, loops, parameters and the cost of a forward pass by number of loops."""
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; it must be at least 1.")
+    facts = _facts(model, length)
+    if measure:
+        facts["measured"] = _measure(model, max_new_tokens, batch_size)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    cost, generation, measured = facts.pop("cost"), facts.pop("generation"), facts.pop("measured", None)
+    show_facts(model, facts | {f"generate: {name}": value for name, value in generation.items()})
+    show_table(
+        f"One forward pass over {cost[0]['length']} positions",
+        ["num_loops", "layers executed", "GFLOP", "of one loop"],
+        [
+            [row["num_loops"], row["layers"], f"{row['flops'] / 1e9:,.3f}", f"{row['flops'] / cost[0]['flops']:.2f}x"]
+            for row in cost
+        ],
+    )
+    if measured is not None:
+        show_facts("Generation, after a warm-up", measured)
+
+
+def _facts(model: str, length: int | None) -> dict[str, Any]:
+    """What `info` shows. The model is built without weights, so this is quick at any size."""
+    import torch
+
+    from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
+    from loopmdm.evaluation.loading import read_model_config
+
+    config = read_model_config(model)
+    length = config.max_position_embeddings if length is None else length
+    if not 1 <= length <= config.max_position_embeddings:
+        raise ValueError(f"--length is {length}; the model takes 1 to {config.max_position_embeddings} positions.")
+    with torch.device("meta"):
+        empty = LoopMDMForMaskedLM(config)
+    try:
+        defaults = LoopMDMGenerationConfig.from_pretrained(model)
+    except OSError:
+        defaults = LoopMDMGenerationConfig()
+    block_size = config.attention_block_size
+    loops = sorted({1, 2, 4, 8, config.num_loops, config.max_train_loops, 2 * config.max_train_loops})
+    return {
+        "parameters": empty.num_parameters(),
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "layers": config.num_hidden_layers,
+        "head": f"layers[0:{config.loop_start}]",
+        "mid": f"layers[{config.loop_start}:{config.loop_end}]",
+        "tail": f"layers[{config.loop_end}:{config.num_hidden_layers}]",
+        "num_loops": config.num_loops,
+        "max_train_loops": config.max_train_loops,
+        "loop_update": config.loop_update,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "mask_token_id": config.mask_token_id,
+        "max_position_embeddings": config.max_position_embeddings,
+        "attention": "whole sequence" if block_size is None else f"block-causal, blocks of {block_size}",
+        "generation": {
+            name: getattr(defaults, name)
+            for name, (default, *_) in LoopMDMGenerationConfig.FIELDS.items()
+            if getattr(defaults, name) != default
+        },
+        "cost": [
+            {
+                "num_loops": num_loops,
+                "layers": config.num_executed_layers(num_loops),
+                "length": length,
+                "flops": empty.flops(1, length, num_loops),
+            }
+            for num_loops in loops
+        ],
+    }
+
+
+def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[str, Any]:
+    """Cost and speed of one `generate` from nothing, with the model's own settings, after another one to warm up."""
+    import torch
+
+    from loopmdm.evaluation.loading import load_model
+
+    loaded = load_model(model)
+    room = loaded.config.max_position_embeddings
+    new_tokens = min(room, 128) if max_new_tokens is None else max_new_tokens
+    prompt = torch.full((batch_size, 1), loaded.config.mask_token_id, device=loaded.device)
+    arguments = {"max_new_tokens": new_tokens - 1, "eos_token_id": [], "return_dict_in_generate": True}
+    for _ in range(2):
+        output = loaded.generate(prompt, **arguments)
+    names = ("forward_passes", "loops", "flops")
+    return {
+        "rows": batch_size,
+        "new_tokens": new_tokens,
+        **{f"{name}_per_row": output[name].double().mean().item() for name in names},
+        "seconds": output.seconds,
+        "tokens_per_second": output.tokens_per_second,
+        "GFLOP_per_second": output.flops.sum().item() / output.seconds / 1e9,
+        "threads": torch.get_num_threads(),
+        "device": str(loaded.device),
+    }

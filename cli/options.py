@@ -1,0 +1,72 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Options that several commands share, and the parsing of their values."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="Folder of a model, or its id on the Hugging Face Hub.", show_default=False)
+]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ... or auto.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+# Of `generate`
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to append; 0 only fills in.")]
+MaxDenoisingSteps = Annotated[int | None, typer.Option(help="Forward passes per block at most.")]
+BlockLength = Annotated[int | None, typer.Option(help="Positions denoised together.")]
+ConfidenceThreshold = Annotated[float | None, typer.Option(help="Commit all tokens at least so likely.")]
+GenerateArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--generate", help="Arguments of `generate`, such as unmasking=entropy,block_length=32; may be repeated."
+    ),
+]
+
+# Of evaluations
+Output = Annotated[Path | None, typer.Option(help="Folder for JSON, arrays and pictures; it must not exist.")]
+LoopList = Annotated[str | None, typer.Option(help="Numbers of loops to measure, such as 1,2,4.")]
+NumMasks = Annotated[int, typer.Option(help="Masks of each text or window; even.")]
+Text = Annotated[
+    str, typer.Option(help="Text (.txt), JSON lines (.jsonl), or the name of a data set.", show_default=False)
+]
+Task = Annotated[
+    str, typer.Option(help="Score all of texts, answers given prompts, or what mask tokens stand for (fill).")
+]
+TextColumn = Annotated[str, typer.Option(help="Where texts are in JSON and data sets.")]
+Documents = Annotated[str, typer.Option(help="What separates the texts of a .txt: file (none), blank_line or line.")]
+Split = Annotated[str, typer.Option(help="Of a data set.")]
+Subset = Annotated[str | None, typer.Option(help="Of a data set: the name of its configuration.")]
+TextLimit = Annotated[int | None, typer.Option(help="Read so many texts.")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given, without those that are None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def integers(name: str, text: str | None) -> list[int] | None:
+    """The integers of a list such as `1,2,4`."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; give an integer, or a list such as 1,2,4.") from None
+
+
+def pairs(name: str, texts: list[str] | None, read: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """`key=value` pairs, separated by commas. Values are YAML unless `read` is given."""
+    import yaml
+
+    found = {}
+    for part in ",".join(texts or []).split(","):
+        key, equals, value = part.partition("=")
+        if part and not equals:
+            raise ValueError(f"{name} holds {part!r}, which is not `key=value`.")
+        if part:
+            found[key.strip()] = (read or yaml.safe_load)(value)
+    return found

@@ -1,0 +1,102 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What commands show and write: tables, progress bars, folders of results, pictures."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+console = Console()
+
+
+@contextlib.contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """
+    A function that shows how much is done: `show(what, done, total)`, one bar on stderr for each `what`. The bars
+    vanish at the end, and do not appear where stderr is not a terminal.
+    """
+    errors = Console(stderr=True)
+    bar, tasks = Progress(console=errors, transient=True, disable=not errors.is_terminal), {}
+
+    def show(what: str, done: int, total: int) -> None:
+        bar.start()
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """One bar: a function of what is done and the total."""
+    with progress_bars() as show:
+        yield partial(show, what)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns of text on the left, of numbers on the right; those without an entry are left out."""
+    table = Table(title=title)
+    used = [i for i in range(len(columns)) if any(str(row[i]) for row in rows)]
+    for i in used:
+        is_number = str(rows[-1][i])[:1] in "+-.0123456789"
+        table.add_column(columns[i], justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*(str(row[i]) for i in used))
+    console.print(table)
+
+
+def show_facts(title: str, facts: dict[str, Any]) -> None:
+    """Names and values, one pair a line."""
+    table = Table(title=title, show_header=False)
+    for name, value in facts.items():
+        if isinstance(value, int):
+            value = f"{value:,}"
+        table.add_row(name.replace("_", " "), f"{value:,.6g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """A value with its error, both to the second digit of the error."""
+    if error is None or not 0 < error < math.inf:
+        return f"{value:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+@contextlib.contextmanager
+def results_folder(path: Path | None, record: dict[str, Any]) -> Iterator[Path | None]:
+    """A new folder that holds `record` as results.json and takes more; complete or absent. No folder for None."""
+    from loopmdm.evaluation.protocol import output_folder, write_json
+
+    if path is None:
+        yield None
+        return
+    with output_folder(path) as folder:
+        write_json(folder / "results.json", record)
+        yield folder
+    console.print(f"Written to {path}.")
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """JSON lines."""
+    text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def new_figure(columns: int) -> tuple[Any, Any]:
+    """A figure and its axes, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * columns, 3.8), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]

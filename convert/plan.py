@@ -1,0 +1,259 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""The plan of a conversion. It is checked against every tensor's shape before anything is read or written."""
+
+import contextlib
+import functools
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from ..configuration_loopmdm import LoopMDMConfig
+from ..generation_utils import LoopMDMGenerationConfig
+from ..modeling_loopmdm import LoopMDMForMaskedLM
+from .families import choose_family
+from .family import Family, Recipe
+from .loop_window import default_window
+from .source import Source
+from .tokenizer import SpecialTokens, TokenizerFiles, find_special_tokens
+
+
+@dataclass
+class Plan:
+    """
+    Everything about a conversion that can be known before it is done.
+
+    Args:
+        source, family, config, tokens, tokenizer, generation: What is converted, as what, into what.
+        recipes (`dict[str, Recipe]`): How every stored tensor of the result is made.
+        ignored (`list[str]`): Tensors of the source that are not needed.
+        copies (`dict[str, str]`): Tensors of the source that must equal another one, which is used in their place.
+        shapes (`dict[str, torch.Tensor]`): The result's tensors, without data, in their dtype.
+        window_chosen (`str`): How the loop's place was decided.
+    """
+
+    source: Source
+    family: Family
+    config: LoopMDMConfig
+    tokens: SpecialTokens
+    tokenizer: TokenizerFiles
+    generation: LoopMDMGenerationConfig
+    recipes: dict[str, Recipe]
+    ignored: list[str]
+    copies: dict[str, str]
+    shapes: dict[str, torch.Tensor]
+    window_chosen: str
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.shapes.values())
+
+    def record(self) -> dict[str, Any]:
+        """What `conversion.json` keeps of the plan."""
+        config = self.config
+        counts = dict.fromkeys(("total", "head", "mid", "tail", "embeddings_and_head"), 0)
+        for name, tensor in self.shapes.items():
+            part, match = "embeddings_and_head", re.match(r"model\.layers\.(\d+)\.", name)
+            if match is not None:
+                index = int(match[1])
+                part = "head" if index < config.loop_start else "mid" if index < config.loop_end else "tail"
+            counts["total"] += tensor.numel()
+            counts[part] += tensor.numel()
+        loop = ("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update")
+        return {
+            "source": self.source.name,
+            "family": self.family.name,
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "parameters": counts,
+            "layers": config.num_hidden_layers,
+            "loop": {**{name: getattr(config, name) for name in loop}, "chosen": self.window_chosen},
+            "special_tokens": asdict(self.tokens),
+            "tensors": {
+                target: {"from": list(recipe.sources), "how": recipe.how} for target, recipe in self.recipes.items()
+            },
+            "ignored": self.ignored,
+            "copies": self.copies,
+            "versions": {name: importlib.metadata.version(name) for name in ("loopmdm", "torch", "transformers")},
+        }
+
+
+def plan_conversion(
+    source: Source,
+    *,
+    family: str | Family | None = None,
+    from_causal: bool = False,
+    shift_logits: bool | None = None,
+    mask_token_id: int | None = None,
+    dtype: str | None = None,
+    num_loops: int = 1,
+    loop_start: int | None = None,
+    loop_end: int | None = None,
+    loop_update: str | None = None,
+    max_train_loops: int | None = None,
+) -> Plan:
+    """
+    Plans a conversion, without reading weights.
+
+    Args:
+        source (`Source`): What [`open_source`] returns.
+        family (`str` or `Family`, *optional*): The source's family, where its files do not tell.
+        from_causal (`bool`): Take a causal language model as a start for adaptation to diffusion.
+        shift_logits (`bool`, defaults to `True`): With `from_causal`: the state of position i - 1 goes on predicting
+            token i.
+        mask_token_id (`int`, *optional*): Id of [MASK], where neither config, tokenizer nor family tells.
+        dtype (`"float32"`, `"bfloat16"`, `"float16"`, *optional*): By default the source's.
+        num_loops (`int`, defaults to 1): Loops of an inference pass that names none.
+        loop_start, loop_end (`int`, *optional*): mid is `layers[loop_start:loop_end]`. By default by depth, see
+            [`~loopmdm.convert.default_window`].
+        loop_update (`"replace"` or `"damped"`, *optional*): By default `"damped"` where `num_loops` is above 1, as the
+            loops of the result are not trained, and `"replace"`, for training, otherwise.
+        max_train_loops (`int`, defaults to 12): S_max of a later training.
+
+    Raises:
+        `ValueError`: For anything about the source or the arguments that does not fit.
+    """
+    with _in_words(source):
+        family = choose_family(source, family, from_causal)
+        source = family.prepare(source)
+        settings = family.config(source)
+        tokenizer = TokenizerFiles(source.folder)
+        tokens = find_special_tokens(source, family, tokenizer, settings, mask_token_id)
+    if shift_logits is not None:
+        if not family.from_causal:
+            raise ValueError("`shift_logits` is for --from-causal; the other families know theirs.")
+        settings["shift_logits"] = shift_logits
+    recipes = family.recipes(source, settings)
+    if tokens.mask_found == "new token" or tokens.mask_token_id == settings["vocab_size"]:
+        recipes = _with_mask_row(recipes, tokens.mask_token_id)
+        settings["vocab_size"] = max(settings["vocab_size"], tokens.mask_token_id + 1)
+    loop_update = loop_update or ("damped" if num_loops > 1 else "replace")
+    window_chosen = "by hand"
+    if loop_start is None and loop_end is None:
+        loop_start, loop_end = default_window(settings["num_hidden_layers"], loop_update)
+        window_chosen = "by depth"
+    elif loop_start is None or loop_end is None:
+        raise ValueError("`loop_start` and `loop_end` go together; give both, or none for the default by depth.")
+    loop = {"loop_start": loop_start, "loop_end": loop_end, "num_loops": num_loops, "loop_update": loop_update}
+    if max_train_loops is not None:
+        loop["max_train_loops"] = max_train_loops
+    settings |= {**tokens.ids(), **loop, "dtype": _result_dtype(source, recipes, dtype)}
+    with _in_words(source):
+        config = LoopMDMConfig(**settings, architectures=["LoopMDMForMaskedLM"])
+    ignored, copies = _account_for_all(source, family, recipes, config)
+    special = {name: value for name, value in tokens.ids().items() if name != "mask_token_id"}
+    return Plan(
+        source=source,
+        family=family,
+        config=config,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        generation=LoopMDMGenerationConfig(**special | family.generation(source)),
+        recipes=recipes,
+        ignored=ignored,
+        copies=copies,
+        shapes=_result_shapes(source, recipes, config),
+        window_chosen=window_chosen,
+    )
+
+
+@contextlib.contextmanager
+def _in_words(source: Source) -> Iterator[None]:
+    """Makes a ValueError of what goes wrong where the source's files are read as if they were right."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    except (TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(
+            f"The config or tokenizer of {source.name} has a value that makes no sense ({type(error).__name__}: "
+            f"{error})."
+        ) from error
+
+
+def _with_mask_row(recipes: dict[str, Recipe], index: int) -> dict[str, Recipe]:
+    """Gives the new mask token the mean of the rows before it, in embedding and head, in a new row if need be."""
+
+    def with_row(tensor: torch.Tensor) -> torch.Tensor:
+        mean = tensor[:index].mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
+        return torch.cat((tensor[:index], mean, tensor[index + 1 :]))
+
+    changed = {
+        name: Recipe(recipes[name].sources, f"row {index} = mean of the rows before it", with_row)
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+        if name in recipes
+    }
+    return recipes | changed
+
+
+def _result_dtype(source: Source, recipes: dict[str, Recipe], dtype: str | None) -> str:
+    if dtype is None:
+        names = {name for recipe in recipes.values() for name in recipe.sources if name in source}
+        stored = {source.tensors[name].dtype for name in names} or {torch.float32}
+        return str(functools.reduce(torch.promote_types, stored)).removeprefix("torch.")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"`dtype` is {dtype!r}; it must be float32, bfloat16 or float16 (default: the source's).")
+    return dtype
+
+
+def _account_for_all(
+    source: Source, family: Family, recipes: dict[str, Recipe], config: LoopMDMConfig
+) -> tuple[list[str], dict[str, str]]:
+    """
+    The source's tensors that no recipe uses: those that may be ignored, and copies of others. Raises on the rest.
+    """
+
+    def listed(names: set[str]) -> str:
+        return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+
+    used = {name for recipe in recipes.values() for name in recipe.sources}
+    missing = used - source.tensors.keys()
+    if missing:
+        raise ValueError(
+            f"{source.name} lacks {len(missing)} tensors of a {family.name} checkpoint: {listed(missing)}."
+        )
+    left = source.tensors.keys() - used
+    copies = {}
+    if config.tie_word_embeddings:
+        (embedding,) = recipes["model.embed_tokens.weight"].sources
+        copies = {name: embedding for name in family.tied_names if name in left}
+    ignored = {name for name in left if any(re.fullmatch(pattern, name) for pattern in family.ignored)}
+    surplus = left - ignored - copies.keys()
+    if surplus:
+        raise ValueError(
+            f"{source.name} has {len(surplus)} tensors that a {family.name} checkpoint has not: {listed(surplus)}; is "
+            "it another format, or quantised, or an adapter?"
+        )
+    return sorted(ignored), copies
+
+
+def _result_shapes(source: Source, recipes: dict[str, Recipe], config: LoopMDMConfig) -> dict[str, torch.Tensor]:
+    """Runs all recipes on tensors without data and compares with what the model needs."""
+    with torch.device("meta"):
+        needed = dict(LoopMDMForMaskedLM(config).state_dict())
+    if config.tie_word_embeddings:
+        del needed["lm_head.weight"]
+    missing, unknown = sorted(needed.keys() - recipes.keys()), sorted(recipes.keys() - needed.keys())
+    if missing or unknown:
+        what = f"has nothing for {missing[0]!r}" if missing else f"has no place for what would be {unknown[0]!r}"
+        raise ValueError(f"{source.name} {what}; its layers differ from each other, or it is incomplete.")
+    shapes = {}
+    for target in needed:  # the model's order
+        recipe = recipes[target]
+        try:
+            inputs = [torch.empty(source.shape(name), device="meta") for name in recipe.sources]
+            result = tuple(recipe.compute(*inputs).shape)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{', '.join(recipe.sources)} of {source.name} cannot become {target!r}: {error}"
+            ) from error
+        if result != tuple(needed[target].shape):
+            raise ValueError(
+                f"{recipe.sources[0]!r} of {source.name} has shape {source.shape(recipe.sources[0])}, which gives "
+                f"{result} for {target!r} ({recipe.how}) where {tuple(needed[target].shape)} is needed."
+            )
+        shapes[target] = torch.empty(result, dtype=config.dtype, device="meta")
+    return shapes

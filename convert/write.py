@@ -1,0 +1,124 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What a conversion writes: tensor after tensor into shards, in a folder that gets its name when it is complete."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from transformers.dynamic_module_utils import custom_object_save
+
+from ..modeling_loopmdm import LoopMDMForMaskedLM
+from .plan import Plan
+
+# What a folder needs besides its weights, in bytes, by a generous guess
+SMALL_FILES = 64 * 2**20
+
+
+def check_output(output: Path) -> None:
+    """Raises a ValueError where there is something at `output`."""
+    if output.exists() or output.is_symlink():
+        raise ValueError(f"{output} exists already; name a new folder, or remove it.")
+
+
+def check_shard_size(size: int | str) -> None:
+    match = re.fullmatch(r"(\d+(\.\d+)?) *([KMGT]?B)?", str(size).strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"`max_shard_size` is {size!r}; give a number of bytes, or one with a unit such as 5GB.")
+
+
+def check_space(plan: Plan, output: Path) -> None:
+    """Raises a ValueError where the disk has no room for the result."""
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    free, needed = shutil.disk_usage(existing).free, plan.num_bytes + SMALL_FILES
+    if free < needed:
+        raise ValueError(
+            f"{output} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; make room, choose "
+            "another disk, or a smaller --dtype."
+        )
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """
+    A folder to fill under another name, which becomes `output` at the end. If anything goes wrong before, nothing is
+    left; if the process is killed, a hidden folder without config.json.
+    """
+    check_output(output)
+    created = [parent for parent in output.absolute().parents if not parent.exists()]
+    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    try:
+        folder.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{output} cannot be made, as {error.filename} is a file; name another folder.") from error
+    try:
+        yield folder
+        if output.exists():
+            raise ValueError(f"{output} has come into being during the conversion; remove it and convert again.")
+        os.rename(folder, output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def write_weights(
+    plan: Plan,
+    folder: Path,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> None:
+    """
+    Writes the plan's tensors as safetensors, one shard in memory at a time. `progress` is called with the bytes done
+    and to do. Raises a ValueError for NaN and infinite values.
+    """
+    for name, original in plan.copies.items():
+        if not torch.equal(plan.source.read(name), plan.source.read(original)):
+            raise ValueError(
+                f"{name!r} of {plan.source.name} differs from {original!r}, but its config ties the two "
+                "(`tie_word_embeddings`, `weight_tying`); one of them is wrong."
+            )
+    shards = split_torch_state_dict_into_shards(plan.shapes, max_shard_size=max_shard_size)
+    done = 0
+    for file, names in shards.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = make_tensor(plan, name)
+            done += shard[name].nbytes
+            progress(done, plan.num_bytes)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # as any other file, not for this user alone
+    if shards.is_sharded:
+        total = {"total_parameters": sum(tensor.numel() for tensor in plan.shapes.values()), **shards.metadata}
+        index = {"metadata": total, "weight_map": shards.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def make_tensor(plan: Plan, name: str) -> torch.Tensor:
+    """One tensor of the result, from those of the source."""
+    recipe, dtype = plan.recipes[name], plan.config.dtype
+    result = recipe.compute(*(plan.source.read(source) for source in recipe.sources))
+    made = torch.empty(result.shape, dtype=dtype).copy_(result)
+    if made.numel() > 0 and not all(value.isfinite() for value in made.aminmax()):
+        raise ValueError(
+            f"{', '.join(recipe.sources)} of {plan.source.name} holds NaN or infinite values, or values that "
+            f"{str(dtype).removeprefix('torch.')} cannot hold; the checkpoint is damaged, or try --dtype float32."
+        )
+    return made
+
+
+def write_code(plan: Plan, folder: Path) -> None:
+    """The modeling files, so that the folder loads with `trust_remote_code=True` alone."""
+    with torch.device("meta"):
+        model = LoopMDMForMaskedLM(plan.config)
+    custom_object_save(model, folder)

@@ -1,0 +1,43 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Tokenised documents packed into rows."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+
+def pack_documents(
+    documents: Iterable[list[int]], length: int, end_token_id: int | None = None, isolate: bool = False
+) -> Iterator[dict[str, Any]]:
+    """
+    Packs tokenised documents one behind the other into rows of `length` tokens; what is left at the end makes a short
+    row.
+
+    Args:
+        documents: Lists of token ids.
+        length (`int`): Tokens per row.
+        end_token_id (`int`, *optional*): Put behind every document.
+        isolate (`bool`, defaults to `False`):
+            Whether documents in one row are kept from seeing each other (`document_ids`). Otherwise attention runs
+            over the whole row, as is usual in pretraining.
+    """
+    if length < 1:
+        raise ValueError(f"`length` is {length}; it must be at least 1.")
+    tokens, ids = [], []
+
+    def row(count: int) -> dict[str, Any]:
+        packed = {"input_ids": torch.tensor(tokens[:count])}
+        if isolate:
+            packed["document_ids"] = torch.tensor(ids[:count])
+        del tokens[:count], ids[:count]
+        return packed
+
+    for document, part in enumerate(documents):
+        part = part if end_token_id is None else [*part, end_token_id]
+        tokens.extend(part)
+        ids.extend([document] * len(part))
+        while len(tokens) >= length:
+            yield row(length)
+    if tokens:
+        yield row(len(tokens))

@@ -1,0 +1,85 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Training examples in the order that they are seen."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from ..objective.seeds import seeded_generator
+
+
+class ExampleStream(Dataset):
+    """
+    The examples of a whole run in the order they are seen: epoch after epoch, every epoch in an order of its own.
+
+    Use it with `TrainingArguments(train_sampling_strategy="sequential")`: an example's place in the run is then all
+    that its augmentation and its noise derive from.
+
+    Args:
+        examples: Indexable source of examples, each a `dict`.
+        num_examples (`int`): Length of the run: optimiser steps times examples per step.
+        seed (`int`): Seed of the order.
+        transform (*optional*): `transform(example, generator) -> example`, a random augmentation with its own
+            generator.
+
+    Items are copies of the examples with `"index"`, their place in the run.
+    """
+
+    def __init__(
+        self,
+        examples: Any,
+        num_examples: int,
+        seed: int,
+        transform: Callable[[dict, torch.Generator], dict] | None = None,
+    ):
+        if len(examples) == 0:
+            raise ValueError("There are no training examples.")
+        self.examples = examples
+        self.num_examples = num_examples
+        self.seed = seed
+        self.transform = transform
+        self._epoch, self._order = -1, None
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.num_examples:
+            raise IndexError(f"Example {index} of a run of {self.num_examples}.")
+        epoch, position = divmod(index, len(self.examples))
+        if epoch != self._epoch:
+            generator = seeded_generator(self.seed, "order", epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
+        example = dict(self.examples[self._order[position]])
+        if self.transform is not None:
+            example = self.transform(example, seeded_generator(self.seed, "transform", index))
+        return {**example, "index": index}
+
+
+class StreamedExamples(IterableDataset):
+    """
+    Examples that come one after the other, from a data set too large to hold, again from the start when they end.
+    Items have `"index"`, their place in the run, as in [`ExampleStream`]; the order is the source's. Each of several
+    workers takes every n-th example.
+
+    Args:
+        examples (`Callable[[], Iterable[dict]]`): Starts a pass over the data.
+    """
+
+    def __init__(self, examples: Callable[[], Iterable[dict[str, Any]]]):
+        self.examples = examples
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        index = 0
+        while True:
+            start = index
+            for example in self.examples():
+                if index % parts == part:
+                    yield {**example, "index": index}
+                index += 1
+            if index == start:
+                raise ValueError("There are no training examples.")

@@ -1,0 +1,76 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Models and tokenizers as commands and metrics load them: quietly, in eval mode, with errors that name what to do."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ..configuration_loopmdm import LoopMDMConfig
+from ..modeling_loopmdm import LoopMDMForMaskedLM
+from .perplexity import check_judge
+
+
+def read_model_config(model: str) -> LoopMDMConfig:
+    """The configuration of the LoopMDM in a folder or on the Hub. Raises a ValueError for other models."""
+    config = _read_config(model)
+    if config.model_type != "loopmdm":
+        raise ValueError(
+            f"{model} is a {config.model_type!r} model, not a LoopMDM; `loopmdm convert` makes one of a masked "
+            "diffusion model."
+        )
+    return config
+
+
+def load_model(model: str, dtype: str = "auto", device: str | None = None) -> LoopMDMForMaskedLM:
+    """A LoopMDM in eval mode, on a GPU if there is one and no `device` is named."""
+    options = {"dtype": _check_dtype(dtype)}
+    place = _check_device(device)
+    read_model_config(model)
+    return LoopMDMForMaskedLM.from_pretrained(model, **options).to(place).eval()
+
+
+def load_judge(judge: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked."""
+    options = {"dtype": _check_dtype(dtype)}
+    place = _check_device(device)
+    if _read_config(judge).model_type == "loopmdm":
+        raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
+    tokenizer = load_tokenizer(judge)
+    model = AutoModelForCausalLM.from_pretrained(judge, use_safetensors=True, **options).to(place).eval()
+    check_judge(model, tokenizer)
+    return model, tokenizer
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a folder or Hub id. Raises a ValueError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # transformers raises many kinds, and speaks of backends
+        raise ValueError(f"{model} does not have a tokenizer that loads; put its files beside the weights.") from error
+
+
+def _read_config(model: str) -> Any:
+    logging.disable_progress_bar()
+    # transformers would take the path of a missing folder for a misspelt Hub id.
+    if model.startswith((".", "/", "~")) and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"{model} does not hold a model: there is no config.json in it.")
+    return AutoConfig.from_pretrained(model)
+
+
+def _check_dtype(name: str) -> str:
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(f"`dtype` is {name!r}; use float32, bfloat16, float16 or auto.")
+    return name
+
+
+def _check_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by kind of device
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"`device` is {name!r}, which does not work here ({reason}); try cpu.") from error

@@ -1,0 +1,23 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""The masked diffusion objective: what is masked, how it is weighed, and the bound that follows."""
+
+from .masking import CleanRows, Mask, block_ids, clean_rows, draw_mask, draw_share, split_blocks
+from .nelbo import NelboEstimate, check_settings, evaluating, find_model, input_device, nelbo
+from .seeds import seeded_generator
+
+__all__ = [
+    "CleanRows",
+    "Mask",
+    "NelboEstimate",
+    "block_ids",
+    "check_settings",
+    "clean_rows",
+    "draw_mask",
+    "draw_share",
+    "evaluating",
+    "find_model",
+    "input_device",
+    "nelbo",
+    "seeded_generator",
+    "split_blocks",
+]

@@ -1,0 +1,285 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+The negative evidence lower bound (NELBO) of a masked diffusion model: an upper bound on the negative log-likelihood of
+sequences.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..configuration_loopmdm import check_num_loops
+from .masking import CleanRows, Mask, clean_rows, draw_mask
+from .seeds import seeded_generator
+
+# Logits of at most so many numbers are held at a time.
+MAX_LOGITS = 2**26
+
+
+@dataclass
+class NelboEstimate:
+    """
+    Estimates by number of loops and sequence.
+
+    Args:
+        num_loops (`list[int]`): The numbers of loops, in the order asked for.
+        nats (`torch.DoubleTensor` of shape `(len(num_loops), num_sequences)`): NELBO of each sequence in nats.
+        standard_error (`torch.DoubleTensor`, same shape):
+            Standard error of each, from the sampling of masks alone.
+        num_tokens (`torch.LongTensor` of shape `(num_sequences,)`): Tokens that were predicted.
+        samples (`torch.DoubleTensor` of shape `(len(num_loops), num_sequences, num_samples)`):
+            What each mask says of the NELBO; `nats` is their mean. All numbers of loops see the same masks.
+        masked_share (`torch.DoubleTensor` of shape `(num_sequences, num_samples)`):
+            The timestep of each mask: its share k/L of the maskable tokens (of its block, in a block-causal model).
+        token_nats (`torch.DoubleTensor` of shape `(len(num_loops), num_sequences, length)`):
+            What each token adds to `nats`: the mean over the masks of L/k times its -log p, 0 where it is visible.
+    """
+
+    num_loops: list[int]
+    nats: torch.Tensor
+    standard_error: torch.Tensor
+    num_tokens: torch.Tensor
+    samples: torch.Tensor
+    masked_share: torch.Tensor
+    token_nats: torch.Tensor
+
+    def per_token(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        NELBO in nats per token over all sequences together, and its standard error (sampling of masks), each
+        `(len(num_loops),)`. `exp` of the former bounds the perplexity from above.
+        """
+        total = self.num_tokens.sum()
+        return self.nats.sum(-1) / total, self.standard_error.square().sum(-1).sqrt() / total
+
+    def change(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Change of [`~NelboEstimate.per_token`] against the first number of loops, and its standard error, each
+        `(len(num_loops),)`. As the masks are the same, this is known far better than the two values are.
+        """
+        total = self.num_tokens.sum()
+        difference = self.samples - self.samples[:1]
+        error = _standard_error(difference).square().sum(-1).sqrt()
+        return difference.mean(-1).sum(-1) / total, error / total
+
+    def by_timestep(self, num_bins: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Mean -log p of a masked token by timestep t, the share of masked tokens: bin b holds the masks with
+        `b / num_bins < t <= (b + 1) / num_bins`. Long sequences weigh more, so that the mean of a fine curve is
+        [`~NelboEstimate.per_token`].
+
+        Returns:
+            Means and standard errors, each `(len(num_loops), num_bins)`, NaN in bins without a mask, and the number of
+            masks in each bin, `(num_bins,)`. The errors come from the spread between sequences where there are several
+            (so they hold for other texts of this kind), and from that between masks where there is one.
+        """
+        if num_bins < 1:
+            raise ValueError(f"`num_bins` is {num_bins}; it must be at least 1.")
+        # A sample is (its weight B L/k) x (sum of -log p over its k masked tokens): L times the mean of a masked token
+        # (times the number of blocks B, which a block-causal model's tokens come in).
+        tokens = self.num_tokens[:, None].expand(self.masked_share.shape).double()
+        per_masked = self.samples / tokens
+        index = (self.masked_share * num_bins - 1e-9).floor().long().clamp(0, num_bins - 1)
+        mean = torch.full((len(self.num_loops), num_bins), math.nan, dtype=torch.float64)
+        error, counts = mean.clone(), torch.bincount(index.flatten(), minlength=num_bins)
+        for number in counts.nonzero().flatten().tolist():
+            weights = tokens * (index == number)
+            mean[:, number] = (per_masked * weights).sum((-1, -2)) / weights.sum()
+            residuals = (per_masked - mean[:, number, None, None]) * weights
+            by_sequence = residuals.sum(-1)[:, weights.sum(-1) > 0]
+            groups = by_sequence if by_sequence.shape[-1] > 1 else residuals[:, weights > 0]
+            num_groups = groups.shape[-1]
+            if num_groups > 1:
+                spread = groups.square().sum(-1) * num_groups / (num_groups - 1)
+                error[:, number] = spread.sqrt() / weights.sum()
+        return mean, error, counts
+
+
+def _standard_error(samples: torch.Tensor) -> torch.Tensor:
+    """
+    Of the mean over the last dimension. Two samples fall into each stratum: a quarter of their squared difference
+    estimates the variance of their mean.
+    """
+    num_samples = samples.shape[-1]
+    pairs = samples.unflatten(-1, (num_samples // 2, 2))
+    return ((pairs[..., 0] - pairs[..., 1]).square().sum(-1) / num_samples**2).sqrt()
+
+
+@torch.no_grad()
+def nelbo(
+    model: nn.Module,
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None = None,
+    maskable: torch.Tensor | None = None,
+    document_ids: torch.LongTensor | None = None,
+    num_loops: int | Sequence[int] | None = None,
+    num_samples: int = 32,
+    batch_size: int = 16,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+) -> NelboEstimate:
+    """
+    Estimates the NELBO of sequences: of a sequence's L maskable tokens, k uniform in 1..L are masked, and L/k times
+    the sum of their -log p estimates it without bias (method of LLaDA's evaluation; lower variance than masking each
+    token independently). The draws of k are stratified, two in each stratum, from which the standard error comes.
+
+    A block-causal model (`config.attention_block_size`) is scored as it decodes, block by block: a sample masks
+    tokens of one block, drawn uniformly, whose earlier blocks are clean and whose later ones are out of its sight.
+
+    Args:
+        model: A [`LoopMDMForMaskedLM`], wrapped by PEFT or not. It is evaluated in eval mode and put back.
+        input_ids (`torch.LongTensor` of shape `(num_sequences, length)`): Clean tokens.
+        attention_mask (`torch.Tensor` of shape `(num_sequences, length)`, *optional*): 0 on padding.
+        maskable (`torch.BoolTensor` of shape `(num_sequences, length)`, *optional*):
+            The tokens to score, given all others (a prompt). By default all real ones.
+        document_ids (`torch.LongTensor` of shape `(num_sequences, length)`, *optional*):
+            Documents packed into a row, which do not see each other.
+        num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`):
+            With `loop_update="replace"` a list costs one pass of the most loops and a tail for each of the others;
+            with `"damped"` one pass each.
+        num_samples (`int`, defaults to 32): Masks per sequence; even, as they are drawn in pairs.
+        batch_size (`int`, defaults to 16): Masked sequences per forward pass.
+        seed (`int`, defaults to 0): Seed of the masks. A sequence's masks depend on the seed and its index alone.
+        indices (`list[int]`, *optional*): Index of each sequence; by default its place in `input_ids`.
+    """
+    config = find_model(model).config
+    wanted = config.num_loops if num_loops is None else num_loops
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted)
+    check_settings(wanted, num_samples)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    rows = clean_rows(config, input_ids, attention_mask, maskable, document_ids)
+    indices = range(len(input_ids)) if indices is None else indices
+    if len(indices) != len(input_ids):
+        raise ValueError(f"`indices` has {len(indices)} entries for {len(input_ids)} sequences; give one for each.")
+    masks = [_draw(rows.split(row), num_samples, seeded_generator(seed, index)) for row, index in enumerate(indices)]
+    jobs = [(row, sample) for row in range(len(masks)) for sample in range(num_samples)]
+    samples = torch.empty(len(wanted), len(masks), num_samples, dtype=torch.float64)
+    token_nats = torch.zeros(len(wanted), *input_ids.shape, dtype=torch.float64)
+    with evaluating(model):
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            losses = _weighted_losses(model, rows, [(row, masks[row][sample]) for row, sample in batch], wanted)
+            token_nats.index_add_(1, torch.tensor([row for row, _ in batch]), losses, alpha=1 / num_samples)
+            for i, (row, sample) in enumerate(batch):
+                samples[:, row, sample] = losses[:, i].sum(-1)
+    shares = torch.tensor([[mask.share for mask in own] for own in masks], dtype=torch.float64)
+    num_tokens, error = rows.maskable.sum(-1), _standard_error(samples)
+    return NelboEstimate(wanted, samples.mean(-1), error, num_tokens, samples, shares, token_nats)
+
+
+def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
+    """Raises a ValueError where [`nelbo`] cannot read out `num_loops`, or draw masks in pairs."""
+    if len(num_loops) == 0:
+        raise ValueError("`num_loops` is an empty list; give at least one number of loops.")
+    for loops in num_loops:
+        check_num_loops(loops)
+    if num_samples < 2 or num_samples % 2 != 0:
+        raise ValueError(f"`num_samples` is {num_samples}; it must be even, at least 2.")
+
+
+def find_model(model: nn.Module) -> nn.Module:
+    """The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none."""
+    for module in model.modules():
+        if hasattr(type(module), "align"):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no LoopMDMForMaskedLM.")
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs. Offloaded weights are on `meta`, and accelerate's hooks name the device."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), next(model.parameters()).device))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile; every module is put back into its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _draw(blocks: list[torch.Tensor], num_samples: int, generator: torch.Generator) -> list[Mask]:
+    """Masks of one sequence; samples 2i and 2i + 1 share a stratum."""
+    masks = []
+    for sample in range(num_samples):
+        within = torch.rand((), generator=generator, dtype=torch.float64).item()
+        masks.append(draw_mask(blocks, (sample // 2 * 2 + 2 * within) / num_samples, generator))
+    return masks
+
+
+def _weighted_losses(
+    model: nn.Module, rows: CleanRows, masks: list[tuple[int, Mask]], wanted: list[int]
+) -> torch.Tensor:
+    """Weight times -log p of masked tokens, 0 elsewhere: `(len(wanted), len(masks), length)` float64 on the CPU."""
+    chosen = torch.tensor([row for row, _ in masks])
+    ids, real = rows.input_ids[chosen], rows.real[chosen]
+    weights = torch.zeros(ids.shape, dtype=torch.float64)
+    for weight, (_, mask) in zip(weights, masks, strict=True):
+        weight[mask.positions] = mask.weight
+    masked, device = weights != 0, input_device(model)
+    inputs = {
+        "input_ids": ids.masked_fill(masked, find_model(model).config.mask_token_id).to(device),
+        "attention_mask": None if bool(real.all()) else real.long().to(device),
+        "document_ids": rows.documents[chosen].to(device) if rows.packed else None,
+    }
+    # FSDP gathers the weights of a module in its forward method alone, so the parts cannot be called one by one.
+    is_sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    score = _losses_by_forward if is_sharded else _losses_by_parts
+    found = score(model, inputs, masked.to(device), ids[masked].to(device), wanted)
+    losses = torch.zeros(len(wanted), *ids.shape, dtype=torch.float64)
+    for i, loops in enumerate(wanted):
+        losses[i][masked] = found[loops].double().cpu()
+    return losses * weights
+
+
+def _losses_by_parts(
+    model: nn.Module, inputs: dict, masked: torch.Tensor, targets: torch.Tensor, wanted: list[int]
+) -> dict[int, torch.Tensor]:
+    """-log p of the masked tokens, `(num_masked,)`, by number of loops, which share as many loops as they can."""
+    model = find_model(model)
+    config, transformer = model.config, model.model
+    start, context = transformer.prelude(**inputs)
+
+    def losses(state: torch.Tensor) -> torch.Tensor:
+        states = transformer.readout(state, context)
+        picked = model.align(states, inputs["attention_mask"], inputs["document_ids"])[masked]
+        size = max(1, MAX_LOGITS // config.vocab_size)
+        chunks = zip(picked.split(size), targets.split(size), strict=True)
+        return torch.cat([_cross_entropy(model.logits(part), target) for part, target in chunks])
+
+    # Replaced loops pass by the result of fewer loops; damped ones are steps whose size depends on their number.
+    found, together = {}, config.loop_update == "replace"
+    for most in [max(wanted)] if together else set(wanted):
+        for loops, (state, _) in enumerate(transformer.iterate(start, context, most), start=1):
+            if loops == most or (together and loops in wanted):
+                found[loops] = losses(state)
+    return found
+
+
+def _losses_by_forward(
+    model: nn.Module, inputs: dict, masked: torch.Tensor, targets: torch.Tensor, wanted: list[int]
+) -> dict[int, torch.Tensor]:
+    """The same by way of the model's forward method, one pass for each number of loops."""
+    # The masked positions of every row, filled up with others
+    positions = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
+    counts = masked.gather(1, positions)
+    found = {}
+    for loops in set(wanted):
+        logits = model(**inputs, num_loops=loops, logits_to_keep=positions).logits
+        found[loops] = _cross_entropy(logits[counts], targets)
+    return found
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -1,0 +1,187 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""The `loopmdm` command: its help, its errors, and `generate` and `info` on the bundled model."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from commands import refusal, run
+from typer.testing import CliRunner
+
+import loopmdm_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PUZZLE = "..7.583.6.8...1.4734..628.9..497..8.9.8..5..475..2.1.35...496..87..1.4..4..58...."
+SOLUTION = "297458316685391247341762859134976582928135764756824193513249678879613425462587931"
+
+COMMANDS = {
+    ("info",): ["--length", "--measure", "--json"],
+    ("generate",): ["--num-loops", "--stream", "--json"],
+    ("convert",): ["--num-loops", "--dry-run", "--verify", "--calibrate"],
+    ("train",): ["--resume"],
+    ("calibrate",): ["--data", "--max-loss"],
+    ("eval", "likelihood"): ["--text", "--num-samples", "--output"],
+    ("eval", "generative-perplexity"): ["--judge", "--samples", "--output"],
+    ("eval", "lm-eval"): ["--tasks", "--data-files", "--output"],
+    ("eval", "dynamics"): ["--text", "--timesteps", "--output"],
+}
+
+
+# The whole
+
+
+def test_help_does_not_import_torch():
+    """Nor does a mistake on the command line."""
+    code = (
+        "import contextlib, sys, typer.testing, loopmdm_cli\n"
+        f"for command in {[*COMMANDS, ()]}:\n"
+        "    result = typer.testing.CliRunner().invoke(loopmdm_cli.app, [*command, '--help'])\n"
+        "    assert result.exit_code == 0, result.output\n"
+        "with contextlib.suppress(SystemExit): loopmdm_cli.main(['generate', '--nonsense'])\n"
+        "assert not {'torch', 'transformers', 'loopmdm', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_names_the_options(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run(*command, "--help")
+    assert all(option in shown for option in COMMANDS[command])
+
+
+def test_all_commands_are_tested():
+    def names(commands) -> list[str]:
+        return [command.callback.__name__.replace("_", "-") for command in commands.registered_commands]
+
+    (evaluation,) = (group.typer_instance for group in loopmdm_cli.app.registered_groups)
+    found = {(name,) for name in names(loopmdm_cli.app)} | {("eval", name) for name in names(evaluation)}
+    assert found == set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", ["loopmdm", "loopmdm_cli"])
+def test_modules_run(module, tmp_path):
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stdout == f"loopmdm {metadata.version('loopmdm')}\n", result.stderr
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--nonsense"], "No such option: --nonsense. See `loopmdm --help`."),
+        (["generat"], "No such command 'generat'"),
+        (["info"], "Missing argument 'model'. See `loopmdm info --help`."),
+        (["eval", "likelihood", "."], "Missing option '--text'. See `loopmdm eval likelihood --help`."),
+        (["generate", ".", PUZZLE, "--seed", "x"], "Invalid value for '--seed'"),
+        (["info", "./nowhere"], "./nowhere does not hold a model: there is no config.json in it"),
+        (["info", ".", "--length", "82"], "--length is 82; the model takes 1 to 81"),
+        (["info", ".", "--measure", "--batch-size", "0"], "--batch-size is 0"),
+        (["generate", "./nowhere", "1"], "there is no config.json"),
+        (["generate", "."], "There is no prompt"),
+        (["generate", ".", PUZZLE, "--num-loops", "0"], "`num_loops` is 0"),
+        (["generate", ".", PUZZLE, "--num-loops", "many"], "--num-loops is 'many'"),
+        (["generate", ".", PUZZLE, "--unmasking", "best"], "`unmasking` is 'best'"),
+        (["generate", ".", PUZZLE, "--temperature", "0.5"], "add `do_sample=True`"),
+        (["generate", ".", PUZZLE, "--dtype", "float12"], "`dtype` is 'float12'"),
+        (["generate", ".", PUZZLE, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
+        (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one prompt"),
+        (["generate", ".", SOLUTION], "nothing to generate"),
+        (["generate", ".", "sudoku"], "cannot read the prompt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line(monkeypatch, args, message):
+    monkeypatch.chdir(ROOT)
+    assert message in refusal(*args)
+
+
+def test_errors_show_their_traceback_on_request(monkeypatch, capsys):
+    monkeypatch.setenv("LOOPMDM_DEBUG", "1")
+    with pytest.raises(SystemExit) as exit_:
+        loopmdm_cli.main(["info", "./nowhere"])
+    lines = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("loopmdm: error: ./nowhere")
+
+
+def test_bugs_are_not_taken_for_bad_input(monkeypatch):
+    monkeypatch.setattr("loopmdm_cli.info._facts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loopmdm_cli.main(["info", str(ROOT)])
+
+
+def test_other_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for command in (["info", tmp_path], ["generate", tmp_path, "1"]):
+        assert "is a 'llama' model, not a LoopMDM" in refusal(*command)
+
+
+# generate
+
+
+def test_generate():
+    result = CliRunner().invoke(
+        loopmdm_cli.app, ["generate", str(ROOT), PUZZLE, "--num-loops", "6", "--max-denoising-steps", "8"]
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == SOLUTION
+    assert result.stderr.startswith("8 forward passes, 48 loops, ")
+    assert "GFLOP" in result.stderr and "tokens/s" in result.stderr
+
+
+def test_generate_reads_lines_and_writes_json():
+    arguments = ("-", "--num-loops", "2,6", "--max-denoising-steps", 2, "--json")
+    shown = run("generate", ROOT, *arguments, input=f"{PUZZLE}\n" * 2)
+    lines = [json.loads(line) for line in shown.splitlines()]
+    assert [line["prompt"] for line in lines] == [PUZZLE, PUZZLE]
+    assert lines[0] == lines[1]
+    assert (lines[0]["forward_passes"], lines[0]["loops"]) == (2, 8)
+    assert lines[0]["flops"] > 0
+
+
+def test_generate_streams():
+    shown = run("generate", ROOT, PUZZLE, "--stream", "--max-denoising-steps", 8)
+    assert SOLUTION in shown.replace("\n", "") or SOLUTION[2:] in shown
+
+
+def test_generate_spends_fewer_loops_on_request():
+    def cost(*options):
+        line = json.loads(run("generate", ROOT, PUZZLE, "--max-denoising-steps", 8, "--json", *options))
+        assert line["text"] == SOLUTION
+        return line["flops"]
+
+    plain = cost("--num-loops", 6)
+    assert cost("--num-loops", 6, "--visible-loops", 2) < plain
+    assert cost("--num-loops", "4,6") < plain
+    assert cost("--num-loops", 6, "--loop-tolerance", 0.2) < plain
+    assert cost("--num-loops", 6, "--entropy-bound", 0.03) < plain / 2
+
+
+# info
+
+
+def test_info():
+    facts = json.loads(run("info", ROOT, "--json", "--length", 40))
+    assert facts["mid"] == "layers[1:3]"
+    assert facts["parameters"] == 1_218_048
+    assert [row["layers"] for row in facts["cost"]] == [6, 8, 12, 16, 20, 28]
+    assert facts["cost"][0]["length"] == 40
+    shown = run("info", ROOT)
+    assert "num loops" in shown and "1,218,048" in shown
+
+
+def test_info_measures_a_generation():
+    arguments = ("info", ROOT, "--measure", "--max-new-tokens", 20)
+    measured = json.loads(run(*arguments, "--batch-size", 2, "--json"))["measured"]
+    # 8 steps (generation_config.json) of 6 loops
+    assert (measured["forward_passes_per_row"], measured["loops_per_row"]) == (8, 48)
+    assert measured["tokens_per_second"] == pytest.approx(2 * 20 / measured["seconds"])
+    assert measured["flops_per_row"] > 0
+    assert "tokens per second" in run(*arguments)

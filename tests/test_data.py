@@ -1,0 +1,342 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Data: files and data sets read, texts, answers and conversations tokenised, rows packed and put in order."""
+
+import itertools
+import json
+from functools import partial
+
+import pytest
+import torch
+from evaluation_models import word_tokenizer
+from tiny import tiny_config
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from torch.utils.data import DataLoader
+from training_runs import MASK, PAD
+
+from loopmdm.data import encode_with_bytes, read_rows
+from loopmdm.evaluation import read_texts
+from loopmdm.training import (
+    ExampleStream,
+    MaskedDiffusionCollator,
+    StreamedExamples,
+    encode_answer,
+    pack_documents,
+    read_documents,
+    read_jsonl,
+    seeded_generator,
+)
+
+CONFIG = tiny_config(vocab_size=32, mask_token_id=2)
+
+
+# The order of a run
+
+
+def test_stream_visits_every_example_once_an_epoch():
+    rows = [{"input_ids": torch.tensor([i])} for i in range(10)]
+    stream = ExampleStream(rows, num_examples=25, seed=0)
+    seen = [int(stream[i]["input_ids"]) for i in range(25)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
+    assert seen[:10] != seen[10:20]
+    assert [stream[i]["index"] for i in (0, 24)] == [0, 24]
+    assert [int(stream[i]["input_ids"]) for i in reversed(range(25))] == seen[::-1], "order of access is irrelevant"
+    assert "index" not in rows[0], "examples are left alone"
+    with pytest.raises(IndexError):
+        stream[25]
+    with pytest.raises(ValueError, match="no training examples"):
+        ExampleStream([], 5, seed=0)
+
+
+def test_stream_transform_derives_from_the_place_in_the_run():
+    def add_noise(example, generator):
+        return {**example, "noise": torch.rand((), generator=generator).item()}
+
+    rows = [{"input_ids": torch.tensor([i])} for i in range(3)]
+    first, second = (ExampleStream(rows, 9, seed=0, transform=add_noise) for _ in range(2))
+    noise = [first[i]["noise"] for i in range(9)]
+    assert [second[i]["noise"] for i in reversed(range(9))] == noise[::-1]
+    assert len(set(noise)) == 9
+
+
+def test_seeded_generators_differ_by_every_part():
+    streams = {torch.rand((), generator=seeded_generator(*parts)).item() for parts in [(0, 1), (1, 0), (0, "1", 0)]}
+    assert len(streams) == 3
+
+
+def test_streamed_examples_go_on_over_the_epochs():
+    passes = []
+
+    def source():
+        passes.append(1)
+        return ({"input_ids": [i]} for i in range(3))
+
+    stream = StreamedExamples(source)
+    seen = list(itertools.islice(stream, 8))
+    assert [row["index"] for row in seen] == list(range(8))
+    assert [row["input_ids"][0] for row in seen] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert len(passes) == 3
+    assert next(iter(stream))["index"] == 0, "a new pass starts anew"
+    with pytest.raises(ValueError, match="no training examples"):
+        next(iter(StreamedExamples(list)))
+    left = [[{"input_ids": [1]}], []]
+    with pytest.raises(ValueError, match="no training examples"):
+        list(StreamedExamples(lambda: left.pop(0)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_streamed_examples_are_shared_between_workers():
+    stream = StreamedExamples(partial(list, [{"input_ids": i} for i in range(100)]))
+    loader = iter(DataLoader(stream, batch_size=1, num_workers=2, collate_fn=lambda rows: rows[0]["index"]))
+    assert len({next(loader) for _ in range(8)}) == 8
+
+
+# Files
+
+
+def test_read_jsonl(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n  \n{"b": "ü"}', encoding="utf-8")
+    assert read_jsonl(path) == read_jsonl(str(path)) == [{"a": 1}, {"b": "ü"}]
+    for content, message in [
+        (b'{"a": 1}\n\n{"a": \n', r"rows.jsonl, line 3 is not valid JSON"),
+        (b'{"a": 1}\n[1]\n', r"rows.jsonl, line 2 is a list; it must be an object"),
+        (b'"x"\n', r"rows.jsonl, line 1 is a str"),
+        (b"", "rows.jsonl holds no examples"),
+        (b"\n \n", "rows.jsonl holds no examples"),
+        ('{"a": 1}\n{"a": "ü"}\n'.encode("latin-1"), "rows.jsonl, line 2"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            read_jsonl(path)
+    with pytest.raises(FileNotFoundError):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_read_documents(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("first\nstill first\n\n\n  second ü \r\n\r\nthird\n".encode())
+    assert list(read_documents(path)) == ["first\nstill first", "second ü", "third"]
+    assert list(read_documents(str(path), separator="still")) == ["first", "first\n\n\n  second ü \n\nthird"]
+    assert list(read_documents(path, separator=None)) == ["first\nstill first\n\n\n  second ü \n\nthird"]
+    for content, message in ((b" \n\n \n", r"text\.txt holds no text"), (b"\xfc", r"text\.txt is not text in UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            list(read_documents(path))
+
+
+def test_rows_are_named_by_their_place(tmp_path):
+    (tmp_path / "t.txt").write_text("a b\nc\n\n\nd\n")
+    (tmp_path / "t.jsonl").write_text('{"x": 1}\n{"x": 2}\n')
+
+    def read(name: str, **options) -> list[tuple]:
+        return [(where.split(", ")[1], row) for where, row in read_rows(tmp_path / name, **options)]
+
+    assert read("t.txt") == [("document 1", "a b\nc"), ("document 2", "d")]
+    assert read("t.txt", documents="line") == [("line 1", "a b"), ("line 2", "c"), ("line 3", "d")]
+    assert read("t.txt", documents="file") == [("document 1", "a b\nc\n\n\nd")]
+    assert read("t.jsonl") == [("example 1", {"x": 1}), ("example 2", {"x": 2})]
+    for name in ("none.txt", "none.jsonl"):
+        with pytest.raises(ValueError, match=f"{name} is not a file"):
+            read(name)
+
+
+def test_data_sets_are_read(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "test.jsonl").write_text('{"body": "w1 w2"}\n{"body": "w3"}\n')
+    texts = read_texts(folder, word_tokenizer(), CONFIG, text_column="body", dataset={"split": "test"})
+    assert [text.input_ids for text in texts] == [[4, 5], [6]]
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        read_texts(folder, word_tokenizer(), CONFIG, dataset={"split": "nowhere"})
+
+
+# Packing
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 100])
+@pytest.mark.parametrize("end_token_id", [None, 2])
+@pytest.mark.parametrize("isolate", [False, True])
+def test_packed_rows_hold_all_tokens_in_order(length, end_token_id, isolate):
+    documents = [[5, 6, 7], [8], [], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
+    rows = list(pack_documents(iter(documents), length, end_token_id, isolate))
+    ended = [document + ([] if end_token_id is None else [end_token_id]) for document in documents]
+    assert [token for row in rows for token in row["input_ids"].tolist()] == [*itertools.chain(*ended)]
+    assert all(len(row["input_ids"]) == length for row in rows[:-1]) and 1 <= len(rows[-1]["input_ids"]) <= length
+    assert all(set(row) == ({"input_ids", "document_ids"} if isolate else {"input_ids"}) for row in rows)
+    if isolate:
+        ids = [document for row in rows for document in row["document_ids"].tolist()]
+        assert ids == [i for i, document in enumerate(ended) for _ in document]
+        assert all(row["document_ids"].shape == row["input_ids"].shape for row in rows)
+    MaskedDiffusionCollator(MASK, PAD)([{**row, "index": i} for i, row in enumerate(rows)])
+
+
+def test_packing_is_lazy_and_checks_its_length():
+    rows = itertools.islice(pack_documents(itertools.repeat([1, 2, 3]), 2), 3)
+    assert [row["input_ids"].tolist() for row in rows] == [[1, 2], [3, 1], [2, 3]]
+    assert list(pack_documents([], 4)) == list(pack_documents([[], []], 4)) == []
+    with pytest.raises(ValueError, match="`length` is 0"):
+        list(pack_documents([[1]], 0))
+
+
+# Prompts and answers
+
+WORDS = [
+    "<pad>",
+    "<unk>",
+    "<s>",
+    "</s>",
+    "<mask>",
+    "<user>",
+    "<assistant>",
+    *["what", "is", "two", "and", "four", "six", "?"],
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+PROMPT = "what is two and four ?"
+
+
+def chat_tokenizer(chat_template: str | None = None, ends: bool = False, eos: str | None = "</s>"):
+    """A tokenizer that begins every text, or begins and ends it."""
+    tokenizer = word_tokenizer(WORDS, unk_token="<unk>", bos_token="<s>", eos_token=eos)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 2), ("</s>", 3)]
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["begins texts", "begins and ends texts"])
+def test_plain_pairs(ends):
+    tokenizer = chat_tokenizer(ends=ends)
+    for prompt, answer in itertools.product(
+        ("prompt", "question", "instruction"), ("answer", "response", "output", "completion")
+    ):
+        encoded = encode_answer(tokenizer, {prompt: PROMPT, answer: "six", "id": 3})
+        words = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        assert words == ["<s>", *PROMPT.split(), "six", "</s>"]
+        assert encoded["prompt_length"] == 7
+    assert encode_answer(chat_tokenizer(eos=None), {"prompt": "two", "answer": "six"})["input_ids"] == [2, 9, 12]
+    # the first name wins
+    both = encode_answer(tokenizer, {"question": "two", "prompt": "four", "answer": "six"})
+    assert tokenizer.decode(both["input_ids"]) == "<s> four six </s>"
+    batch = MaskedDiffusionCollator(4, 0)([{**both, "index": 0}])
+    assert batch["labels"].tolist() == [[-100, -100, 12, 3]]
+
+
+def test_conversations():
+    tokenizer = chat_tokenizer(TEMPLATE)
+    messages = [
+        {"role": "user", "content": "what is two ?"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "and four ?"},
+        {"role": "assistant", "content": "six six"},
+    ]
+    encoded = encode_answer(tokenizer, {"messages": messages})
+    words = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+    prompt, answer = words[: encoded["prompt_length"]], words[encoded["prompt_length"] :]
+    assert answer == ["six", "six", "</s>"]
+    assert prompt.count("<assistant>") == 2 and prompt[-1] == "<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("example", "template", "message"),
+    [
+        (
+            {"prompt": "two"},
+            None,
+            "Row 3 has no text called answer or response or output or completion; it has prompt",
+        ),
+        ({"answer": "two"}, None, "Row 3 has no text called prompt or question or instruction"),
+        ({}, None, "it has nothing"),
+        ({"prompt": 5, "answer": "two"}, None, "no text called prompt"),
+        ("two", None, "Row 3 is a text; what is needed are prompts and answers"),
+        ({"messages": []}, TEMPLATE, "Row 3: `messages` must be a list that ends with one of the role `assistant`"),
+        ({"messages": "two"}, TEMPLATE, "Row 3: `messages` must be a list"),
+        ({"messages": ["two", "six"]}, TEMPLATE, "Row 3: `messages` must be a list"),
+        ({"messages": [{"role": "user", "content": "two"}]}, TEMPLATE, "ends with one of the role `assistant`"),
+        ({"messages": [{"role": "assistant", "content": "two"}]}, None, "has no chat template"),
+        (
+            {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "six"}]},
+            "{% for m in messages|reverse %}{{ m['content'] + ' ' }}{% endfor %}",
+            "Row 3: the chat template does not put the answer behind the prompt",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_answers_are_named(example, template, message):
+    with pytest.raises(ValueError, match=message):
+        encode_answer(chat_tokenizer(template), example, "Row 3")
+
+
+# Texts to score
+
+
+def test_bytes_of_tokens_add_up_to_the_text():
+    words = word_tokenizer(["<pad>", "<end>", "<mask>", "grün", "日本", "a"])
+    # White space goes with the word before it.
+    assert encode_with_bytes(words, "grün  日本\na", "a text") == ([3, 4, 5], [5 + 2, 6 + 1, 1])
+
+
+def test_texts_are_read_whole(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("w1 w2\nw3\n\n\nw4\n")
+    (text,) = read_texts(path, word_tokenizer(), CONFIG)
+    assert text.input_ids == [4, 5, 6, 7] and all(text.maskable)
+    assert read_texts(path, word_tokenizer(), CONFIG, documents="line", limit=2)[1].name == f"{path}, line 2"
+
+
+def test_answers_are_scored_given_their_prompts(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [
+        {"prompt": "w1 w2", "answer": "w3 w4 w5"},
+        {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair, chat = read_texts(path, word_tokenizer(), CONFIG, task="answers")
+    assert pair.input_ids == [4, 5, 6, 7, 8, 1]  # with the end token
+    assert pair.maskable == [False] * 2 + [True] * 4
+    assert pair.num_bytes == [0, 0, 3, 3, 2, 0]
+    assert chat.maskable == [False] * 3 + [True] * (len(chat.input_ids) - 3) and chat.num_bytes is None
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_what_mask_tokens_stand_for_is_scored(tmp_path, suffix):
+    words = word_tokenizer(["<pad>", "<end>", ".", "ab", "cd"], mask_token=".")
+    words.backend_tokenizer.pre_tokenizer = Split("-", "removed")
+    path = tmp_path / f"f.{suffix}"
+    path.write_text("ab-.-cd ab-ab-cd\n" if suffix == "txt" else '{"masked": "ab-.-cd", "text": "ab-ab-cd"}\n')
+    (text,) = read_texts(path, words, CONFIG, task="fill")
+    assert text.input_ids == [3, 3, 4] and text.maskable == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "message"),
+    [
+        ("t.txt", " \n\n", {}, "holds no text"),
+        ("t.txt", "w1 <mask>", {}, 'holds the mask token (2); give clean text; the task "fill"'),
+        ("t.txt", "w1", {"task": "answers"}, "is a text"),
+        ("t.txt", "w1", {"task": "chat"}, "The task is 'chat'; choose one of texts, answers, fill"),
+        ("t.txt", "w1", {"documents": "page"}, "separated by 'page'"),
+        ("t.txt", "w1", {"limit": 0}, "The limit is 0"),
+        ("t.txt", "w1", {"task": "fill"}, "line 1 has 1 fields; it needs two"),
+        ("t.txt", "w1 w2", {"task": "fill"}, "line 1: token 1 is 4 in the text with mask tokens, else 5"),
+        ("t.txt", "w1 w1", {"task": "fill"}, "holds no mask token (2), so there is nothing to fill in"),
+        ("t.txt", "w28", {"config": tiny_config()}, "gives the token 31, outside the model's vocabulary of 23"),
+        ("t.jsonl", '{"text": 3}\n', {}, "example 1 has no text in 'text'; it has text"),
+        ("t.jsonl", '{"body": "w1"}\n', {}, "example 1 has no text in 'text'; it has body"),
+        ("t.jsonl", '{"text": ""}\n', {}, "example 1 has no token to score; it is too short"),
+        ("t.jsonl", '{"masked": "<mask> w1", "text": "w1"}\n', {"task": "fill"}, "has 2 tokens with mask"),
+        ("t.jsonl", "{\n", {}, "line 1 is not valid JSON"),
+    ],
+    ids=str,
+)
+def test_bad_texts_are_named(tmp_path, name, content, arguments, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError) as error:
+        read_texts(tmp_path / name, word_tokenizer(), **{"config": CONFIG, **arguments})
+    assert message in str(error.value)
