@@ -9,9 +9,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings attention_block_size num_loops max_train_loops"
-).split()  # noqa: SIM905
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "attention_block_size"),
+    *("num_loops", "max_train_loops"),
+)
 REMOVED_FIELDS = {
     "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
     "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',

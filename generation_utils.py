@@ -803,8 +803,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         started = time.perf_counter()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
-        processors = self._prepare_processors(config, logits_processor)
-        criteria = self._prepare_criteria(config, stopping_criteria, tokenizer)
+        processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
 
         # 2. Lay out the canvas
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
@@ -957,12 +956,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return real
 
     @staticmethod
-    def _prepare_processors(
-        config: LoopMDMGenerationConfig, logits_processor: LogitsProcessorList | None
-    ) -> LogitsProcessorList:
-        """The user's processors, then the sampling arguments, as transformers orders them."""
+    def _prepare_lists(
+        config: LoopMDMGenerationConfig, logits_processor: Any, stopping_criteria: Any, tokenizer: Any
+    ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        """The user's processors, then the sampling arguments, as transformers orders them; and all criteria."""
         processors = LogitsProcessorList(logits_processor or [])
-        if config.do_sample and config.temperature != 1.0:
+        if config.temperature != 1.0:
             processors.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.top_k is not None:
             processors.append(TopKLogitsWarper(config.top_k))
@@ -970,18 +969,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
             processors.append(TopPLogitsWarper(float(config.top_p)))
         if config.min_p is not None:
             processors.append(MinPLogitsWarper(float(config.min_p)))
-        return processors
-
-    @staticmethod
-    def _prepare_criteria(
-        config: LoopMDMGenerationConfig, stopping_criteria: StoppingCriteriaList | None, tokenizer: Any
-    ) -> StoppingCriteriaList:
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        return criteria
+        return processors, criteria
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
