@@ -10,9 +10,9 @@ from tasks import Task
 from transformers import TrainerCallback, TrainingArguments
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.data import ExampleStream
 from loopmdm.objective import seeded_generator
 from loopmdm.training import (
-    ExampleStream,
     LoopMDMTrainer,
     LoopSchedule,
     MaskedDiffusionCollator,
