@@ -2,7 +2,6 @@
 """The arms of the studies, and the training of one: as many steps as its share of the FLOP budget pays for."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from tasks import Task
 from transformers import TrainerCallback, TrainingArguments
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.data import ExampleStream
 from loopmdm.objective import seeded_generator
 from loopmdm.training import (
-    ExampleStream,
     LoopMDMTrainer,
     LoopSchedule,
     MaskedDiffusionCollator,
@@ -33,7 +32,7 @@ class Arm:
         about: In words.
         mid: Edges of mid in thirds of the task's layers: (1, 2) is the middle one, (0, 3) all.
         max_loops: S_max; 1 trains without loops.
-        schedule: Name of a loop schedule, see `make_loop_schedule`, or "mixed", see [`MixedLoops`].
+        schedule: Name of a loop schedule, see `make_loop_schedule`, or "mixed" or "flops", see below.
         options: Arguments of the schedule.
         depth: Physical layers, as a multiple of the task's; those that are added go to the tail.
         gradient_loops: Backpropagate through the last so many loops.
@@ -143,6 +142,19 @@ ARMS |= {
 }
 
 
+class FlopsLoops(LoopSchedule):
+    """p(S) in proportion to 1 / FLOPs(S), so that every number of loops costs as much in all."""
+
+    def __init__(self, config: LoopMDMConfig):
+        super().__init__(config.max_train_loops)
+        loops = range(1, self.max_loops + 1)
+        costs = torch.tensor([config.num_executed_layers(num_loops) for num_loops in loops], dtype=torch.float64)
+        self.weights = 1 / costs
+
+    def probabilities(self, progress):
+        return self.weights / self.weights.sum()
+
+
 class MixedLoops(LoopSchedule):
     """S = `fixed` with probability `share`, or always in the first share `until` of the steps; otherwise uniform."""
 
@@ -171,6 +183,8 @@ def build_config(arm: Arm, task: Task) -> LoopMDMConfig:
 def build_schedule(arm: Arm, config: LoopMDMConfig) -> LoopSchedule:
     if arm.schedule == "mixed":
         return MixedLoops(arm.max_loops, **arm.options)
+    if arm.schedule == "flops":
+        return FlopsLoops(config)
     return make_loop_schedule(arm.schedule, config, **arm.options)
 
 
@@ -199,15 +213,14 @@ class ArmTrainer(LoopMDMTrainer):
         looped, labels = self.looped_model, inputs["labels"]
         transformer, masked = looped.model, inputs["loss_weights"] != 0
         with self.compute_loss_context_manager():
-            state, context = transformer.prelude(inputs["input_ids"], inputs.get("attention_mask"))
-            for loop in range(1, transformer.num_train_loops + 1):
-                state = transformer.loop(state, context)
-                if loop == second:
-                    early = looped.lm_head(transformer.readout(state, context)[masked])
-            last = looped.lm_head(transformer.readout(state, context)[masked])
+            begin, context = transformer.prelude(inputs["input_ids"], inputs.get("attention_mask"))
+            exits = []
+            for loop, (states, _) in enumerate(transformer.iterate(begin, context, transformer.num_train_loops), 1):
+                if loop in (second, transformer.num_train_loops):
+                    exits.append(looped.logits(transformer.readout(states, context)[masked]))
         # Finite, so that 0 * inf does not come up; softmax makes it zero all the same.
         mask_token = torch.tensor([looped.config.mask_token_id])
-        early, last = (logits.float().index_fill(-1, mask_token, -1e4).log_softmax(-1) for logits in (early, last))
+        early, last = (logits.float().index_fill(-1, mask_token, -1e4).log_softmax(-1) for logits in exits)
         targets = labels[masked][:, None]
         losses = -last.gather(-1, targets).squeeze(-1)
         losses = losses - self.arm.second_exit * early.gather(-1, targets).squeeze(-1)
@@ -264,25 +277,12 @@ def plan(arm: Arm, task: Task, model: LoopMDMForMaskedLM, seed: int, flops: floa
     return min(seen.values(), key=lambda sums: abs(sums[-1] - flops))
 
 
-class MarkCallback(TrainerCallback):
-    """Calls `measure(step)` after some steps."""
-
-    def __init__(self, steps: set[int], measure: Callable[[int], None]):
-        self.steps, self.measure = steps, measure
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.steps:
-            self.measure(state.global_step)
-
-
 def train(
     arm: Arm,
     task: Task,
     seed: int,
     flops: float,
     folder: Path,
-    marks: dict[int, float] | None = None,
-    on_mark: Callable[[LoopMDMForMaskedLM, int], None] | None = None,
     fast: bool = False,
     stop_after: int | None = None,
 ) -> dict[str, Any]:
@@ -290,7 +290,6 @@ def train(
     Trains one arm, from its last complete checkpoint if there is one, and saves the model in `folder/model`.
 
     Args:
-        marks: Steps to call `on_mark(model, step)` after.
         fast: bfloat16 autocast and compiled layers: about twice the speed on a CPU with bfloat16 instructions.
         stop_after: Break off after so many steps, as an interruption would (for tests).
     """
@@ -334,15 +333,12 @@ def train(
         loop_schedule=build_schedule(arm, config),
         gradient_loops=arm.gradient_loops,
     )
-    if marks:
-        trainer.add_callback(MarkCallback(set(marks), lambda step: on_mark(model, step)))
     if stop_after is not None:
         trainer.add_callback(_Interruption(stop_after))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "checkpoints"))
     if stop_after is not None and trainer.state.global_step < max_steps:
         return {}
     model.save_pretrained(folder / "model")
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     loops = [entry["num_loops"] for entry in trainer.state.log_history if "num_loops" in entry]
     return {
         "steps": max_steps,
@@ -350,8 +346,6 @@ def train(
         "training_flops": trainer.state.total_flos,
         "mean_loops": sum(loops) / len(loops) if loops else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "losses": losses,
-        "seconds": sum(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry),
     }
 
 

@@ -1,12 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What is measured of a trained arm, as plain numbers for JSON. Rows and masks depend on seeds alone."""
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from tasks import MASK, Rows
+from tasks import Rows
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.evaluation import measure_dynamics, nelbo
@@ -22,19 +21,13 @@ def read_out(
     head reads, `(batch_size, length, hidden_size)`, and each row's relative change in that loop, `(batch_size,)`.
     """
     transformer = model.model
-    state, context = transformer.prelude(input_ids, attention_mask)
+    before, context = transformer.prelude(input_ids, attention_mask)
     real = 1.0 if attention_mask is None else attention_mask[..., None]
-    for loop in range(1, max(loops) + 1):
-        before, state = state, transformer.loop(state, context)
+    for loop, (states, _) in enumerate(transformer.iterate(before, context, max(loops)), start=1):
         if loop in loops:
-            change = ((state - before) * real).flatten(1).norm(dim=1) / (before * real).flatten(1).norm(dim=1)
-            yield loop, model.align(transformer.readout(state, context), attention_mask), change
-
-
-def logits_of(model: LoopMDMForMaskedLM, hidden_states: torch.Tensor) -> torch.Tensor:
-    logits = model.lm_head(hidden_states).float()
-    logits[..., MASK] = -torch.inf
-    return logits
+            change = ((states - before) * real).flatten(1).norm(dim=1) / (before * real).flatten(1).norm(dim=1)
+            yield loop, model.align(transformer.readout(states, context), attention_mask), change
+        before = states
 
 
 def likelihood(
@@ -63,22 +56,20 @@ def one_step(
     model: LoopMDMForMaskedLM, rows: Rows, loops: Sequence[int], tolerances: Sequence[float] = (), batch: int = 64
 ) -> dict[str, Any]:
     """
-    Everything filled in at once: share of rows solved by number of loops, the mean relative change of the state in
-    each loop, and adaptive loops: for every tolerance the share solved, and the mean loops, when each row stops at the
-    first loop that changes it less (as `loop_tolerance` does). `loops` must be 1, 2, ... for tolerances.
+    Everything filled in at once: share of rows solved by number of loops, and adaptive loops: for every tolerance the
+    share solved, and the mean loops, when each row stops at the first loop that changes it less (as `loop_tolerance`
+    does). `loops` must be 1, 2, ... for tolerances.
     """
     loops = sorted(loops)
     solved, changes = [], []
     for part in rows.split(batch):
         by_loop = list(read_out(model, part.prompts(), part.attention_mask, loops))
-        right = [(logits_of(model, hidden).argmax(-1) == part.input_ids) | ~part.scored for _, hidden, _ in by_loop]
+        right = [(model.logits(hidden).argmax(-1) == part.input_ids) | ~part.scored for _, hidden, _ in by_loop]
         solved.append(torch.stack([r.all(-1) for r in right]))
         changes.append(torch.stack([change for _, _, change in by_loop]))
     solved, changes = torch.cat(solved, 1), torch.cat(changes, 1)
     result = {
         "solved": {loop: solved[i].double().mean().item() for i, loop in enumerate(loops)},
-        "solved_at_any": solved.any(0).double().mean().item(),
-        "change": {loop: changes[i].mean().item() for i, loop in enumerate(loops)},
     }
     if tolerances:
         result["adaptive"] = []
@@ -105,8 +96,8 @@ def generations(
     batch: int = 64,
     **rule,
 ) -> dict[str, Any]:
-    """Share of rows that `generate` solves, and what it cost on average: passes, loops, FLOPs; wall time in all."""
-    solved, passes, loops, seconds = 0, 0, 0, time.perf_counter()
+    """Share of rows that `generate` solves, and what it cost on average: passes, loops, FLOPs."""
+    solved, passes, loops = 0, 0, 0
     for part in rows.split(batch):
         outputs = model.generate(
             part.prompts(),
@@ -131,7 +122,6 @@ def generations(
         "forward_passes": passes / len(rows),
         "loops": loops / len(rows),
         "flops": (passes * plain + (loops - passes) * mid) / len(rows),
-        "seconds": time.perf_counter() - seconds,
     }
 
 
@@ -139,9 +129,8 @@ def dynamics(
     model: LoopMDMForMaskedLM, rows: Rows, num_loops: int, shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
 ) -> dict[str, Any]:
     """
-    Loop by loop, `(len(shares), num_loops)` each: attention in mid from masked and from visible to masked positions,
-    beside what uniform attention would give (`(len(shares),)`), the relative change of the state, and of the logit
-    lens the loss, the accuracy, and the shares of predictions that change, become right and cease to be right.
+    Loop by loop, `(len(shares), num_loops)` each: attention in mid from masked to masked positions, beside what
+    uniform attention would give (`(len(shares),)`), the relative change of the state, and the loss of the logit lens.
     """
     found = measure_dynamics(
         model, rows.input_ids, rows.attention_mask, rows.maskable, num_loops, shares, masks_per_text=1, batch_size=32
@@ -151,7 +140,6 @@ def dynamics(
         "shares": list(shares),
         "masked_to_masked": mass[..., 0, 0].tolist(),
         "uniform": found.uniform_attention[:, 0, 0].tolist(),
-        "visible_to_masked": mass[..., 1, 0].tolist(),
         "change": found.change[..., 2].tolist(),
-        **{name: getattr(found, name).tolist() for name in ("loss", "accuracy", "changed", "corrected", "spoiled")},
+        "loss": found.loss.tolist(),
     }

@@ -4,11 +4,11 @@ Matched-FLOP studies: trains arms of one task from scratch, on the same data in 
 training FLOPs, and measures each.
 
     python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 3 \\
-        --work /tmp/claims --results docs/results/claims
+        --work /tmp/claims --results benchmarks/results/claims
 
-Writes `RESULTS/STUDY/ARM-SEED.json` after every arm; an arm whose file is there is not run again, and one that was
+Adds every arm to `RESULTS/STUDY.json` when it is done; an arm that is there is not run again, and one that was
 interrupted goes on from its last checkpoint in `--work`. `--grid` measures loops x denoising steps x commit rules of
-trained arms instead. benchmarks/claims/report.py makes tables and plots of the files.
+trained arms instead. benchmarks/claims/report.py makes tables and plots of the file.
 """
 
 import argparse
@@ -20,35 +20,20 @@ from typing import Any
 
 import arms
 import measure
+import study
 import tasks
 import torch
 import transformers
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.data import ExampleStream
 from loopmdm.evaluation.protocol import hash_files, protocol, write_json
-from loopmdm.training import ExampleStream, MaskedDiffusionCollator
+from loopmdm.training import MaskedDiffusionCollator
 
-MARKS = [0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0]  # shares of an arm's budget
 TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
 # Besides a fixed number of steps: commit whatever is certain enough, in 8 steps at most
 RULES = [{"confidence_threshold": threshold} for threshold in (0.7, 0.9, 0.97)]
 RULES += [{"entropy_bound": bound} for bound in (0.3, 0.03, 0.01, 0.003)]
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, rounded(record))
-
-
-def rounded(value: Any) -> Any:
-    """Six digits of every number, and lists of numbers are enough of a table."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return value
 
 
 def data_order(task: tasks.Task, seed: int) -> str:
@@ -67,20 +52,7 @@ def loops_to_measure(max_loops: int) -> list[int]:
     return sorted(loops for loops in usual if loops <= 2 * max_loops)
 
 
-def mark_loops(max_loops: int) -> list[int]:
-    return [1] if max_loops == 1 else [max_loops, -(-4 * max_loops // 3)]
-
-
-def measure_along(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool) -> dict[str, Any]:
-    """NELBO and one-step solve rate on the first held-out rows."""
-    rows, loops = task.rows[: 16 if quick else 192], mark_loops(max_loops)
-    result = {"likelihood": measure.likelihood(model, rows, loops, samples=2 if quick else 4)}
-    if rows.scored is not None:
-        result["solved"] = measure.one_step(model, rows, loops)["solved"]
-    return result
-
-
-def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool) -> dict[str, Any]:
+def measure_arm(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool) -> dict[str, Any]:
     """Everything that the report needs of one arm."""
     loops = loops_to_measure(max_loops)
     likelihood = {
@@ -98,42 +70,26 @@ def measure_finally(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int,
 
 
 def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Trains and measures one arm. Measurements along the training are kept, so that a resumed run has them all."""
+    """Trains and measures one arm."""
     arm, clock = arms.ARMS[name], Clock()
-    folder = Path(args.work) / args.study / f"{name}-{seed}"
-    model = LoopMDMForMaskedLM(arms.build_config(arm, task))  # a second one, never compiled, which is measured
-    model.eval()
-    sums = arms.plan(arm, task, model, seed, args.tflop * 1e12 * arm.budget)
-    by_step = {}
-    for mark in MARKS:
-        step = next(i for i, total in enumerate(sums, start=1) if total >= min(mark * sums[-1], sums[-1]))
-        by_step[step] = sums[step - 1]
-
-    def on_mark(trained: LoopMDMForMaskedLM, step: int) -> None:
-        model.load_state_dict(trained.state_dict())
-        record = {"step": step, "flops": by_step[step], **measure_along(model, task, arm.max_loops, args.quick)}
-        write(folder / "marks" / f"{step}.json", record)
-        print(f"{name} {seed} {step}/{len(sums)} {json.dumps(rounded(summary(record)))}", flush=True)
-
+    folder = args.work / args.study / f"{name}-{seed}"
     finished = folder / "training.json"
     if not finished.is_file():
-        training = arms.train(arm, task, seed, args.tflop * 1e12, folder, by_step, on_mark, fast=args.fast)
-        write(finished, {**training, "protocol": protocol_of(clock, args)})
+        training = arms.train(arm, task, seed, args.tflop * 1e12, folder, fast=args.fast)
+        write_json(finished, {**training, "tflop": args.tflop, **clock.read()})
     if args.train_only:
         return None
-    clock = Clock()
-    training = json.loads(finished.read_text())
-    if training["steps"] != len(sums):
+    clock, training = Clock(), json.loads(finished.read_text())
+    if training.pop("tflop") != args.tflop:
         raise SystemExit(f"{folder} holds an arm of another budget; give another --work folder.")
-    trained = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
-    model.load_state_dict(trained.state_dict())
-    measured = measure_finally(model, task, arm.max_loops, args.quick)
+    model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
+    measured = measure_arm(model, task, arm.max_loops, args.quick)
     return {
         "task": task.name,
         "arm": name,
         "seed": seed,
         "settings": {
-            **vars_of(arm),
+            **{key: value for key, value in vars(arm).items() if key not in ("about", "mid")},
             "layers": model.config.num_hidden_layers,
             "loop_start": model.config.loop_start,
             "loop_end": model.config.loop_end,
@@ -148,19 +104,9 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
         },
         "data_order": data_order(task, seed),
         "training": training,
-        "marks": [json.loads((folder / "marks" / f"{step}.json").read_text()) for step in sorted(by_step)],
         **measured,
         "protocol": protocol_of(clock, args),
     }
-
-
-def vars_of(arm: arms.Arm) -> dict[str, Any]:
-    return {name: value for name, value in vars(arm).items() if name != "mid"}
-
-
-def summary(record: dict[str, Any]) -> dict[str, Any]:
-    nelbo = {loops: part["nelbo"] for loops, part in record["likelihood"].items()}
-    return {"nelbo": nelbo, "solved": record.get("solved")}
 
 
 class Clock:
@@ -174,20 +120,18 @@ class Clock:
 
 
 def protocol_of(clock: Clock, args: argparse.Namespace) -> dict[str, Any]:
-    """Of the process that trained an arm (with the measurements along it), or measured it."""
-    paths = ("work", "results", "train_text", "eval_text")
-    record = protocol({name: value for name, value in vars(args).items() if name not in paths})
+    """Versions, machine, texts, and the time of the process that measured."""
+    record = {name: entry for name, entry in protocol({}).items() if name in ("versions", "machine", "date")}
     if args.task == "language":
         texts = filter(None, (args.train_text, args.eval_text))
         record["texts"] = {name: digest for text in texts for name, digest in hash_files(Path(text)).items()}
-    timing = "seconds of the last process that trained or measured the arm, from the start of that"
-    return {**record, "timing": timing, **clock.read()}
+    return {**record, **clock.read()}
 
 
 def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
     """Solve rate over loops x denoising steps x commit rules of a trained arm."""
     arm, clock = arms.ARMS[name], Clock()
-    folder = Path(args.work) / args.study / f"{name}-{seed}" / "model"
+    folder = args.work / args.study / f"{name}-{seed}" / "model"
     if not (folder / "config.json").is_file():
         raise SystemExit(f"{folder} holds no trained arm; run it without --grid first.")
     if task.rows.scored is None:
@@ -204,27 +148,20 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
             settings += [([loops] + [1] * 7, 8, rule) for rule in RULES]
         for num_loops, steps, rule in settings:
             found.append(measure.generations(model, task.rows, num_loops, steps, **rule))
-            print(f"{name} {seed} {json.dumps(rounded(found[-1]))}", flush=True)
-    return {
-        "task": task.name,
-        "arm": name,
-        "seed": seed,
-        "grid": found,
-        "rows": len(task.rows),
-        "protocol": protocol_of(clock, args),
-    }
+            print(f"{name} {seed} {json.dumps(study.rounded(found[-1]))}", flush=True)
+    return {"task": task.name, "arm": name, "seed": seed, "grid": found, "grid_protocol": protocol_of(clock, args)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(tasks.TASKS), default="sudoku6")
-    parser.add_argument("--study", help="folder in --work and --results, one for each budget (default: the task)")
+    parser.add_argument("--study", help="name in --work and --results, one for each budget (default: the task)")
     parser.add_argument("--arms", default="same_size,looped,deeper", help=f"of: {', '.join(arms.ARMS)}")
     parser.add_argument("--seeds", default="0", help="separated by commas; each runs all arms (default: 0)")
     parser.add_argument("--seed", type=int, help="one seed, as --seeds with one number")
     parser.add_argument("--tflop", type=float, default=3.0, help="training budget of an arm in 10^12 (default: 3)")
-    parser.add_argument("--work", required=True, help="folder for data, checkpoints and models")
-    parser.add_argument("--results", required=True, help="folder for the results, one JSON file for each arm and seed")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
+    parser.add_argument("--results", type=Path, required=True, help="folder for the results, one JSON file a study")
     parser.add_argument("--train-text", help="language: text file to train on, in UTF-8")
     parser.add_argument("--eval-text", help="language: another text file to evaluate, in UTF-8")
     parser.add_argument("--grid", action="store_true", help="measure loops x steps x rules of trained arms")
@@ -249,18 +186,17 @@ def main() -> None:
         args.tflop = min(args.tflop, 0.002)
     texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
     transformers.utils.logging.disable_progress_bar()
-    task = tasks.make_task(args.task, Path(args.work) / "data", args.quick, texts)
+    task = tasks.make_task(args.task, args.work / "data", args.quick, texts)
+    path = args.results / f"{args.study}.json"
     for seed in seeds:
         for name in names:
-            path = Path(args.results) / args.study / f"{name}-{seed}{'-grid' if args.grid else ''}.json"
-            if path.is_file():
-                print(f"{path} is there", flush=True)
+            if ("grid" if args.grid else "likelihood") in study.find(path, name, seed):
+                print(f"{name} {seed} is in {path}", flush=True)
                 continue
             record = (run_grid if args.grid else run_arm)(name, seed, task, args)
-            if record is None:
-                continue
-            write(path, record)
-            print(f"wrote {path} after {record['protocol']['seconds']:.0f} s", flush=True)
+            if record is not None:
+                study.add(path, record)
+                print(f"{name} {seed} added to {path}", flush=True)
 
 
 if __name__ == "__main__":
