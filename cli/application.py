@@ -5,7 +5,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -17,6 +16,8 @@ app.add_typer(evaluation, name="eval")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         print(f"loopmdm {metadata.version('loopmdm')}")
         raise typer.Exit
 

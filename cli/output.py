@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 console = Console()
@@ -22,6 +21,8 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     A function that shows how much is done: `show(what, done, total)`, one bar on stderr for each `what`. The bars
     vanish at the end, and do not appear where stderr is not a terminal.
     """
+    from rich.progress import Progress
+
     errors = Console(stderr=True)
     bar, tasks = Progress(console=errors, transient=True, disable=not errors.is_terminal), {}
 

@@ -37,7 +37,9 @@ def repository() -> list[Path]:
     if listed.returncode == 0:
         names = listed.stdout.splitlines()
     else:  # in an unpacked source distribution
-        names = [name for name in files(ROOT) if not name.startswith(("build", "loopmdm.egg-info"))]
+        made = ("PKG-INFO", "build/", "dist/", "loopmdm.egg-info/", "setup.cfg")
+        names = [name for name in files(ROOT) if not name.startswith(made)]
+        names = [name for name in names if name == ".ci/run" or not name.startswith(".")]
     return [Path(name) for name in names if (ROOT / name).is_file()]
 
 

@@ -10,9 +10,9 @@ from tasks import Task
 from transformers import TrainerCallback, TrainingArguments
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.data import ExampleStream
 from loopmdm.objective import seeded_generator
 from loopmdm.training import (
-    ExampleStream,
     LoopMDMTrainer,
     LoopSchedule,
     MaskedDiffusionCollator,
@@ -148,7 +148,8 @@ class FlopsLoops(LoopSchedule):
     def __init__(self, config: LoopMDMConfig):
         super().__init__(config.max_train_loops)
         loops = range(1, self.max_loops + 1)
-        self.weights = torch.tensor([1 / config.num_executed_layers(num_loops) for num_loops in loops]).double()
+        costs = torch.tensor([config.num_executed_layers(num_loops) for num_loops in loops], dtype=torch.float64)
+        self.weights = 1 / costs
 
     def probabilities(self, progress):
         return self.weights / self.weights.sum()

@@ -15,7 +15,7 @@ import word_problems
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from loopmdm import LoopMDMConfig
-from loopmdm.training import pack_documents, read_documents
+from loopmdm.data import pack_documents, read_documents
 
 PAD, MASK = 0, 1
 
