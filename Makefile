@@ -1,15 +1,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# setuptools shows a warning at every editable install of a package whose folder has another name.
+QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
 .PHONY: demo test lint test-common test-floor clean
 
 # The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
 # of torch into .venv beforehand; it is kept.
+#
+# Editable installs find the package by an import hook, as its folder has another name. Type checkers and editors run no
+# hooks. setuptools' editable_mode=strict would make them a folder of links to every file, as of the install: a new file
+# would not exist until the next one, and where commands and families are discovered, nothing would tell. So the install
+# is an ordinary one, and .venv/links holds two links to folders, where mypy and pyright look (see pyproject.toml).
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	mkdir -p .venv/links
+	ln -sfn ../.. .venv/links/loopmdm
+	ln -sfn ../../cli .venv/links/loopmdm_cli
 	touch $@
 
 demo: .venv/.installed
@@ -21,6 +31,8 @@ test: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 # transformers' own tests of a model, fetched from its source distribution
 test-common: .venv/.installed
@@ -31,7 +43,7 @@ test-common: .venv/.installed
 	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
 	grep -vE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt > .venv-floor/constraints.txt
 	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt torch
-	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt -e ".[dev]" "transformers==5.17.0"
+	$(QUIET) .venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt -e ".[dev]" "transformers==5.17.0"
 	touch $@
 
 test-floor: .venv-floor/.installed
@@ -39,4 +51,4 @@ test-floor: .venv-floor/.installed
 	.venv-floor/bin/python tests/common_model_tests.py
 
 clean:
-	rm -rf .venv .venv-floor build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache

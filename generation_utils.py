@@ -432,7 +432,9 @@ class Canvas:
             columns = (self.block_of[row] == block.index).nonzero().flatten().tolist()
             lengths = (self.position[row, columns] + 1).tolist()
             hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
-            if hits and all(hits) and bool(criteria(tokens[None, : lengths[0] - 1], None)):
+            # No criterion takes an empty text; a [MASK] stands for it.
+            before = tokens[: lengths[0] - 1] if hits and lengths[0] > 1 else tokens.new_tensor([self.mask_token_id])
+            if hits and all(hits) and bool(criteria(before[None], None)):
                 stops[row, columns[-1]] = True
             elif any(hits):
                 stops[row, columns[hits.index(True)]] = True

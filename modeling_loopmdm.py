@@ -500,7 +500,9 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             context.masked = input_ids == self.config.mask_token_id
             context.masked = context.masked if context.real is None else context.masked & context.real
             if self.config.shift_logits:
-                context.masked = context.masked | nn.functional.pad(context.masked[:, 1:], (0, 1))
+                masked, real = context.masked, torch.ones_like(input_ids) if context.real is None else context.real
+                sources = torch.where(masked, predictors(real, document_ids), masked.shape[1])
+                context.masked = nn.functional.pad(masked, (0, 1)).scatter(1, sources, True)[:, :-1]
         if past_key_values is not None:
             context.cache = past_key_values.open(position_ids, context.real)
         masks = attention_mask, position_ids, document_ids
@@ -603,6 +605,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         returned, and the last layer computes them alone.
         """
         start, stop = self.config.loop_end, self.config.num_hidden_layers
+        # Attention of no query fails.
         if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
             return self.norm(states if positions is None else take_positions(states, positions))
@@ -835,8 +838,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """See the class. Raises a ValueError for what it cannot do."""
         if loss_weights is not None and labels is None:
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
-        continues = past_key_values is not None and past_key_values.length > 0 and position_ids is None
-        if self.config.shift_logits and continues:
+        has_stored = isinstance(past_key_values, LoopMDMCache) and past_key_values.length > 0
+        if self.config.shift_logits and has_stored and position_ids is None:
             raise ValueError(
                 "This model predicts a token from the position before it, whose state a cache does not keep. Begin "
                 "the input one position earlier and give `position_ids`."

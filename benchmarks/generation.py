@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from common import CLOCKS, begin, in_turn, llada_config, llada_shapes, make_parser, peak_bytes, timed, write_result
-from references import (
+from reference_samplers import (
     FAST_DLLM,
     LLADA,
     PlainModel,

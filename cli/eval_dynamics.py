@@ -92,8 +92,8 @@ def dynamics(
 
 
 def _show(title: str, rows: list[dict[str, Any]]) -> None:
-    names = ("change", "distance", "masked_to_masked", "visible_to_masked", "loss", "accuracy", "changed")
-    names = [name for name in names if name in rows[0]]
+    known = ("change", "distance", "masked_to_masked", "visible_to_masked", "loss", "accuracy", "changed")
+    names = [name for name in known if name in rows[0]]
     columns = ["loop", *(name.replace("_", " ") for name in names)]
     # NaN: a quantity that the first loop does not have
     cells = [[row["loop"], *("" if row[name] != row[name] else f"{row[name]:.3g}" for name in names)] for row in rows]

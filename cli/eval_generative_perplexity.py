@@ -111,25 +111,18 @@ def _plan(
 
 def _read_samples(path: str, text_column: str, documents: str) -> list[str]:
     """The texts of a `.txt` or `.jsonl` file. Token ids are refused: the judge has a tokenizer of its own."""
-    from loopmdm.data import SEPARATORS, read_documents, read_jsonl
+    from loopmdm.data import read_rows, text_of
 
-    if not Path(path).is_file() or Path(path).suffix not in (".txt", ".jsonl"):
+    if Path(path).suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--samples {path} is not a .txt or .jsonl file.")
-    if Path(path).suffix == ".txt":
-        if documents not in SEPARATORS:
-            raise ValueError(f"--documents is {documents!r}; choose one of {', '.join(SEPARATORS)}.")
-        return list(read_documents(path, SEPARATORS[documents]))
     texts = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        value = row.get(text_column)
-        if isinstance(value, list):
+    for where, row in read_rows(path, documents):
+        if isinstance(row, dict) and isinstance(row.get(text_column), list):
             raise ValueError(
-                f"{path}, example {number}: {text_column!r} holds token ids, which mean something else to the judge; "
-                "decode them with the tokenizer of the model that made them."
+                f"{where}: {text_column!r} holds token ids, which mean something else to the judge; decode them with "
+                "the tokenizer of the model that made them."
             )
-        if not isinstance(value, str):
-            raise ValueError(f"{path}, example {number} has no text in {text_column!r}; it has {', '.join(row)}.")
-        texts.append(value)
+        texts.append(text_of(row, text_column, where))
     return texts
 
 
@@ -163,15 +156,10 @@ def _generate(
     model: Any, starts: list[list[int]], first: int, length: int, seed: int, arguments: dict[str, Any]
 ) -> list[list[int]]:
     """New tokens of samples `first` and on; each has a generator of its own, so that batches make no difference."""
-    import torch
-
+    from loopmdm.evaluation.texts import pad_left
     from loopmdm.objective import seeded_generator
 
-    width = max(map(len, starts))
-    input_ids, attention_mask = torch.zeros(2, len(starts), width, dtype=torch.long)
-    for row, start in enumerate(starts):
-        input_ids[row, width - len(start) :] = torch.tensor(start, dtype=torch.long)
-        attention_mask[row, width - len(start) :] = 1
+    input_ids, attention_mask = pad_left(starts)
     sequences = model.generate(
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
@@ -179,7 +167,7 @@ def _generate(
         generator=[seeded_generator(seed, "sample", first + row) for row in range(len(starts))],
         **arguments,
     )
-    return sequences[:, width:].tolist()
+    return sequences[:, input_ids.shape[1] :].tolist()
 
 
 def _judge(

@@ -26,7 +26,7 @@ class DiTFormat(Family):
         root (`str`): What all tensor names start with.
     """
 
-    ignored = (r".*rotary_emb\.inv_freq",)
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     root = "backbone."
 
     def is_modulated(self, source: Source) -> bool:
@@ -93,7 +93,7 @@ class DiTFormat(Family):
                 return copy(f"{block}{name}")
             return self._fold(source, f"{block}{name}", block, gate, _scale_rows)
 
-        layer = {
+        layer: dict[str, str | Recipe] = {
             **norm("input_layernorm", block, "norm1", SCALE, SHIFT),
             "self_attn.q_proj.weight": rows(f"{block}attn_qkv.weight", 0, size),
             "self_attn.k_proj.weight": rows(f"{block}attn_qkv.weight", size, 2 * size),

@@ -4,7 +4,7 @@ What a family of checkpoints is to the converter: how to recognise it, its confi
 tensor of the result the recipe that makes it from tensors of the source.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def zeros(like: str) -> Recipe:
     return Recipe((like,), "0 for each row", lambda tensor: tensor.new_zeros(tensor.shape[0]))
 
 
-def per_layer(num_layers: int, layer: dict[str, str | Recipe]) -> dict[str, Recipe]:
+def per_layer(num_layers: int, layer: Mapping[str, str | Recipe]) -> dict[str, Recipe]:
     """
     Repeats the recipes of one layer, by their names within it, for all layers: `{i}` in the source's names becomes the
     index. A plain name is a copy.

@@ -48,7 +48,8 @@ class GPT2Format(Family):
 
     def recipes(self, source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
         size, (body, embedding) = config["hidden_size"], self.names(source)
-        block, layer = f"{body}h.{{i}}.", {}
+        block = f"{body}h.{{i}}."
+        layer: dict[str, str | Recipe] = {}
         for target, name in (("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")):
             layer |= {f"{target}.{kind}": f"{block}{name}.{kind}" for kind in ("weight", "bias")}
         for target, name, columns in (

@@ -229,7 +229,7 @@ def _quantised(file: Path, name: str, dtype: Any) -> ValueError:
 class _Stub:
     """What stands for an object of any class that tensors do not need: takes all arguments and keeps its state."""
 
-    state = None
+    state: Any = None
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -286,4 +286,4 @@ def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise _quantised(file, name, tensor.dtype)
-    return {name: StoredTensor(tuple(t.shape), t.dtype, lambda t=t: t.detach()) for name, t in tensors.items()}, extras
+    return {name: StoredTensor(tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()}, extras

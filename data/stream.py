@@ -40,7 +40,7 @@ class ExampleStream(Dataset):
         self.num_examples = num_examples
         self.seed = seed
         self.transform = transform
-        self._epoch, self._order = -1, None
+        self._epoch, self._order = -1, []
 
     def __len__(self) -> int:
         return self.num_examples

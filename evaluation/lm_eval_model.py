@@ -317,8 +317,8 @@ class LoopMDMEvalModel(_Processes):
         arguments = dict(arguments)
         until = arguments.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
-        count = [arguments.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
-        count = next((value for value in count if value is not None), self.max_gen_toks)
+        counts = [arguments.pop(name, None) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")]
+        count = next((value for value in counts if value is not None), self.max_gen_toks)
         if not 1 <= count < self.max_length:
             raise ValueError(
                 f"`max_gen_toks` is {count}; it must be at least 1 and leave a part of `max_length` "

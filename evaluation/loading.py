@@ -26,20 +26,18 @@ def read_model_config(model: str) -> LoopMDMConfig:
 
 def load_model(model: str, dtype: str = "auto", device: str | None = None) -> LoopMDMForMaskedLM:
     """A LoopMDM in eval mode, on a GPU if there is one and no `device` is named."""
-    options = {"dtype": _check_dtype(dtype)}
-    place = _check_device(device)
+    dtype, place = _check_dtype(dtype), _check_device(device)
     read_model_config(model)
-    return LoopMDMForMaskedLM.from_pretrained(model, **options).to(place).eval()
+    return LoopMDMForMaskedLM.from_pretrained(model, dtype=dtype).to(place).eval()
 
 
 def load_judge(judge: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked."""
-    options = {"dtype": _check_dtype(dtype)}
-    place = _check_device(device)
+    dtype, place = _check_dtype(dtype), _check_device(device)
     if _read_config(judge).model_type == "loopmdm":
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
     tokenizer = load_tokenizer(judge)
-    model = AutoModelForCausalLM.from_pretrained(judge, use_safetensors=True, **options).to(place).eval()
+    model = AutoModelForCausalLM.from_pretrained(judge, dtype=dtype, use_safetensors=True).to(place).eval()
     check_judge(model, tokenizer)
     return model, tokenizer
 

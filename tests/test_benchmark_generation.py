@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import generation  # noqa: E402
-import references  # noqa: E402
+import reference_samplers as references  # noqa: E402
 
 
 @pytest.fixture(scope="module")

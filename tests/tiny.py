@@ -1,9 +1,23 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Tiny models for the tests: random, fast, and with weights large enough that every loop changes the logits."""
 
+from contextlib import contextmanager
+
 import torch
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+
+MASK, PAD = 22, 0
+BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
+# One of every way in which models differ that loops, caches and costs have to respect
+ARCHITECTURES = {
+    "rope": {},
+    "learned-plain-mlp": {"position_embedding_type": "learned", "use_gated_mlp": False, "norm_type": "layernorm"},
+    "gqa-qk-norm": {"num_key_value_heads": 2, "head_dim": 12, "use_qk_norm": True},
+    "shift-biases": {"shift_logits": True, **BIASES, "lm_head_bias": True},
+    "untied-no-tail": {"loop_end": 4, "tie_word_embeddings": False},
+    "all-is-mid": {"loop_start": 0, "loop_end": 4, "shift_logits": True},
+}
 
 
 def tiny_config(**overrides) -> LoopMDMConfig:
@@ -19,8 +33,8 @@ def tiny_config(**overrides) -> LoopMDMConfig:
         "loop_end": 3,
         "num_loops": 3,
         "initializer_range": 0.2,
-        "mask_token_id": 22,
-        "pad_token_id": 0,
+        "mask_token_id": MASK,
+        "pad_token_id": PAD,
     }
     return LoopMDMConfig(**values | overrides)
 
@@ -44,5 +58,22 @@ def randomize_vectors(model: torch.nn.Module) -> torch.nn.Module:
 def random_ids(batch_size: int, length: int, seed: int = 0) -> torch.LongTensor:
     """Tokens of `tiny_config`'s vocabulary without padding; about a third are [MASK]."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(1, 22, (batch_size, length), generator=generator)
-    return tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 1 / 3, 22)
+    tokens = torch.randint(1, MASK, (batch_size, length), generator=generator)
+    return tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 1 / 3, MASK)
+
+
+def scores(logits: torch.Tensor, mask_token_id: int = MASK) -> torch.Tensor:
+    """Logits of all tokens but [MASK], whose own are -inf: differences of those would be NaN."""
+    assert (logits[..., mask_token_id] == -torch.inf).all(), "the mask token has a chance"
+    return torch.cat((logits[..., :mask_token_id], logits[..., mask_token_id + 1 :]), -1)
+
+
+@contextmanager
+def counted_rows(module: torch.nn.Module):
+    """Yields a list that collects the number of rows of every call of `module`."""
+    rows = []
+    handle = module.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[:-1].numel()))
+    try:
+        yield rows
+    finally:
+        handle.remove()

@@ -1,9 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """PEFT on models with loops: which layers an adapter sits on."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..configuration_loopmdm import LoopMDMConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -21,7 +24,9 @@ def layers_of(config: LoopMDMConfig, part: str) -> list[int]:
     return parts[part]
 
 
-def lora_config(config: LoopMDMConfig, layers: str = "all", target_modules: Any = "all-linear", **options: Any):
+def lora_config(
+    config: LoopMDMConfig, layers: str = "all", target_modules: Any = "all-linear", **options: Any
+) -> "LoraConfig":
     """
     A peft `LoraConfig` for a LoopMDM.
 

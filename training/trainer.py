@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,7 @@ class LoopMDMTrainer(Trainer):
         return collator.clean([{"index": index, **dataset[index]} for index in range(len(dataset))])
 
     @contextlib.contextmanager
-    def averaged_weights(self):
+    def averaged_weights(self) -> Iterator[None]:
         """Puts the moving average in place of the weights meanwhile, where there is one."""
         if self.ema is None or self.ema.n_averaged == 0:
             yield

@@ -112,7 +112,7 @@ class LLaDA(Family):
 
     def projections(self, config: dict, is_fused: bool) -> dict[str, tuple]:
         """For every projection of a layer: the source's, and which of its rows where several are fused."""
-        parts = {"self_attn.o_proj": ("attn_out",), "mlp.down_proj": ("ff_out",)}
+        parts: dict[str, tuple] = {"self_attn.o_proj": ("attn_out",), "mlp.down_proj": ("ff_out",)}
         if not is_fused:
             parts |= {f"self_attn.{part}_proj": (f"{part}_proj",) for part in "qkv"}
             return {**parts, "mlp.gate_proj": ("ff_proj",), "mlp.up_proj": ("up_proj",)}

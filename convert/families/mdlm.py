@@ -31,7 +31,7 @@ class MDLM(DiTFormat):
                 "parameters in order, so nothing tells which is which."
             )
         source.tensors |= {
-            name: StoredTensor(tuple(average.shape), average.dtype, lambda average=average: average)
+            name: StoredTensor(tuple(average.shape), average.dtype, average.detach)
             for name, average in zip(parameters, shadow, strict=True)
         }
         return source

@@ -82,7 +82,7 @@ class SMDM(Family):
 
             return Recipe((f"{LAYER}attn.attn.weight",), f"{name} of every head", compute)
 
-        layer = {
+        layer: dict[str, str | Recipe] = {
             "input_layernorm.weight": f"{LAYER}norm_1.weight",
             "self_attn.q_proj.weight": part("q", 0, queries),
             "self_attn.k_proj.weight": part("k", queries, queries + 1),

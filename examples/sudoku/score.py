@@ -39,7 +39,9 @@ def answer(model, tokenizer, boards: list[str], num_loops: int, max_denoising_st
             return_dict_in_generate=True,
         )
         answers += tokenizer.batch_decode(outputs.sequences)
-        layer_passes += outputs.layer_passes.tolist()
+        config = model.config
+        once = outputs.forward_passes * (config.num_hidden_layers - config.num_mid_layers)
+        layer_passes += (once + outputs.loops * config.num_mid_layers).tolist()
     return answers, layer_passes
 
 

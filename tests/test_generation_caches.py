@@ -1,0 +1,381 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+What `generate` computes and what it reads from a cache: exact caching, Fast-dLLM's caches by their definition, loops and
+exit rules, and turns that go on from a cache. The references are in generation_reference.py.
+"""
+
+import re
+from functools import partial
+
+import pytest
+import torch
+from generation_reference import (
+    BLOCK,
+    MASK,
+    ROWS,
+    Stored,
+    assert_equals_reference,
+    batch_of,
+    block_exits,
+    double_model,
+    plain,
+    real_tokens,
+    run,
+    seeded,
+)
+from tiny import tiny_model
+from transformers import DynamicCache
+
+from loopmdm.cache_utils import CachePlan, DualCache, LoopMDMCache
+from loopmdm.loop_policies import LoopPolicy
+
+PROMPT = torch.tensor([ROWS[0]])
+
+
+def block_model(**overrides):
+    return double_model(attention_block_size=BLOCK, **overrides)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return double_model()
+
+
+@pytest.fixture(scope="module")
+def causal():
+    return block_model()
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+# Exact caching (test_generation.py has it for every commit rule)
+
+
+CAUSAL_MODELS = {
+    "rope": {},
+    "gqa-qk-norm": {"num_key_value_heads": 2, "use_qk_norm": True},
+    "learned-shift": {"position_embedding_type": "learned", "shift_logits": True},
+    "shift": {"shift_logits": True},
+    "no-tail": {"loop_end": 4},
+    "damped": {"loop_update": "damped"},
+}
+causal_models = pytest.mark.parametrize("overrides", CAUSAL_MODELS.values(), ids=CAUSAL_MODELS)
+
+
+@causal_models
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_exact_caching_changes_nothing(overrides, use_cache):
+    arguments = {"max_new_tokens": 11, "max_denoising_steps": 3, "num_loops": 3}
+    assert_equals_reference(block_model(**overrides), options={"use_cache": use_cache}, **arguments)
+
+
+def test_exact_caching_saves_what_is_finished(causal):
+    cached, plain = (run(causal, PROMPT, max_new_tokens=14, use_cache=use_cache) for use_cache in (None, False))
+    assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
+    assert plain.past_key_values is None and cached.past_key_values.get_seq_length() == 16
+
+
+def test_guidance_and_lists_of_loops_with_use_cache(causal):
+    """The first keeps two rows in the cache; the second cannot be cached, and is not."""
+    options = {"use_cache": True}
+    for arguments in ({"guidance_scale": 1.7}, {"num_loops": [1, 3]}):
+        output = assert_equals_reference(causal, options=options, max_new_tokens=9, block_length=4, **arguments)
+        assert output.past_key_values is None
+
+
+def test_use_cache_has_no_effect_on_models_of_whole_sequence_attention(model):
+    outputs = [run(model, PROMPT, max_new_tokens=5, use_cache=use_cache) for use_cache in (None, True, False)]
+    for output in outputs:
+        assert torch.equal(output.sequences, outputs[0].sequences) and output.past_key_values is None
+        assert torch.equal(output.flops, outputs[0].flops)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_caching_in_other_dtypes(attention, dtype):
+    model = tiny_model(attention_block_size=BLOCK).to(dtype)
+    model.set_attn_implementation(attention)
+    ids, mask = batch_of(ROWS)
+    cached, plain = (model.generate(ids, mask, max_new_tokens=12, use_cache=use_cache) for use_cache in (True, False))
+    assert (cached != MASK).all()
+    if dtype == torch.float32:
+        assert torch.equal(cached, plain)
+
+
+# Approximate caching
+
+
+APPROXIMATE_MODELS = {
+    "rope": {},
+    "gqa-qk-norm": {"num_key_value_heads": 2, "use_qk_norm": True},
+    "learned-shift": {"position_embedding_type": "learned", "shift_logits": True},
+    "no-head": {"loop_start": 0, "loop_end": 2},
+    "damped": {"loop_update": "damped"},
+}
+
+
+def assert_equals_stored(model, kind="dual", interval=None, loop_tolerance=None, visible_loops=None, **arguments):
+    options = {"cache_implementation": kind, "cache_refresh_interval": interval}
+    options |= {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops}
+    predictor = partial(Stored, kind=kind, interval=interval, tolerance=loop_tolerance, visible_loops=visible_loops)
+    arguments = {"max_new_tokens": 9, "block_length": 5, "num_loops": 3} | arguments
+    return assert_equals_reference(model, predictor, options=options, **arguments)
+
+
+@pytest.mark.parametrize("overrides", APPROXIMATE_MODELS.values(), ids=APPROXIMATE_MODELS)
+@pytest.mark.parametrize(("kind", "interval"), [("dual", None), ("dual", 3), ("prefix", None), ("prefix", 2)])
+def test_approximate_caches_equal_keys_stored_by_hand(overrides, kind, interval):
+    assert_equals_stored(double_model(**overrides), kind, interval)
+
+
+@pytest.mark.parametrize("shift_logits", [False, True])
+@pytest.mark.parametrize("kind", ["dual", "prefix"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_denoising_steps": 2, "block_length": 3},
+        {"block_length": None},
+        {"num_loops": [1, 3, 2]},
+        {"confidence_threshold": 0.3},
+        {"guidance_scale": 1.5},
+        {"unmasking": "ancestral", "max_denoising_steps": 12},
+        {"unmasking": "ancestral", "max_denoising_steps": 12, "interval": 3},
+        {"remask_probability": 0.4, "max_denoising_steps": 7, "do_sample": True},
+        {"eos_token_id": tuple(range(1, 12))},
+        {"num_loops": 4, "loop_tolerance": 0.45},
+        {"num_loops": 4, "visible_loops": 1},
+        {"num_loops": 4, "visible_loops": 2, "guidance_scale": 1.5},
+    ],
+    ids=str,
+)
+def test_approximate_caches_with_other_arguments(shift_logits, kind, arguments):
+    assert_equals_stored(double_model(shift_logits=shift_logits), kind, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "dual"])
+def test_approximations_that_leave_nothing_out_equal_no_cache(model, kind):
+    ids, mask = batch_of(ROWS)
+    for more, refresh in (({}, {"cache_refresh_interval": 1}), ({"max_denoising_steps": 1}, {})):
+        arguments = {"max_new_tokens": 9, "block_length": 5, **more}
+        plain, found = (run(model, ids, mask, **arguments, **how) for how in ({}, {"cache_implementation": kind, **refresh}))
+        assert torch.equal(found.sequences, plain.sequences) and torch.equal(found.flops, plain.flops)
+
+
+def test_approximations_do_approximate(model):
+    """Or the tests above would show nothing."""
+    ways = ({}, {"cache_implementation": "dual"}, {"cache_implementation": "prefix"})
+    results = [model.generate(PROMPT, max_new_tokens=24, block_length=8, **how)[0].tolist() for how in ways]
+    assert results[0] != results[1] != results[2] != results[0]
+
+
+def test_a_way_of_caching_of_ones_own(model):
+    class Wider(DualCache):
+        def until(self, stops, lengths):
+            return lengths
+
+    ids, mask = batch_of(ROWS)
+    for own, named in ((Wider, "prefix"), (CachePlan, None)):
+        own, named = (
+            run(model, ids, mask, max_new_tokens=9, block_length=5, cache_implementation=how) for how in (own, named)
+        )
+        assert torch.equal(own.sequences, named.sequences) and torch.equal(own.flops, named.flops)
+
+
+# Exit rules
+
+
+@pytest.mark.parametrize("shift_logits", [False, True])
+@pytest.mark.parametrize("exits", [{"loop_tolerance": 0.3}, {"loop_tolerance": 0.6}, {"visible_loops": 2}], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"guidance_scale": 1.5}, {"num_loops": [2, 4]}], ids=str)
+def test_exit_rules_equal_those_of_forward(shift_logits, exits, arguments):
+    arguments = {"max_new_tokens": 7, "num_loops": 4} | arguments
+    assert_equals_reference(double_model(shift_logits=shift_logits), partial(plain, **exits), options=exits, **arguments)
+
+
+@pytest.mark.parametrize("shift_logits", [False, True])
+@pytest.mark.parametrize("exits", [{"loop_tolerance": 0.5}, {"visible_loops": 1}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"guidance_scale": 1.5}, {"unmasking": "ancestral", "max_denoising_steps": 9}], ids=str
+)
+def test_exit_rules_of_block_causal_models_leave_finished_blocks_alone(shift_logits, exits, arguments):
+    # Without `shift_logits` visible tokens loop alike before and after their block is finished.
+    predictor = plain if "visible_loops" in exits and not shift_logits else block_exits
+    arguments = {"max_new_tokens": 7, "num_loops": 4} | arguments
+    model = block_model(shift_logits=shift_logits)
+    assert_equals_reference(model, partial(predictor, **exits), options=exits, **arguments)
+
+
+def test_extreme_exits_equal_plain_loops(model):
+    ids, mask = batch_of(ROWS)
+    four, once = (run(model, ids, mask, max_new_tokens=8, num_loops=loops) for loops in (4, 1))
+    for exits, expected in (
+        ({"loop_tolerance": 0.0}, four),
+        ({"loop_tolerance": 1e9}, once),
+        ({"visible_loops": 4}, four),
+    ):
+        found = run(model, ids, mask, max_new_tokens=8, num_loops=4, **exits)
+        for name in ("sequences", "loops", "flops"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), (exits, name)
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+def test_an_exit_rule_of_ones_own(model, per_position):
+    class Twice(LoopPolicy):
+        def goes_on(self, index, before, after, part):
+            return torch.full(after.shape[: 2 if per_position else 1], index < 1)
+
+    policy = Twice()
+    policy.per_position = per_position
+    ids, mask = batch_of(ROWS)
+    found = run(model, ids, mask, max_new_tokens=6, num_loops=5, loop_policy=policy)
+    expected = run(model, ids, mask, max_new_tokens=6, num_loops=2)
+    for name in ("sequences", "loops", "flops"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("arguments", [{"use_cache": False}, {"num_loops": [1, 2]}], ids=str)
+@pytest.mark.parametrize("exits", [{"loop_tolerance": 0.1}, {"loop_policy": LoopPolicy()}], ids=str)
+def test_exit_rules_of_block_causal_models_need_the_cache(causal, exits, arguments):
+    with pytest.raises(ValueError, match="In a block-causal model an exit rule needs the cache"):
+        causal.generate(PROMPT, max_new_tokens=4, **exits, **arguments)
+
+
+# Turns that go on from a cache
+
+
+@causal_models
+@pytest.mark.parametrize("more", [{}, {"loop_tolerance": 0.4}, {"eos_token_id": [3, 14, 6]}, {"visible_loops": 1}], ids=str)
+def test_turns_go_on_from_a_cache(overrides, more):
+    if overrides.get("loop_update") == "damped" and ("loop_tolerance" in more or "visible_loops" in more):
+        pytest.skip("refused")
+    model, rows, cache = block_model(**overrides), [[5, 3, 8, 1, 9, 2], [7, 6, 1]], None
+    for turn in range(3):
+        ids, mask = batch_of(rows)
+        plain, cached = (run(model, ids, mask, max_new_tokens=6, past_key_values=past, **more) for past in (None, cache))
+        assert torch.equal(cached.sequences, plain.sequences)
+        assert turn == 0 or (cached.flops < plain.flops).all()
+        cache = cached.past_key_values
+        rows = [[*row, 4 + turn, 9] for row in real_tokens(cached.sequences, mask)]
+        assert all(length % BLOCK == 0 for length in cache.lengths.tolist())
+        assert 0 < cache.get_seq_length() <= max(map(len, rows))
+
+
+def test_a_cropped_cache_serves_another_continuation(causal):
+    first = run(causal, PROMPT, max_new_tokens=14)
+    other, cache = first.sequences.clone(), first.past_key_values
+    other[:, 10:] = 1 + (other[:, 10:] + 5) % 20
+    with pytest.raises(ValueError, match=r"from position 10 of row 0 on; `past_key_values.crop\(10\)`"):
+        causal.generate(other, max_new_tokens=5, past_key_values=cache)
+    with pytest.raises(ValueError, match="other tokens than the input from position 2"):
+        causal.generate(other[:, :2], max_new_tokens=0, past_key_values=cache)
+    cache.crop(10)
+    assert cache.get_seq_length() == 8
+    again, plain = (run(causal, other, max_new_tokens=5, past_key_values=past) for past in (cache, None))
+    assert torch.equal(again.sequences, plain.sequences) and (again.flops < plain.flops).all()
+
+
+def test_caches_of_generate_and_of_forward_serve_each_other(causal):
+    output = run(causal, torch.tensor([[5, 3, 8, 1, 9, 2], [6, 4, 2, 2, 7, 1]]), max_new_tokens=12)
+    ids, cache = output.sequences, output.past_key_values
+    assert cache.get_seq_length() == 16
+    logits = causal(ids[:, 16:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, causal(ids).logits[:, 16:], rtol=1e-10, atol=1e-10)
+
+    cache = causal(ids[:, :8], use_cache=True).past_key_values
+    cached, plain = (run(causal, ids[:, :9], max_new_tokens=9, past_key_values=past) for past in (cache, None))
+    assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
+
+
+def test_a_failed_call_leaves_the_cache_usable(causal):
+    output = run(causal, PROMPT, max_new_tokens=6)
+    cache, ids = output.past_key_values, output.sequences
+    with pytest.raises(ValueError, match="No token can be chosen"):
+        causal.generate(
+            ids, max_new_tokens=4, past_key_values=cache, logits_processor=[lambda ids, scores: scores.fill_(-torch.inf)]
+        )
+    stored, longer = cache.get_seq_length(), torch.cat((ids, torch.tensor([[4, 7, 9, 3, 2, 6, 1, 8]])), dim=1)
+    logits = causal(longer[:, stored:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, causal(longer).logits[:, stored:], rtol=1e-10, atol=1e-10)
+
+
+def test_rows_that_had_nothing_to_do_are_stored_in_the_next_turn(causal):
+    ids = torch.tensor([[5, 3, 8, 1, 9, 2], [5, 3, 8, 1, 9, MASK]])
+    output = run(causal, ids)
+    assert output.past_key_values.lengths.tolist() == [0, 4]
+    plain, cached = (
+        causal.generate(output.sequences, max_new_tokens=4, past_key_values=past)
+        for past in (None, output.past_key_values)
+    )
+    assert torch.equal(plain, cached)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        (lambda config, cache: LoopMDMCache(config, 2, 3), {}, "made for rows=3 and is used with 1"),
+        (lambda config, cache: cache, {"num_loops": 3}, "num_loops=2 and is used with 3"),
+        (lambda config, cache: cache, {"visible_loops": 1}, "visible_loops=None and is used with 1"),
+        (lambda config, cache: DynamicCache(), {}, "must be a LoopMDMCache"),
+        (lambda config, cache: LoopMDMCache(config, 2, 1, share_loops=True), {}, "with a place for every loop"),
+        (lambda config, cache: cache, {"guidance_scale": 2.0}, "no guidance"),
+        (lambda config, cache: cache, {"num_loops": [2, 2]}, "one `num_loops` for all steps"),
+        (lambda config, cache: cache, {"use_cache": False}, "`use_cache` not False"),
+    ],
+    ids=["rows", "loops", "visible", "dynamic", "shared", "guidance", "list", "no-cache"],
+)
+def test_foreign_caches_are_refused_before_anything_runs(monkeypatch, causal, change, arguments, message):
+    output = run(causal, PROMPT, max_new_tokens=6)
+    cache = change(causal.config, output.past_key_values)
+    monkeypatch.setattr(type(causal.model), "forward", lambda *args, **kwargs: pytest.fail("ran all the same"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        causal.generate(output.sequences, max_new_tokens=6, past_key_values=cache, **arguments)
+
+
+def test_models_of_whole_sequence_attention_take_no_cache(model):
+    with pytest.raises(ValueError, match="serves block-causal models"):
+        model.generate(PROMPT, max_new_tokens=2, past_key_values=LoopMDMCache(model.config, 2, 1))
+
+
+# Compiled layers
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in torch
+@pytest.mark.parametrize("overrides", [{}, {"attention_block_size": BLOCK}], ids=["whole", "block"])
+def test_compiled_layers_give_the_same_tokens_and_are_not_compiled_again(overrides):
+    import torch._dynamo
+
+    def generate(model, number, block_length, **arguments):
+        ids, mask = batch_of(ROWS[:2])
+        return model.generate(ids, mask, max_new_tokens=14 + number, block_length=block_length, **arguments)
+
+    stats = torch._dynamo.utils.counters["stats"]
+    plain, model, graphs = tiny_model(**overrides), tiny_model(**overrides), []
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    torch._dynamo.reset()
+    stats.clear()
+    # Behind its limit dynamo would run the layers as they are.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        for call in ((0, 8, 2), (1, 12, 3), (2, 4, 1)):
+            number, block_length, num_loops = call
+            found, expected = (generate(one, number, block_length, num_loops=num_loops) for one in (model, plain))
+            assert torch.equal(found, expected)
+            graphs.append(stats["unique_graphs"])
+    torch._dynamo.reset()
+    stats.clear()
+    assert 0 < graphs[0] <= 8 and graphs[1] == graphs[2], graphs  # dynamo's own limit is 8
+
+
+def test_chance_with_caches_is_that_of_the_row_alone(model, causal):
+    ids, mask = batch_of(ROWS, "scattered")
+    for one, how in ((model, {"cache_implementation": "dual", "block_length": 5}), (causal, {})):
+        arguments = {"max_new_tokens": 9, "do_sample": True, "unmasking": "random", **how}
+        together = run(one, ids, mask, generator=[seeded(number) for number in range(3)], **arguments)
+        for number, tokens in enumerate(real_tokens(together.sequences, mask)):
+            alone = run(one, torch.tensor([ROWS[number]]), generator=[seeded(number)], **arguments)
+            assert tokens == alone.sequences[0].tolist()
+            assert together.flops[number] == alone.flops[0]
