@@ -138,7 +138,15 @@ def test_confidence_threshold(threshold, expected):
 @pytest.mark.parametrize(
     ("bound", "expected"),
     # In ascending order the entropies are 0.74, 1.05, 1.07, 1.41; all but the largest sum to 0, 0.74, 1.80, 2.86.
-    [(0.0, [2]), (0.73, [2]), (0.75, [1, 2]), (1.79, [1, 2]), (1.81, [0, 1, 2]), (2.85, [0, 1, 2]), (2.9, [0, 1, 2, 3])],
+    [
+        (0.0, [2]),
+        (0.73, [2]),
+        (0.75, [1, 2]),
+        (1.79, [1, 2]),
+        (1.81, [0, 1, 2]),
+        (2.85, [0, 1, 2]),
+        (2.9, [0, 1, 2, 3]),
+    ],
 )
 def test_entropy_bound(bound, expected):
     assert picked(rule_for(entropy_bound=bound), make_step(num_steps=4)) == expected

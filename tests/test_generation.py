@@ -127,7 +127,9 @@ def test_any_batch_equals_the_reference(by_name, rows, side, name, chance, **arg
     assert_equals_reference(by_name[name], rows=rows, sides=[side], **chance, **arguments)
 
 
-@pytest.mark.parametrize("block_length", [1, 3, 5])  # whole-sequence attention: any length, counted from the first [MASK]
+@pytest.mark.parametrize(
+    "block_length", [1, 3, 5]
+)  # whole-sequence attention: any length, counted from the first [MASK]
 def test_blocks_of_any_length(model, block_length):
     assert_equals_reference(model, sides=["left", "right"], max_new_tokens=7, block_length=block_length)
 
@@ -477,7 +479,9 @@ def test_criteria_leave_rows_independent():
     model = tiny_model(attention_block_size=4)
     criteria = StoppingCriteriaList([EosTokenCriteria(4)])
     batch = torch.tensor([[0, 0, 3, 7, 9, 5], [1, 2, 4, 8, 6, 5]])
-    together, alone = (model.generate(ids, max_new_tokens=12, stopping_criteria=criteria) for ids in (batch, batch[1:]))
+    together, alone = (
+        model.generate(ids, max_new_tokens=12, stopping_criteria=criteria) for ids in (batch, batch[1:])
+    )
     assert torch.equal(together[1], alone[0])
 
 

@@ -161,7 +161,9 @@ def test_approximations_that_leave_nothing_out_equal_no_cache(model, kind):
     ids, mask = batch_of(ROWS)
     for more, refresh in (({}, {"cache_refresh_interval": 1}), ({"max_denoising_steps": 1}, {})):
         arguments = {"max_new_tokens": 9, "block_length": 5, **more}
-        plain, found = (run(model, ids, mask, **arguments, **how) for how in ({}, {"cache_implementation": kind, **refresh}))
+        plain, found = (
+            run(model, ids, mask, **arguments, **how) for how in ({}, {"cache_implementation": kind, **refresh})
+        )
         assert torch.equal(found.sequences, plain.sequences) and torch.equal(found.flops, plain.flops)
 
 
@@ -193,7 +195,9 @@ def test_a_way_of_caching_of_ones_own(model):
 @pytest.mark.parametrize("arguments", [{}, {"guidance_scale": 1.5}, {"num_loops": [2, 4]}], ids=str)
 def test_exit_rules_equal_those_of_forward(shift_logits, exits, arguments):
     arguments = {"max_new_tokens": 7, "num_loops": 4} | arguments
-    assert_equals_reference(double_model(shift_logits=shift_logits), partial(plain, **exits), options=exits, **arguments)
+    assert_equals_reference(
+        double_model(shift_logits=shift_logits), partial(plain, **exits), options=exits, **arguments
+    )
 
 
 @pytest.mark.parametrize("shift_logits", [False, True])
@@ -248,14 +252,18 @@ def test_exit_rules_of_block_causal_models_need_the_cache(causal, exits, argumen
 
 
 @causal_models
-@pytest.mark.parametrize("more", [{}, {"loop_tolerance": 0.4}, {"eos_token_id": [3, 14, 6]}, {"visible_loops": 1}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"loop_tolerance": 0.4}, {"eos_token_id": [3, 14, 6]}, {"visible_loops": 1}], ids=str
+)
 def test_turns_go_on_from_a_cache(overrides, more):
     if overrides.get("loop_update") == "damped" and ("loop_tolerance" in more or "visible_loops" in more):
         pytest.skip("refused")
     model, rows, cache = block_model(**overrides), [[5, 3, 8, 1, 9, 2], [7, 6, 1]], None
     for turn in range(3):
         ids, mask = batch_of(rows)
-        plain, cached = (run(model, ids, mask, max_new_tokens=6, past_key_values=past, **more) for past in (None, cache))
+        plain, cached = (
+            run(model, ids, mask, max_new_tokens=6, past_key_values=past, **more) for past in (None, cache)
+        )
         assert torch.equal(cached.sequences, plain.sequences)
         assert turn == 0 or (cached.flops < plain.flops).all()
         cache = cached.past_key_values
@@ -295,7 +303,10 @@ def test_a_failed_call_leaves_the_cache_usable(causal):
     cache, ids = output.past_key_values, output.sequences
     with pytest.raises(ValueError, match="No token can be chosen"):
         causal.generate(
-            ids, max_new_tokens=4, past_key_values=cache, logits_processor=[lambda ids, scores: scores.fill_(-torch.inf)]
+            ids,
+            max_new_tokens=4,
+            past_key_values=cache,
+            logits_processor=[lambda ids, scores: scores.fill_(-torch.inf)],
         )
     stored, longer = cache.get_seq_length(), torch.cat((ids, torch.tensor([[4, 7, 9, 3, 2, 6, 1, 8]])), dim=1)
     logits = causal(longer[:, stored:], past_key_values=cache).logits
