@@ -288,9 +288,11 @@ class Canvas:
         its own real tokens. What stops a row whatever its text (a time limit) ends it behind the block.
         """
         stops = torch.zeros_like(self.to_denoise)
-        for row in (~self.finished).nonzero().flatten().tolist() if criteria else []:
+        for row in range(len(stops)) if criteria else []:
             tokens = self.sequences[row][self.real[row]]
-            columns = (self.block_of[row] == block.index).nonzero().flatten().tolist()
+            # Also of a row that the block's end token has ended: the criteria may stop it before.
+            members = (self.block_of[row] == block.index) & (self.columns <= self.ends[row])
+            columns = members.nonzero().flatten().tolist()
             lengths = (self.position[row, columns] + 1).tolist()
             hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
             # No criterion takes an empty text; a [MASK] stands for it.

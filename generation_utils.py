@@ -231,7 +231,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         return cls(**{name: values.get(name) for name in names}, _from_model_config=True)
 
 
-def check_argument(name: str, value: Any, kind: Any, low: float | None = None, high: float = math.inf) -> None:
+def check_argument(name: str, value: Any, kind: Any, low: Any = None, high: Any = math.inf) -> None:
     """Raises a ValueError where `value` is not of the `kind`, or not a finite number from `low` to `high`."""
     accepted = int | float if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
@@ -245,7 +245,8 @@ def check_argument(name: str, value: Any, kind: Any, low: float | None = None, h
 def reject_unknown(arguments: dict[str, Any]) -> None:
     """Raises a ValueError for the first argument that `generate` does not take, and says what to use."""
     for name, value in arguments.items():
-        if name in TRANSFORMERS_NAMES | NEUTRAL_VALUES.keys() and (not value or value == NEUTRAL_VALUES.get(name)):
+        is_neutral = not isinstance(value, torch.Tensor) and (not value or value == NEUTRAL_VALUES.get(name))
+        if name in TRANSFORMERS_NAMES | NEUTRAL_VALUES.keys() and is_neutral:
             continue
         close = difflib.get_close_matches(name, LoopMDMGenerationConfig.FIELDS, n=1)
         fix = OTHER_NAMES.get(name) or (f"did you mean `{close[0]}`?" if close else "see LoopMDMGenerationConfig")
@@ -326,7 +327,8 @@ class Denoiser:
         has_exits = block_size is not None and is_adaptive
         kind = BlockCausalCache if self.is_exact or has_exits else config.cache_implementation or CachePlan
         settings = self.copies, config.cache_refresh_interval, config.visible_loops
-        self.plan: CachePlan = CACHE_PLANS.get(kind, kind)(model.config, canvas.lengths, max(self.loops), *settings)
+        kind = CACHE_PLANS[kind] if isinstance(kind, str) else kind
+        self.plan: CachePlan = kind(model.config, canvas.lengths, max(self.loops), *settings)
         self.plan.has_exits = has_exits
         if cache is not None:
             self._check_cache(cache)
@@ -609,7 +611,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     break
                 denoiser.predict(block, step)
                 self._choose(canvas, step, processors, config.do_sample or rule.draws_tokens)
-                commit = rule(step)
+                commit = rule(step) & step.masked  # a rule of one's own may mark fillers, which are given tokens
                 canvas.commit(step, commit)
                 canvas.end_at(eos_token_ids)
                 for watcher in watchers:
@@ -685,6 +687,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             new = 0 if config.max_length is None else config.max_length - length
         repeats, limit, wrong = config.num_return_sequences, self.config.max_position_embeddings, None
         num_rows, generators = len(input_ids) * repeats, _as_list(generator)
+        generator = generators if isinstance(generator, tuple) else generator
         if new < 0:
             wrong = (
                 f"`max_length` is {config.max_length}, less than the {length} tokens of input; use `max_new_tokens`"

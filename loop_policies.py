@@ -104,14 +104,16 @@ def iterate_while_moving(
     """`LoopMDMModel.iterate` by a policy: after every loop, what is settled leaves the part that loops on."""
     if policy.per_position and context.cache is None:
         # The positions' own keys and values, for this pass alone, numbered by column
-        memory = LoopMDMCache(model.config, 1, *states.shape[:2], share_loops=True)
+        batch_size, length = states.shape[:2]
+        memory = LoopMDMCache(model.config, 1, batch_size, length, share_loops=True)
         columns = torch.arange(states.shape[1], device=states.device)
         view = CacheView(memory, None, columns, torch.tensor([len(columns)]))
         context = replace(context, cache=view)
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
     # Of the part: its context, what of it moves, its states, and where they belong (None: everywhere)
-    part, own, before, where = context, moving, states, None
+    where: tuple | None = None
+    part, own, before = context, moving, states
     for index in range(num_loops):
         if where is not None and context.cache is not None:
             context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
