@@ -4,7 +4,7 @@ mid run on every position at every loop, whatever has stopped."""
 
 import copy
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from tiny import MASK
@@ -135,7 +135,7 @@ def masks_and_their_sources(model: LoopMDMForMaskedLM, ids: torch.Tensor, mask, 
     found = (ids == MASK) & mask.bool()
     for row, parts in enumerate(groups(mask, documents) if model.config.shift_logits else []):
         for part in parts:
-            for before, column in zip(part, part[1:], strict=False):
+            for before, column in pairwise(part):
                 found[row, before] |= bool(ids[row, column] == MASK)
     return found
 

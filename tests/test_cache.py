@@ -169,9 +169,10 @@ def test_selected_rows_see_their_own_keys(overrides):
         torch.testing.assert_close(logits[1], plain(model, ids[1])[12:], **EXACT)
 
 
-@pytest.mark.parametrize(
-    ("crop", "kept"), [(8, 8), (9, 8), (-4, 8), (-1, 8), (3, 0), (0, 0), (-99, 0), (12, 12), (99, 12)]
-)
+CROPS = [(8, 8), (9, 8), (-4, 8), (-1, 8), (3, 0), (0, 0), (-99, 0), (12, 12), (99, 12)]
+
+
+@pytest.mark.parametrize(("crop", "kept"), CROPS)
 def test_a_cropped_cache_is_filled_anew(model, crop, kept):
     row, other = tokens(12), tokens(16, seed=1)
     cache = filled(model, torch.tensor([row]))

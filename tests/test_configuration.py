@@ -12,10 +12,8 @@ from transformers import AutoConfig
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 
-SIZES = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "max_position_embeddings attention_block_size num_loops max_train_loops"
-).split()
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings", "num_hidden_layers"]
+SIZES += ["num_attention_heads", "num_key_value_heads", "attention_block_size", "num_loops", "max_train_loops"]
 # Overrides of a valid configuration, and what the error must say: the value and how to repair it.
 BAD_VALUES = [
     *(({name: value}, f"`{name}` is {value}; it must be at least 1") for name in SIZES for value in (0, -4)),

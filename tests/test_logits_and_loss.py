@@ -117,13 +117,11 @@ def training_batch(batch_size=4, length=9, seed=0):
 def plain_loss(logits, labels, weights, num_items=None):
     """One label after the other."""
     total, count = 0.0, 0
-    for scores_, row_labels, row_weights in zip(
-        scores(logits).tolist(), labels.tolist(), weights.tolist(), strict=True
-    ):
-        for each, label, weight in zip(scores_, row_labels, row_weights, strict=True):
-            if label != -100:
-                total += weight * (math.log(sum(map(math.exp, each))) - each[label])
-                count += 1
+    flat = scores(logits).flatten(0, 1).tolist(), labels.flatten().tolist(), weights.flatten().tolist()
+    for each, label, weight in zip(*flat, strict=True):
+        if label != -100:
+            total += weight * (math.log(sum(map(math.exp, each))) - each[label])
+            count += 1
     return total / (num_items or count)
 
 
