@@ -399,7 +399,7 @@ class Denoiser:
         positions = positions.clamp(max=canvas.column.shape[1] - 1)
         columns = canvas.column[rows].gather(1, positions)
         input_ids = canvas.sequences[rows].gather(1, columns)
-        exits, wanted, num_wanted = {}, rows.new_zeros(len(rows), 1), 0  # one, as attention of no query fails
+        exits, wanted, num_wanted = {}, rows.new_zeros(len(rows), 1), copies  # one, as attention of none fails
         if forward_pass.predicts:
             exits = {"loop_tolerance": config.loop_tolerance, "loop_policy": config.loop_policy}
             wanted = (canvas.position[rows].gather(1, step.columns) - starts[:, None]).clamp(min=0, max=width - 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import torch
-from tiny import tiny_config, tiny_model
+from tiny import MASK, PAD, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.modeling_loopmdm import LoopMDMMaskedLMOutput
 
-MASK, PAD, BLOCK = 22, 0, 4  # of tiny_config, and the attention blocks of block-causal models
+BLOCK = 4  # of the attention of block-causal models
 # Every row has a known token: positions that see nothing but [MASK] are ties, which rounding breaks.
 ROWS = [[5, 3, 8, 1, 9, 2], [7, MASK, 6], [4, MASK, 11, 8, MASK, 2, 9, 1, 3]]
 

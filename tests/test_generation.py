@@ -10,8 +10,6 @@ import pytest
 import torch
 from generation_reference import (
     BLOCK,
-    MASK,
-    PAD,
     TableModel,
     assert_equals_reference,
     batch_of,
@@ -26,7 +24,7 @@ from generation_reference import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import MASK, PAD, tiny_model
 from transformers import (
     EosTokenCriteria,
     LogitsProcessor,

@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo as dynamo
 from generation_reference import (
     BLOCK,
-    MASK,
     ROWS,
     Stored,
     assert_equals_reference,
@@ -23,7 +23,7 @@ from generation_reference import (
     run,
     seeded,
 )
-from tiny import tiny_model
+from tiny import MASK, tiny_model
 from transformers import DynamicCache
 
 from loopmdm.cache_utils import CachePlan, DualCache, LoopMDMCache
@@ -187,6 +187,17 @@ def test_a_way_of_caching_of_ones_own(model):
         assert torch.equal(own.sequences, named.sequences) and torch.equal(own.flops, named.flops)
 
 
+def test_chance_with_caches_is_that_of_the_row_alone(model, causal):
+    ids, mask = batch_of(ROWS, "scattered")
+    for one, how in ((model, {"cache_implementation": "dual", "block_length": 5}), (causal, {})):
+        arguments = {"max_new_tokens": 9, "do_sample": True, "unmasking": "random", **how}
+        together = run(one, ids, mask, generator=[seeded(number) for number in range(3)], **arguments)
+        for number, tokens in enumerate(real_tokens(together.sequences, mask)):
+            alone = run(one, torch.tensor([ROWS[number]]), generator=[seeded(number)], **arguments)
+            assert tokens == alone.sequences[0].tolist()
+            assert together.flops[number] == alone.flops[0]
+
+
 # Exit rules
 
 
@@ -200,17 +211,27 @@ def test_exit_rules_equal_those_of_forward(shift_logits, exits, arguments):
     )
 
 
-@pytest.mark.parametrize("shift_logits", [False, True])
-@pytest.mark.parametrize("exits", [{"loop_tolerance": 0.5}, {"visible_loops": 1}], ids=str)
 @pytest.mark.parametrize(
-    "arguments", [{}, {"guidance_scale": 1.5}, {"unmasking": "ancestral", "max_denoising_steps": 9}], ids=str
+    ("overrides", "exits", "predictor"),
+    [
+        ({}, {"loop_tolerance": 0.5}, block_exits),
+        ({"shift_logits": True}, {"loop_tolerance": 0.5}, block_exits),
+        # Visible tokens loop alike before and after their block is finished, but for the one before a [MASK].
+        ({}, {"visible_loops": 1}, plain),
+        ({"shift_logits": True}, {"visible_loops": 1}, block_exits),
+    ],
+    ids=str,
 )
-def test_exit_rules_of_block_causal_models_leave_finished_blocks_alone(shift_logits, exits, arguments):
-    # Without `shift_logits` visible tokens loop alike before and after their block is finished.
-    predictor = plain if "visible_loops" in exits and not shift_logits else block_exits
+@pytest.mark.parametrize("arguments", [{}, {"unmasking": "ancestral", "max_denoising_steps": 9}], ids=str)
+def test_exit_rules_of_block_causal_models_leave_finished_blocks_alone(overrides, exits, predictor, arguments):
     arguments = {"max_new_tokens": 7, "num_loops": 4} | arguments
-    model = block_model(shift_logits=shift_logits)
-    assert_equals_reference(model, partial(predictor, **exits), options=exits, **arguments)
+    assert_equals_reference(block_model(**overrides), partial(predictor, **exits), options=exits, **arguments)
+
+
+def test_exit_rules_of_block_causal_models_with_guidance(causal):
+    exits = {"loop_tolerance": 0.5}
+    arguments = {"max_new_tokens": 5, "num_loops": 4, "guidance_scale": 1.5, "rows": ROWS[:2]}
+    assert_equals_reference(causal, partial(block_exits, **exits), options=exits, **arguments)
 
 
 def test_extreme_exits_equal_plain_loops(model):
@@ -279,7 +300,7 @@ def test_a_cropped_cache_serves_another_continuation(causal):
     with pytest.raises(ValueError, match=r"from position 10 of row 0 on; `past_key_values.crop\(10\)`"):
         causal.generate(other, max_new_tokens=5, past_key_values=cache)
     with pytest.raises(ValueError, match="other tokens than the input from position 2"):
-        causal.generate(other[:, :2], max_new_tokens=0, past_key_values=cache)
+        causal.generate(other[:, :2], max_new_tokens=1, past_key_values=cache)
     cache.crop(10)
     assert cache.get_seq_length() == 8
     again, plain = (run(causal, other, max_new_tokens=5, past_key_values=past) for past in (cache, None))
@@ -357,36 +378,18 @@ def test_models_of_whole_sequence_attention_take_no_cache(model):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in torch
 @pytest.mark.parametrize("overrides", [{}, {"attention_block_size": BLOCK}], ids=["whole", "block"])
 def test_compiled_layers_give_the_same_tokens_and_are_not_compiled_again(overrides):
-    import torch._dynamo
-
-    def generate(model, number, block_length, **arguments):
-        ids, mask = batch_of(ROWS[:2])
-        return model.generate(ids, mask, max_new_tokens=14 + number, block_length=block_length, **arguments)
-
-    stats = torch._dynamo.utils.counters["stats"]
+    stats = dynamo.utils.counters["stats"]
+    dynamo.reset()
+    stats.clear()
     plain, model, graphs = tiny_model(**overrides), tiny_model(**overrides), []
     for layer in model.model.layers:
-        layer.compile(backend="eager")
-    torch._dynamo.reset()
-    stats.clear()
+        layer.compile(backend="eager", dynamic=True)
     # Behind its limit dynamo would run the layers as they are.
-    with torch._dynamo.config.patch(recompile_limit=64):
-        for call in ((0, 8, 2), (1, 12, 3), (2, 4, 1)):
-            number, block_length, num_loops = call
-            found, expected = (generate(one, number, block_length, num_loops=num_loops) for one in (model, plain))
-            assert torch.equal(found, expected)
+    with dynamo.config.patch(recompile_limit=16):
+        for length, block_length, num_loops in ((14, 8, 2), (13, 4, 1), (11, 12, 3), (16, 4, 2)):
+            arguments = {"max_new_tokens": length, "block_length": block_length, "num_loops": num_loops}
+            assert torch.equal(model.generate(PROMPT, **arguments), plain.generate(PROMPT, **arguments))
             graphs.append(stats["unique_graphs"])
-    torch._dynamo.reset()
+    dynamo.reset()
     stats.clear()
-    assert 0 < graphs[0] <= 8 and graphs[1] == graphs[2], graphs  # dynamo's own limit is 8
-
-
-def test_chance_with_caches_is_that_of_the_row_alone(model, causal):
-    ids, mask = batch_of(ROWS, "scattered")
-    for one, how in ((model, {"cache_implementation": "dual", "block_length": 5}), (causal, {})):
-        arguments = {"max_new_tokens": 9, "do_sample": True, "unmasking": "random", **how}
-        together = run(one, ids, mask, generator=[seeded(number) for number in range(3)], **arguments)
-        for number, tokens in enumerate(real_tokens(together.sequences, mask)):
-            alone = run(one, torch.tensor([ROWS[number]]), generator=[seeded(number)], **arguments)
-            assert tokens == alone.sequences[0].tolist()
-            assert together.flops[number] == alone.flops[0]
+    assert 0 < graphs[0] <= graphs[1] == graphs[2] == graphs[3] < 16

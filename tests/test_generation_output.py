@@ -1,0 +1,280 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What `generate` reports besides the tokens: costs against counts from outside, the trace, and streams."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from generation_reference import (
+    BLOCK,
+    ROWS,
+    batch_of,
+    counted,
+    double_model,
+    plain,
+    real_tokens,
+    run,
+    sample_row,
+    seeded,
+    word_tokenizer,
+)
+from tiny import MASK, PAD, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MaxLengthCriteria, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return double_model()
+
+
+# Costs
+
+
+DUAL, PREFIX = ({"cache_implementation": kind, "block_length": 5} for kind in ("dual", "prefix"))
+EXITS = {"num_loops": 4, "loop_tolerance": 0.45}
+BLOCKS = {"attention_block_size": BLOCK}
+SHIFT = {"shift_logits": True}
+WAYS = {
+    "whole": ({}, {}),
+    "shift": (SHIFT, {"block_length": 4}),
+    "no tail": ({"loop_end": 4}, {}),
+    "plain mlp": ({"use_gated_mlp": False, "num_key_value_heads": 1, "head_dim": 12}, {}),
+    "exact": (BLOCKS, {}),
+    "exact, shift": (BLOCKS | SHIFT, {}),
+    "not cached": (BLOCKS, {"use_cache": False}),
+    "tolerance": ({}, EXITS),
+    "tolerance, exact": (BLOCKS, EXITS),
+    "visible": ({}, {"num_loops": 4, "visible_loops": 1}),
+    "visible, exact, shift": (BLOCKS | SHIFT, {"num_loops": 4, "visible_loops": 1}),
+    "dual": ({}, DUAL),
+    "dual, shift": (SHIFT, DUAL),
+    "dual, refresh": ({}, DUAL | {"cache_refresh_interval": 2}),
+    "dual, tolerance": ({}, DUAL | EXITS),
+    "dual, visible": ({}, DUAL | {"num_loops": 4, "visible_loops": 1}),
+    "prefix": ({}, PREFIX),
+    "guided": ({}, {"guidance_scale": 1.5}),
+    "guided, off": ({}, {"guidance_scale": 1.0}),
+    "guided, exact": (BLOCKS, {"guidance_scale": 1.5}),
+    "guided, dual": ({}, DUAL | {"guidance_scale": 1.5}),
+    "loops of steps": ({}, {"num_loops": [1, 3]}),
+    "threshold": (BLOCKS, {"confidence_threshold": 0.3}),
+    "ancestral": ({}, {"unmasking": "ancestral", "max_denoising_steps": 15}),
+    "remasking": ({}, {"remask_probability": 0.3, "max_denoising_steps": 12}),
+    "ends": (BLOCKS, {"eos_token_id": list(range(6, 15))}),
+}
+ways = pytest.mark.parametrize(("overrides", "arguments"), WAYS.values(), ids=WAYS)
+
+
+@ways
+def test_costs_are_those_counted_from_outside(overrides, arguments):
+    model = double_model(**overrides)
+    model.set_attn_implementation("eager")
+    with counted(model) as counts:
+        output = run(model, torch.tensor([[5, 3, 8, MASK, 9, 2]]), max_new_tokens=7, generator=seeded(0), **arguments)
+    assert output.flops.tolist() == [counts.flops]
+    assert output.forward_passes.tolist() == [sum(rows for rows, _ in counts.passes)]
+    start, stop = model.config.loop_start, model.config.loop_end
+    assert output.loops.tolist() == [sum(rows for rows, _ in counts.layers[start])]
+    # The formula of the documentation
+    layers = output.forward_passes * (4 - (stop - start)) + output.loops * (stop - start)
+    assert layers.tolist() == [sum(rows for shapes in counts.layers for rows, _ in shapes)]
+
+
+@ways
+def test_a_row_costs_in_a_batch_what_it_costs_alone(overrides, arguments):
+    model, (ids, mask) = double_model(**overrides), batch_of(ROWS, "scattered")
+    arguments = {"max_new_tokens": 7, **arguments}
+    with counted(model) as counts:
+        output = run(model, ids, mask, generator=[seeded(number) for number in range(3)], **arguments)
+    assert int(output.forward_passes.sum()) == sum(rows for rows, _ in counts.passes)
+    assert int(output.loops.sum()) == sum(rows for rows, _ in counts.layers[1])
+    assert torch.equal(torch.stack([step.loops for step in output.trace]).sum(0), output.loops)
+    for number, row in enumerate(ROWS):
+        alone = run(model, torch.tensor([row]), generator=[seeded(number)], **arguments)
+        assert real_tokens(output.sequences, mask)[number] == alone.sequences[0].tolist()
+        for name in ("forward_passes", "loops", "flops", "tokens_per_forward"):
+            assert getattr(output, name)[number] == getattr(alone, name)[0], name
+
+
+@pytest.mark.parametrize("overrides", [{}, BLOCKS, SHIFT], ids=str)
+@pytest.mark.parametrize("arguments", [{}, {"cache_implementation": "dual"}, {"guidance_scale": 1.5}], ids=str)
+def test_only_masked_positions_reach_the_head(overrides, arguments):
+    if "cache_implementation" in arguments and "attention_block_size" in overrides:
+        pytest.skip("refused")
+    model, factor = double_model(**overrides), 2 if "guidance_scale" in arguments else 1
+    with counted(model) as counts:
+        model.generate(torch.tensor([[5, 3, 8, 1]]), max_new_tokens=8, block_length=4, **arguments)
+    expected = [factor * left for left in [4, 3, 2, 1] * 2]
+    for shapes in (counts.head, counts.last):
+        assert [rows * positions for rows, positions in shapes] == expected
+
+
+def test_speed_counts_what_was_denoised(model):
+    output = run(model, torch.tensor([[5, MASK, 3], [4, 8, 1]]), max_new_tokens=4, max_denoising_steps=2)
+    assert output.tokens_per_forward.tolist() == [2.5, 2.0]
+    assert 0 < output.seconds and output.tokens_per_second == pytest.approx(9 / output.seconds)
+    assert output.past_key_values is None
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators whose result goes to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(max_new_tokens, batch_size, **arguments):
+    ids, model = torch.tensor([[5, 3, 8, 1]] * batch_size), tiny_model()
+    with HostReads() as reads:
+        model.generate(ids, max_new_tokens=max_new_tokens, block_length=max_new_tokens, **arguments)
+    return sum(reads.counts.values())
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"cache_implementation": "dual"}, {"eos_token_id": 3}, {"guidance_scale": 2.0}], ids=str
+)
+def test_a_step_waits_for_the_device_a_few_times_whatever_the_batch(arguments):
+    """On the CPU, which looks at values where an accelerator would not."""
+    few, many, rows = (host_reads(*sizes, **arguments) for sizes in ((8, 1), (24, 1), (8, 6)))
+    assert (many - few) / 16 <= 8 and rows == few
+
+
+# The trace
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"block_length": 3},
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "max_denoising_steps": 4},
+        {"unmasking": "ancestral", "remask_probability": 0.3, "max_denoising_steps": 12},
+        {"num_loops": [1, 4], "guidance_scale": 1.5, "confidence_threshold": 0.4},
+        {"eos_token_id": list(range(6, 15)), "eos_penalty": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("row", ROWS[1:], ids=str)
+def test_the_trace_says_what_every_step_of_the_reference_did(model, arguments, row):
+    sample = sample_row(plain(model, len(row) + 7), row, model, seeded(3), max_new_tokens=7, **arguments)
+    trace = run(model, torch.tensor([row]), max_new_tokens=7, generator=[seeded(3)], **arguments).trace
+    before = [*row, *[MASK] * 7]
+    for found, step in zip(trace, sample.steps, strict=True):
+        assert (found.block, found.step, found.loops.tolist()) == (step.block, step.step, [step.loops])
+        assert found.committed[0].nonzero().flatten().tolist() == [*step.committed]
+        assert found.remasked[0].nonzero().flatten().tolist() == step.remasked
+        assert found.tokens.tolist() == [step.tokens]
+        block = arguments.get("block_length", len(before))
+        first = row.index(MASK) + step.block * block
+        masked = [first <= place < first + block and token == MASK for place, token in enumerate(before)]
+        for name, column in (("confidence", 0), ("log_probs", 1)):
+            values = getattr(found, name)[0]
+            assert (~values.isnan()).tolist() == masked
+            expected = [pair[column] for pair in step.committed.values()]
+            torch.testing.assert_close(values[[*step.committed]], torch.tensor(expected), atol=1e-5, rtol=1e-4)
+        before = step.tokens
+
+
+def test_the_trace_of_a_batch_is_that_of_its_rows(model):
+    (ids, mask), arguments = batch_of(ROWS), {"max_new_tokens": 5, "block_length": 4}
+    trace = run(model, ids, mask, **arguments).trace
+    steps = [(step.block, step.step) for step in trace]
+    assert steps == sorted(set(steps))
+    for number, row in enumerate(ROWS):
+        busy = [step for step in trace if step.loops[number] > 0]
+        alone = run(model, torch.tensor([row]), **arguments).trace
+        assert [(step.block, step.step) for step in busy] == [(step.block, step.step) for step in alone]
+        for found, expected in zip(busy, alone, strict=True):
+            assert real_tokens(found.tokens, mask)[number] == expected.tokens[0].tolist()
+        assert not any(step.committed[number].any() for step in trace if step.loops[number] == 0)
+
+
+# Streams
+
+
+class Recorder:
+    """A streamer without drafts."""
+
+    def __init__(self):
+        self.puts, self.ended = [], False
+
+    def put(self, value):
+        assert value.ndim == 1 and value.device.type == "cpu"
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+class DraftRecorder(Recorder):
+    def __init__(self):
+        super().__init__()
+        self.drafts = []
+
+    def put_draft(self, value):
+        self.drafts.append((len(self.puts), value.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "arguments"),
+    [
+        ([5, 9, 3], {}),
+        ([5, 9, 3], {"block_length": 3}),
+        ([PAD, PAD, 5], {"block_length": 3}),
+        ([5, 9, PAD, PAD], {"block_length": 3}),
+        ([MASK, 5, MASK, 9, 9, 9, 9, MASK, 3], {"block_length": 2}),
+        ([MASK, MASK], {"block_length": 3}),
+        ([5, 9, 3], {"block_length": 3, "eos_token_id": list(range(6, 15))}),
+        ([5, 9, 3], {"block_length": 3, "stopping_criteria": [MaxLengthCriteria(5)]}),
+    ],
+    ids=["one block", "blocks", "left padding", "right padding", "infilling", "no prompt", "end token", "stopped"],
+)
+@pytest.mark.parametrize("recorder", [Recorder, DraftRecorder])
+def test_streamed_tokens_are_the_sequence(model, prompt, arguments, recorder):
+    streamer = recorder()
+    sequence = model.generate(torch.tensor([prompt]), max_new_tokens=8, streamer=streamer, **arguments)[0].tolist()
+    assert [token for put in streamer.puts for token in put] == [token for token in sequence if token != PAD]
+    assert streamer.ended and [] not in streamer.puts[1:]
+    # The prompt up to the first [MASK] comes first, empty or not, as `skip_prompt` expects.
+    first = prompt.index(MASK) if MASK in prompt else len(prompt)
+    assert streamer.puts[0] == [token for token in prompt[:first] if token != PAD]
+
+
+def test_drafts_show_the_block_as_it_stands(model):
+    streamer = DraftRecorder()
+    model.generate(torch.tensor([[5, 9]]), max_new_tokens=6, block_length=3, streamer=streamer)
+    assert [len(put) for put in streamer.puts] == [2, 3, 3]
+    for block in (1, 2):
+        drafts = [draft for number, draft in streamer.drafts if number == block]
+        assert [draft.count(MASK) for draft in drafts] == [2, 1, 0]
+        assert drafts[-1] == streamer.puts[block]
+
+
+def test_one_row_is_streamed(model):
+    for batch, arguments in ((2, {}), (1, {"num_return_sequences": 2, "do_sample": True})):
+        with pytest.raises(ValueError, match="`streamer` shows one row, and there are 2"):
+            model.generate(torch.full((batch, 2), 5), max_new_tokens=2, streamer=Recorder(), **arguments)
+
+
+@pytest.mark.parametrize("streamer_class", [TextStreamer, TextDiffusionStreamer, TextIteratorStreamer])
+@pytest.mark.parametrize("skip_prompt", [False, True])
+@pytest.mark.parametrize("prompt", ["e i", "[MASK]"])
+def test_text_streamers_of_transformers(model, capsys, streamer_class, skip_prompt, prompt):
+    tokenizer = word_tokenizer()
+    inputs = tokenizer(prompt, return_tensors="pt").input_ids
+    streamer = streamer_class(tokenizer, skip_prompt=skip_prompt)
+    sequence = model.generate(inputs, max_new_tokens=6, block_length=2, streamer=streamer)
+    printed = "".join(streamer) if streamer_class is TextIteratorStreamer else capsys.readouterr().out
+    if streamer_class is TextDiffusionStreamer:
+        assert "[MASK]" in printed  # in drafts, which are erased again
+        printed = re.sub("\0337.*?\0338\033\\[J", "", printed, flags=re.DOTALL)
+    start = inputs.shape[1] if skip_prompt and prompt != "[MASK]" else 0
+    assert printed.split() == tokenizer.decode(sequence[0, start:]).split()
