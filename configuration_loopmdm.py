@@ -142,7 +142,7 @@ class LoopMDMConfig(PreTrainedConfig):
         """Layers that one pass with `num_loops` loops executes: `num_hidden_layers + (num_loops - 1) * |mid|`."""
         return self.num_hidden_layers + (num_loops - 1) * self.num_mid_layers
 
-    def pass_flops(self, num_queries, num_keys, num_last, num_logits, token_loops):
+    def pass_flops(self, num_queries: Any, num_keys: Any, num_last: Any, num_logits: Any, token_loops: Any) -> Any:
         """
         Floating point operations of the matrix products in one forward pass over one row (a multiply-add is two):
         `num_queries` positions attend to `num_keys`, the last layer computes `num_last` of them, `num_logits` reach

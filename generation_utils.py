@@ -202,7 +202,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         if wrong is not None:
             raise ValueError(f"{wrong}.")
 
-    def validate_for(self, model_config) -> None:
+    def validate_for(self, model_config: Any) -> None:
         """Raises a ValueError for what a model of this [`LoopMDMConfig`] cannot do."""
         size, wrong = model_config.attention_block_size, None
         if size is not None and self.cache_implementation is not None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What tests of generation share: batches, a model whose predictions are known, counts from outside, and two slow, obvious
+What tests of generation share: batches, a model whose predictions are known, counts from outside, and two slow, plain
 references. [`sample_row`] is the sampler, one row in plain Python from the documentation alone; [`Stored`] is a
 transformer written out from the weights, which keeps keys and values by hand.
 """
@@ -67,7 +67,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class TableModel(LoopMDMForMaskedLM):
-    """Predicts the probabilities `table`, `(length, vocab_size - 1)`, whatever it is shown, and keeps what that was."""
+    """Predicts the probabilities `table`, `(length, vocab_size - 1)`, whatever it is shown, and keeps that."""
 
     def __init__(self, table):
         logits = torch.tensor(table, dtype=torch.float32).log()
@@ -117,7 +117,7 @@ def counted(model):
         handle.remove()
 
 
-# Predictors of `sample_row`: called with (tokens, start, stop, step, loops, copy), the block from `start` to `stop` and
+# Predictors of `sample_row`: called with (tokens, start, stop, step, loops, copy), a block from `start` to `stop` and
 # which of the two rows of guidance it is, they return logits of every position, and the loops of every pass that ran.
 
 
@@ -137,7 +137,7 @@ def plain(model, length, **exits):
 
 def block_exits(model, length, **exits):
     """
-    Block-causal models with an exit rule: what stands before the block is computed in a pass of its own, with all loops
+    Block-causal models with an exit rule: what stands before a block is computed in a pass of its own, with all loops
     but what `visible_loops` takes. The block may stop earlier.
     """
     visible = {"visible_loops": exits["visible_loops"]} if "visible_loops" in exits else {}
@@ -399,7 +399,7 @@ def sample_row(
 
 def assert_equals_reference(model, predictor=plain, rows=ROWS, sides=("scattered",), options=None, **arguments):
     """
-    Every row of a batch, padded on each of the `sides`, has the tokens, forward passes and loops of the reference, which
+    Every row of a batch, padded on each of the `sides`, has the tokens, passes and loops of the reference, which
     runs it alone. `options` are arguments that concern `generate` only. Returns the last output.
     """
     samples = [

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Tests with the libraries around: offloading, compilation, export, pipelines, PEFT, quantisation, embedding surgery."""
+"""Tests with the libraries around: offloading, compilation, export, pipelines, PEFT, quantisation, embeddings."""
 
 import copy
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What `generate` writes: tokens of every row equal to a slow, obvious sampler's; distributions, processors, infilling and
+What `generate` writes: tokens of every row equal to a slow, plain sampler's; distributions, processors, infilling and
 padding; where a row ends. Caches and loops are in test_generation_caches.py, a single step in test_commit_rules.py.
 """
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What `generate` computes and what it reads from a cache: exact caching, Fast-dLLM's caches by their definition, loops and
+What `generate` computes and what it reads from a cache: exact caching, Fast-dLLM's caches by definition, loops and
 exit rules, and turns that go on from a cache. The references are in generation_reference.py.
 """
 
@@ -262,11 +262,14 @@ def test_an_exit_rule_of_ones_own(model, per_position):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-@pytest.mark.parametrize("arguments", [{"use_cache": False}, {"num_loops": [1, 2]}], ids=str)
-@pytest.mark.parametrize("exits", [{"loop_tolerance": 0.1}, {"loop_policy": LoopPolicy()}], ids=str)
-def test_exit_rules_of_block_causal_models_need_the_cache(causal, exits, arguments):
-    with pytest.raises(ValueError, match="In a block-causal model an exit rule needs the cache"):
-        causal.generate(PROMPT, max_new_tokens=4, **exits, **arguments)
+@pytest.mark.parametrize("exits", [{"loop_tolerance": 0.4}, {"visible_loops": 1}], ids=str)
+@causal_models
+def test_exits_of_block_causal_models_need_no_kept_cache(overrides, exits):
+    model = tiny_model(**overrides)
+    ids, mask = batch_of(ROWS)
+    kept = run(model, ids, mask, max_new_tokens=8, num_loops=4, **exits)
+    for arguments in ({"use_cache": False, "num_loops": 4}, {"num_loops": [4, 4]}):
+        assert torch.equal(run(model, ids, mask, max_new_tokens=8, **exits, **arguments).sequences, kept.sequences)
 
 
 # Turns that go on from a cache

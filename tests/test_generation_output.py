@@ -114,7 +114,7 @@ def test_only_masked_positions_reach_the_head(overrides, arguments):
 def test_speed_counts_what_was_denoised(model):
     output = run(model, torch.tensor([[5, MASK, 3], [4, 8, 1]]), max_new_tokens=4, max_denoising_steps=2)
     assert output.tokens_per_forward.tolist() == [2.5, 2.0]
-    assert 0 < output.seconds and output.tokens_per_second == pytest.approx(9 / output.seconds)
+    assert output.seconds > 0 and output.tokens_per_second == pytest.approx(9 / output.seconds)
     assert output.past_key_values is None
 
 
