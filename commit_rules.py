@@ -90,7 +90,9 @@ class DenoisingStep:
 
     def best(self, scores: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
         """The `count` (default: quota) masked positions of highest score in each row; ties go to the leftmost."""
-        order = scores.masked_fill(~self.masked, -math.inf).argsort(dim=-1, descending=True, stable=True)
+        # A score of -inf still ranks before what is not masked.
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~self.masked, -math.inf)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
         ranks = order.argsort(dim=-1)
         return self.masked & (ranks < (self.quota if count is None else count)[:, None])
 
@@ -306,8 +308,14 @@ class Canvas:
     def _end(self, stops: torch.Tensor) -> None:
         self.ends = torch.minimum(self.ends, torch.where(stops, self.columns, len(self.columns)).amin(-1))
 
-    def check(self) -> None:
-        """Raises a ValueError where no token could be chosen."""
+    def check(self, block: "Block") -> None:
+        """Raises a ValueError where no token could be chosen in a block, or [MASK]s are left."""
+        left = (self.block_of == block.index) & (self.sequences == self.mask_token_id) & ~self.finished[:, None]
+        if bool(left.any()) and not bool(self.failed):
+            raise ValueError(
+                f"The commit rule {type(self.config.commit_rule()).__name__} has left [MASK]s in its last step. There "
+                "(`step.index + 1 == step.num_steps`) it has to commit all that is `step.masked`."
+            )
         if bool(self.failed):
             raise ValueError(
                 "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "

@@ -32,16 +32,21 @@ OTHER_NAMES = {
     "alg": "`unmasking` chooses the commit rule",
     "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
+    "diffusion_steps": "use `max_denoising_steps`, the steps per block",
     "dual_cache": 'use `cache_implementation="dual"`',
     "gen_length": "use `max_new_tokens`",
+    "inputs": "use `input_ids`",
     "mask_id": "the mask token is `config.mask_token_id`",
     "max_time": "use `stopping_criteria` with transformers' MaxTimeCriteria",
+    "max_tokens": "use `max_new_tokens`",
     "min_new_tokens": "use `eos_penalty`, which holds back end tokens",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
+    "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
     "output_scores": "use `output_trace`",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
     "repetition_penalty": "use a `logits_processor`",
     "steps": "use `max_denoising_steps`, the steps per block",
+    "token_type_ids": "leave it out (`tokenizer(..., return_token_type_ids=False)`)",
     "threshold": "use `confidence_threshold`",
     "use_block_cache": "use `cache_implementation`",
 }
@@ -210,8 +215,13 @@ class LoopMDMGenerationConfig(GenerationConfig):
         elif size is not None and (self.block_length or 0) % size != 0:
             wrong = f"`block_length` is {self.block_length}; this model's attention takes multiples of {size}"
         for name in ("pad_token_id", "eos_token_id"):
-            if model_config.mask_token_id in _as_list(getattr(self, name)):
+            tokens = _as_list(getattr(self, name))
+            if model_config.mask_token_id in tokens:
                 wrong = f"`{name}` is the mask token ({model_config.mask_token_id}); name another"
+            elif any(token >= model_config.vocab_size for token in tokens):
+                wrong = (
+                    f"`{name}` is {getattr(self, name)}, outside the vocabulary of {model_config.vocab_size} tokens"
+                )
         if wrong is not None:
             raise ValueError(f"{wrong}.")
 
@@ -222,6 +232,19 @@ class LoopMDMGenerationConfig(GenerationConfig):
             if getattr(self, name) is not None:
                 rule = parallel_rule(getattr(self, name), rule)
         return rule
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; rules, plans and policies by their names, to be shown."""
+        own = {name: getattr(self, name) for name in ("unmasking", "cache_implementation", "loop_policy")}
+        shown = {name: value if isinstance(value, str | None) else repr(value) for name, value in own.items()}
+        return super().to_dict() | shown
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. Raises a ValueError for rules, plans and policies, which no file can hold."""
+        for name in ("unmasking", "cache_implementation", "loop_policy"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which cannot be saved; pass it to `generate`.")
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
@@ -616,7 +639,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 canvas.end_at(eos_token_ids)
                 for watcher in watchers:
                     watcher.on_step(block, step, commit)
-            canvas.check()
+            canvas.check(block)
             canvas.stop_at(criteria, block)
             if stream is not None:
                 stream.put_block(block)

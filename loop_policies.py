@@ -80,6 +80,8 @@ def resolve_policy(
     names = [name for name, value in given.items() if value is not None]
     if not names:
         return None
+    if loop_policy is not None and not isinstance(loop_policy, LoopPolicy):
+        raise ValueError(f"`loop_policy` is {loop_policy!r}; give an instance of a LoopPolicy.")
     policy = loop_policy if loop_tolerance is None else RowTolerance(loop_tolerance)
     policy = policy if visible_loops is None else VisibleLoops(visible_loops)
     wrong = None
@@ -119,6 +121,12 @@ def iterate_while_moving(
             context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
         after = model.loop(before, part, index)
         still = policy.goes_on(index, before, after, part)
+        expected = own.shape if policy.per_position else own.shape[:1]
+        if still.shape != expected:
+            raise ValueError(
+                f"{type(policy).__name__}.goes_on gave shape {tuple(still.shape)} for {tuple(expected)}; with "
+                "`per_position = True` it decides for positions, otherwise for rows."
+            )
         still = own & (still if policy.per_position else still[:, None])
         before = torch.where(own[..., None], after, before)
         states = before if where is None else states.index_put(where, before)

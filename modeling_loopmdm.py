@@ -477,7 +477,9 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             return
         step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
         trains = self.training and torch.is_grad_enabled()
-        skipped = max(num_loops - self.gradient_loops, 0) if trains and self.gradient_loops is not None else 0
+        skipped = 0
+        if trains and self.gradient_loops is not None:
+            skipped = max(num_loops - max(self.gradient_loops, 1), 0)
         first = states
         for index in range(num_loops):
             if index < skipped:

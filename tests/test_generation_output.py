@@ -21,7 +21,12 @@ from generation_reference import (
 )
 from tiny import MASK, PAD, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MaxLengthCriteria, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
+from transformers import EosTokenCriteria, MaxLengthCriteria, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
+
+from loopmdm import LoopMDMGenerationConfig
+from loopmdm.cache_utils import DualCache
+from loopmdm.commit_rules import CommitRule, MarginRule
+from loopmdm.loop_policies import LoopPolicy
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +283,95 @@ def test_text_streamers_of_transformers(model, capsys, streamer_class, skip_prom
         printed = re.sub("\0337.*?\0338\033\\[J", "", printed, flags=re.DOTALL)
     start = inputs.shape[1] if skip_prompt and prompt != "[MASK]" else 0
     assert printed.split() == tokenizer.decode(sequence[0, start:]).split()
+
+
+# Rules and policies of one's own
+
+
+class Everything(CommitRule):
+    def __call__(self, step):
+        return torch.ones_like(step.masked)
+
+
+class Nothing(CommitRule):
+    def __call__(self, step):
+        return torch.zeros_like(step.masked)
+
+
+class NeverLiked(CommitRule):
+    def score(self, step):
+        return torch.full(step.masked.shape, -torch.inf)
+
+
+class Always(LoopPolicy):
+    def goes_on(self, index, before, after, part):
+        return torch.ones(len(after), dtype=torch.bool)
+
+
+class Misshapen(LoopPolicy):
+    def goes_on(self, index, before, after, part):
+        return torch.ones(after.shape[:2], dtype=torch.bool)
+
+
+def test_rules_of_ones_own_never_write_over_given_tokens():
+    rows = torch.tensor([[3, MASK, MASK, MASK], [3, MASK, 4, 5]])
+    tokens = tiny_model().generate(rows, unmasking=Everything())
+    assert torch.equal(tokens[rows != MASK], rows[rows != MASK])
+    assert not (tokens == MASK).any()
+
+
+def test_no_mask_is_left_in_silence():
+    rows = torch.tensor([[3, MASK, MASK, MASK], [3, MASK, 4, 5]])
+    with pytest.raises(ValueError, match=r"rule Nothing has left \[MASK\]s"):
+        tiny_model().generate(rows, unmasking=Nothing())
+    for seed in range(5):
+        torch.manual_seed(seed)
+        tokens = tiny_model().generate(rows, unmasking=NeverLiked(), remask_probability=0.5, max_denoising_steps=4)
+        assert not (tokens == MASK).any()
+
+
+def test_policies_are_checked():
+    ids = torch.tensor([[3, MASK, 4]])
+    with pytest.raises(ValueError, match="give an instance of a LoopPolicy"):
+        tiny_model()(ids, loop_policy="x")
+    with pytest.raises(ValueError, match=r"Misshapen.goes_on gave shape \(1, 3\) for \(1,\)"):
+        tiny_model()(ids, num_loops=3, loop_policy=Misshapen())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("unmasking", MarginRule()), ("loop_policy", Always()), ("cache_implementation", DualCache)],
+    ids=str,
+)
+def test_rules_and_policies_in_a_config_are_shown_and_never_saved(tmp_path, argument, value):
+    config = LoopMDMGenerationConfig(**{argument: value})
+    assert getattr(value, "__name__", type(value).__name__) in repr(config)
+    assert config == LoopMDMGenerationConfig(**{argument: value})
+    with pytest.raises(ValueError, match=f"`{argument}` is .* cannot be saved; pass it to `generate`"):
+        config.save_pretrained(tmp_path)
+
+
+def test_criteria_are_asked_before_an_end_token_of_the_same_block(model):
+    free = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6)[0, 3:].tolist()
+    second, last = free[1], next(token for token in free[2:] if token not in free[:2])
+    ended = model.generate(
+        torch.tensor([[3, 4, 5]]),
+        max_new_tokens=6,
+        eos_token_id=last,
+        stopping_criteria=[EosTokenCriteria(second)],
+    )[0, 3:].tolist()
+    stop = free.index(second) + 1
+    assert ended[:stop] == free[:stop]
+    assert set(ended[stop:]) == {PAD}
+
+
+def test_names_of_other_samplers_are_answered():
+    ids = torch.tensor([[3, 4]])
+    with pytest.raises(ValueError, match="takes no argument `inputs`: use `input_ids`"):
+        tiny_model().generate(inputs=ids, max_new_tokens=3)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        tiny_model().generate(ids, max_new_tokens=3, pad_token_id=100)
+    generators = (torch.Generator().manual_seed(0),)
+    again = [torch.Generator().manual_seed(0)]
+    drawn = [tiny_model().generate(ids, max_new_tokens=3, do_sample=True, generator=g) for g in (generators, again)]
+    assert torch.equal(*drawn)

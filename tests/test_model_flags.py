@@ -78,7 +78,7 @@ def test_block_causal_text_does_not_depend_on_what_comes_behind():
 
 @pytest.mark.parametrize("block_length", [1, 3, 6, 10])
 def test_generation_blocks_that_cut_the_attentions_raise(block_length):
-    with pytest.raises(ValueError, match=rf"`block_length` is {block_length}; .*multiples of 4 positions"):
+    with pytest.raises(ValueError, match=rf"`block_length` is {block_length}; .*multiples of 4"):
         tiny_model(attention_block_size=4).generate(PROMPT, max_new_tokens=12, block_length=block_length)
 
 
