@@ -31,8 +31,8 @@ class LoopMDMCache:
         num_loops (`int`): Applications of mid that the keys and values come from.
         batch_size (`int`): Number of rows.
         max_length (`int`, defaults to 0): Positions per row to make room for at once; it grows when more are needed.
-        share_loops (`bool`, defaults to `False`): One place for all loops of mid, which the last one to come by has
-            written: an approximation in the memory of a model without loops.
+        share_loops (`bool`, defaults to `False`): One place for all loops of mid, which holds what the last one wrote:
+            an approximation in the memory of a model without loops.
         visible_loops (`int`, *optional*): The `visible_loops` of the passes that fill it.
     """
 
@@ -41,8 +41,8 @@ class LoopMDMCache:
     ):
         self.config, self.share_loops, self.visible_loops = config, share_loops, visible_loops
         self.num_loops, self.max_length = check_num_loops(num_loops), max_length
-        # Of every executed layer keys and values, (batch_size, num_key_value_heads, max_length + 1, head_dim), once a
-        # pass has come by. The last place takes what filler positions write, and is never read.
+        # Keys and values of every executed layer, (batch_size, num_key_value_heads, max_length + 1, head_dim), made by
+        # the first pass. The last place takes what filler positions write, and is never read.
         num_slots = config.num_executed_layers(1 if share_loops else num_loops)
         self.slots: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_slots
         self.tokens = torch.full((batch_size, max_length + 1), -1)  # what is stored; -1 where unknown
@@ -76,6 +76,21 @@ class LoopMDMCache:
             if own[name] != asked[name]:
                 made, used = f"made for {name}={own[name]}", f"used with {asked[name]}"
                 raise ValueError(f"`past_key_values` was {made} and is {used}; use the same, or start a new cache.")
+
+    def check_tokens(self, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
+        """
+        Raises a ValueError where the rows begin with others than the stored `tokens`, `(batch_size, num_positions)`,
+        or end before them; `lengths`, `(batch_size,)` on the host, are those of the rows.
+        """
+        width = min(self.length, tokens.shape[1])
+        stored, tokens = self.tokens[:, :width].cpu(), tokens[:, :width].cpu()
+        differs = (torch.arange(width) < self.lengths[:, None]) & (stored != tokens)
+        first = torch.nn.functional.pad(differs.long(), (0, 1), value=1).argmax(-1).minimum(lengths)
+        for row in (first < self.lengths).nonzero().flatten().tolist():
+            raise ValueError(
+                f"`past_key_values` holds other tokens than the input from position {first[row]} of row {row} on; "
+                f"`past_key_values.crop({first[row]})` keeps what agrees, or leave it out."
+            )
 
     def crop(self, max_length: int) -> None:
         """
@@ -160,13 +175,13 @@ class LayerMemory:
         return self._put(self.keys, key), self._put(self.values, value)
 
     def _put(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        new = new.detach().to(stored.dtype)
+        dtype, new = new.dtype, new.detach().to(stored.dtype)  # they differ where autocast began or ended in between
         if self.places.ndim == 1 and self.rows is None:
             stored.index_copy_(2, self.places, new)
-            return stored[:, :, : self.stop]
+            return stored[:, :, : self.stop].to(dtype)
         rows = torch.arange(new.shape[0], device=new.device) if self.rows is None else self.rows
         stored[rows[:, None], :, self.places.expand(new.shape[0], -1)] = new.transpose(1, 2)
-        kept = stored[:, :, : self.stop]
+        kept = stored[:, :, : self.stop].to(dtype)
         return kept if self.rows is None else kept[rows]
 
 
@@ -244,11 +259,14 @@ class CachePlan:
         copies (`int`, defaults to 1): Rows of a cache per row; 2 with guidance.
         refresh_interval (`int`, *optional*): Denoising steps between passes over everything; None: once a block.
         visible_loops (`int`, *optional*): As in `generate`.
+        has_exits (`bool`, defaults to `False`): Whether a block may loop otherwise than as finished text.
     """
 
-    def __init__(self, config, lengths, num_loops, copies=1, refresh_interval=None, visible_loops=None):
-        self.config, self.lengths, self.copies, self.refresh_interval = config, lengths, copies, refresh_interval
-        self.has_exits = False  # whether a block's loops may be others than those of finished text
+    def __init__(
+        self, config, lengths, num_loops, copies=1, refresh_interval=None, visible_loops=None, has_exits=False
+    ):
+        self.config, self.lengths, self.copies, self.has_exits = config, lengths, copies, has_exits
+        self.refresh_interval = refresh_interval
         self.cache: LoopMDMCache | None = self.make_cache(num_loops, visible_loops)
 
     def make_cache(self, num_loops: int, visible_loops: int | None) -> LoopMDMCache | None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
 from transformers.generation import StoppingCriteriaList
+
+TIE = 1e-5  # relative difference of scores up to which the leftmost position comes first
 
 
 @dataclass
@@ -93,7 +96,12 @@ class DenoisingStep:
         # A score of -inf still ranks before what is not masked.
         scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~self.masked, -math.inf)
         order = scores.argsort(dim=-1, descending=True, stable=True)
-        ranks = order.argsort(dim=-1)
+        ranked = scores.gather(-1, order)
+        # Scores that differ by float32 rounding are a tie: which is larger depends on the other rows of the batch.
+        # Positions that predict alike, such as those of a canvas of nothing but [MASK]s, all tie.
+        differs = ranked[:, :-1] - ranked[:, 1:] > TIE * ranked[:, :-1].abs()
+        group = torch.zeros_like(order).scatter(-1, order, nn.functional.pad(differs.cumsum(-1), (1, 0)))
+        ranks = group.argsort(dim=-1, stable=True).argsort(dim=-1)
         return self.masked & (ranks < (self.quota if count is None else count)[:, None])
 
 
@@ -245,14 +253,14 @@ class Canvas:
         self.last_given = torch.where(self.given, self.columns, -1).amax(-1, keepdim=True)
         # Blocks are counted over a row's real positions, so that padding does not shift them. The first one that holds
         # a [MASK] is block 0.
-        self.position = real.long().cumsum(-1) - 1  # of every column
-        self.column = real.long().argsort(dim=-1, descending=True, stable=True)  # of every position
+        self.position_of = real.long().cumsum(-1) - 1  # of every column
+        self.column_of = real.long().argsort(dim=-1, descending=True, stable=True)  # of every position
         num_rows, length = sequences.shape
         self.block_length = config.block_length or model_config.attention_block_size or length
-        first = self.position.masked_fill(~self.to_denoise, length).amin(-1, keepdim=True)
+        first = self.position_of.masked_fill(~self.to_denoise, length).amin(-1, keepdim=True)
         if model_config.attention_block_size is not None:
             first = first // self.block_length * self.block_length
-        self.block_of = ((self.position - first) // self.block_length).masked_fill(~self.to_denoise, -1)
+        self.block_of = ((self.position_of - first) // self.block_length).masked_fill(~self.to_denoise, -1)
         # What passes are planned with, (num_rows,) on the host: where block 0 begins, and how many positions there are
         self.starts, self.lengths = torch.stack((first.squeeze(-1), real.sum(-1))).cpu()
         self.ends = torch.full((num_rows,), length, device=sequences.device)  # the column where each row ends
@@ -295,7 +303,7 @@ class Canvas:
             # Also of a row that the block's end token has ended: the criteria may stop it before.
             members = (self.block_of[row] == block.index) & (self.columns <= self.ends[row])
             columns = members.nonzero().flatten().tolist()
-            lengths = (self.position[row, columns] + 1).tolist()
+            lengths = (self.position_of[row, columns] + 1).tolist()
             hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
             # No criterion takes an empty text; a [MASK] stands for it.
             before = tokens[: lengths[0] - 1] if hits and lengths[0] > 1 else tokens.new_tensor([self.mask_token_id])

@@ -1,9 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Text generation by masked diffusion: [MASK] tokens are predicted all at once and committed over denoising steps.
 
-The file reads top to bottom: the generation config, the output, the denoiser (the one place that calls the model), the
-watchers of cost, trace and stream, and [`LoopMDMGenerationMixin`] with `generate`. The canvas and what a step commits
-are in commit_rules.py, what it computes and what it reads from a cache in cache_utils.py.
+The file reads top to bottom: the generation config, the denoiser (the one place that calls the model), and
+[`LoopMDMGenerationMixin`] with `generate`. The canvas and what a step commits are in commit_rules.py, what it computes
+and what it reads from a cache in cache_utils.py, what is reported in generation_outputs.py.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import difflib
 import inspect
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from torch.nn.functional import pad
 from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, logits_process
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
+from transformers.utils import logging
 
 from .cache_utils import CACHE_PLANS, BlockCausalCache, CachePlan, ForwardPass, LoopMDMCache
 from .commit_rules import COMMIT_RULES, PARALLEL_RULES, Block, Canvas, CommitRule, DenoisingStep, draw_tokens
 from .configuration_loopmdm import check_num_loops
+from .generation_outputs import Cost, LoopMDMGenerationOutput, Scores, Stream, Trace
 from .loop_policies import LoopPolicy, resolve_policy
 
 # What other samplers call our arguments, and arguments of autoregressive generation that cannot work here.
@@ -42,7 +43,6 @@ OTHER_NAMES = {
     "min_new_tokens": "use `eos_penalty`, which holds back end tokens",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
     "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
-    "output_scores": "use `output_trace`",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
     "repetition_penalty": "use a `logits_processor`",
     "steps": "use `max_denoising_steps`, the steps per block",
@@ -54,13 +54,17 @@ OTHER_NAMES = {
 NEUTRAL_VALUES = {"disable_compile": True, "use_model_defaults": True, "num_beams": 1, "num_beam_groups": 1}
 NEUTRAL_VALUES |= dict.fromkeys(("length_penalty", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), 1)
 TRANSFORMERS_NAMES = {*GenerationConfig().__dict__, *inspect.signature(GenerationMixin.generate).parameters}
-# How tokens are drawn, in transformers' order. These arguments mean nothing where none are.
+# How tokens are drawn, in transformers' order, each with the value that changes nothing. They need `do_sample=True`.
 SAMPLING = {
-    "temperature": logits_process.TemperatureLogitsWarper,
-    "top_k": logits_process.TopKLogitsWarper,
-    "top_p": logits_process.TopPLogitsWarper,
-    "min_p": logits_process.MinPLogitsWarper,
+    "temperature": (logits_process.TemperatureLogitsWarper, 1),
+    "top_k": (logits_process.TopKLogitsWarper, None),
+    "top_p": (logits_process.TopPLogitsWarper, 1),
+    "min_p": (logits_process.MinPLogitsWarper, None),
 }
+
+
+DEFAULT_NEW_TOKENS = 20  # as in transformers
+logger = logging.get_logger(__name__)
 
 
 class LoopMDMGenerationConfig(GenerationConfig):
@@ -69,7 +73,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
     transformers' own `generate` are accepted where their value asks for nothing (`num_beams=1`, `top_k=0`).
 
     Args:
-        max_new_tokens (`int`, *optional*): Tokens to append; none where the input holds the [MASK]s to fill in.
+        max_new_tokens (`int`, *optional*):
+            Tokens to append. By default none where the input holds [MASK]s to fill in, otherwise 20 with a warning.
         max_length (`int`, *optional*): Tokens of input (padding included) and new ones, without `max_new_tokens`.
         stop_strings (`str` or `list[str]`, *optional*):
             A row ends at the token that completes the first of these texts; `generate` needs the `tokenizer`.
@@ -133,7 +138,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
             A row ends at a committed end token with no [MASK] before it and no given token after it; padding follows.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`LoopMDMGenerationOutput`].
-        output_trace (`bool`, defaults to `False`): Add to that output what every step did.
+        output_scores, output_trace (`bool`, default to `False`):
+            Add to that output the scores of the tokens, or what every step did.
     """
 
     # By name the default, the type and for numbers the range; a lower end of EPSILON says "above 0".
@@ -145,7 +151,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         **dict.fromkeys(("num_loops", "eos_token_id"), (None, int | list | tuple)),
         **dict.fromkeys(("loop_tolerance", "entropy_bound", "guidance_scale"), (None, float, 0)),
         **dict.fromkeys(("confidence_threshold", "top_p"), (None, float, EPSILON, 1)),
-        **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_trace"), (False, bool)),
+        **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_scores", "output_trace"), (False, bool)),
         "use_cache": (None, bool),
         "remask_probability": (0.0, float, 0, 1),
         "eos_penalty": (0.0, float, 0),
@@ -202,8 +208,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
             wrong = f"`num_return_sequences` is {self.num_return_sequences}, all the same; add `do_sample=True`"
         elif self.cache_refresh_interval is not None and self.cache_implementation is None:
             wrong = "`cache_refresh_interval` has no effect without `cache_implementation`; give both, or neither"
-        elif self.output_trace and not self.return_dict_in_generate:
-            wrong = "`output_trace` needs `return_dict_in_generate=True`"
+        elif (self.output_trace or self.output_scores) and not self.return_dict_in_generate:
+            wrong = "`output_trace` and `output_scores` need `return_dict_in_generate=True`"
         if wrong is not None:
             raise ValueError(f"{wrong}.")
 
@@ -232,6 +238,15 @@ class LoopMDMGenerationConfig(GenerationConfig):
             if getattr(self, name) is not None:
                 rule = parallel_rule(getattr(self, name), rule)
         return rule
+
+    def warpers(self) -> LogitsProcessorList:
+        """transformers' processors for the sampling arguments, in its order."""
+        warpers = LogitsProcessorList()
+        for name, (warper, neutral) in SAMPLING.items():
+            value = getattr(self, name)
+            if value not in (None, neutral):
+                warpers.append(warper(value if name == "top_k" else float(value)))
+        return warpers
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers; rules, plans and policies by their names, to be shown."""
@@ -280,51 +295,6 @@ def _as_list(value: Any) -> list:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-@dataclass
-class LoopMDMTraceStep:
-    """What denoising step `step` of block `block` did; rows that had nothing to do ran no loops."""
-
-    block: int
-    step: int
-    loops: torch.LongTensor  # (num_rows,), loops run for every row
-    committed: torch.BoolTensor  # (num_rows, length), positions filled
-    remasked: torch.BoolTensor  # (num_rows, length), positions sent back to [MASK]
-    tokens: torch.LongTensor  # (num_rows, length), the sequences after the step
-    # Of the token chosen at positions that were [MASK], (num_rows, length), NaN elsewhere: its probability under the
-    # raw distribution, and its log-probability under the one that it was drawn from
-    confidence: torch.FloatTensor
-    log_probs: torch.FloatTensor
-
-
-@dataclass
-class LoopMDMGenerationOutput(ModelOutput):
-    """
-    Result of `generate(..., return_dict_in_generate=True)`.
-
-    Args:
-        sequences (`torch.LongTensor` of shape `(num_rows, length)`): Input and new tokens.
-        forward_passes, loops, flops (`torch.LongTensor` of shape `(num_rows,)`):
-            What each row cost: forward passes (a guided step takes two), applications of mid over all of them, and
-            floating point operations of the matrix products (`model.flops`) without what fills up shorter rows.
-        seconds (`float`): Wall time of the call. The first call of a process takes longer: warm up to compare.
-        tokens_per_second (`float`): Denoised tokens of all rows, up to and including the end token, in that time.
-        tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`): The same per forward pass of the row.
-        past_key_values ([`LoopMDMCache`], *optional*):
-            With exact caching: all blocks but the last one, for a next call whose input continues the sequences.
-        trace (`list[LoopMDMTraceStep]`, with `output_trace=True`): Every denoising step in order.
-    """
-
-    sequences: torch.LongTensor
-    forward_passes: torch.LongTensor | None = None
-    loops: torch.LongTensor | None = None
-    flops: torch.LongTensor | None = None
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
-    past_key_values: LoopMDMCache | None = None
-    trace: list[LoopMDMTraceStep] | None = None
-
-
 class Denoiser:
     """
     Predicts the [MASK]s of a denoising step. The one place where `generate` calls the model.
@@ -349,10 +319,9 @@ class Denoiser:
         is_adaptive = config.loop_tolerance is not None or config.loop_policy is not None or visible_counts
         has_exits = block_size is not None and is_adaptive
         kind = BlockCausalCache if self.is_exact or has_exits else config.cache_implementation or CachePlan
-        settings = self.copies, config.cache_refresh_interval, config.visible_loops
+        settings = self.copies, config.cache_refresh_interval, config.visible_loops, has_exits
         kind = CACHE_PLANS[kind] if isinstance(kind, str) else kind
         self.plan: CachePlan = kind(model.config, canvas.lengths, max(self.loops), *settings)
-        self.plan.has_exits = has_exits
         if cache is not None:
             self._check_cache(cache)
             cache.lengths = cache.lengths // block_size * block_size
@@ -367,25 +336,14 @@ class Denoiser:
             )
         canvas = self.canvas
         cache.check(self.model.config, len(canvas.lengths), self.loops[0], self.config.visible_loops)
-        # The stored tokens must be those that the rows begin with.
-        width = min(cache.length, canvas.column.shape[1])
-        tokens = canvas.sequences.gather(1, canvas.column)[:, :width].cpu()
-        differs = (torch.arange(width) < cache.lengths[:, None]) & (cache.tokens[:, :width].cpu() != tokens)
-        differs = pad(differs, (0, 1), value=True)
-        first = torch.minimum(differs.long().argmax(-1), canvas.lengths)
-        if bool((first < cache.lengths).any()):
-            row = int((first < cache.lengths).long().argmax())
-            raise ValueError(
-                f"`past_key_values` holds other tokens than the input from position {first[row]} of row {row} on; "
-                f"`past_key_values.crop({first[row]})` keeps what agrees, or leave it out."
-            )
+        cache.check_tokens(canvas.sequences.gather(1, canvas.column_of), canvas.lengths)
 
     def finished_cache(self) -> LoopMDMCache | None:
         """The cache of finished blocks, where it can serve a next call."""
         cache = self.plan.cache
         if not self.is_exact or self.copies > 1:
             return None
-        tokens = self.canvas.sequences.gather(1, self.canvas.column)[:, : cache.max_length]
+        tokens = self.canvas.sequences.gather(1, self.canvas.column_of)[:, : cache.max_length]
         cache.store(cache.lengths, tokens, torch.arange(tokens.shape[1], device=tokens.device))
         return cache
 
@@ -419,13 +377,13 @@ class Denoiser:
         is_even = bool((host[1:3] == host[1:3, :1]).all())
         positions = starts[:, None] + torch.arange(width, device=device)
         real = None if is_even else positions < stops[:, None]
-        positions = positions.clamp(max=canvas.column.shape[1] - 1)
-        columns = canvas.column[rows].gather(1, positions)
+        positions = positions.clamp(max=canvas.column_of.shape[1] - 1)
+        columns = canvas.column_of[rows].gather(1, positions)
         input_ids = canvas.sequences[rows].gather(1, columns)
         exits, wanted, num_wanted = {}, rows.new_zeros(len(rows), 1), copies  # one, as attention of none fails
         if forward_pass.predicts:
             exits = {"loop_tolerance": config.loop_tolerance, "loop_policy": config.loop_policy}
-            wanted = (canvas.position[rows].gather(1, step.columns) - starts[:, None]).clamp(min=0, max=width - 1)
+            wanted = (canvas.position_of[rows].gather(1, step.columns) - starts[:, None]).clamp(min=0, max=width - 1)
             num_wanted = step.counted.sum(-1) * copies
         cache, cache_rows = forward_pass.cache, forward_pass.rows
         if copies > 1:  # guidance
@@ -491,72 +449,26 @@ class ReusingDenoiser(Denoiser):
         self.last = (block, step, tokens)
 
 
-class Cost:
-    """A watcher is told of every step after it was written to the canvas; this one sums up what rows cost."""
-
-    def __init__(self, canvas: Canvas):
-        self.totals = {name: torch.zeros_like(canvas.ends) for name in ("forward_passes", "loops", "flops")}
-
-    def on_step(self, block, step, commit):
-        for name, total in self.totals.items():
-            total[step.rows] += getattr(step, name)
-
-
-class Trace:
-    """What every step did, as [`LoopMDMTraceStep`]s."""
-
-    def __init__(self):
-        self.steps: list[LoopMDMTraceStep] = []
-
-    def on_step(self, block, step, commit):
-        sequences = block.canvas.sequences
-
-        def scatter(values: torch.Tensor, where: torch.Tensor, fill: Any) -> torch.Tensor:
-            out = torch.full(sequences.shape, fill, dtype=values.dtype, device=values.device)
-            i, j = where.nonzero(as_tuple=True)
-            out[step.rows[i], step.columns[i, j]] = values[where]
-            return out
-
-        log_probs = step.scores.log_softmax(-1).gather(-1, step.tokens[..., None]).squeeze(-1)
-        loops = torch.zeros_like(block.size).index_copy(0, step.rows, step.loops)
-        commits = scatter(commit, commit, False), scatter(step.remask, step.remask, False)
-        scores = (scatter(values, step.masked, math.nan) for values in (step.log_probs.exp(), log_probs))
-        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, sequences.clone(), *scores))
-
-
-class Stream:
-    """Feeds a streamer with row 0: the prompt, drafts of the current block, finished blocks, and the rest."""
-
-    def __init__(self, streamer: BaseStreamer, canvas: Canvas):
-        self.streamer, self.canvas = streamer, canvas
-        self.sent = int(canvas.to_denoise[0].long().argmax())
-        # Also where the prompt is empty: `skip_prompt` drops whatever comes first.
-        streamer.put(self._tokens(0, self.sent))
-
-    def _tokens(self, start: int, stop: int) -> torch.Tensor:
-        return self.canvas.sequences[0, start:stop][self.canvas.real[0, start:stop]].cpu()
-
-    def _end_of(self, block: Block) -> int:
-        """Column behind a block and the given tokens that follow it."""
-        later = self.canvas.block_of[0] > block.index
-        return int(later.long().argmax()) if bool(later.any()) else len(later)
-
-    def _put(self, stop: int) -> None:
-        tokens = self._tokens(self.sent, stop)
-        self.sent = max(self.sent, stop)
-        if len(tokens) > 0:
-            self.streamer.put(tokens)
-
-    def on_step(self, block, step, commit):
-        if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self._tokens(self.sent, self._end_of(block)))
-
-    def put_block(self, block: Block) -> None:
-        self._put(min(self._end_of(block), int(self.canvas.ends[0]) + 1))
-
-    def end(self) -> None:
-        self._put(int(self.canvas.ends[0]) + 1)
-        self.streamer.end()
+def choose(canvas: Canvas, step: DenoisingStep, processors, warpers, draws: bool) -> None:
+    """Fills in the scores and the tokens of a step: the most likely ones, or with `draws` sampled ones."""
+    scores = step.logits
+    if len(processors) > 0:
+        scores = scores.clone()  # confidence is read from `logits`
+        for i, row in enumerate(step.row_list):
+            # The row's own tokens and positions alone, so that neither padding nor other rows matter
+            tokens, counted = canvas.sequences[row][canvas.real[row]], step.counted[i]
+            scores[i, counted] = processors(tokens.expand(int(counted.sum()), -1), scores[i, counted])
+    if len(warpers) > 0:
+        scores = warpers(None, scores.flatten(0, 1)).view(scores.shape)
+    if scores is not step.logits:
+        scores[..., canvas.mask_token_id] = -math.inf
+    best, step.tokens = scores.max(-1)
+    step.scores, canvas.failed = scores, canvas.failed + ~best.isfinite().all()
+    if draws:
+        step.tokens = draw_tokens(scores, step.noise())
+    if canvas.config.eos_penalty > 0:
+        ends = step.tokens.new_tensor(_as_list(canvas.config.eos_token_id))
+        step.penalty = canvas.config.eos_penalty * torch.isin(step.tokens, ends)
 
 
 class LoopMDMGenerationMixin(GenerationMixin):
@@ -567,11 +479,13 @@ class LoopMDMGenerationMixin(GenerationMixin):
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
             Prompt, padded on either side; [MASK] tokens in it are filled in.
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
-            0 on padding. By default everything but `pad_token_id` is a token.
+            0 on padding. By default everything but `pad_token_id` is a token, and that too where it is an end or
+            start token as well; rows that begin or end with more or fewer of it are refused then.
         generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, which may be given by name.
         logits_processor (`LogitsProcessorList`, *optional*):
-            Called on the row's tokens `(num_positions, length)` and the scores `(num_positions, vocab_size)` of the
-            block's positions, before the sampling arguments apply. Confidence does not see the result.
+            Called for every row on its tokens without padding, `(num_positions, length)`, and the scores of the
+            block's [MASK]s, `(num_positions, vocab_size)`, before the sampling arguments apply. Confidence does not
+            see the result.
         stopping_criteria (`StoppingCriteriaList`, *optional*):
             Asked after every block, behind each of its tokens; a row that they stop is padded from there on.
         streamer (`BaseStreamer`, *optional*):
@@ -614,17 +528,21 @@ class LoopMDMGenerationMixin(GenerationMixin):
         """
         # 1. Read the arguments
         started = time.perf_counter()
+        if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
+            raise ValueError("`generate` cannot apply soft prompts (prompt, prefix or P-tuning); train LoRA instead.")
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
-        processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
+        processors, warpers = LogitsProcessorList(logits_processor or []), config.warpers()
+        criteria = self._prepare_criteria(config, stopping_criteria, tokenizer)
 
         # 2. Lay out the canvas
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
         reuses = rule.may_skip or config.remask_probability > 0
         denoiser = (ReusingDenoiser if reuses else Denoiser)(self, canvas, past_key_values)
         cost, trace = Cost(canvas), Trace() if config.output_trace else None
+        scores = Scores(canvas) if config.output_scores else None
         stream = Stream(streamer, canvas) if streamer else None
-        watchers = [watcher for watcher in (cost, trace, stream) if watcher is not None]
+        watchers = [watcher for watcher in (cost, trace, scores, stream) if watcher is not None]
 
         # 3. Denoise block after block
         for block in canvas.blocks():
@@ -633,7 +551,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 if step is None:
                     break
                 denoiser.predict(block, step)
-                self._choose(canvas, step, processors, config.do_sample or rule.draws_tokens)
+                choose(canvas, step, processors, warpers, config.do_sample or rule.draws_tokens)
                 commit = rule(step) & step.masked  # a rule of one's own may mark fillers, which are given tokens
                 canvas.commit(step, commit)
                 canvas.end_at(eos_token_ids)
@@ -662,24 +580,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
             tokens_per_second=total / seconds,
             tokens_per_forward=denoised / cost.totals["forward_passes"].clamp(min=1),
             past_key_values=denoiser.finished_cache(),
+            scores=None if scores is None else scores.by_column(),
             trace=None if trace is None else trace.steps,
         )
-
-    def _choose(self, canvas: Canvas, step: DenoisingStep, processors: LogitsProcessorList, draws: bool) -> None:
-        """Fills in the scores and the tokens of a step. Processors are made for one position at a time."""
-        step.scores = step.logits
-        if len(processors) > 0:
-            input_ids = canvas.sequences[step.rows].repeat_interleave(step.logits.shape[1], 0)
-            # A copy, since processors may write into their argument and confidence is read from `logits`.
-            step.scores = processors(input_ids, step.logits.flatten(0, 1).clone()).view(step.logits.shape)
-            step.scores[..., self.config.mask_token_id] = -math.inf
-        best, step.tokens = step.scores.max(-1)
-        canvas.failed += ~best.isfinite().all()
-        if draws:
-            step.tokens = draw_tokens(step.scores, step.noise())
-        if canvas.config.eos_penalty > 0:
-            ends = step.tokens.new_tensor(_as_list(canvas.config.eos_token_id))
-            step.penalty = canvas.config.eos_penalty * torch.isin(step.tokens, ends)
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""
@@ -705,17 +608,22 @@ class LoopMDMGenerationMixin(GenerationMixin):
         """Checks the input, repeats its rows for `num_return_sequences`, and puts [MASK]s behind it."""
         real = self._check_input(config, input_ids, attention_mask)
         input_ids, length, mask_token_id = input_ids.long(), input_ids.shape[1], self.config.mask_token_id
+        has_masks, limit = bool((real & (input_ids == mask_token_id)).any()), self.config.max_position_embeddings
         new = config.max_new_tokens
-        if new is None:
-            new = 0 if config.max_length is None else config.max_length - length
-        repeats, limit, wrong = config.num_return_sequences, self.config.max_position_embeddings, None
+        if new is None and config.max_length is not None:
+            new = config.max_length - length
+        elif new is None:
+            new = 0 if has_masks else min(DEFAULT_NEW_TOKENS, limit - length)
+            if new > 0:
+                logger.warning(f"`generate` appends {new} tokens, as in transformers; give `max_new_tokens`.")
+        repeats, wrong = config.num_return_sequences, None
         num_rows, generators = len(input_ids) * repeats, _as_list(generator)
         generator = generators if isinstance(generator, tuple) else generator
         if new < 0:
             wrong = (
                 f"`max_length` is {config.max_length}, less than the {length} tokens of input; use `max_new_tokens`"
             )
-        elif new == 0 and not bool((real & (input_ids == mask_token_id)).any()):
+        elif new == 0 and not has_masks:
             wrong = (
                 f"There is nothing to generate; give `max_new_tokens`, or [MASK] tokens ({mask_token_id}) to fill in"
             )
@@ -748,10 +656,16 @@ class LoopMDMGenerationMixin(GenerationMixin):
             raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {shape}.")
         if attention_mask is not None:
             real = attention_mask.to(input_ids.device) != 0
-        elif padding is None or padding in (*_as_list(config.eos_token_id), config.bos_token_id):
-            real = torch.ones_like(input_ids, dtype=torch.bool)
         else:
-            real = input_ids != padding
+            real = input_ids != padding if padding is not None else torch.ones_like(input_ids, dtype=torch.bool)
+            if padding in (*_as_list(config.eos_token_id), config.bos_token_id):
+                ends = torch.stack((real, real.flip(-1))).long().argmax(-1) if shape[1] > 0 else real.new_zeros(2, 1)
+                if bool((ends != ends[:, :1]).any()):
+                    raise ValueError(
+                        f"Some rows of `input_ids` begin or end with more of token {padding}, which may be padding "
+                        "or text here (`pad_token_id` is an end or start token too); give the `attention_mask`."
+                    )
+                real = torch.ones_like(real)
         bad = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)].tolist()
         empty = (~real.any(-1)).nonzero().flatten().tolist() if shape[1] > 0 else []
         if bad:
@@ -761,19 +675,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return real
 
     @staticmethod
-    def _prepare_lists(config, logits_processor, stopping_criteria, tokenizer):
-        """The user's processors, then the sampling arguments, as transformers orders them; and all criteria."""
-        processors = LogitsProcessorList(logits_processor or [])
-        for name, warper in SAMPLING.items():
-            value = getattr(config, name)
-            if value is not None and (value != 1 or name not in ("temperature", "top_p")):
-                processors.append(warper(value if name == "top_k" else float(value)))
+    def _prepare_criteria(config, stopping_criteria, tokenizer) -> StoppingCriteriaList:
+        """The user's criteria, and one for `stop_strings`."""
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        return processors, criteria
+        return criteria
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs

@@ -113,39 +113,39 @@ def iterate_while_moving(
         context = replace(context, cache=view)
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
-    # Of the part: its context, what of it moves, its states, and where they belong (None: everywhere)
-    where: tuple | None = None
-    part, own, before = context, moving, states
+    # The part that loops on: its context, its states, which of its positions move, and its place in `states`
+    part, part_states, part_moving, place = context, states, moving, None
     for index in range(num_loops):
-        if where is not None and context.cache is not None:
+        if place is not None and context.cache is not None:
             context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
-        after = model.loop(before, part, index)
-        still = policy.goes_on(index, before, after, part)
-        expected = own.shape if policy.per_position else own.shape[:1]
-        if still.shape != expected:
+        looped = model.loop(part_states, part, index)
+        goes_on = policy.goes_on(index, part_states, looped, part)
+        expected = part_moving.shape if policy.per_position else part_moving.shape[:1]
+        if goes_on.shape != expected:
             raise ValueError(
-                f"{type(policy).__name__}.goes_on gave shape {tuple(still.shape)} for {tuple(expected)}; with "
+                f"{type(policy).__name__}.goes_on gave shape {tuple(goes_on.shape)} for {tuple(expected)}; with "
                 "`per_position = True` it decides for positions, otherwise for rows."
             )
-        still = own & (still if policy.per_position else still[:, None])
-        before = torch.where(own[..., None], after, before)
-        states = before if where is None else states.index_put(where, before)
+        goes_on = part_moving & (goes_on if policy.per_position else goes_on[:, None])
+        part_states = torch.where(part_moving[..., None], looped, part_states)
+        states = part_states if place is None else states.index_put(place, part_states)
         yield states, moving
-        if index + 1 == num_loops or torch.equal(still, own):
+        if index + 1 == num_loops or torch.equal(goes_on, part_moving):
             continue
-        moving = own = still if where is None else torch.zeros_like(moving).index_put(where, still)
+        moving = part_moving = goes_on if place is None else torch.zeros_like(moving).index_put(place, goes_on)
         rows = moving.any(-1).nonzero().squeeze(-1)
         if len(rows) == 0:
             break
         if policy.per_position:
             # A row with fewer moving positions than others is filled up.
-            own = moving[rows]
-            positions = own.long().argsort(dim=-1, descending=True, stable=True)[:, : int(own.sum(-1).max())]
-            own = own.gather(1, positions)
-            part, where = context.narrow(rows, positions, own), (rows[:, None], positions)
-            before = states[where]
+            part_moving = moving[rows]
+            order = part_moving.long().argsort(dim=-1, descending=True, stable=True)
+            positions = order[:, : int(part_moving.sum(-1).max())]
+            part_moving = part_moving.gather(1, positions)
+            part, place = context.narrow(rows, positions, part_moving), (rows[:, None], positions)
+            part_states = states[place]
         elif context.can_narrow:
-            part, own, before, where = context.narrow(rows), moving[rows], states[rows], (rows,)
+            part, part_states, part_moving, place = context.narrow(rows), states[rows], moving[rows], (rows,)
     if policy.per_position:
         for rest in range(index + 1, num_loops):  # for passes that look for them there
             context.cache.carry(rest, states)

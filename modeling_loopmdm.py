@@ -259,8 +259,8 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As in transformers, but a checkpoint that lacks tensors, or has some that the model has not, raises a
-        ValueError, and only safetensors files are read, never pickles, unless `use_safetensors=False` asks for them.
+        As in transformers, but missing or unexpected tensors raise a ValueError, and only safetensors files are read,
+        never pickles, unless `use_safetensors=False` asks for them.
         """
         kwargs.setdefault("use_safetensors", True)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -610,7 +610,7 @@ def check_shapes(config, inputs_embeds, attention_mask, position_ids, document_i
 
 
 def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    # Trainer and pipelines pass on arguments of transformers that have no effect here; others are typing errors.
+    # Trainer and pipelines pass on arguments of transformers that have no effect here; any other name is a mistake.
     known = {*TransformersKwargs.__annotations__} - {"is_causal"}
     unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
     if unknown:

@@ -228,6 +228,10 @@ def test_keys_and_values_have_the_dtype_that_attention_has():
             logits = run(ids[:, 8:], past_key_values=cache).logits
         assert cache.slots[0][0].dtype == torch.bfloat16
         assert (scores(logits) - expected[:, 8:]).abs().max() < 0.05 * expected.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = filled(model, ids[:, :8])
+    logits = model(ids[:, 8:], past_key_values=cache).logits  # in float32, of keys in bfloat16
+    assert (scores(logits) - expected[:, 8:]).abs().max() < 0.05 * expected.abs().max()
 
 
 # Exit rules

@@ -6,7 +6,14 @@ import copy
 import pytest
 import torch
 from accelerate import disk_offload
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from tiny import ARCHITECTURES, MASK, PAD, random_ids, scores, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -275,6 +282,27 @@ def test_ends_that_peft_wraps(wrapped, tied):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert any("embed_tokens" in name or "lm_head" in name for name in trained)
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_soft_prompts_apply_or_are_refused(kind):
+    """`generate` cannot put them before its canvas; a model that drops them would answer as its base model."""
+    sizes = {"encoder_hidden_size": 32} if kind is PromptEncoderConfig else {}
+    model = get_peft_model(tiny_model(), kind(num_virtual_tokens=3, task_type="CAUSAL_LM", **sizes)).eval()
+    ids = random_ids(2, 8)
+    if kind is PrefixTuningConfig:
+        with pytest.raises(ValueError, match="LoopMDMCache"):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    else:
+        prompts = model.get_prompt(2)
+        embeddings = torch.cat((prompts, tiny_model().get_input_embeddings()(ids)), 1)
+        expected = tiny_model()(inputs_embeds=embeddings).logits
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(scores(found), scores(expected))
+    with pytest.raises(ValueError, match="soft prompts"):
+        model.generate(input_ids=ids, max_new_tokens=4)
+    base = model.get_base_model()
+    assert torch.equal(base.generate(ids, max_new_tokens=4), tiny_model().generate(ids, max_new_tokens=4))
 
 
 def test_lora_on_a_base_in_four_bits(tmp_path):

@@ -260,7 +260,7 @@ def test_processors_do_not_reach_the_confidence(wrap):
 def test_processors_see_the_rows_of_their_positions(model):
     def no_repetition(input_ids, scores):
         left = int((input_ids[0] == MASK).sum())
-        assert (input_ids.shape, scores.shape) == ((2 * left, 12), (2 * left, 23))
+        assert (input_ids.shape, scores.shape) == ((left, 12), (left, 23))
         return scores.scatter(1, input_ids, -math.inf)
 
     prompts = torch.tensor([[5, 9, 3], [6, 1, 2]])
@@ -273,6 +273,41 @@ def test_processors_see_the_rows_of_their_positions(model):
     logits = model(canvas).logits.detach().float()
     for row, scores, output in zip(canvas, logits, tokens, strict=True):
         assert torch.equal(penalty(row.expand(12, -1), scores).argmax(-1)[3:], output[3:])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_processors_see_neither_padding_nor_other_rows(model, side):
+    def no_repetition(input_ids, scores):
+        assert (input_ids != PAD).all()
+        return scores.scatter(1, input_ids, -math.inf)
+
+    ids, mask = batch_of([[5, 9, 3, 8], [6, 1]], side)
+    arguments = {"max_new_tokens": 6, "block_length": 3, "logits_processor": [Processor(no_repetition)]}
+    output = model.generate(ids, mask, **arguments)
+    for i, row in enumerate(([5, 9, 3, 8], [6, 1])):
+        assert torch.equal(model.generate(torch.tensor([row]), **arguments)[0, len(row) :], output[i, 4:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rule", ["confidence", "margin", "entropy"])
+def test_positions_that_predict_alike_are_committed_from_the_left(name, rule):
+    """All positions of a canvas of nothing but [MASK]s tie, but for rounding, which depends on the batch."""
+    model = tiny_model(**MODELS[name]).float()
+    arguments = {"max_denoising_steps": 4, "unmasking": rule}
+    canvas = torch.full((7, 16), MASK)
+    alone = model.generate(canvas[:1], **arguments)
+    assert torch.equal(model.generate(canvas, **arguments), alone.expand(7, -1))
+    if name == "whole":
+        trace = model.generate(canvas, **arguments, return_dict_in_generate=True, output_trace=True).trace
+        assert trace[0].committed[:, :4].all()
+
+
+def test_twenty_tokens_are_appended_unless_told_otherwise(model, caplog):
+    prompt = torch.tensor([[5, 9, 3]])
+    assert torch.equal(model.generate(prompt), model.generate(prompt, max_new_tokens=20))
+    assert "max_new_tokens" in caplog.text
+    assert model.generate(torch.randint(1, MASK, (1, 60))).shape == (1, 64)  # no further than the model goes
+    assert model.generate(torch.tensor([[5, MASK]])).shape == (1, 2)  # [MASK]s to fill in are what is to be done
 
 
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True}, {"unmasking": "ancestral"}], ids=str)
@@ -395,8 +430,11 @@ def test_end_tokens_used_as_padding_end_nothing(model, side):
     batch = ids.masked_fill(mask == 0, 20)
     output = model.generate(batch, mask, **arguments)
     assert torch.equal(output[0, 4:], model.generate(torch.tensor([[5, 9]]), **arguments)[0, 2:])
-    # Without a mask they are text: this padding token cannot be told from an end.
-    assert torch.equal(model.generate(batch, **arguments), model.generate(batch, torch.ones_like(batch), **arguments))
+    # Without a mask they cannot be told from text; where all rows have as many of them they are text.
+    with pytest.raises(ValueError, match="attention_mask"):
+        model.generate(batch, **arguments)
+    text = batch[:1]
+    assert torch.equal(model.generate(text, **arguments), model.generate(text, torch.ones_like(text), **arguments))
 
 
 def test_end_penalty_delays_the_commitment_and_leaves_the_distribution():

@@ -202,6 +202,33 @@ def test_the_trace_of_a_batch_is_that_of_its_rows(model):
         assert not any(step.committed[number].any() for step in trace if step.loops[number] == 0)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"do_sample": True, "top_k": 5, "temperature": 0.5}, {"remask_probability": 0.5, "max_denoising_steps": 9}],
+    ids=str,
+)
+def test_scores_are_those_that_tokens_were_chosen_by(model, arguments):
+    ids, mask = batch_of(ROWS)
+    arguments |= {"max_new_tokens": 5, "block_length": 4, "generator": [seeded(row) for row in range(len(ROWS))]}
+    output = run(model, ids, mask, output_scores=True, **arguments)
+    masked = torch.nn.functional.pad((ids == MASK) & (mask != 0), (0, 5), value=True)
+    columns = masked.any(0).nonzero().flatten().tolist()
+    assert len(output.scores) == len(columns)
+    log_probs = {}
+    for step in output.trace:
+        for row, column in step.committed.nonzero().tolist():
+            log_probs[row, column] = step.log_probs[row, column]
+    for column, scores in zip(columns, output.scores, strict=True):
+        assert scores.shape == (len(ROWS), model.config.vocab_size)
+        assert torch.equal(scores.isnan().all(-1), ~masked[:, column])
+        for row in masked[:, column].nonzero().flatten().tolist():
+            found = scores[row].log_softmax(-1)[output.sequences[row, column]]
+            torch.testing.assert_close(found, log_probs[row, column], atol=1e-5, rtol=1e-5)
+            assert "top_k" not in arguments or scores[row].isfinite().sum() == 5
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        model.generate(ids, mask, output_scores=True, max_new_tokens=5)
+
+
 # Streams
 
 

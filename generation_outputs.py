@@ -1,0 +1,151 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What `generate` reports: its output, and the watchers that gather it. A watcher is told of every denoising step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from .cache_utils import LoopMDMCache
+from .commit_rules import Block, Canvas
+
+
+@dataclass
+class LoopMDMTraceStep:
+    """What denoising step `step` of block `block` did; rows that had nothing to do ran no loops."""
+
+    block: int
+    step: int
+    loops: torch.LongTensor  # (num_rows,), loops run for every row
+    committed: torch.BoolTensor  # (num_rows, length), positions filled
+    remasked: torch.BoolTensor  # (num_rows, length), positions sent back to [MASK]
+    tokens: torch.LongTensor  # (num_rows, length), the sequences after the step
+    # Of the token chosen at positions that were [MASK], (num_rows, length), NaN elsewhere: its probability under the
+    # raw distribution, and its log-probability under the one that it was drawn from
+    confidence: torch.FloatTensor
+    log_probs: torch.FloatTensor
+
+
+@dataclass
+class LoopMDMGenerationOutput(ModelOutput):
+    """
+    Result of `generate(..., return_dict_in_generate=True)`.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(num_rows, length)`): Input and new tokens.
+        forward_passes, loops, flops (`torch.LongTensor` of shape `(num_rows,)`):
+            What each row cost: forward passes (a guided step takes two), applications of mid over all of them, and
+            floating point operations of the matrix products (`model.flops`) without what fills up shorter rows.
+        seconds (`float`): Wall time of the call. The first call of a process takes longer: warm up to compare.
+        tokens_per_second (`float`): Denoised tokens of all rows, up to and including the end token, in that time.
+        tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`): The same per forward pass of the row.
+        past_key_values ([`LoopMDMCache`], *optional*):
+            With exact caching: all blocks but the last one, for a next call whose input continues the sequences.
+        scores (`tuple[torch.FloatTensor]`, with `output_scores=True`):
+            What the tokens were chosen by, `(num_rows, vocab_size)`, after processors and sampling arguments, for
+            every column that some row denoises, from left to right; NaN in rows that committed no token there.
+        trace (`list[LoopMDMTraceStep]`, with `output_trace=True`): Every denoising step in order.
+    """
+
+    sequences: torch.LongTensor
+    forward_passes: torch.LongTensor | None = None
+    loops: torch.LongTensor | None = None
+    flops: torch.LongTensor | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    past_key_values: LoopMDMCache | None = None
+    scores: tuple[torch.FloatTensor, ...] | None = None
+    trace: list[LoopMDMTraceStep] | None = None
+
+
+class Cost:
+    """What each row cost. As every watcher, it is told of a step after it was written to the canvas."""
+
+    def __init__(self, canvas: Canvas):
+        self.totals = {name: torch.zeros_like(canvas.ends) for name in ("forward_passes", "loops", "flops")}
+
+    def on_step(self, block, step, commit):
+        for name, total in self.totals.items():
+            total[step.rows] += getattr(step, name)
+
+
+class Trace:
+    """What every step did, as [`LoopMDMTraceStep`]s."""
+
+    def __init__(self):
+        self.steps: list[LoopMDMTraceStep] = []
+
+    def on_step(self, block, step, commit):
+        sequences = block.canvas.sequences
+
+        def scatter(values: torch.Tensor, where: torch.Tensor, fill: Any) -> torch.Tensor:
+            out = torch.full(sequences.shape, fill, dtype=values.dtype, device=values.device)
+            i, j = where.nonzero(as_tuple=True)
+            out[step.rows[i], step.columns[i, j]] = values[where]
+            return out
+
+        log_probs = step.scores.log_softmax(-1).gather(-1, step.tokens[..., None]).squeeze(-1)
+        loops = torch.zeros_like(block.size).index_copy(0, step.rows, step.loops)
+        commits = scatter(commit, commit, False), scatter(step.remask, step.remask, False)
+        scores = (scatter(values, step.masked, math.nan) for values in (step.log_probs.exp(), log_probs))
+        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, sequences.clone(), *scores))
+
+
+class Scores:
+    """The scores by which each token was chosen."""
+
+    def __init__(self, canvas: Canvas):
+        is_denoised = canvas.to_denoise.any(0)
+        self.index, self.shape = is_denoised.long().cumsum(-1) - 1, (len(canvas.ends), int(is_denoised.sum()))
+        self.values: torch.Tensor | None = None
+
+    def on_step(self, block, step, commit):
+        if self.values is None:
+            self.values = step.scores.new_full((*self.shape, step.scores.shape[-1]), math.nan)
+        i, j = commit.nonzero(as_tuple=True)
+        self.values[step.rows[i], self.index[step.columns[i, j]]] = step.scores[i, j]
+
+    def by_column(self) -> tuple[torch.Tensor, ...]:
+        return () if self.values is None else self.values.unbind(1)
+
+
+class Stream:
+    """Feeds a streamer with row 0: the prompt, drafts of the current block, finished blocks, and the rest."""
+
+    def __init__(self, streamer: BaseStreamer, canvas: Canvas):
+        self.streamer, self.canvas = streamer, canvas
+        self.sent = int(canvas.to_denoise[0].long().argmax())
+        # Also where the prompt is empty: `skip_prompt` drops whatever comes first.
+        streamer.put(self._tokens(0, self.sent))
+
+    def _tokens(self, start: int, stop: int) -> torch.Tensor:
+        return self.canvas.sequences[0, start:stop][self.canvas.real[0, start:stop]].cpu()
+
+    def _end_of(self, block: Block) -> int:
+        """Column behind a block and the given tokens that follow it."""
+        later = self.canvas.block_of[0] > block.index
+        return int(later.long().argmax()) if bool(later.any()) else len(later)
+
+    def _put(self, stop: int) -> None:
+        tokens = self._tokens(self.sent, stop)
+        self.sent = max(self.sent, stop)
+        if len(tokens) > 0:
+            self.streamer.put(tokens)
+
+    def on_step(self, block, step, commit):
+        if hasattr(self.streamer, "put_draft"):
+            self.streamer.put_draft(self._tokens(self.sent, self._end_of(block)))
+
+    def put_block(self, block: Block) -> None:
+        self._put(min(self._end_of(block), int(self.canvas.ends[0]) + 1))
+
+    def end(self) -> None:
+        self._put(int(self.canvas.ends[0]) + 1)
+        self.streamer.end()
+
+
+__all__ = ["Cost", "LoopMDMGenerationOutput", "LoopMDMTraceStep", "Scores", "Stream", "Trace"]
