@@ -271,6 +271,11 @@ class Canvas:
         """Rows that have reached their end, `(num_rows,)`."""
         return self.ends < self.sequences.shape[1]
 
+    @property
+    def behind(self) -> torch.Tensor:
+        """Columns behind the rows' ends."""
+        return self.columns > self.ends[:, None]
+
     def blocks(self) -> Iterator["Block"]:
         for index in range(int(self.block_of.max()) + 1):
             block = Block(self, index)

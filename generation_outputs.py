@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What `generate` reports: its output, and the watchers that gather it. A watcher is told of every denoising step."""
+"""What `generate` reports: its output, and the watchers that gather it and feed a streamer."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .cache_utils import LoopMDMCache
-from .commit_rules import Block, Canvas
+from .commit_rules import Block, Canvas, DenoisingStep
 
 
 @dataclass
@@ -62,25 +63,54 @@ class LoopMDMGenerationOutput(ModelOutput):
     trace: list[LoopMDMTraceStep] | None = None
 
 
-class Cost:
-    """What each row cost. As every watcher, it is told of a step after it was written to the canvas."""
+class Watcher:
+    """Is told of every denoising step and block, once they are written to the canvas, and reports at the end."""
 
     def __init__(self, canvas: Canvas):
+        self.canvas = canvas
+
+    def on_step(self, block: Block, step: DenoisingStep, commit: torch.Tensor) -> None:
+        """After a step that committed `commit`, `(N, P)` bool."""
+
+    def on_block(self, block: Block) -> None:
+        """After the last step of a block."""
+
+    def end(self) -> dict[str, Any]:
+        """Fields of the [`LoopMDMGenerationOutput`]."""
+        return {}
+
+
+class Cost(Watcher):
+    """What each row cost."""
+
+    def __init__(self, canvas):
+        super().__init__(canvas)
+        self.started = time.perf_counter()
         self.totals = {name: torch.zeros_like(canvas.ends) for name in ("forward_passes", "loops", "flops")}
 
     def on_step(self, block, step, commit):
         for name, total in self.totals.items():
             total[step.rows] += getattr(step, name)
 
+    def end(self):
+        denoised = (self.canvas.to_denoise & ~self.canvas.behind).sum(-1)
+        total, seconds = int(denoised.sum()), time.perf_counter() - self.started  # waits for the device
+        speed = {"seconds": seconds, "tokens_per_second": total / seconds}
+        return self.totals | speed | {"tokens_per_forward": denoised / self.totals["forward_passes"].clamp(min=1)}
 
-class Trace:
+
+class Trace(Watcher):
     """What every step did, as [`LoopMDMTraceStep`]s."""
 
-    def __init__(self):
+    def __init__(self, canvas):
+        super().__init__(canvas)
         self.steps: list[LoopMDMTraceStep] = []
 
+    def end(self):
+        return {"trace": self.steps}
+
     def on_step(self, block, step, commit):
-        sequences = block.canvas.sequences
+        sequences = self.canvas.sequences
 
         def scatter(values: torch.Tensor, where: torch.Tensor, fill: Any) -> torch.Tensor:
             out = torch.full(sequences.shape, fill, dtype=values.dtype, device=values.device)
@@ -95,10 +125,11 @@ class Trace:
         self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, sequences.clone(), *scores))
 
 
-class Scores:
+class Scores(Watcher):
     """The scores by which each token was chosen."""
 
-    def __init__(self, canvas: Canvas):
+    def __init__(self, canvas):
+        super().__init__(canvas)
         is_denoised = canvas.to_denoise.any(0)
         self.index, self.shape = is_denoised.long().cumsum(-1) - 1, (len(canvas.ends), int(is_denoised.sum()))
         self.values: torch.Tensor | None = None
@@ -109,15 +140,16 @@ class Scores:
         i, j = commit.nonzero(as_tuple=True)
         self.values[step.rows[i], self.index[step.columns[i, j]]] = step.scores[i, j]
 
-    def by_column(self) -> tuple[torch.Tensor, ...]:
-        return () if self.values is None else self.values.unbind(1)
+    def end(self):
+        return {"scores": () if self.values is None else self.values.unbind(1)}
 
 
-class Stream:
+class Stream(Watcher):
     """Feeds a streamer with row 0: the prompt, drafts of the current block, finished blocks, and the rest."""
 
-    def __init__(self, streamer: BaseStreamer, canvas: Canvas):
-        self.streamer, self.canvas = streamer, canvas
+    def __init__(self, canvas, streamer: BaseStreamer):
+        super().__init__(canvas)
+        self.streamer = streamer
         self.sent = int(canvas.to_denoise[0].long().argmax())
         # Also where the prompt is empty: `skip_prompt` drops whatever comes first.
         streamer.put(self._tokens(0, self.sent))
@@ -140,12 +172,21 @@ class Stream:
         if hasattr(self.streamer, "put_draft"):
             self.streamer.put_draft(self._tokens(self.sent, self._end_of(block)))
 
-    def put_block(self, block: Block) -> None:
+    def on_block(self, block):
         self._put(min(self._end_of(block), int(self.canvas.ends[0]) + 1))
 
-    def end(self) -> None:
+    def end(self):
         self._put(int(self.canvas.ends[0]) + 1)
         self.streamer.end()
+        return {}
 
 
-__all__ = ["Cost", "LoopMDMGenerationOutput", "LoopMDMTraceStep", "Scores", "Stream", "Trace"]
+def make_watchers(canvas: Canvas, streamer: BaseStreamer | None) -> list[Watcher]:
+    """Those that the call's generation config asks for."""
+    config = canvas.config
+    wanted = {Cost: True, Trace: config.output_trace, Scores: config.output_scores}
+    watchers = [kind(canvas) for kind, is_wanted in wanted.items() if is_wanted]
+    return watchers if streamer is None else [*watchers, Stream(canvas, streamer)]
+
+
+__all__ = ["LoopMDMGenerationOutput", "LoopMDMTraceStep", "Watcher", "make_watchers"]

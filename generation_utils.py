@@ -11,7 +11,6 @@ import copy
 import difflib
 import inspect
 import math
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers.utils import logging
 from .cache_utils import CACHE_PLANS, BlockCausalCache, CachePlan, ForwardPass, LoopMDMCache
 from .commit_rules import COMMIT_RULES, PARALLEL_RULES, Block, Canvas, CommitRule, DenoisingStep, draw_tokens
 from .configuration_loopmdm import check_num_loops
-from .generation_outputs import Cost, LoopMDMGenerationOutput, Scores, Stream, Trace
+from .generation_outputs import LoopMDMGenerationOutput, make_watchers
 from .loop_policies import LoopPolicy, resolve_policy
 
 # What other samplers call our arguments, and arguments of autoregressive generation that cannot work here.
@@ -527,7 +526,6 @@ class LoopMDMGenerationMixin(GenerationMixin):
         Greedy, or with a generator per row, a row's result depends neither on the other rows nor on padding.
         """
         # 1. Read the arguments
-        started = time.perf_counter()
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
             raise ValueError("`generate` cannot apply soft prompts (prompt, prefix or P-tuning); train LoRA instead.")
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
@@ -539,10 +537,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
         reuses = rule.may_skip or config.remask_probability > 0
         denoiser = (ReusingDenoiser if reuses else Denoiser)(self, canvas, past_key_values)
-        cost, trace = Cost(canvas), Trace() if config.output_trace else None
-        scores = Scores(canvas) if config.output_scores else None
-        stream = Stream(streamer, canvas) if streamer else None
-        watchers = [watcher for watcher in (cost, trace, scores, stream) if watcher is not None]
+        watchers = make_watchers(canvas, streamer)
 
         # 3. Denoise block after block
         for block in canvas.blocks():
@@ -559,30 +554,17 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     watcher.on_step(block, step, commit)
             canvas.check(block)
             canvas.stop_at(criteria, block)
-            if stream is not None:
-                stream.put_block(block)
+            for watcher in watchers:
+                watcher.on_block(block)
 
-        # 4. Pad behind the ends
+        # 4. Pad behind the ends, and report
         fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, 0)
-        behind = canvas.columns > canvas.ends[:, None]
         fill = next(token for token in fills if token is not None)
-        sequences = canvas.sequences.masked_fill(behind & canvas.to_denoise, fill)
-        if stream is not None:
-            stream.end()
+        sequences = canvas.sequences.masked_fill(canvas.behind & canvas.to_denoise, fill)
+        report = {name: value for watcher in watchers for name, value in watcher.end().items()}
         if not config.return_dict_in_generate:
             return sequences
-        denoised = (canvas.to_denoise & ~behind).sum(-1)
-        total, seconds = int(denoised.sum()), time.perf_counter() - started  # waits for the device
-        return LoopMDMGenerationOutput(
-            sequences=sequences,
-            **cost.totals,
-            seconds=seconds,
-            tokens_per_second=total / seconds,
-            tokens_per_forward=denoised / cost.totals["forward_passes"].clamp(min=1),
-            past_key_values=denoiser.finished_cache(),
-            scores=None if scores is None else scores.by_column(),
-            trace=None if trace is None else trace.steps,
-        )
+        return LoopMDMGenerationOutput(sequences, past_key_values=denoiser.finished_cache(), **report)
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""
