@@ -302,9 +302,10 @@ def test_the_next_turn_leaves_out_what_follows_an_end(causal):
     """The mask of the output makes a prompt of it that has neither old nor new padding."""
     ids, mask = batch_of([[5, 3, 8, 1], [7, 6]])
     question = torch.tensor([[4, 9, 2]] * 2)
-    end = int(run(causal, ids, mask, max_new_tokens=8).sequences[0, 6])
-    first = run(causal, ids, mask, max_new_tokens=8, eos_token_id=end)
-    assert first.attention_mask[0].tolist() == [1] * 7 + [0] * 5
+    written = run(causal, ids, mask, max_new_tokens=8).sequences[0, 4:].tolist()
+    first = run(causal, ids, mask, max_new_tokens=8, eos_token_id=written[2])
+    length = 4 + written.index(written[2]) + 1
+    assert first.attention_mask[0].tolist() == [1] * length + [0] * (12 - length)
     arguments = {"max_new_tokens": 5, "eos_token_id": None}
     longer = torch.cat((first.sequences, question), 1), torch.cat((first.attention_mask, torch.ones_like(question)), 1)
     second = run(causal, *longer, past_key_values=first.past_key_values, **arguments)
