@@ -291,7 +291,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     def __init__(self, config: LoopMDMConfig):
         super().__init__(config)
         config.validate()  # `from_pretrained(..., loop_end=9)` changes the configuration after it was made
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":  # GPT-2
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         else:
