@@ -199,14 +199,9 @@ class Stored:
         )
         query, key = attention.q_norm(query), attention.k_norm(key)
         if config.position_embedding_type == "rope":
-<<<<<<< ours
             half = config.head_dim // 2
             angles = positions[:, None].double() / 10000.0 ** (torch.arange(half).double() / half)
             turn = torch.polar(torch.ones_like(angles), angles)
-=======
-            cos, sin = self.model.model.rotary_emb(hidden[None], positions[None], torch.tensor([self.length]))
-            turn = torch.complex(cos, sin)[0, :, : config.head_dim // 2]
->>>>>>> theirs
 
             def rotate(x):
                 turned = torch.complex(x[..., :half], x[..., half:]) * turn
