@@ -35,6 +35,8 @@ NOT_FOR_LOOPMDM = (peft.CartridgeConfig, peft.CPTConfig, peft.PrefixTuningConfig
 # Tests that have to fail, by a pattern of their names, and why
 EXPECTED_FAILURES = {
     r"^test_(generate|generate_pos_args|generate_half_prec|disable_adapter)\[Prompt": "`generate` has no soft prompts",
+    r"^test_(generate|generate_pos_args|generate_half_prec|disable_adapter|mixed_adapter_batches)"
+    r"\[LoraConfig-config_kwargs1[78]": "`generate` refuses activated LoRA",
     r"^test_generate_with_mixed_adapter_batches\[LoraConfig": "masked diffusion has no beams",
     r"^test_training_decoders_gradient_checkpointing\[False-LoraConfig-config_kwargs17-.*loops-3": (
         "PEFT forgets where an activated LoRA begins after the first backward pass through a layer; a loop has several"
@@ -49,6 +51,8 @@ LEFT_OUT = (
     r"^test_merge_and_unload_fixes_tie_word_embeddings_config$",  # a checkpoint of two tensors that a config ties
     r"^test_prompt_tuning_(text_tokenizer_kwargs|trust_remote_code)$",  # a tokenizer of the Hub
     r"^test_forward_b?float16",  # sets `dtype`, which transformers' models compute
+    r"^test_only_params_are_updated",  # rates and inputs made for its own modules
+    r"^test_(merge_layers|save_load_roundtrip)\[LNTuning",  # want other logits of a fresh copy of the norms
 )
 
 
@@ -110,10 +114,10 @@ class Loader:
 
 
 class LogitsModel(LoopMDMForMaskedLM):
-    """A module that returns a tensor, as the tests of custom models expect: the logits of all tokens but [MASK]."""
+    """A module that returns a matrix, as the tests of custom models expect: the finite logits of the last position."""
 
     def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs).logits[..., :MASK]
+        return super().forward(*args, **kwargs).logits[:, -1, :MASK]
 
 
 def import_tests(sdist: Path) -> list[types.ModuleType]:
@@ -153,7 +157,6 @@ CUSTOM_CASES = [
     (peft.LilyConfig, {"target_modules": ["up_proj"], "r": 2, "stride_A": 1, "num_B": 2}),
     (peft.PeanutConfig, {"target_modules": ["up_proj"], "r": 2, "depth": 1, "act_fn": "gelu"}),
     (peft.AdamssConfig, {"target_modules": ["up_proj"], "r": 8, "num_subspaces": 3}),
-    (peft.BOFTConfig, {"target_modules": ["q_proj"], "boft_block_size": 2}),
 ]
 custom_tests.TEST_CASES[:] = [
     (f"{config_class.__name__} {number}", str(FOLDER / f"untied-loops-{num_loops}"), config_class, arguments)
