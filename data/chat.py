@@ -13,9 +13,9 @@ def encode_conversation(
     tokenizer: Any, prompt: list[dict], answer: list[dict], where: str, tools: list | None = None
 ) -> dict[str, Any]:
     """
-    Tokens of a conversation: `input_ids`, of which the first `prompt_length` are the prompt, up to and with the opening
-    of the assistant's turn. The rest is the answer up to and with its turn end. What a template puts behind that, such
-    as the opening of another turn, is left out: nothing is to be learnt there.
+    Tokens of a conversation: `input_ids`, of which the first `prompt_length` are the prompt, up to and with the
+    opening of the assistant's turn. The rest is the answer up to and with its turn end. What a template puts behind
+    that, such as the opening of another turn, is left out.
 
     Args:
         tokenizer: With a chat template. It may open an assistant's turn whether it is asked or not, end turns with any
@@ -24,15 +24,21 @@ def encode_conversation(
         where: What to call the conversation in errors.
         tools (*optional*): As the template takes them.
     """
-    for messages, name in ((prompt, "before the answer"), (answer, "that is the answer")):
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
-        if not messages:
-            raise ValueError(f"{where} has no message {name}.")
-    if answer[-1].get("role") != "assistant":
-        raise ValueError(f"{where}: the last message is of the role {answer[-1].get('role')!r}, not `assistant`.")
+    if not all(
+        isinstance(one, list) and all(isinstance(message, dict) for message in one) for one in (prompt, answer)
+    ):
+        raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
+    if not answer or answer[-1].get("role") != "assistant":
+        raise ValueError(f"{where}: the answer must be a list of messages that ends with one of the role `assistant`.")
+    for number, message in enumerate([*prompt, *answer], start=1):
+        if message.get("role") is None or (message.get("content") is None and not message.get("tool_calls")):
+            raise ValueError(
+                f"{where}: message {number} needs `role` and `content`; it has {', '.join(message) or 'nothing'}."
+            )
     if tokenizer.chat_template is None:
         raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
+    if not prompt:
+        raise ValueError(f"{where} has no message before the answer.")
     # Data sets fill up messages with None, which templates take for a value.
     prompt, answer = ([{k: v for k, v in one.items() if v is not None} for one in part] for part in (prompt, answer))
     opened = _render(tokenizer, prompt, where, tools, opens=True)
@@ -96,9 +102,7 @@ def _opening(tokenizer: Any) -> str:
     return before.strip().removeprefix(tokenizer.bos_token or "").strip() if found else ""
 
 
-def _render(
-    tokenizer: Any, messages: list[dict], where: str, tools: list | None = None, opens: bool = False
-) -> str:
+def _render(tokenizer: Any, messages: list[dict], where: str, tools: list | None = None, opens: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, tools=tools)
     except Exception as error:  # whatever a template raises

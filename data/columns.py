@@ -48,6 +48,8 @@ def read_columns(row: dict[str, Any], where: str, mask_token_id: int) -> dict[st
     tokens = _integers(row["input_ids"], "input_ids", where).long()
     if tokens.ndim != 1:
         raise ValueError(f"{where}: `input_ids` has shape {tuple(tokens.shape)}; it must be one row of tokens.")
+    if (tokens < 0).any():
+        raise ValueError(f"{where} has the token {int(tokens.min())}; tokens are counted from 0.")
     found = {}
     for name in (*_OF_TOKENS, "token_type_ids"):
         if row.get(name) is not None:

@@ -45,7 +45,8 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
         raise ValueError(f"{where} is a text; what is needed are prompts and answers (.jsonl).")
     messages = example.get("messages")
     if messages is not None:
-        if not isinstance(messages, list) or not messages:
+        is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        if not is_list or not messages or messages[-1].get("role") != "assistant":
             raise ValueError(f"{where}: `messages` must be a list that ends with one of the role `assistant`.")
         return _encode_messages(tokenizer, example, messages[:-1], messages[-1:], where)
     lists = [name for name in (*PROMPT_NAMES, *ANSWER_NAMES) if isinstance(example.get(name), list)]
@@ -74,7 +75,9 @@ def columns_of_answer(example: dict[str, Any]) -> set[str]:
 
 def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[str, Any]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    given, text_ids = (tokenize(tokenizer, prompt, where, add_special_tokens=add)["input_ids"] for add in (True, False))
+    given, text_ids = (
+        tokenize(tokenizer, prompt, where, add_special_tokens=add)["input_ids"] for add in (True, False)
+    )
     if end and given[-1:] == end != text_ids[-1:]:
         given = given[:-1]  # some tokenizers end every text
     ids = encode(tokenizer, answer, where)

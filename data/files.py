@@ -32,10 +32,11 @@ def read_rows(
     path = Path(source).expanduser()
     if path.suffix in (".txt", ".jsonl") and not path.is_file():
         raise ValueError(f"{source} is not a file.")
-    unit, rows = "line", iter(())
+    if documents not in SEPARATORS:
+        raise ValueError(f"The documents are separated by {documents!r}; choose one of {', '.join(SEPARATORS)}.")
+    unit = "line"
+    rows: Iterator[tuple[int, Any]]
     if path.suffix == ".txt":
-        if documents not in SEPARATORS:
-            raise ValueError(f"The documents are separated by {documents!r}; choose one of {', '.join(SEPARATORS)}.")
         rows = _documents(path, SEPARATORS[documents])
     elif path.suffix == ".jsonl":
         rows = _json_lines(path)

@@ -29,7 +29,7 @@ def locate(name: str, what: str) -> str:
     except HFValidationError:
         is_id = False
     if not is_id:
-        raise ValueError(f"{name} does not hold {what}: it is not a folder, nor an id on the Hub (`owner/name`).")
+        raise ValueError(f"{name} does not hold {what}; it is not a folder, nor an id on the Hub (`owner/name`).")
     return name
 
 
@@ -58,7 +58,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
                 f"The tokenizer of {name} has code of its own, which runs on request alone; read it, and give "
                 "--trust-remote-code (`trust_remote_code=True`)."
             ) from error
-        fix = "put its files beside the weights" if Path(place).is_dir() else "as it is not a folder, the Hub was asked"
+        fix = (
+            "put its files beside the weights" if Path(place).is_dir() else "as it is not a folder, the Hub was asked"
+        )
         raise ValueError(f"{name} does not have a tokenizer that loads ({reason}); {fix}.") from error
 
 
@@ -79,7 +81,9 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
         if not isinstance(base, str):
             raise TypeError("`base_model_name_or_path` is not a text")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} does not name the model of the adapter (`base_model_name_or_path`): {error}.") from error
+        raise ValueError(
+            f"{file} does not name the model of the adapter (`base_model_name_or_path`): {error}."
+        ) from error
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{name} is an adapter without adapter_model.safetensors; only safetensors files are read.")
     return locate(base, f"the base model of the adapter {name}")
@@ -103,6 +107,5 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
         if token is not None and token >= config.vocab_size:
             raise ValueError(
                 f"The tokenizer's `{name}` is {token}, outside the model's vocabulary of {config.vocab_size}; is it "
-                "the right tokenizer? If tokens were added to it, call `model.resize_token_embeddings(len(tokenizer))` "
-                "first."
+                "the right one? If tokens were added to it, call `model.resize_token_embeddings(len(tokenizer))` first."
             )

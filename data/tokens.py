@@ -54,8 +54,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def check_tokens(ids: list[int], vocab_size: int, where: str, mask_token_id: int | None = None) -> list[int]:
     """
-    The tokens again. Raises a ValueError where one is outside a vocabulary of `vocab_size`, or is the mask token, which
-    clean texts do not hold.
+    The tokens again. Raises a ValueError where one is outside a vocabulary of `vocab_size`, or is the mask token,
+    which clean texts do not hold.
     """
     wrong = next((token for token in (max(ids, default=0), min(ids, default=0)) if not 0 <= token < vocab_size), None)
     if wrong is not None:

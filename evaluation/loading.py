@@ -102,7 +102,7 @@ def load_judge(
 
 def _read_config(model: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     logging.disable_progress_bar()
-    place = locate(model, "a model")
+    place = locate(model, "a model: there is no config.json in it")
     base = adapter_base(place, revision)
     if base is not None:
         place, revision = base, None

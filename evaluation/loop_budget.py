@@ -17,6 +17,7 @@ from ..configuration_loopmdm import check_num_loops
 from ..data import encode_answer, read_jsonl
 from ..generation_utils import LoopMDMGenerationConfig
 from ..objective import input_device
+from .loading import read_generation_config
 from .texts import batches_by_length, pad_left
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -193,14 +194,14 @@ def _check(
 
 def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     """
-    Makes `arguments`, as [`calibrate_loops`] chose them, the defaults of the model in `folder`: writes its
+    Makes `arguments`, as [`calibrate_loops`] chose them, the defaults of the model or adapter in `folder`: writes its
     generation_config.json anew. Returns the file.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} does not hold a model: there is no config.json in it.")
     file = folder / "generation_config.json"
-    config = LoopMDMGenerationConfig.from_pretrained(folder) if file.is_file() else LoopMDMGenerationConfig()
+    config = read_generation_config(str(folder)) or LoopMDMGenerationConfig()
     config.update(**_complete(arguments))
     config.validate()
     part = folder / ".generation_config.json.part"

@@ -190,9 +190,9 @@ def find_model(model: nn.Module) -> nn.Module:
         soft = getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
         if soft and not module._adapters_disabled:
             raise ValueError(
-                f"The adapter {module.active_adapter!r} is {module.active_peft_config.peft_type.value}: its soft prompts "
-                "act on the forward pass of the wrapper alone, and would be left out here. Use an adapter of the weights "
-                "(LoRA, DoRA, IA3), or measure the model without it (`with model.disable_adapter(): ...`)."
+                f"The adapter {module.active_adapter!r} is {module.active_peft_config.peft_type.value}: its soft "
+                "prompts act on the forward pass of the wrapper alone, and would be left out here. Use an adapter of "
+                "the weights (LoRA, DoRA, IA3), or leave this one out (`with model.disable_adapter(): ...`)."
             )
         if hasattr(type(module), "align"):
             return module

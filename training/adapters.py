@@ -74,7 +74,9 @@ def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
     with torch.device("meta"):
         model = LoopMDMForMaskedLM(config)
     modules = [name for name, _ in model.named_modules() if name]
-    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    linear = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
     wanted = lora.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else list(wanted or [])
     wrong = [layer for layer in wanted if not 0 <= layer < config.num_hidden_layers]

@@ -26,7 +26,8 @@ class MaskedDiffusionCollator:
 
     Args:
         mask_token_id (`int`): Id of [MASK].
-        pad_token_id (`int`, *optional*): Id that fills short rows; needed when lengths differ.
+        pad_token_id (`int`, *optional*): Id that fills short rows, an end token's too, or by default any: what fills
+            is neither seen nor learnt.
         seed (`int`, defaults to 0): Seed of the noise.
         block_size (`int`, *optional*): The model's `config.attention_block_size`.
         mask_ratio (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
@@ -41,8 +42,8 @@ class MaskedDiffusionCollator:
 
     Features are dicts with `input_ids` (the clean tokens), `index` (place in the run, see [`ExampleStream`]; the noise
     derives from it and the seed), and optionally what tells padding (`attention_mask`, 0) and what is learnt from the
-    rest: `labels` (-100 elsewhere), `maskable`, `assistant_masks`, `completion_mask` (0 elsewhere), `prompt_length` (the
-    tokens at the start that stay visible and are not learnt), and `document_ids` (ids of packed documents); see
+    rest: `labels` (-100 elsewhere), `maskable`, `assistant_masks`, `completion_mask` (0 elsewhere), `prompt_length`
+    (the tokens at the start that stay visible and are not learnt), and `document_ids` (ids of packed documents); see
     [`~loopmdm.data.read_columns`]. Padding is taken away, and batches are padded anew. Other columns that would change
     what is learnt raise a ValueError, and the log says once which have no effect. Returns `input_ids`, `labels`,
     `attention_mask` and, of packed rows, `document_ids`, int64, and `loss_weights`, float32, each of shape
@@ -75,12 +76,11 @@ class MaskedDiffusionCollator:
         self.complementary = complementary
         self.learn_padding = learn_padding
         self.max_length = max_length
+        self._filler = int(mask_token_id == 0) if pad_token_id is None else pad_token_id
         self._unused = UnusedColumns()
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = self._read_all(features)
-        if self.pad_token_id is None and len({row["length"] for row in rows}) > 1:
-            raise ValueError("Rows of different lengths need a `pad_token_id`.")
         batch = self._stack(rows, ("input_ids", "labels", "attention_mask", "document_ids"))
         offset = torch.rand((), generator=seeded_generator(self.seed, "mask rate", rows[0]["index"])).item()
         masks = [self._draw(row, (offset + i / len(rows)) % 1.0) for i, row in enumerate(rows)]
@@ -123,7 +123,9 @@ class MaskedDiffusionCollator:
                 "`ExampleStream` (or `StreamedExamples`), and set `remove_unused_columns=False`."
             )
         index = int(feature["index"])
-        where = f"Example {index}" + (f" (row {feature['row'] + 1} of the data)" if "row" in feature else "")
+        where = f"Example {index}" + (
+            f" (row {feature['row'] + 1} of the data)" if isinstance(feature.get("row"), int) else ""
+        )
         self._unused.note(feature, ("index", "row", *TOKEN_COLUMNS), "Columns of the examples")
         row = read_columns(feature, where, self.mask_token_id)
         length = len(row["input_ids"])
@@ -138,11 +140,10 @@ class MaskedDiffusionCollator:
         def fill(tensor: torch.Tensor, value: int | bool) -> torch.Tensor:
             return torch.nn.functional.pad(tensor, (0, missing), value=value)
 
-        tokens = fill(row["input_ids"], self.mask_token_id if self.pad_token_id is None else self.pad_token_id)
+        tokens = fill(row["input_ids"], self._filler)
         maskable = fill(row["maskable"], self.learn_padding)
         filled = {
             "index": row["index"],
-            "length": length - missing,
             "input_ids": tokens,
             "maskable": maskable,
             "labels": tokens.masked_fill(~maskable, -100),

@@ -261,7 +261,9 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
-    trainer.looped_model.generation_config.save_pretrained(folder)  # with an adapter too, which has learnt where to end
+    trainer.looped_model.generation_config.save_pretrained(
+        folder
+    )  # with an adapter too, which has learnt where to end
     (folder / "training.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
