@@ -1,6 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Conversations as tokens: where a chat template puts the answer, and with which token it ends a turn."""
 
+import contextlib
+import re
 from typing import Any
 
 from .tokens import encode
@@ -44,10 +46,20 @@ def encode_conversation(
     opened = _render(tokenizer, prompt, where, tools, opens=True)
     whole = _render(tokenizer, [*prompt, *answer], where, tools)
     if not whole.startswith(opened):
-        raise ValueError(f"{where}: the chat template does not put the answer behind the prompt.")
+        start = next((i for i, (a, b) in enumerate(zip(opened, whole, strict=False)) if a != b), len(whole))
+        raise ValueError(
+            f"{where}: the chat template does not put the answer behind the prompt: it ends a prompt with "
+            f"{opened[start:]!r}, and goes on with {whole[start:][:40]!r} where there is an answer. The "
+            "tokenizer needs a template that does the same in both."
+        )
     end, rest = _behind_answer(tokenizer, prompt, answer, where, tools)
-    if rest and whole.endswith(end + rest):
-        whole = whole[: -len(rest)]
+    if whole.endswith(end + rest):
+        whole = whole[: len(whole) - len(rest)]
+    elif rest.strip():
+        raise ValueError(
+            f"{where}: the chat template puts {rest!r} behind the turn end of other answers, and ends this one in "
+            f"{whole[-40:]!r}; what belongs to the answer cannot be told."
+        )
     given, ids = encode(tokenizer, opened, where), encode(tokenizer, whole, where)
     if ids[: len(given)] != given:  # a token spans the border; in generation none does
         ids = given + encode(tokenizer, whole[len(opened) :], where)
@@ -58,11 +70,11 @@ def turn_end(tokenizer: Any) -> int | None:
     """The token with which the chat template ends an assistant's turn; None without a template, or such a token."""
     if tokenizer.chat_template is None:
         return None
-    prompt, answer = [{"role": "user", "content": "?"}], [{"role": "assistant", "content": _ANSWER}]
-    try:
-        end, _ = _behind_answer(tokenizer, prompt, answer, "A conversation", None)
-    except ValueError:  # the template wants more than this
-        return None
+    end = ""
+    for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        with contextlib.suppress(ValueError):  # the template wants the other kind, or more than this
+            end = end or _behind_answer(tokenizer, messages[:1], messages[1:], "A conversation", None)[0]
     end = end.strip()  # white space ends no turn: it stands within answers too
     ids = encode(tokenizer, end, "A turn end")
     if not ids:
@@ -75,19 +87,25 @@ def _behind_answer(
     tokenizer: Any, prompt: list[dict], answer: list[dict], where: str, tools: list | None
 ) -> tuple[str, str]:
     """What the template puts behind an answer: the end of the turn, and what comes after that."""
-    marked = [*prompt, *answer[:-1], {**answer[-1], "content": _ANSWER}]
-    _, found, behind = _render(tokenizer, marked, where, tools).rpartition(_ANSWER)
+    content = answer[-1].get("content")
+    mark = [{"type": "text", "text": _ANSWER}] if isinstance(content, list) else _ANSWER
+    # Calls of tools end like texts.
+    last = {"role": "assistant"} if content is None else answer[-1]
+    marked = _render(tokenizer, [*prompt, *answer[:-1], {**last, "content": mark}], where, tools)
+    _, found, end = marked.rpartition(_ANSWER)
     if not found:
-        return "", ""
-    end, opening = behind, ""
-    if _render(tokenizer, prompt, where, tools) == _render(tokenizer, prompt, where, tools, opens=True):
-        opening = _opening(tokenizer)
+        kind = "a list of parts" if isinstance(content, list) else "a text"
+        raise ValueError(f"{where}: the chat template leaves out the answer, whose `content` is {kind}.")
+    behind = end
+    heeds = _render(tokenizer, prompt, where, tools) != _render(tokenizer, prompt, where, tools, opens=True)
+    opening = "" if heeds else _opening(tokenizer)
     if opening and end.rstrip().endswith(opening):
         end = end.rstrip()[: -len(opening)]
-    places = [(end.find(token), token) for token in _special_tokens(tokenizer) if token in end]
-    if places:
-        place, token = min(places)
-        end = end[: place + len(token)]
+    special = "|".join(map(re.escape, sorted(_special_tokens(tokenizer), key=len, reverse=True)))
+    # Several in a row end a turn together, unless the last ones may open the next turn.
+    first = re.search(rf"({special})+" if heeds else special, end) if special else None
+    if first is not None:
+        end = end[: first.end()]
     end = end.rstrip() or end  # white space behind a turn end is not part of it
     return end, behind[len(end) :]
 

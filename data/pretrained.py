@@ -107,5 +107,5 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
         if token is not None and token >= config.vocab_size:
             raise ValueError(
                 f"The tokenizer's `{name}` is {token}, outside the model's vocabulary of {config.vocab_size}; is it "
-                "the right one? If tokens were added to it, call `model.resize_token_embeddings(len(tokenizer))` first."
+                "the right one? If tokens were added, call `model.resize_token_embeddings(len(tokenizer))` first."
             )

@@ -90,6 +90,19 @@ def test_an_answer_goes_up_to_its_turn_end(template, prompt, answer, end, specia
     assert (found if found is None else tokenizer.convert_ids_to_tokens(found)) == end
 
 
+def test_several_special_tokens_end_a_turn_together():
+    """Cohere's. What opens another turn unasked does not belong to them."""
+    special = ("<end>", "<eot>", "<assistant>")
+    tokenizer = tokenizer_with(ON_REQUEST.replace(" <eot>", "<end><eot>"), special)
+    assert parts(tokenizer, {"messages": [USER, ANSWER]}) == ("<user> 2+2? <end> <eot> <assistant>", "4 <end> <eot>")
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<eot>")
+    first = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('The user comes first') }}{% endif %}"
+    unasked = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <eot>{% endfor %}<assistant>"
+    for template in (unasked, first + unasked):
+        tokenizer = tokenizer_with(template, special)
+        assert parts(tokenizer, {"messages": [USER, ANSWER]})[1] == "4 <eot>"
+
+
 @pytest.mark.parametrize("template", [UNASKED, ON_REQUEST])
 def test_earlier_turns_are_context(template):
     tokenizer = tokenizer_with(template)
@@ -181,6 +194,48 @@ def test_rows_that_would_be_misread_are_refused(example, message):
     with pytest.raises(ValueError) as error:
         encode_answer(tokenizer_with(MISTRAL), example, "Row 3")
     assert "Row 3" in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "message"),
+    [
+        (
+            "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} <think>{% endif %}",
+            "4",
+            "it ends a prompt with ' <think>', and goes on with '4' where there is an answer",
+        ),
+        (
+            "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{% endfor %}",
+            "4",
+            "leaves",
+        ),
+        (ROLES.replace("{{ m['content'] }}", ""), [{"type": "text", "text": "4"}], "`content` is a list of parts"),
+    ],
+    ids=str,
+)
+def test_templates_that_lose_the_answer_are_named(template, content, message):
+    with pytest.raises(ValueError) as error:
+        encode_answer(tokenizer_with(template), {"messages": [USER, {**ANSWER, "content": content}]}, "Row 3")
+    assert "Row 3" in str(error.value) and message in str(error.value)
+
+
+def test_calls_of_tools_are_answers():
+    body = "{% if m['tool_calls'] %}<tools> {{ m['tool_calls'][0]['function']['name'] }}{% else %}"
+    body += "{{ m['content'] }}{% endif %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "kind"}}]}
+    for template in (ON_REQUEST, UNASKED):
+        tokenizer = tokenizer_with(template.replace("{{ m['content'] }}", body))
+        assert parts(tokenizer, {"messages": [USER, call]}) == ("<user> 2+2? <eot> <assistant>", "<tools> kind <eot>")
+    tokenizer.chat_template += "{% if messages[-1]['tool_calls'] %} 5{% endif %}"
+    with pytest.raises(ValueError, match="what belongs to the answer cannot be told"):
+        encode_answer(tokenizer, {"messages": [USER, call]})
+
+
+def test_contents_of_parts_are_read_by_templates_that_do():
+    template = ON_REQUEST.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part.text }}{% endfor %}")
+    messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in (USER, ANSWER)]
+    assert parts(tokenizer_with(template), {"messages": messages}) == ("<user> 2+2? <eot> <assistant>", "4 <eot>")
+    assert turn_end(tokenizer_with(template)) == WORDS.index("<eot>")
 
 
 def test_empty_columns_are_nothing_lost():
