@@ -5,7 +5,7 @@ from .chat import turn_end
 from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns
 from .encode import encode_answer, first_text, text_of
 from .examples import read_examples
-from .files import SEPARATORS, load_dataset_rows, read_documents, read_jsonl, read_rows
+from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
 from .stream import ExampleStream, StreamedExamples
@@ -24,6 +24,7 @@ __all__ = [
     "encode_answer",
     "encode_with_bytes",
     "first_text",
+    "json_lines",
     "load_dataset_rows",
     "load_tokenizer",
     "locate",

@@ -39,7 +39,7 @@ def read_rows(
     if path.suffix == ".txt":
         rows = _documents(path, SEPARATORS[documents])
     elif path.suffix == ".jsonl":
-        rows = _json_lines(path)
+        rows = json_lines(path)
     elif path.is_file():
         raise ValueError(
             f"{source} is neither a .txt nor a .jsonl file. The `datasets` library reads other kinds: name the kind "
@@ -86,11 +86,11 @@ def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line. Empty lines are skipped; a bad one is named by number."""
-    return [row for _, row in _json_lines(Path(path))]
+    return [row for _, row in json_lines(Path(path))]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects, each with the number of its line."""
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file with one JSON object a line, each with the number of its line, see [`read_jsonl`]."""
     is_empty = True
     with path.open("rb") as file:
         for number in itertools.count(1):

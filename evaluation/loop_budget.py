@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..configuration_loopmdm import check_num_loops
-from ..data import encode_answer, read_jsonl
+from ..data import encode_answer, json_lines
 from ..generation_utils import LoopMDMGenerationConfig
 from ..objective import input_device
 from .loading import read_generation_config
@@ -217,10 +217,12 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
     mask tokens itself, the answer is the whole text and they are filled in.
     """
     examples = []
-    for number, item in enumerate(read_jsonl(path)):
-        where = f"Example {number} of {path}"
+    for number, item in json_lines(Path(path)):
+        where = f"{path}, line {number}"
         encoded = encode_answer(tokenizer, item, where)
         tokens, prompt_length = encoded["input_ids"], encoded["prompt_length"]
+        if prompt_length == len(tokens):
+            raise ValueError(f"{where} has an answer without tokens, so there is nothing to fill in.")
         if mask_token_id in tokens[:prompt_length]:
             input_ids = tokens[:prompt_length]
             tokens = tokens[prompt_length:]

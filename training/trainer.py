@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 
-from ..data import TOKEN_COLUMNS, ExampleStream
+from ..data import ExampleStream
 from ..objective import check_settings, find_model, nelbo
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSamplingCallback, LoopSchedule, make_loop_schedule
@@ -327,7 +327,7 @@ def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
     count = min(num_examples, len(examples))
     for i in range(count):
         example = examples[i * len(examples) // count]
-        for name in TOKEN_COLUMNS:
+        for name in ("input_ids", "maskable", "prompt_length", "document_ids"):
             if example.get(name) is not None:
                 digest.update(torch.as_tensor(example[name]).to(torch.int64).numpy().tobytes())
     return digest.hexdigest()[:16]
