@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What folders and the Hub hold: tokenizers, and adapters with the models that they belong to."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,8 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return None
-    file = find_adapter_config_file(str(folder) if folder.is_dir() else name, revision=revision)
-    if file is None:
+    file = folder / "adapter_config.json" if folder.is_dir() else _adapter_file_of_hub(name, revision)
+    if file is None or not Path(file).is_file():
         return None
     try:
         settings = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -87,6 +88,11 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{name} is an adapter without adapter_model.safetensors; only safetensors files are read.")
     return locate(base, f"the base model of the adapter {name}")
+
+
+@functools.lru_cache
+def _adapter_file_of_hub(name: str, revision: str | None) -> str | None:
+    return find_adapter_config_file(name, revision=revision)  # asks the Hub every time
 
 
 def vocabulary_size(tokenizer: Any) -> int:

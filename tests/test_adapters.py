@@ -11,6 +11,7 @@ import yaml
 from commands import refusal, run
 from evaluation_models import save_looped, word_tokenizer
 from peft import (
+    AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -22,6 +23,7 @@ from tiny import tiny_config, tiny_model
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
 from loopmdm.data import load_tokenizer
+from loopmdm.data.pretrained import MERGE
 from loopmdm.evaluation import measure_dynamics, nelbo
 from loopmdm.evaluation.loading import load_model, read_generation_config, read_model_config
 from loopmdm.training import LoopMDMTrainer, lora_config
@@ -113,6 +115,11 @@ def test_adapters_are_not_converted_but_merged(base, adapter, tmp_path):
     message = refusal("convert", adapter, tmp_path / "out")
     assert "is an adapter, not a whole model" in message and "merge_and_unload()" in message
     assert not (tmp_path / "out").exists()
+    merged = tmp_path / "merged"
+    exec(MERGE.format(adapter).replace("merged", str(merged)), {"AutoPeftModelForCausalLM": AutoPeftModelForCausalLM})
+    with torch.no_grad():
+        found = LoopMDMForMaskedLM.from_pretrained(merged)(IDS).logits
+    torch.testing.assert_close(found, expected_logits(base, adapter))
 
 
 @pytest.mark.parametrize(

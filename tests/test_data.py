@@ -204,6 +204,10 @@ def test_data_sets_are_read(tmp_path, monkeypatch):
     assert [text.input_ids for text in texts] == [[4, 5], [6]]
     with pytest.raises(ValueError, match="cannot be loaded"):
         read_texts(folder, word_tokenizer(), CONFIG, dataset={"split": "nowhere"})
+    (tmp_path / "t.csv").write_text("body,id\nw1 w2,1\n")
+    assert list(read_rows("csv", dataset={"data_files": str(tmp_path / "t.csv")})) == [
+        ("csv, example 1", {"body": "w1 w2", "id": 1})
+    ]
 
 
 # Packing
