@@ -10,6 +10,7 @@ from tiny import tiny_config
 from tokenizers.processors import TemplateProcessing
 
 from loopmdm.data import encode_answer, read_examples, turn_end
+from loopmdm.evaluation import read_texts
 
 WORDS = [
     "<pad>",
@@ -285,6 +286,18 @@ def test_long_rows_are_left_out_on_request_before_they_are_tokenised(tmp_path, m
     monkeypatch.setattr(type(tokenizer), "__call__", lambda *args, **kwargs: pytest.fail("tokenised"))
     rows = [{"prompt": long, "completion": "4"}, {"messages": [{**USER, "content": long}, ANSWER]}]
     assert read(tmp_path / "r.jsonl", rows, tokenizer, skip_long=True) == []
+
+
+def test_the_same_is_scored_as_is_learnt(tmp_path):
+    rows = [{"messages": [USER, ANSWER]}, {"prompt": [USER], "completion": [ANSWER]}, PAIR, {**PAIR, "messages": None}]
+    path = tmp_path / "r.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tokenizer_with(UNASKED)
+    texts = read_texts(path, tokenizer, CONFIG, task="answers")
+    for text, end in zip(texts, ("<eot>", "<eot>", "</s>", "</s>"), strict=True):
+        scored = [token for token, is_scored in zip(text.input_ids, text.maskable, strict=True) if is_scored]
+        assert tokenizer.convert_ids_to_tokens(scored) == ["4", end]
+    assert [text.num_bytes for text in texts] == [None, None, [0, 1, 0], [0, 1, 0]]
 
 
 def test_columns_without_effect_are_named(tmp_path, caplog):
