@@ -26,7 +26,7 @@ from ..data import (
     vocabulary_size,
 )
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .adapters import attach_adapter
+from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, check_key, read_config
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSchedule, make_loop_schedule
@@ -92,8 +92,9 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
     arguments = _make_arguments(config, checkpoints, eval_examples is not None)
     stream, arguments = _make_stream(examples, arguments)
     eval_loops = config.eval_loops or [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
-    adapter = None if config.model is None or adapter_base(config.model) is None else config.model
-    trained = attach_adapter(model, adapter, config.lora)
+    lora = None if config.lora is None else lora_config(model.config, **config.lora)
+    adapter = adapter_to_continue(config.model, config.model_config, config.lora)
+    trained = attach_adapter(model, adapter, lora)
     optimizer = None
     if config.optimizer == "muon":
         if arguments.fsdp:
