@@ -223,7 +223,10 @@ def test_what_training_cannot_go_on_from_is_refused(run_file, adapter, tmp_path,
     ("changes", "message"),
     [
         ({"model_config": {"max_train_loops": 2}}, "`model_config` changes max_train_loops, which the folder of an"),
-        ({"model": None, "model_config": {"hidden_size": 32}}, "`lora` needs a `model`: an adapter is saved without"),
+        (
+            {"model": None, "model_config": {"hidden_size": 32, "num_attention_heads": 4}},
+            "`lora` needs a `model`: an adapter is saved without",
+        ),
     ],
     ids=str,
 )
