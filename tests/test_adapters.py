@@ -20,6 +20,7 @@ from peft import (
     get_peft_model,
 )
 from tiny import tiny_config, tiny_model
+from transformers.utils import logging
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
 from loopmdm.data import load_tokenizer
@@ -44,6 +45,7 @@ def save_adapter(base: str, folder: Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
+    logging.disable_progress_bar()  # on stderr, where refusals are looked for
     return save_looped(tmp_path_factory.mktemp("models") / "base")
 
 
