@@ -215,7 +215,7 @@ class LoopMDMEvalModel(_Processes):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         results = [(0.0, True)] * len(requests)  # of an empty continuation, which is certain
-        places = [place for place, ((_, text), _, _) in enumerate(requests) if text != ""]
+        places = [place for place, ((_, text), _, ids) in enumerate(requests) if ids or text.strip()]
         requests, windows = [requests[place] for place in places], []
         for (_, text), _, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
