@@ -20,13 +20,14 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, StoppingCriteria
+from transformers import StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
 from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
+from .loading import load_model, load_tokenizer, read_model_config
 from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class LoopMDMEvalModel(_Processes):
       with a `block_length` a row ends after the block that holds a stop string.
 
     Args:
-        pretrained (`str`): Folder of the model, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
+        pretrained (`str`): Folder of the model or of an adapter, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
         tokenizer (*optional*, defaults to `pretrained`'s): Folder, Hub id or object.
         num_loops (`int`, *optional*, defaults to `config.num_loops`): Loops of every pass.
         num_samples (`int`, defaults to 32): Masks per continuation or window; even.
@@ -133,22 +134,16 @@ class LoopMDMEvalModel(_Processes):
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if isinstance(pretrained, str):
-            kind = AutoConfig.from_pretrained(pretrained, revision=revision).model_type
-            if kind != "loopmdm":
-                raise ValueError(
-                    f"{pretrained} is a {kind!r} model, not a LoopMDM. Convert it (`loopmdm convert`), or use "
-                    "lm-eval's `--model hf` if it is a causal language model."
-                )
+            read_model_config(pretrained, revision)  # checks
         self.start_processes(device)
         if isinstance(pretrained, str):
-            self.model = LoopMDMForMaskedLM.from_pretrained(pretrained, revision=revision, dtype=dtype)
-            self.model.to(self._device)
+            self.model = load_model(pretrained, dtype, str(self._device), revision)
         else:
             self.model, self._device = pretrained, input_device(pretrained)
         self.model.eval()
         self.pretrained, self.revision = pretrained if isinstance(pretrained, str) else None, revision
         if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=revision)
+            tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, revision=revision)
         self.tokenizer = tokenizer
         config = self.model.config
         self.num_loops = num_loops
@@ -219,7 +214,9 @@ class LoopMDMEvalModel(_Processes):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        windows = []
+        results = [(0.0, True)] * len(requests)  # of an empty continuation, which is certain
+        places = [place for place, ((_, text), _, ids) in enumerate(requests) if ids or text.strip()]
+        requests, windows = [requests[place] for place in places], []
         for (_, text), _, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
@@ -232,12 +229,11 @@ class LoopMDMEvalModel(_Processes):
             ids, given = context + continuation, len(context)
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
         scores = self._score(windows, disable_tqdm)
-        results: list[tuple[float, bool]] = [None] * len(windows)
         for chosen in batches_by_length([window.input_ids for window in windows], self.batch_size):
             greedy = fills_in(self.model, [windows[index] for index in chosen], self.num_loops)
             for index, is_greedy in zip(chosen, greedy, strict=True):
-                results[index] = (scores[index], is_greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+                results[places[index]] = (scores[index], is_greedy)
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[places[index]])
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
