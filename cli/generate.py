@@ -29,16 +29,8 @@ from .output import progress
 NEW_TOKENS = 128
 # Options that are arguments of `generate` as they stand
 ARGUMENTS = (
-    *("max_new_tokens", "loop_tolerance", "visible_loops", "cache_implementation", "block_length"),
-    *(
-        "max_denoising_steps",
-        "unmasking",
-        "confidence_threshold",
-        "entropy_bound",
-        "temperature",
-        "top_p",
-        "do_sample",
-    ),
+    *("max_new_tokens", "loop_tolerance", "visible_loops", "cache_implementation", "block_length", "unmasking"),
+    *("max_denoising_steps", "confidence_threshold", "entropy_bound", "temperature", "top_p", "num_return_sequences"),
 )
 
 
