@@ -65,7 +65,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
                 (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
                 count = math.prod(shape)  # of what is not a number a TypeError
                 fits = entry["dtype"] not in SIZES or end - start == count * SIZES[entry["dtype"]]
-                if not fits or start < 0 or min(shape, default=0) < 0:
+                if not fits or not isinstance(entry["dtype"], str) or start < 0 or min(shape, default=0) < 0:
                     raise ValueError(f"{name!r} does not fit the place that it is said to have")
                 found[name] = (entry["dtype"], shape)
                 ends.append((start, end))

@@ -102,7 +102,7 @@ def results_folder(path: Path | None, record: dict[str, Any]) -> Iterator[Path |
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """JSON lines."""
     text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def new_figure(columns: int) -> tuple[Any, Any]:

@@ -154,7 +154,7 @@ def plan_conversion(
         tokens=tokens,
         tokenizer=tokenizer,
         loaded_tokenizer=loaded_tokenizer,
-        generation=LoopMDMGenerationConfig(**special | family_generation),
+        generation=LoopMDMGenerationConfig(**family_generation | special),
         recipes=recipes,
         ignored=ignored,
         copies=copies,

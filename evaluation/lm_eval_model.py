@@ -27,7 +27,7 @@ from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
-from .loading import load_tokenizer
+from .loading import check_device, load_tokenizer
 from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ class _Processes(TemplateLM):
     def start_processes(self, device: str | None) -> None:
         """Sets the device, the rank and their number."""
         self.accelerator = None
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = check_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
 

@@ -26,7 +26,7 @@ def read_model_config(model: str) -> LoopMDMConfig:
 
 def load_model(model: str, dtype: str = "auto", device: str | None = None) -> LoopMDMForMaskedLM:
     """A LoopMDM in eval mode, on a GPU if there is one and no `device` is named."""
-    dtype, place = _check_dtype(dtype), _check_device(device)
+    dtype, place = _check_dtype(dtype), check_device(device)
     read_model_config(model)
     return LoopMDMForMaskedLM.from_pretrained(model, dtype=dtype).to(place).eval()
 
@@ -38,7 +38,7 @@ def load_judge(
     A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked. Code that
     they bring along runs with `trust_remote_code` alone.
     """
-    dtype, place = _check_dtype(dtype), _check_device(device)
+    dtype, place = _check_dtype(dtype), check_device(device)
     if _read_config(judge, trust_remote_code).model_type == "loopmdm":
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
     tokenizer = load_tokenizer(judge, trust_remote_code)
@@ -76,12 +76,14 @@ def _read_config(model: str, trust_remote_code: bool = False) -> Any:
 
 
 def _check_dtype(name: str) -> str:
-    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"`dtype` is {name!r}; use float32, bfloat16, float16 or auto.")
     return name
 
 
-def _check_device(name: str | None) -> torch.device:
+def check_device(name: str | None) -> torch.device:
+    """The device called `name`, by default a GPU if there is one. Raises a ValueError where it does not work."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -257,7 +257,7 @@ def test_existing_folders_are_left_alone(place, tmp_path):
         paths = [str(place / part) if (place / part).exists() else part for part in args]
         with pytest.raises(ValueError, match="exists already; name another folder"):
             measure(*paths, "--output", tmp_path / "out")
-        with pytest.raises(ValueError, match="is no folder; make it"):
+        with pytest.raises(ValueError, match="is not a folder; make it"):
             measure(*paths, "--output", tmp_path / "missing" / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
