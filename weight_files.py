@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
 # What no honest file reaches: tokenizers have some 40 MB of JSON; the safetensors library has the second limit too.
 MAX_JSON, MAX_HEADER = 2**27, 100_000_000
 # Bytes of a value by safetensors' names; of those that are packed more tightly the library knows.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
+FLOATS = ("F64", "F32", "F16", "BF16")
 SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 
@@ -77,4 +80,74 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
     return found
 
 
-__all__ = ["read_header", "read_index", "read_json"]
+class CheckedWeights:
+    """
+    Loading for a `PreTrainedModel` that reads what is checked: safetensors files alone, complete, of floating point
+    numbers, and with exactly the tensors that the model has. Put it before `PreTrainedModel`.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As in transformers, but damaged files, and missing or unexpected tensors, raise a ValueError, and only
+        safetensors files are read, never pickles, unless `use_safetensors=False` asks for them.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        if kwargs["use_safetensors"] and pretrained_model_name_or_path is not None:
+            check_folder(pretrained_model_name_or_path, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        wrong = [f"{name} is {kind}" for kind in ("missing", "unexpected") for name in sorted(info[f"{kind}_keys"])]
+        if wrong:
+            raise ValueError(
+                f"The tensors of {pretrained_model_name_or_path} are not those of a {cls.__name__} with this "
+                f"configuration ({len(wrong)} differ: {', '.join(wrong[:5])}). Is config.json that of these weights?"
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if state_dict is None and load_config.use_safetensors:
+            is_quantised = getattr(model.config, "quantization_config", None) is not None
+            for file in checkpoint_files or []:
+                check_file(file, is_quantised)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+
+def check_folder(name: str | os.PathLike, variant: str | None = None, **kwargs: Any) -> None:
+    """
+    Raises a ValueError for damaged files of a folder, and for an index, of the Hub too, that misleads. Files of the
+    Hub are checked when they are there.
+    """
+    names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+    options = {key: kwargs[key] for key in names if key in kwargs}
+    for error in ("missing_entries", "gated_repo", "connection_errors"):  # transformers itself says what is wrong
+        options[f"_raise_exceptions_for_{error}"] = False
+    index, files = SAFE_WEIGHTS_INDEX_NAME, ["model.safetensors"]
+    if variant is not None:
+        index = index.replace(".index.json", f".index.{variant}.json")
+    path = cached_file(name, index, **options)
+    if path is not None:
+        files += sorted(set(read_index(path).values()))
+        if not isinstance(read_json(path).get("metadata"), dict):
+            raise ValueError(f"{path} has no `metadata`; write the model anew with `save_pretrained`.")
+    if os.path.isdir(name):
+        folder = Path(name, kwargs.get("subfolder") or "")
+        read_json(folder / "config.json")
+        for file in (folder / one for one in files):
+            if file.is_file():
+                read_header(file)
+
+
+def check_file(path: str, is_quantised: bool) -> None:
+    """Raises a ValueError for a file of weights that is not complete, or of numbers that mean nothing as they are."""
+    if not path.endswith(".safetensors"):
+        raise ValueError(f"{path} is not a safetensors file; give `use_safetensors=False` if you trust it.")
+    for name, (dtype, _) in read_header(path).items():
+        if dtype not in FLOATS and not is_quantised:
+            raise ValueError(
+                f"{name!r} in {path} is {dtype}, and config.json has no `quantization_config` that says what that "
+                "means; load the original weights."
+            )
+
+
+__all__ = ["CheckedWeights", "read_header", "read_index", "read_json"]

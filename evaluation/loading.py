@@ -1,15 +1,19 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Models and tokenizers as commands and metrics load them: quietly, in eval mode, with errors that name what to do."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..weight_files import check_folder
 from .perplexity import check_judge
 
 
@@ -28,7 +32,8 @@ def load_model(model: str, dtype: str = "auto", device: str | None = None) -> Lo
     """A LoopMDM in eval mode, on a GPU if there is one and no `device` is named."""
     dtype, place = _check_dtype(dtype), check_device(device)
     read_model_config(model)
-    return LoopMDMForMaskedLM.from_pretrained(model, dtype=dtype).to(place).eval()
+    with _in_words(model):
+        return LoopMDMForMaskedLM.from_pretrained(model, dtype=dtype).to(place).eval()
 
 
 def load_judge(
@@ -43,7 +48,9 @@ def load_judge(
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
     tokenizer = load_tokenizer(judge, trust_remote_code)
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(judge, **options).to(place).eval()
+    check_folder(judge)
+    with _in_words(judge):
+        model = AutoModelForCausalLM.from_pretrained(judge, **options).to(place).eval()
     check_judge(model, tokenizer)
     return model, tokenizer
 
@@ -72,7 +79,22 @@ def _read_config(model: str, trust_remote_code: bool = False) -> Any:
     # transformers would take the path of a missing folder for a misspelt Hub id.
     if model.startswith((".", "/", "~")) and not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} does not hold a model: there is no config.json in it.")
-    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    with _in_words(model):
+        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _in_words(model: str) -> Iterator[None]:
+    """Makes a ValueError of what transformers raises where it reads a model's files as if they were right."""
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _check_dtype(name: str) -> str:
