@@ -109,6 +109,8 @@ def check_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(name).type == "meta":
+            raise NotImplementedError("nothing is computed there")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by kind of device
         reason = str(error).strip().partition("\n")[0]

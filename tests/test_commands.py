@@ -90,6 +90,7 @@ def test_modules_run(module, tmp_path):
         (["generate", ".", PUZZLE, "--unmasking", "best"], "`unmasking` is 'best'"),
         (["generate", ".", PUZZLE, "--temperature", "0.5"], "add `do_sample=True`"),
         (["generate", ".", PUZZLE, "--dtype", "float12"], "`dtype` is 'float12'"),
+        (["generate", ".", PUZZLE, "--device", "meta"], "`device` is 'meta', which does not work here"),
         (["generate", ".", PUZZLE, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
         (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one row, and there are 2"),
         (["generate", ".", SOLUTION], "nothing to generate"),

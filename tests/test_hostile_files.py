@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 import loopmdm_cli
 from loopmdm.convert import convert_checkpoint
 from loopmdm.weight_files import read_index
+from loopmdm_cli.options import pairs
 
 DEEP = '{"a":' * 100_000
 
@@ -278,6 +279,29 @@ def test_options_that_do_nothing_or_harm_are_refused_before_weights_are_read(
     if "99" not in arguments and "--num-return-sequences" not in arguments:
         monkeypatch.setattr("loopmdm.evaluation.loading.load_model", lambda *_: pytest.fail("loaded"))
     assert message in refusal(*(places.get(part, part) for part in arguments))
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        (["num_loops=[1,2],unmasking=margin"], {"num_loops": [1, 2], "unmasking": "margin"}),
+        (["confidence_threshold=1e-3", "top_k=5"], {"confidence_threshold": 0.001, "top_k": 5}),
+        (None, {}),
+        (["a=1,a=2"], "gives 'a' twice"),
+        (["=1"], "is not `key=value`"),
+        (["a"], "is not `key=value`"),
+        (["a=" + "[" * 50_000], "is not a value"),
+        (["a=!!python/object/apply:os.system [true]"], "is not a value"),
+        (["a={b: "], "is not a value"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_pairs(texts, found):
+    if isinstance(found, dict):
+        assert pairs("--generate", texts) == found
+    else:
+        with pytest.raises(ValueError, match=found):
+            pairs("--generate", texts)
 
 
 # generate
