@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -88,7 +88,14 @@ def _in_words(model: str) -> Iterator[None]:
     """Makes a ValueError of what transformers raises where it reads a model's files as if they were right."""
     try:
         yield
-    except (ValueError, OSError, StrictDataclassError):
+    except HFValidationError:
+        raise ValueError(f"{model} is not a folder here, and not an id of the Hugging Face Hub either.") from None
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
+    except (ValueError, StrictDataclassError):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
