@@ -56,7 +56,7 @@ def calibrate(
     at_least(1, limit=limit, batch_size=batch_size)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"{output} cannot be written: it is a folder, or in none; name a file.")
-    if not (Path(model) / "config.json").is_file():
+    if not any((Path(model) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{model} is not the folder of a model; the result is written into it, so download it first.")
     if not dry_run and not os.access(model, os.W_OK):
         raise ValueError(f"The result cannot be written into {model}; copy the model, or give --dry-run.")

@@ -16,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from ..data.pretrained import MERGE
 from ..weight_files import read_header, read_index, read_json
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "tokenization*.py"]
@@ -132,6 +133,11 @@ def open_source(
         path = _download(str(source), revision, allow_pickle)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") or read_json(folder / "lit_config.json")
+    if not config and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source} is an adapter, not a whole model. Merge it into its base model, and convert the result: "
+            f"`{MERGE.format(source)}`."
+        )
     files = [path] if path.is_file() else _weight_files(path)
     pickled = [file.name for file in files if file.suffix in PICKLES]
     if pickled and not allow_pickle:

@@ -7,19 +7,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..configuration_loopmdm import LoopMDMConfig
+from ..data import adapter_base, load_tokenizer, locate
+from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import check_folder
 from .perplexity import check_judge
 
+__all__ = [
+    "check_device",
+    "load_judge",
+    "load_model",
+    "load_tokenizer",
+    "read_generation_config",
+    "read_model_config",
+]
 
-def read_model_config(model: str) -> LoopMDMConfig:
-    """The configuration of the LoopMDM in a folder or on the Hub. Raises a ValueError for other models."""
-    config = _read_config(model)
+
+def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:
+    """
+    The configuration of the LoopMDM in a folder or on the Hub, or of the base model of a PEFT adapter there. Raises a
+    ValueError for other models.
+    """
+    config = _read_config(model, revision=revision)
     if config.model_type != "loopmdm":
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a LoopMDM; `loopmdm convert` makes one of a masked "
@@ -28,12 +42,50 @@ def read_model_config(model: str) -> LoopMDMConfig:
     return config
 
 
-def load_model(model: str, dtype: str = "auto", device: str | None = None) -> LoopMDMForMaskedLM:
-    """A LoopMDM in eval mode, on a GPU if there is one and no `device` is named."""
+def read_generation_config(model: str) -> LoopMDMGenerationConfig | None:
+    """The settings of `generate` saved with a model, or with an adapter, or else with its base; None without any."""
+    for place in (model, adapter_base(model)):
+        folder = Path(place or "").expanduser()
+        if place is None or (folder.is_dir() and not (folder / "generation_config.json").is_file()):
+            continue
+        if folder.is_dir():
+            return LoopMDMGenerationConfig.from_pretrained(folder)
+        with contextlib.suppress(OSError):  # nothing on the Hub
+            return LoopMDMGenerationConfig.from_pretrained(place)
+    return None
+
+
+def load_model(
+    model: str, dtype: str = "auto", device: str | None = None, revision: str | None = None
+) -> LoopMDMForMaskedLM:
+    """
+    A LoopMDM in eval mode, on a GPU if there is one and no `device` is named; with its adapter, where `model` is the
+    folder or id of one.
+    """
     dtype, place = _check_dtype(dtype), check_device(device)
-    read_model_config(model)
-    with _in_words(model):
-        return LoopMDMForMaskedLM.from_pretrained(model, dtype=dtype).to(place).eval()
+    read_model_config(model, revision)
+    source, base = locate(model, "a model"), adapter_base(model, revision)
+    if base is not None:
+        _check_adapter(model, source)
+    with _in_words(source):
+        loaded = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, revision=revision or "main")
+    settings = read_generation_config(model) if base is not None else None
+    if settings is not None:
+        loaded.generation_config = settings
+    return loaded.to(place).eval()
+
+
+def _check_adapter(model: str, source: str) -> None:
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"{model} is an adapter; `pip install peft` to load it.") from error
+    settings = PeftConfig.from_pretrained(source)
+    if settings.is_prompt_learning:
+        raise ValueError(
+            f"{model} is an adapter of soft prompts ({settings.peft_type.value}), which commands do not apply; train "
+            "one of the weights (LoRA, DoRA, IA3)."
+        )
 
 
 def load_judge(
@@ -55,32 +107,18 @@ def load_judge(
     return model, tokenizer
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False, **options: Any) -> Any:
-    """
-    The tokenizer of a folder or Hub id. Raises a ValueError where there is none, and where it has code of its own that
-    `trust_remote_code` does not admit. `options` are of `AutoTokenizer.from_pretrained`.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # transformers raises many kinds, and speaks of backends
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in reason and not trust_remote_code:
-            raise ValueError(
-                f"The tokenizer of {model} has code of its own, which runs on request alone; read it, and give "
-                "--trust-remote-code (`trust_remote_code=True`)."
-            ) from error
-        raise ValueError(
-            f"{model} does not have a tokenizer that loads ({reason}); put its files beside the weights."
-        ) from error
-
-
-def _read_config(model: str, trust_remote_code: bool = False) -> Any:
+def _read_config(model: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     logging.disable_progress_bar()
+    place = locate(model, "a model: there is no config.json in it")
+    base = adapter_base(place, revision)
+    if base is not None:
+        place, revision = base, None
     # transformers would take the path of a missing folder for a misspelt Hub id.
-    if model.startswith((".", "/", "~")) and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{model} does not hold a model: there is no config.json in it.")
-    with _in_words(model):
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        of_adapter = "" if base is None else f", the base model of the adapter {model},"
+        raise ValueError(f"{place}{of_adapter} does not hold a model: there is no config.json in it.")
+    with _in_words(place):
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 
 @contextlib.contextmanager
@@ -88,15 +126,13 @@ def _in_words(model: str) -> Iterator[None]:
     """Makes a ValueError of what transformers raises where it reads a model's files as if they were right."""
     try:
         yield
-    except HFValidationError:
-        raise ValueError(f"{model} is not a folder here, and not an id of the Hugging Face Hub either.") from None
+    except (ValueError, StrictDataclassError):
+        raise
     except OSError as error:
         if Path(model).exists():
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
-    except (ValueError, StrictDataclassError):
-        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -81,7 +81,7 @@ def test_modules_run(module, tmp_path):
         (["eval", "likelihood", "."], "Missing option '--text'. See `loopmdm eval likelihood --help`."),
         (["generate", ".", PUZZLE, "--seed", "x"], "Invalid value for '--seed'"),
         (["info", "./nowhere"], "./nowhere does not hold a model: there is no config.json in it"),
-        (["info", "a/b/c"], "a/b/c is not a folder here, and not an id of the Hugging Face Hub either"),
+        (["info", "a/b/c"], "a/b/c does not hold a model: there is no config.json in it; it is not a folder"),
         (["info", ".", "--length", "82"], "--length is 82; the model takes 1 to 81"),
         (["info", ".", "--measure", "--batch-size", "0"], "--batch-size is 0"),
         (["generate", "./nowhere", "1"], "there is no config.json"),
