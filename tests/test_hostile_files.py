@@ -535,6 +535,7 @@ def test_code_of_a_tokenizer_is_copied_and_runs_on_request_alone(src, out, modul
 TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}END{% endfor %}"
 
 
+@pytest.mark.parametrize("with_code", [False, True])
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
@@ -545,9 +546,12 @@ TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}END{% endfor 
         ("<unknown>", 120),
     ],
 )
-def test_the_end_of_a_turn_ends_generation(src, out, end, expected):
+def test_the_end_of_a_turn_ends_generation(src, out, end, expected, with_code):
+    """Of a tokenizer with code of its own, which is not run, its files tell."""
     edited("llada", src, config={"eos_token_id": 120})
     save_tokenizer(src, 121, extra=("<eot>", "<assistant>"), eos="w120", template=TURNS.replace("END", end))
+    if with_code:
+        bring_code(src, src / "executed")
     record = convert_checkpoint(src, out)
     assert record["special_tokens"]["eos_token_id"] == expected
     assert load(out).generation_config.eos_token_id == load(out).config.eos_token_id == expected
