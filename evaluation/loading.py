@@ -15,7 +15,7 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..data import adapter_base, load_tokenizer, locate
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from ..weight_files import check_folder
+from ..weight_files import check_folder, read_json
 from .perplexity import check_judge
 
 __all__ = [
@@ -117,6 +117,8 @@ def _read_config(model: str, trust_remote_code: bool = False, revision: str | No
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         of_adapter = "" if base is None else f", the base model of the adapter {model},"
         raise ValueError(f"{place}{of_adapter} does not hold a model: there is no config.json in it.")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json") if Path(place).is_dir() else ():
+        read_json(Path(place) / name)  # checks
     with _in_words(place):
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+import loopmdm.convert.write as write
 import loopmdm_cli
 from loopmdm.convert import convert_checkpoint
 from loopmdm.weight_files import read_index
@@ -36,7 +38,7 @@ DEEP = '{"a":' * 100_000
 def shared(tmp_path_factory) -> Path:
     """A model, a judge and a text, which tests do not change."""
     folder = tmp_path_factory.mktemp("shared")
-    save_looped(folder / "model")
+    save_looped(folder / "model", max_train_loops=1)  # so that it can be converted, too
     save_judge(folder / "judge")
     (folder / "text.txt").write_text("w1 w2 w3 w4 w5 w6\n\nw7 w8 w9")
     return folder
@@ -164,6 +166,13 @@ def test_configurations_that_are_none(shared, model, command, content):
     assert sorted(os.listdir(model.parent)) == ["model"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("content", ["null", "{", DEEP], ids=["null", "cut", "deep"])
+def test_settings_of_generate_that_are_damaged(shared, model, command, content):
+    (model / "generation_config.json").write_text(content)
+    assert "generation_config.json" in refusal(*every_command(model, shared)[command])
+
+
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
 @pytest.mark.parametrize("change", ["cut", "longer", "pickle", "none", "shape"])
 def test_weights_that_are_damaged(shared, model, command, change):
@@ -232,7 +241,9 @@ def test_code_of_a_model_never_runs(shared, model, modules, tmp_path):
         config = json.loads((shared / "model" / "config.json").read_text()) | {"auto_map": code, "model_type": kind}
         (model / "config.json").write_text(json.dumps(config))
         for command, arguments in every_command(model, shared).items():
-            if kind != "loopmdm":
+            if command == "convert":  # which goes by architecture and tensors
+                run(*arguments, "--dry-run")
+            elif kind != "loopmdm":
                 refusal(*arguments)
             elif command == "generate":
                 run(*arguments)
@@ -598,6 +609,21 @@ def test_what_a_kill_leaves_is_taken_by_the_next_conversion(out):
     assert os.listdir(out.parent) == ["out"]
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert len(stored(out)) == len(fixture_weights("llada"))
+
+
+def test_what_a_kill_leaves_counts_as_free(out, monkeypatch):
+    left = out.parent / ".out.partial"
+    left.mkdir()
+    (left / ".conversion.lock").touch()
+    for free, size in ((60 * 2**20, 0), (10 * 2**20, 60 * 2**20)):
+        with open(left / "model.safetensors", "wb") as file:
+            file.truncate(size)
+        monkeypatch.setattr(write.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if size == 0:
+            with pytest.raises(ValueError, match="make room"):
+                convert("llada", out)
+    convert("llada", out)
+    assert os.listdir(out.parent) == ["out"]
 
 
 def test_a_folder_of_that_name_that_is_not_ours(out):
