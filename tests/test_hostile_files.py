@@ -505,6 +505,18 @@ def test_headers_that_lie(src, out):
         refuse(src, out, "is not a complete safetensors file")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_what_is_not_a_file_is_not_waited_for(src, out, name, make):
+    edited("llada", src)
+    (src / name).unlink(missing_ok=True)
+    make(src / name)
+    if name in ("model.safetensors", "config.json"):
+        refuse(src, out, "holds no weights" if name == "model.safetensors" else "has no config.json")
+    else:
+        convert_checkpoint(src, out)
+
+
 # Conversion: tokenizers
 
 
