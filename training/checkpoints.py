@@ -146,7 +146,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{folder} cannot be made, as {error.filename} is a file; name another folder.") from error
+        raise ValueError(f"{folder} cannot be made, as a file is in its way; name another folder.") from error
     lock = FileLock(folder.absolute() / ".lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()

@@ -354,7 +354,7 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     tokenizer.save_pretrained(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
-    record = {**record, "files": sorted(path.name for path in folder.iterdir())}
+    record["files"] = sorted(path.name for path in folder.iterdir())
     temporary = folder / f"{RECORD}.tmp"
     temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
     os.replace(temporary, folder / RECORD)
