@@ -168,11 +168,13 @@ def _validate(schema: Any, values: dict[str, Any], where: str, known: Iterable[s
     except ValidationError as error:
         reasons: dict[str, list[str]] = {}
         for one in error.errors():
-            path, value = [], json.loads(text)
+            path: list[str] = []
+            value = json.loads(text)
             for part in one["loc"]:  # ends with the member of a union that was tried
-                if isinstance(value, list | dict) and part in (
-                    value if isinstance(value, dict) else range(len(value))
-                ):
+                known_parts = (
+                    value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+                )
+                if part in known_parts:
                     value = value[part]
                     path.append(str(part))
             place, what = f"`{prefix}{'.'.join(path)}` is {value!r}; it should ", one["msg"]

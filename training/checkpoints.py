@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,12 +241,12 @@ def _adapter_identity(model: nn.Module) -> dict[str, Any]:
     return {"adapter": adapters, "base weights": f"{checksum:08x}"}
 
 
-def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a quantised one consists of; of any other, itself."""
+def plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a quantised one, or this rank's part of a sharded one, consists of; of any other, itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
-    elif tensor.device.type != "meta" and tensor.numel() > 0:
+    elif isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.numel() > 0:
         yield tensor.reshape(-1)
 
 
@@ -267,6 +267,7 @@ def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
     """
     examples = dataset.examples if isinstance(dataset, ExampleStream) else dataset
     digest = hashlib.sha256()
+    chosen: Iterable[dict[str, Any]]
     if isinstance(examples, list | tuple):
         chosen = examples
     elif isinstance(examples, StreamedExamples):

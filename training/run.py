@@ -143,7 +143,7 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
     if config.eval_data is not None:
         usual = [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
         eval_loops = config.eval_loops or usual
-    options = {"gradient_loops": config.gradient_loops, "ema_decay": config.ema_decay}
+    options: dict[str, Any] = {"gradient_loops": config.gradient_loops, "ema_decay": config.ema_decay}
     options |= {"eval_loops": eval_loops, "eval_samples": config.eval_samples}
     check_options(arguments, schedule, **options)
     if config.optimizer == "muon" and arguments.fsdp:
