@@ -75,6 +75,14 @@ def read(tmp_path):
         ({"trainer": {"per_device_train_batch_size": 0}}, "`trainer.per_device_train_batch_size` is 0"),
         ({"trainer": {"adam_beta1": 1.0}}, "`trainer.adam_beta1` is 1.0; it should be less than 1."),
         ({"lora": {"r": 0}}, "`lora.r` is 0; it should be greater than 0."),
+        ({"output": ""}, "`output` is ''; it should have at least 1 character."),
+        # Without effect
+        ({"eval_loops": [1, 2]}, "`eval_loops` has no effect, as there is no `eval_data`; leave it out."),
+        ({"skip_long": True}, "`skip_long` has no effect"),
+        ({"task": "answers", "isolate_documents": True}, "`isolate_documents` has no effect"),
+        ({"task": "answers", "text_column": "x"}, "`text_column` has no effect"),
+        ({"data": "x.jsonl", "documents": "line"}, "`documents` has no effect, as `data` holds no .txt files"),
+        ({"dataset": {"split": "train"}}, "`dataset` has no effect, as `data` names files"),
         # Keys
         ({"sequence_lenght": 8}, "run.yaml has a key `sequence_lenght`, which does not exist; `sequence_length`?"),
         (
@@ -105,7 +113,7 @@ def test_numbers_as_people_write_them(read):
     assert config.trainer == {"learning_rate": 0.0003, "num_train_epochs": 2} and config.lora["lora_alpha"] == 10
     assert read("trainer.save_strategy=no", "trainer.report_to=[none]").trainer["save_strategy"] == "no"
     assert read("data=1e-3.txt").data == "1e-3.txt", "not all that begins so is a number"
-    assert read("skip_long=yes").skip_long is True
+    assert read("isolate_documents=yes").isolate_documents is True
 
 
 @pytest.mark.parametrize(

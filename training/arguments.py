@@ -30,9 +30,10 @@ from ..configuration_loopmdm import LoopMDMConfig
 from .loop_schedules import LOOP_SCHEDULES
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
-# Ranges of `TrainingArguments` that it does not check itself, and a type that says too little
 Share = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# Of `TrainingArguments`: ranges that it does not check itself, and a type that says too little
 LIMITS: dict[str, Any] = {
     "max_steps": PositiveInt | Literal[-1],
     "num_train_epochs": PositiveFloat,
@@ -90,13 +91,13 @@ class TrainConfig:
         trainer (`dict`): Arguments of transformers' `TrainingArguments`.
     """
 
-    output: str
-    data: str | Annotated[list[str], Field(min_length=1)]
-    model: str | None = None
+    output: Text
+    data: Text | Annotated[list[Text], Field(min_length=1)]
+    model: Text | None = None
     model_config: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     task: Literal["pretrain", "answers"] = "pretrain"
-    eval_data: str | Annotated[list[str], Field(min_length=1)] | None = None
+    eval_data: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
     text_column: str = "text"
     documents: Literal["blank_line", "line", "file"] = "blank_line"
@@ -128,6 +129,7 @@ class TrainConfig:
                 "`dtype` is 'float16', in which small updates of the weights are lost; use float32 with `trainer: "
                 "{fp16: true}`, which computes in float16, or bfloat16."
             )
+        self._check_effect()
         for name, value in self.trainer.items():
             if name.endswith("_strategy") and value is False:
                 self.trainer[name] = "no"  # as YAML reads `no`
@@ -145,6 +147,24 @@ class TrainConfig:
             except ImportError as error:
                 raise ValueError("`lora` needs peft; `pip install peft`.") from error
             check_section("lora", self.lora, {**_arguments_of(LoraConfig), **LORA})
+
+    def _check_effect(self) -> None:
+        """Raises a ValueError where a setting would be ignored."""
+        sources = [self.data, self.eval_data]
+        paths = [path for one in sources if one is not None for path in ([one] if isinstance(one, str) else one)]
+        texts, answers = any(path.endswith(".txt") for path in paths), self.task == "answers"
+        for name, works, why in (
+            ("eval_loops", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_sequences", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_samples", self.eval_data is not None, "there is no `eval_data`"),
+            ("text_column", not answers, "`task: answers` reads prompts and answers"),
+            ("isolate_documents", not answers, "`task: answers` gives every row one example"),
+            ("skip_long", answers, "`task: pretrain` goes on with a long text in the next row"),
+            ("documents", texts, "`data` holds no .txt files"),
+            ("dataset", not all(path.endswith((".txt", ".jsonl")) for path in paths), "`data` names files"),
+        ):
+            if not works and getattr(self, name) not in ({}, TrainConfig.__dataclass_fields__[name].default):
+                raise ValueError(f"`{name}` has no effect, as {why}; leave it out.")
 
 
 def _arguments_of(takes: Any) -> dict[str, Any]:

@@ -155,8 +155,7 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
     examples = _read_examples(config, config.data, tokenizer, length, model_config.vocab_size)
     eval_examples = None
     if config.eval_data is not None:
-        whole = dataclasses.replace(config, dataset={**config.dataset, "streaming": False})
-        rows = _read_examples(whole, config.eval_data, tokenizer, length, model_config.vocab_size)
+        rows = _read_examples(config, config.eval_data, tokenizer, length, model_config.vocab_size, whole=True)
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
     stream, arguments = _make_stream(examples, arguments)
@@ -193,6 +192,7 @@ def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
                     "convert` makes one of a masked diffusion model."
                 )
             made = LoopMDMConfig.from_pretrained(_expanded(config.model), **config.model_config)
+            _check_weights_fit(config.model, LoopMDMConfig.from_pretrained(_expanded(config.model)), made)
         else:
             special = {
                 f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")
@@ -219,17 +219,37 @@ def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
     return made
 
 
+def _check_weights_fit(model: str, before: LoopMDMConfig, after: LoopMDMConfig) -> None:
+    """Raises a ValueError where a change of the configuration needs weights that the model does not have."""
+    shapes = []
+    for one in (before, after):
+        with torch.device("meta"):
+            made = LoopMDMForMaskedLM(one)
+        # More or fewer tokens are rows of these, and `_make_model` adds or takes them away.
+        rows = ("model.embed_tokens.", "lm_head.")
+        shapes.append({name: part.shape[name.startswith(rows) :] for name, part in made.named_parameters()})
+    differing = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        raise ValueError(
+            f"`model_config` needs other weights than {model} has ({differing[0]}), and training does not make them "
+            "up; change what keeps the weights (loops, limits, tokens), or leave out `model` to train a fresh one."
+        )
+
+
 def _make_model(config: TrainConfig, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.trainer.get("seed", 42))
     if config.model is None:
         return LoopMDMForMaskedLM(model_config).to(dtype)
-    before = LoopMDMConfig.get_config_dict(_expanded(config.model))[0]["vocab_size"]
-    if before == model_config.vocab_size:
-        return LoopMDMForMaskedLM.from_pretrained(_expanded(config.model), config=model_config, dtype=dtype)
+    source = _expanded(config.model)
+    before = LoopMDMConfig.get_config_dict(source)[0]["vocab_size"]
     options = {**config.model_config, "vocab_size": before}
-    model = LoopMDMForMaskedLM.from_pretrained(_expanded(config.model), dtype=dtype, **options)
-    model.resize_token_embeddings(model_config.vocab_size)
+    model, info = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(f"The weights of {config.model} do not fit its config.json ({wrong[0]}); it is damaged.")
+    if before != model_config.vocab_size:
+        model.resize_token_embeddings(model_config.vocab_size)
     return model
 
 
@@ -282,9 +302,12 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
     if evaluates:
         defaults["eval_steps"] = config.trainer.get("save_steps", defaults["save_steps"])
     try:
-        return TrainingArguments(**{**defaults, **config.trainer, **needed})
+        made = TrainingArguments(**{**defaults, **config.trainer, **needed})
     except (TypeError, ValueError) as error:
         raise ValueError(f"`trainer`: {error}") from error
+    if made.eval_strategy != "no" and not evaluates:
+        raise ValueError("`trainer.eval_strategy` says when to evaluate, and there is no `eval_data`; give some.")
+    return made
 
 
 def _make_stream(examples: Any, arguments: TrainingArguments):
@@ -303,13 +326,14 @@ def _make_stream(examples: Any, arguments: TrainingArguments):
 
 
 def _read_examples(
-    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, vocab_size: int
+    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, vocab_size: int, whole: bool = False
 ) -> list[dict] | StreamedExamples:
-    """Tokenised examples: a list, or a stream where the data set is streamed."""
+    """Tokenised examples: a list, or, unless it is wanted `whole`, a stream where the data set is streamed."""
     sources = [data] if isinstance(data, str) else data
+    options = {**config.dataset, **({"streaming": False} if whole else {})}
 
     def encoded() -> Iterator[dict[str, Any]]:
-        rows = (row for source in sources for row in read_rows(source, config.documents, config.dataset))
+        rows = (row for source in sources for row in read_rows(source, config.documents, options))
         if config.task == "answers":
             yield from _encode_answers(config, rows, tokenizer, length, vocab_size)
             return
@@ -319,7 +343,7 @@ def _read_examples(
         )
         yield from pack_documents(documents, length, tokenizer.eos_token_id, config.isolate_documents)
 
-    if config.dataset.get("streaming"):
+    if options.get("streaming"):
         return StreamedExamples(encoded)
     examples = list(encoded())
     if not examples:
