@@ -83,6 +83,10 @@ def read(tmp_path):
         ({"task": "answers", "text_column": "x"}, "`text_column` has no effect"),
         ({"data": "x.jsonl", "documents": "line"}, "`documents` has no effect, as `data` holds no .txt files"),
         ({"dataset": {"split": "train"}}, "`dataset` has no effect, as `data` names files"),
+        (
+            {"optimizer": "muon", "trainer": {"adam_beta1": 0.8}},
+            "`trainer.adam_beta1` has no effect with `optimizer: mu",
+        ),
         # Keys
         ({"sequence_lenght": 8}, "run.yaml has a key `sequence_lenght`, which does not exist; `sequence_length`?"),
         (

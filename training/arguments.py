@@ -165,6 +165,9 @@ class TrainConfig:
         ):
             if not works and getattr(self, name) not in ({}, TrainConfig.__dataclass_fields__[name].default):
                 raise ValueError(f"`{name}` has no effect, as {why}; leave it out.")
+        for name in self.trainer if self.optimizer == "muon" else ():
+            if name.startswith(("adam_", "optim")):
+                raise ValueError(f"`trainer.{name}` has no effect with `optimizer: muon`; leave one of them out.")
 
 
 def _arguments_of(takes: Any) -> dict[str, Any]:

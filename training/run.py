@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments, get_scheduler
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import (
@@ -243,11 +243,7 @@ def _make_model(config: TrainConfig, model_config: LoopMDMConfig) -> LoopMDMForM
         return LoopMDMForMaskedLM(model_config).to(dtype)
     source = _expanded(config.model)
     before = LoopMDMConfig.get_config_dict(source)[0]["vocab_size"]
-    options = {**config.model_config, "vocab_size": before}
-    model, info = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key[0] for key in info["mismatched_keys"])})
-    if wrong:
-        raise ValueError(f"The weights of {config.model} do not fit its config.json ({wrong[0]}); it is damaged.")
+    model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **{**config.model_config, "vocab_size": before})
     if before != model_config.vocab_size:
         model.resize_token_embeddings(model_config.vocab_size)
     return model
@@ -303,6 +299,8 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
         defaults["eval_steps"] = config.trainer.get("save_steps", defaults["save_steps"])
     try:
         made = TrainingArguments(**{**defaults, **config.trainer, **needed})
+        tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(made.lr_scheduler_type, tried, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`trainer`: {error}") from error
     if made.eval_strategy != "no" and not evaluates:
