@@ -85,7 +85,7 @@ def read(tmp_path):
         ({"dataset": {"split": "train"}}, "`dataset` has no effect, as `data` names files"),
         (
             {"optimizer": "muon", "trainer": {"adam_beta1": 0.8}},
-            "`trainer.adam_beta1` has no effect with `optimizer: mu",
+            "`trainer.adam_beta1` has no effect with `optim",
         ),
         # Keys
         ({"sequence_lenght": 8}, "run.yaml has a key `sequence_lenght`, which does not exist; `sequence_length`?"),
