@@ -309,7 +309,7 @@ def test_a_larger_vocabulary_resizes_the_model(run, tmp_path, tokenizer, base):
 
 def test_a_tokenizer_with_another_mask_token_is_refused(run, tmp_path, tokenizer, base):
     other = extended(tokenizer, tmp_path / "other", mask_token="new1")
-    with pytest.raises(ValueError, match=r"mask token of the tokenizer is 32, and the model's 2; is it the right"):
+    with pytest.raises(ValueError, match=r"mask token is 'new1' \(32\), and the model's is 2; is it the right"):
         go(run(model=base, model_config={"vocab_size": 34}, tokenizer=other))
 
 
@@ -452,7 +452,7 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` says when to evaluate", "`eval_data`"]),
         ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, ["`trainer`: ", "min_lr"]),
         ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
-        ({"tokenizer": "./nowhere"}, ["`tokenizer`: ./nowhere is not a file or folder"]),
+        ({"tokenizer": "./nowhere"}, ["./nowhere does not hold a tokenizer; it is not a folder"]),
         ({"model_config": {"vocab_size": 20}}, ["The tokenizer has 32 tokens, and the model 20", "{vocab_size: 32}"]),
         ({"lora": {"layers": "middle"}}, ["'middle'", "mid"]),
         ({"lora": {"rank": 3}}, ["`lora` has a key `rank`, which does not exist"]),
@@ -475,9 +475,9 @@ def test_bad_runs_are_refused_before_training(run, tmp_path, monkeypatch, change
         ('{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1"\n', ["answers.jsonl, line 2 is not valid JSON"]),
         ("[1]\n", ["line 1 is a list"]),
         ("\n", ["holds no examples"]),
-        ('{"prompt": "w1"}\n', ["answers.jsonl, example 1 has no text called answer"]),
-        ('{"messages": [{"role": "user", "content": "w1"}]}\n', ["example 1: `messages` must be a list that ends"]),
-        ('{"prompt": "' + "w1 " * 20 + '", "answer": "w2"}\n', ["example 1 has 22 tokens", "skip_long"]),
+        ('{"prompt": "w1"}\n', ["answers.jsonl, line 1 has no text called answer"]),
+        ('{"messages": [{"role": "user", "content": "w1"}]}\n', ["line 1: `messages` must be a list that ends"]),
+        ('{"prompt": "' + "w1 " * 20 + '", "answer": "w2"}\n', ["line 1 has 22 tokens", "skip_long"]),
     ],
 )
 def test_bad_answers_are_named(run, tmp_path, content, parts):

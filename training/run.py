@@ -6,27 +6,28 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import (
     ExampleStream,
     StreamedExamples,
-    check_tokens,
-    encode,
-    encode_answer,
-    pack_documents,
-    read_rows,
-    text_of,
+    adapter_base,
+    check_tokenizer,
+    load_tokenizer,
+    locate,
+    read_examples,
+    turn_end,
+    vocabulary_size,
 )
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .adapters import lora_config
+from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
 from .checkpoints import COMPLETE, checkpoints_in, locked
 from .checks import check_options
@@ -66,7 +67,7 @@ def _train(config: TrainConfig, output: Path, resume: bool) -> dict[str, Any]:
     if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
         _move(output)
         return json.loads((output / RECORD).read_text())
-    tokenizer = _load_tokenizer(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
     trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
     trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
@@ -85,13 +86,16 @@ def _train(config: TrainConfig, output: Path, resume: bool) -> dict[str, Any]:
 
 def _check_files(config: TrainConfig) -> None:
     """Raises a ValueError where a file or folder that the run names is absent."""
-    for name in ("data", "eval_data", "model", "tokenizer"):
-        given = getattr(config, name)
-        for path in given if isinstance(given, list) else [given] if given is not None else []:
+    for name in ("data", "eval_data"):
+        given = getattr(config, name) or []
+        for path in [given] if isinstance(given, str) else given:
             # Other names may be those of the Hub.
-            is_file = path.endswith((".txt", ".jsonl")) and name.endswith("data")
-            if (is_file or path.startswith((".", "/", "~"))) and not Path(path).expanduser().exists():
-                raise ValueError(f"`{name}`: {path} is not a {'file' if is_file else 'file or folder'}.")
+            is_path = path.endswith((".txt", ".jsonl")) or path.startswith((".", "/", "~"))
+            if is_path and not Path(path).expanduser().exists():
+                raise ValueError(f"`{name}`: {path} is not a file.")
+    for name in ("model", "tokenizer"):
+        if getattr(config, name) is not None:
+            locate(getattr(config, name), f"a {name}")
 
 
 def _check_output(output: Path, resume: bool) -> bool:
@@ -117,21 +121,10 @@ def _own_files(output: Path) -> set[str]:
         return set()
 
 
-def _load_tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(_expanded(name))
-    except Exception as error:  # of the Hub, of the files, and of backends
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} does not have a tokenizer that loads: {reason}") from error
-
-
-def _expanded(name: str) -> str:
-    return str(Path(name).expanduser()) if name.startswith("~") else name
-
-
 def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
     """The model, the data and all settings of a run; everything is checked that can be before weights are loaded."""
-    model_config = _make_model_config(config, tokenizer)
+    source = None if config.model is None else adapter_base(config.model) or locate(config.model, "a model")
+    model_config = _make_model_config(config, source, tokenizer)
     schedule = _make_schedule(config, model_config)
     arguments = _make_arguments(config, checkpoints)
     length = config.sequence_length or min(1024, model_config.max_position_embeddings)
@@ -151,19 +144,19 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
             "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
         )
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
-    adapter = None if config.lora is None else lora_config(model_config, **config.lora)
-    examples = _read_examples(config, config.data, tokenizer, length, model_config.vocab_size)
+    lora = None if config.lora is None else lora_config(model_config, **config.lora)
+    adapter = adapter_to_continue(config.model, config.model_config, config.lora)
+    examples = _read_examples(config, config.data, tokenizer, length, model_config)
     eval_examples = None
     if config.eval_data is not None:
-        rows = _read_examples(config, config.eval_data, tokenizer, length, model_config.vocab_size, whole=True)
+        rows = _read_examples(config, config.eval_data, tokenizer, length, model_config, whole=True)
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
     stream, arguments = _make_stream(examples, arguments)
-    model = _make_model(config, model_config)
-    if adapter is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, adapter)
+    base = _make_model(config, source, model_config)
+    if config.task == "answers":
+        add_end_tokens(base, tokenizer)
+    model = attach_adapter(base, adapter, lora)
     optimizer = None
     if config.optimizer == "muon":
         optimizer = MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
@@ -181,23 +174,23 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
     )
 
 
-def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
-    """The model's configuration, with what the run changes of it, and fit for the tokenizer."""
+def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
+    """The configuration of the `source` or of a fresh model, with the run's changes, and fit for the tokenizer."""
     try:
-        if config.model is not None:
-            values, _ = LoopMDMConfig.get_config_dict(_expanded(config.model))
+        if source is not None:
+            values, _ = LoopMDMConfig.get_config_dict(source)
             if values.get("model_type") != "loopmdm":
                 raise ValueError(
-                    f"{config.model} does not hold a LoopMDM, but {values.get('model_type') or 'no model'}; `loopmdm "
+                    f"{source} does not hold a LoopMDM, but {values.get('model_type') or 'no model'}; `loopmdm "
                     "convert` makes one of a masked diffusion model."
                 )
-            made = LoopMDMConfig.from_pretrained(_expanded(config.model), **config.model_config)
-            _check_weights_fit(config.model, LoopMDMConfig.from_pretrained(_expanded(config.model)), made)
+            made = LoopMDMConfig.from_pretrained(source, **config.model_config)
+            _check_weights_fit(source, LoopMDMConfig.from_pretrained(source), made)
         else:
             special = {
                 f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")
             }
-            values = {"vocab_size": len(tokenizer), **special, **config.model_config}
+            values = {"vocab_size": vocabulary_size(tokenizer), **special, **config.model_config}
             if values["mask_token_id"] is None:
                 raise ValueError(
                     f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name an id that is free "
@@ -206,16 +199,13 @@ def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
             made = LoopMDMConfig(**values)
     except StrictDataclassError as error:
         raise ValueError(f"`model_config`: {error.__cause__ or error}") from error
-    if tokenizer.mask_token_id not in (None, made.mask_token_id):
+    size = vocabulary_size(tokenizer)
+    if size > made.vocab_size:
         raise ValueError(
-            f"The mask token of the tokenizer is {tokenizer.mask_token_id}, and the model's {made.mask_token_id}; is "
-            "it the right tokenizer? (`model_config: {mask_token_id: ...}` changes the model's.)"
+            f"The tokenizer has {size} tokens, and the model {made.vocab_size}; if it is the right tokenizer, "
+            f"`model_config: {{vocab_size: {size}}}` gives the model more."
         )
-    if len(tokenizer) > made.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, and the model {made.vocab_size}; if it is the right "
-            f"tokenizer, `model_config: {{vocab_size: {len(tokenizer)}}}` gives the model more."
-        )
+    check_tokenizer(tokenizer, made)
     return made
 
 
@@ -236,12 +226,11 @@ def _check_weights_fit(model: str, before: LoopMDMConfig, after: LoopMDMConfig) 
         )
 
 
-def _make_model(config: TrainConfig, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
+def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.trainer.get("seed", 42))
-    if config.model is None:
+    if source is None:
         return LoopMDMForMaskedLM(model_config).to(dtype)
-    source = _expanded(config.model)
     before = LoopMDMConfig.get_config_dict(source)[0]["vocab_size"]
     model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **{**config.model_config, "vocab_size": before})
     if before != model_config.vocab_size:
@@ -324,22 +313,29 @@ def _make_stream(examples: Any, arguments: TrainingArguments):
 
 
 def _read_examples(
-    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, vocab_size: int, whole: bool = False
+    config: TrainConfig,
+    data: str | list[str],
+    tokenizer: Any,
+    length: int,
+    model_config: LoopMDMConfig,
+    whole: bool = False,
 ) -> list[dict] | StreamedExamples:
     """Tokenised examples: a list, or, unless it is wanted `whole`, a stream where the data set is streamed."""
-    sources = [data] if isinstance(data, str) else data
     options = {**config.dataset, **({"streaming": False} if whole else {})}
 
     def encoded() -> Iterator[dict[str, Any]]:
-        rows = (row for source in sources for row in read_rows(source, config.documents, options))
-        if config.task == "answers":
-            yield from _encode_answers(config, rows, tokenizer, length, vocab_size)
-            return
-        documents = (
-            check_tokens(encode(tokenizer, text_of(row, config.text_column, where), where), vocab_size, where)
-            for where, row in rows
+        return read_examples(
+            [data] if isinstance(data, str) else data,
+            tokenizer,
+            model_config,
+            config.task,
+            length,
+            text_column=config.text_column,
+            documents=config.documents,
+            isolate_documents=config.isolate_documents,
+            skip_long=config.skip_long,
+            dataset=options,
         )
-        yield from pack_documents(documents, length, tokenizer.eos_token_id, config.isolate_documents)
 
     if options.get("streaming"):
         return StreamedExamples(encoded)
@@ -349,19 +345,14 @@ def _read_examples(
     return examples
 
 
-def _encode_answers(
-    config: TrainConfig, rows: Iterable[tuple[str, Any]], tokenizer: Any, length: int, vocab_size: int
-) -> Iterator[dict[str, Any]]:
-    for where, row in rows:
-        example = encode_answer(tokenizer, row, where)
-        size = len(check_tokens(example["input_ids"], vocab_size, where))
-        if size <= length:
-            yield example
-        elif not config.skip_long:
-            raise ValueError(
-                f"{where} has {size} tokens, more than `sequence_length` ({length}); raise it, or set "
-                "`skip_long: true`."
-            )
+def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
+    """Adds the tokens with which answers end, as they are learnt, to those that end `generate`."""
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    learnt = (tokenizer.eos_token_id, turn_end(tokenizer))
+    ends += [token for token in dict.fromkeys(learnt) if token is not None and token not in ends]
+    if ends:
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[str, Any]) -> None:
@@ -374,6 +365,8 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
+    # With an adapter too, which has learnt where to end
+    trainer.looped_model.generation_config.save_pretrained(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
     record["files"] = sorted(path.name for path in folder.iterdir())
