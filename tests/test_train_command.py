@@ -123,12 +123,14 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(run, tmp_path, optimizer):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_finished_folder_is_left_alone(run, tmp_path):
+def test_a_finished_folder_is_left_alone(run, tmp_path, monkeypatch):
     path = run()
     go(path)
     for resume in (False, True):
         with pytest.raises(ValueError, match="holds a finished model already"):
             go(path, resume=resume)
+    monkeypatch.setenv("RANK", "1")
+    assert go(path) == {}, "the first process speaks for all"
 
 
 def test_another_data_set_cannot_be_resumed(run, tmp_path):

@@ -57,16 +57,20 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """
     output = Path(config.output).expanduser()
     _check_files(config)
-    # One process of a run holds the lock on its folder.
-    with locked(output / CHECKPOINTS) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
-        return _train(config, output, resume)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    with locked(output / CHECKPOINTS) if is_main else contextlib.nullcontext():
+        return _train(config, output, resume, is_main)
 
 
-def _train(config: TrainConfig, output: Path, resume: bool) -> dict[str, Any]:
-    is_begun = _check_output(output, resume)
-    if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
-        _move(output)
-        return json.loads((output / RECORD).read_text())
+def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> dict[str, Any]:
+    is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
+    if is_main:
+        _check_output(output, is_begun, resume)
+        if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
+            _move(output)
+            return json.loads((output / RECORD).read_text())
+    elif (output / SAVING / RECORD).exists() or _is_finished(output):
+        return {}  # the main process moves the files, or says what is wrong
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
     trainer.train(resume_from_checkpoint=is_begun or None)
@@ -98,19 +102,21 @@ def _check_files(config: TrainConfig) -> None:
             locate(getattr(config, name), f"a {name}")
 
 
-def _check_output(output: Path, resume: bool) -> bool:
-    """Whether the folder holds checkpoints to go on from. Raises a ValueError where it cannot be trained into."""
+def _is_finished(output: Path) -> bool:
+    return (output / "config.json").exists() or (output / "adapter_config.json").exists()
+
+
+def _check_output(output: Path, is_begun: bool, resume: bool) -> None:
+    """Raises a ValueError where the folder cannot be trained into. `is_begun`: it holds checkpoints to go on from."""
     is_saved = (output / SAVING / RECORD).exists()
-    if not (is_saved and resume) and any((output / name).exists() for name in ("config.json", "adapter_config.json")):
+    if _is_finished(output) and not (is_saved and resume):
         raise ValueError(f"{output} holds a finished model already; name another folder.")
-    is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
     if (is_begun or is_saved) and not resume:
         raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
     own = {CHECKPOINTS, SAVING, *(_own_files(output) if resume else ())}
-    foreign = sorted({path.name for path in output.iterdir()} - own) if output.is_dir() and not is_saved else []
+    foreign = sorted({path.name for path in output.iterdir()} - own) if not is_saved else []
     if foreign:
         raise ValueError(f"{output} holds {foreign[0]}, which no training wrote; name a new or an empty folder.")
-    return is_begun
 
 
 def _own_files(output: Path) -> set[str]:
