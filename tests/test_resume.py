@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_model
 from training_runs import MASK, PAD, EachStep, assert_equal, build_run, examples, make_trainer, steps_logged, weights
+from transformers import EarlyStoppingCallback
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.training import (
@@ -323,6 +324,20 @@ def test_the_time_and_the_history_of_all_parts_are_kept(folder):
         resume(folder, checkpoint=str(folder / "checkpoint-4"), args={"max_steps": 3})
 
 
+def test_callbacks_with_a_state_are_resumed_with_it(tmp_path):
+    args = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "load_best_model_at_end": True}
+
+    def go(**more):
+        options = {"args": {**args, **more}, "eval_dataset": examples(2), "eval_loops": [1], "eval_samples": 2}
+        stop = EarlyStoppingCallback(early_stopping_patience=5)
+        build_run(tmp_path, max_steps=4, callbacks=[stop], **options).train(resume_from_checkpoint=bool(more) or None)
+
+    go()
+    with pytest.raises(ValueError, match="EarlyStoppingCallback has a state, which would begin anew"):
+        go(restore_callback_states_from_checkpoint=False)
+    go(restore_callback_states_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_finished_run_trains_no_further(tmp_path, streamed):
     def data():
@@ -334,6 +349,7 @@ def test_a_finished_run_trains_no_further(tmp_path, streamed):
     resumed = build_run(tmp_path, train_dataset=data(), max_steps=4, callbacks=[EachStep(steps.append)])
     resumed.train(resume_from_checkpoint=True)
     assert steps == [] and resumed.state.global_step == 4
+    assert "train_loss" not in resumed.state.log_history[-1], "there is none"
     assert_equal(weights(resumed.model), weights(whole.model))
 
 

@@ -267,7 +267,7 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
 def _read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from error
