@@ -142,21 +142,18 @@ def test_another_data_set_cannot_be_resumed(run, tmp_path):
         go(path, "trainer.max_steps=6", resume=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("trainer.learning_rate=0.02", "its learning_rate is 0.01, here 0.02"),
-        ("loops={schedule: growing}", "its loop schedule is UniformLoops"),
-        ("dtype=bfloat16", "its dtype is"),
-        ("optimizer=muon", "its optimizer is None, here MuonAdamW"),
-        ("collator={mask_ratio: [0.1, 0.9]}", "its noise is"),
-    ],
-)
-def test_what_changes_the_result_cannot_change_on_resume(begun, change, message):
+def test_what_changes_the_result_cannot_change_on_resume(begun):
     path, _ = begun
-    with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
-        go(path, change, resume=True)
-    assert message in str(error.value)
+    for change, message in {
+        "trainer.learning_rate=0.02": "its learning_rate is 0.01, here 0.02",
+        "loops={schedule: growing}": "its loop schedule is UniformLoops",
+        "dtype=bfloat16": "its dtype is",
+        "optimizer=muon": "its optimizer is None, here MuonAdamW",
+        "collator={mask_ratio: [0.1, 0.9]}": "its noise is",
+    }.items():
+        with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
+            go(path, change, resume=True)
+        assert message in str(error.value)
 
 
 @pytest.fixture
@@ -219,31 +216,38 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(begun):
     LoopMDMForMaskedLM.from_pretrained(output)
 
 
-@pytest.mark.parametrize("moved", [0, 3, -2, -1])
-def test_killed_while_it_moves_the_model(begun, tmp_path, monkeypatch, moved):
+def test_killed_while_it_moves_the_model(begun, tmp_path, monkeypatch):
     path, output = begun
     whole = shutil.copytree(output, tmp_path / "whole")
     files = go(path, f"output={whole}", resume=True)["files"]
-    done, moved = [], moved % (len(files) + 1)
 
-    def replace(source, target):
-        if ".saving" in str(source) and not str(source).endswith(".tmp"):
-            done.append(source)
-            assert len(done) <= moved, "killed"
-        os_replace(source, target)
+    def resume_killed_after(count: int) -> None:
+        done = []
 
-    with monkeypatch.context() as patch:
-        patch.setattr("loopmdm.training.run.os.replace", replace)
-        with pytest.raises(AssertionError, match="killed"):
+        def replace(source, target):
+            if ".saving" in str(source) and not str(source).endswith(".tmp"):
+                done.append(source)
+                assert len(done) <= count, "killed"
+            os_replace(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(AssertionError, match="killed"):
+            patch.setattr("loopmdm.training.run.os.replace", replace)
             go(path, resume=True)
-    assert (output / "config.json").exists() == (moved == len(files)), "loads only when complete"
-    with pytest.raises(ValueError, match=r"holds checkpoints of a run; give --resume|holds a finished model"):
-        go(path)
-    assert go(path, resume=True)["steps"] == 4
-    assert json.loads((output / "training.json").read_text())["files"] == files
-    found, expected = weights(output), weights(whole)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    assert not (output / ".saving").exists()
+
+    resume_killed_after(0)
+    saved = shutil.copytree(output, tmp_path / "saved")
+    for count in (0, 3, len(files) - 1, len(files)):
+        shutil.rmtree(output)
+        shutil.copytree(saved, output)
+        resume_killed_after(count)
+        assert (output / "config.json").exists() == (count == len(files)), "loads only when complete"
+        with pytest.raises(ValueError, match=r"holds checkpoints of a run; give --resume|holds a finished model"):
+            go(path)
+        assert go(path, resume=True)["steps"] == 4
+        assert json.loads((output / "training.json").read_text())["files"] == files
+        found, expected = weights(output), weights(whole)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert not (output / ".saving").exists()
 
 
 def test_two_runs_into_one_folder(run, tmp_path):
