@@ -25,8 +25,9 @@ QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 demo: .venv/.installed
 	$(BIN)/python examples/sudoku/demo.py
 
+# A test file is one process's; every process computes on one thread.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Random configurations and arguments, others each time, behind those that failed before (kept in .hypothesis)
 FUZZ_MINUTES ?= 60
