@@ -200,10 +200,14 @@ def find_model(model: nn.Module) -> nn.Module:
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs. Offloaded weights are on `meta`, and accelerate's hooks name the device."""
+    """
+    Where a model takes its inputs. Weights that are elsewhere are on `meta`: accelerate's hooks name the device, and
+    without such a hook it is that of the others, or the CPU.
+    """
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((device for device in devices if device is not None), next(model.parameters()).device))
+    named = [getattr(hook, "execution_device", None) for hook in hooks]
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
+    return torch.device(next(device for device in [*named, *devices, "cpu"] if device is not None))
 
 
 @contextlib.contextmanager
