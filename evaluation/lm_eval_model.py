@@ -20,13 +20,14 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, StoppingCriteria
+from transformers import AutoConfig, StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
 from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
+from .loading import load_tokenizer
 from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,8 @@ class LoopMDMEvalModel(_Processes):
             task does not say.
         add_bos_token (`bool`, defaults to `False`): Put the tokenizer's start token before every text.
         dtype (`str`, defaults to `"auto"`), device (`str`, *optional*, by default a GPU if there is one),
-            revision (`str`, *optional*): As in transformers. Under `accelerate launch` or `torchrun` every process
+            revision (`str`, *optional*), trust_remote_code (`bool`, defaults to `False`, for tokenizers with code of
+            their own): As in transformers. Under `accelerate launch` or `torchrun` every process
             takes its own device and its share of the requests.
         generation: Any argument of [`LoopMDMGenerationConfig`] (`unmasking`, `block_length`, `max_denoising_steps`,
             `confidence_threshold`, ...). What a task's `generation_kwargs` name wins.
@@ -122,7 +124,7 @@ class LoopMDMEvalModel(_Processes):
         dtype: str = "auto",
         device: str | None = None,
         revision: str = "main",
-        trust_remote_code: bool = False,  # not needed; lm-eval's users are used to give it
+        trust_remote_code: bool = False,
         **generation: Any,
     ):
         super().__init__()
@@ -133,7 +135,7 @@ class LoopMDMEvalModel(_Processes):
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if isinstance(pretrained, str):
-            kind = AutoConfig.from_pretrained(pretrained, revision=revision).model_type
+            kind = AutoConfig.from_pretrained(pretrained, revision=revision, trust_remote_code=False).model_type
             if kind != "loopmdm":
                 raise ValueError(
                     f"{pretrained} is a {kind!r} model, not a LoopMDM. Convert it (`loopmdm convert`), or use "
@@ -148,7 +150,7 @@ class LoopMDMEvalModel(_Processes):
         self.model.eval()
         self.pretrained, self.revision = pretrained if isinstance(pretrained, str) else None, revision
         if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=revision)
+            tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, revision=revision)
         self.tokenizer = tokenizer
         config = self.model.config
         self.num_loops = num_loops
@@ -245,8 +247,6 @@ class LoopMDMEvalModel(_Processes):
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text)
             start = len(ids) - len(self.tok_encode(text, False))
-            if len(ids) == start:
-                raise ValueError(f"The text {text[:40]!r} has no token to score.")
             texts.append(Text(text[:40], ids, [position >= start for position in range(len(ids))]))
         windows = make_windows(texts, self.max_length, self.stride)
         totals = [0.0] * len(texts)

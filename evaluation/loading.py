@@ -31,31 +31,48 @@ def load_model(model: str, dtype: str = "auto", device: str | None = None) -> Lo
     return LoopMDMForMaskedLM.from_pretrained(model, dtype=dtype).to(place).eval()
 
 
-def load_judge(judge: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked."""
+def load_judge(
+    judge: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """
+    A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked. Code that
+    they bring along runs with `trust_remote_code` alone.
+    """
     dtype, place = _check_dtype(dtype), _check_device(device)
-    if _read_config(judge).model_type == "loopmdm":
+    if _read_config(judge, trust_remote_code).model_type == "loopmdm":
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
-    tokenizer = load_tokenizer(judge)
-    model = AutoModelForCausalLM.from_pretrained(judge, dtype=dtype, use_safetensors=True).to(place).eval()
+    tokenizer = load_tokenizer(judge, trust_remote_code)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(judge, **options).to(place).eval()
     check_judge(model, tokenizer)
     return model, tokenizer
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or Hub id. Raises a ValueError where there is none."""
+def load_tokenizer(model: str, trust_remote_code: bool = False, **options: Any) -> Any:
+    """
+    The tokenizer of a folder or Hub id. Raises a ValueError where there is none, and where it has code of its own that
+    `trust_remote_code` does not admit. `options` are of `AutoTokenizer.from_pretrained`.
+    """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # transformers raises many kinds, and speaks of backends
-        raise ValueError(f"{model} does not have a tokenizer that loads; put its files beside the weights.") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason and not trust_remote_code:
+            raise ValueError(
+                f"The tokenizer of {model} has code of its own, which runs on request alone; read it, and give "
+                "--trust-remote-code (`trust_remote_code=True`)."
+            ) from error
+        raise ValueError(
+            f"{model} does not have a tokenizer that loads ({reason}); put its files beside the weights."
+        ) from error
 
 
-def _read_config(model: str) -> Any:
+def _read_config(model: str, trust_remote_code: bool = False) -> Any:
     logging.disable_progress_bar()
     # transformers would take the path of a missing folder for a misspelt Hub id.
     if model.startswith((".", "/", "~")) and not (Path(model) / "config.json").is_file():
         raise ValueError(f"{model} does not hold a model: there is no config.json in it.")
-    return AutoConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
 
 
 def _check_dtype(name: str) -> str:

@@ -210,7 +210,7 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
         ([*LIKELIHOOD, "--dtype", "float12"], "`dtype` is 'float12'"),
         ([*LIKELIHOOD, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
         ([*LIKELIHOOD, "--task", "chat"], "The task is 'chat'"),
-        ([*LIKELIHOOD, "--batch-size", "0"], "`batch_size` is 0"),
+        ([*LIKELIHOOD, "--batch-size", "0"], "--batch-size is 0"),
         (["generative-perplexity", "--judge", "judge"], "Give either a model that makes samples, or --samples"),
         (["generative-perplexity", "--judge", "judge", "--samples", "ids.jsonl"], "holds token ids"),
         (["generative-perplexity", "--judge", "judge", "--samples", "empty.txt"], "holds no text"),
