@@ -183,8 +183,8 @@ class Conversation:
 
     def _matching_cache(self, prompt: Any) -> Any:
         """The last answer's cache as far as it holds what the conversation begins with, or None."""
-        cache, loops = self.cache, self.options.get("num_loops", self.model.config.num_loops)
-        if cache is None or cache.num_loops != loops:
+        cache, default = self.cache, self.model.generation_config.num_loops or self.model.config.num_loops
+        if cache is None or cache.num_loops != self.options.get("num_loops", default):
             return None
         length = min(cache.length, prompt.shape[1])
         same = (cache.tokens[0, :length] == prompt[0, :length].to(cache.tokens.device)).long()
