@@ -425,7 +425,7 @@ def test_values_out_of_range(src, out, name, config, part):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_weights_that_are_not_finite_in_any_dtype(src, out, dtype):
     def spoil(tensor):
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(dtype, copy=True)
         tensor.view(-1)[-1] = float("nan")
         return tensor
 
