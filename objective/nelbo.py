@@ -184,19 +184,20 @@ def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
 def find_model(model: nn.Module) -> nn.Module:
     """
     The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none, and
-    where a wrapper acts on its own forward pass alone (soft prompts, activated LoRA).
+    where a wrapper adds soft prompts, which the model within knows nothing of.
     """
     for module in model.modules():
-        adapter = getattr(module, "active_peft_config", None)
-        is_lost = getattr(adapter, "is_prompt_learning", False) or getattr(adapter, "alora_invocation_tokens", None)
-        if is_lost and not module._adapters_disabled:
-            kind = "soft prompts" if adapter.is_prompt_learning else "activated LoRA"
+        soft = getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
+        if soft and not module._adapters_disabled:
             raise ValueError(
-                f"The adapter {module.active_adapter!r} ({kind}) acts on the forward pass of the wrapper alone, and "
-                "would be left out here. Use an adapter of the weights (LoRA, DoRA, IA3), or leave this one out "
-                "(`with model.disable_adapter(): ...`)."
+                f"The adapter {module.active_adapter!r} is {module.active_peft_config.peft_type.value}: its soft "
+                "prompts act on the forward pass of the wrapper alone, and would be left out here. Use an adapter of "
+                "the weights (LoRA, DoRA, IA3), or leave this one out (`with model.disable_adapter(): ...`)."
             )
         if hasattr(type(module), "align"):
+            adapters = getattr(module, "peft_config", {}).values()
+            if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+                raise ValueError("The wrapper alone knows where activated LoRA begins in a row; use LoRA.")
             return module
     raise ValueError(f"{type(model).__name__} holds no LoopMDMForMaskedLM.")
 
