@@ -247,6 +247,8 @@ class Canvas:
     def __init__(self, sequences: torch.Tensor, real: torch.Tensor, config, model_config, generator=None):
         self.sequences, self.real, self.config, self.generator = sequences, real, config, generator
         self.mask_token_id = model_config.mask_token_id
+        # Tokens that are never produced
+        self.never = torch.tensor([self.mask_token_id, *(config.suppress_tokens or ())], device=sequences.device)
         self.to_denoise = real & (sequences == self.mask_token_id)
         self.given = real & ~self.to_denoise
         self.columns = torch.arange(sequences.shape[1], device=sequences.device)

@@ -136,6 +136,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
             A row ends at a committed end token with no [MASK] before it and no given token after it; padding follows.
+        suppress_tokens (`list[int]`, *optional*): Tokens that are never produced, such as ids without a text.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`LoopMDMGenerationOutput`].
         output_scores, output_trace (`bool`, default to `False`):
             Add to that output the scores of the tokens, or what every step did.
@@ -161,6 +162,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         "cache_implementation": (None, str | type),
         "loop_policy": (None, LoopPolicy),
         "stop_strings": (None, str | list),
+        "suppress_tokens": (None, list | tuple),
     }
 
     def __init__(self, **kwargs):
@@ -182,8 +184,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 setattr(self, name, default)
             else:
                 check_argument(name, value, *limits)
-        for token in _as_list(self.eos_token_id):
-            check_argument("eos_token_id", token, int, 0)
+        for name in ("eos_token_id", "suppress_tokens"):
+            for token in _as_list(getattr(self, name)):
+                check_argument(name, token, int, 0)
         loops = [check_num_loops(value) for value in _as_list(self.num_loops)]
         if (self.num_loops is not None and not loops) or len(loops) > (self.max_denoising_steps or len(loops)):
             steps = self.max_denoising_steps
@@ -219,9 +222,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
             wrong = "`cache_implementation` approximates, and this block-causal model caches exactly; leave it out"
         elif size is not None and (self.block_length or 0) % size != 0:
             wrong = f"`block_length` is {self.block_length}; this model's attention takes multiples of {size}"
-        for name in ("pad_token_id", "eos_token_id"):
+        for name in ("pad_token_id", "eos_token_id", "suppress_tokens"):
             tokens = _as_list(getattr(self, name))
-            if model_config.mask_token_id in tokens:
+            if model_config.mask_token_id in tokens and name != "suppress_tokens":
                 wrong = f"`{name}` is the mask token ({model_config.mask_token_id}); name another"
             elif any(token >= model_config.vocab_size for token in tokens):
                 wrong = (
@@ -259,6 +262,17 @@ class LoopMDMGenerationConfig(GenerationConfig):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, which cannot be saved; pass it to `generate`.")
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs) -> "LoopMDMGenerationConfig":
+        """As in transformers, but a damaged file raises a ValueError; an OSError says that there is none."""
+        try:
+            return super().from_pretrained(name, *args, **kwargs)
+        except (OSError, TypeError, AttributeError, RecursionError) as error:
+            is_absent = isinstance(error, OSError) and error.errno is None
+            if is_absent and not isinstance(error.__context__, ValueError):
+                raise
+            raise ValueError(f"The generation_config.json of {name} cannot be read: {error}") from error
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
@@ -410,8 +424,8 @@ class Denoiser:
         if copies > 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + config.guidance_scale * (conditional - unconditional)
-            logits[..., model_config.mask_token_id] = -math.inf
             loops, token_loops = sum(loops.chunk(2)), sum(token_loops.chunk(2))
+        logits[..., canvas.never] = -math.inf
         flops = model_config.pass_flops(computed, reach, num_wanted, num_wanted, token_loops)
         return logits, torch.stack((loops, torch.full_like(loops, copies), flops))
 
@@ -460,7 +474,7 @@ def choose(canvas: Canvas, step: DenoisingStep, processors, warpers, draws: bool
     if len(warpers) > 0:
         scores = warpers(None, scores.flatten(0, 1)).view(scores.shape)
     if scores is not step.logits:
-        scores[..., canvas.mask_token_id] = -math.inf
+        scores[..., canvas.never] = -math.inf
     best, step.tokens = scores.max(-1)
     step.scores, canvas.failed = scores, canvas.failed + ~best.isfinite().all()
     if draws:
@@ -566,15 +580,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
         real = (canvas.real & ~canvas.behind).long()
         return LoopMDMGenerationOutput(sequences, real, past_key_values=denoiser.finished_cache(), **report)
 
-    def _check_adapters(self) -> None:
-        """Raises a ValueError where PEFT would change each forward pass in a way that does not fit a canvas."""
+    def _check_adapters(self, use: str = "`generate`") -> None:
+        """Raises a ValueError where PEFT changes a forward pass in a way that does not fit one over some positions."""
         wrong, adapters = None, getattr(self, "peft_config", {}).values()
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
             wrong = "soft prompts (prompt, prefix or P-tuning)"
         elif any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
             wrong = "activated LoRA, whose start PEFT counts from the end of the input"
         if wrong is not None:
-            raise ValueError(f"`generate` cannot apply {wrong}; use LoRA.")
+            raise ValueError(f"{use} cannot apply {wrong}; use LoRA.")
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""
@@ -685,6 +699,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         elif pretrained_model_name_or_path is not None:
             names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
             # Without the file, the config made from the model's config stays. `kwargs` override the model's config.
+            # Of a damaged one our `from_pretrained` says so.
             with contextlib.suppress(OSError):
                 self.generation_config = self.generation_config_class.from_pretrained(
                     pretrained_model_name_or_path, **dict(zip(names, args, strict=False))

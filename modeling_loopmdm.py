@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -35,6 +35,7 @@ from .loop_context import (
     take_positions,
 )
 from .loop_policies import LoopPolicy, iterate_while_moving, resolve_policy
+from .weight_files import CheckedPreTrainedModel
 
 
 @dataclass
@@ -246,7 +247,7 @@ class LoopMDMLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class LoopMDMPreTrainedModel(PreTrainedModel):
+class LoopMDMPreTrainedModel(CheckedPreTrainedModel):
     config_class = LoopMDMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -257,22 +258,6 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Recorded call by call, so the loops appear unrolled.
     _can_record_outputs = {"hidden_states": LoopMDMLayer, "attentions": LoopMDMAttention}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As in transformers, but missing or unexpected tensors raise a ValueError, and only safetensors files are read,
-        never pickles, unless `use_safetensors=False` asks for them.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        wrong = [f"{name} is {kind}" for kind in ("missing", "unexpected") for name in sorted(info[f"{kind}_keys"])]
-        if wrong:
-            raise ValueError(
-                f"The tensors of {pretrained_model_name_or_path} are not those of a {cls.__name__} with this "
-                f"configuration ({len(wrong)} differ: {', '.join(wrong[:5])}). Is config.json that of these weights?"
-            )
-        return (model, info) if output_loading_info else model
 
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
@@ -573,10 +558,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             keep = None
+        loops = num_loops, loop_tolerance, visible_loops, loop_policy
+        if keep is not None or any(rule is not None for rule in loops[1:]):
+            self._check_adapters("A pass that leaves out positions or rows")
         sources = self._sources(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, document_ids)
         kept = keep if sources is None or keep is None else sources.gather(1, keep)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
-        loops = num_loops, loop_tolerance, visible_loops, loop_policy
         outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **kwargs))
         states, loss, logits = outputs.pop("last_hidden_state"), None, None
         if keep is None and sources is not None:

@@ -195,6 +195,9 @@ def find_model(model: nn.Module) -> nn.Module:
                 "the weights (LoRA, DoRA, IA3), or leave this one out (`with model.disable_adapter(): ...`)."
             )
         if hasattr(type(module), "align"):
+            adapters = getattr(module, "peft_config", {}).values()
+            if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+                raise ValueError("The wrapper alone knows where activated LoRA begins in a row; use LoRA.")
             return module
     raise ValueError(f"{type(model).__name__} holds no LoopMDMForMaskedLM.")
 

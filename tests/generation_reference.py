@@ -203,7 +203,7 @@ class Stored:
         )
         query, key = attention.q_norm(query), attention.k_norm(key)
         if config.position_embedding_type == "rope":
-            cos, sin = self.model.model.rotary_emb(hidden[None], positions[None])
+            cos, sin = self.model.model.rotary_emb(hidden[None], positions[None], torch.tensor([self.length]))
             turn = torch.complex(cos, sin)[0, :, : config.head_dim // 2]
 
             def rotate(x):

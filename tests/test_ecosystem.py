@@ -179,14 +179,6 @@ def test_soft_prompts_leave_the_model_within_usable():
     assert torch.equal(base.generate(ids, max_new_tokens=4), tiny_model().generate(ids, max_new_tokens=4))
 
 
-def test_activated_lora_is_refused_by_generate():
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[1])
-    model, ids = get_peft_model(tiny_model(), config), torch.tensor([[3, 1, 5]])
-    assert model(ids).logits.shape == (1, 3, 23)
-    with pytest.raises(ValueError, match="`generate` cannot apply activated LoRA"):
-        model.generate(ids, max_new_tokens=4)
-
-
 # Embeddings
 
 

@@ -253,6 +253,23 @@ def two_adapters(model, size, blocks, folder):
     return peft_model, plain_with(merged.state_dict(), size, blocks)
 
 
+def activated_lora(model, size, blocks, folder):
+    """The adapter acts on what follows the last token that calls for it; the rest of a row has the plain weights."""
+    config = lora(size, target_modules=LINEAR, alora_invocation_tokens=TOKENS[1:])
+    peft_model, reference = randomized(get_peft_model(model, config)), plain(size, blocks)
+    columns = torch.arange(CLEAN.shape[1])
+    last = torch.where(TOKENS[1] == CLEAN, columns, -1).amax(-1, keepdim=True)
+    active = (columns >= last) & (last >= 0)
+    for name, module in peft_model.get_base_model().named_modules():
+        if hasattr(module, "get_delta_weight"):
+            delta = module.get_delta_weight("default").detach()
+            reference.get_submodule(name).register_forward_hook(
+                lambda module, args, output, delta=delta: output + active[..., None] * (args[0] @ delta.T)
+            )
+    assert active.any() and not active.all()
+    return peft_model, reference
+
+
 def soft_prompt(kind, **sizes) -> Callable:
     """The reference puts the prompt's embeddings before those of the input."""
 
@@ -401,6 +418,7 @@ PLACEHOLDERS = {
 }
 COMPILED = {"9000": "no layer knows the vocabulary, and compiling takes seconds"}
 UNSAVED = "accelerate has the weights; `remove_hook_from_submodules` gives them back"
+ACTIVATED = dict.fromkeys((*GENERATION, "narrowed", "nelbo", "dynamics"), "activated LoRA")
 SOFT = dict.fromkeys((*GENERATION, "nelbo", "dynamics"), "soft *prompts")
 # Which of the positions are [MASK] embeddings do not tell, and weights are of the labels that they came with.
 PROMPTS = SOFT | {"narrowed": "give `input_ids`"}
@@ -444,6 +462,7 @@ WRAPPERS: dict[str, Wrapper] = {
         cannot={"40": "peft unties the ends, and so does whoever loads the adapter"},
     ),
     "two-adapters": Wrapper(two_adapters, load=partial(load_adapter, name="second"), trains_others=True),
+    "activated-lora": Wrapper(activated_lora, load=load_adapter, trains_others=True, refused=ACTIVATED),
     "merged-adapter": Wrapper(
         adapted(lora, finish=lambda model: model.merge_and_unload()), cannot={"training-step": "a plain model again"}
     ),
@@ -456,7 +475,7 @@ WRAPPERS: dict[str, Wrapper] = {
     "p-tuning": Wrapper(soft_prompt(PromptEncoderConfig, encoder_hidden_size=32), load=load_adapter, refused=PROMPTS),
     "prefix-tuning": Wrapper(
         soft_prompt(PrefixTuningConfig),
-        refused=SOFT | dict.fromkeys(USES.keys() - SOFT.keys(), "LoopMDMCache|cache passes no gradients"),
+        refused=SOFT | dict.fromkeys(USES.keys() - SOFT.keys(), "LoopMDMCache"),
     ),
     "int8": Wrapper(quantized(int8), atol=1e-4, cannot={"training-step": "integers have no gradients"}),
     "int4": Wrapper(quantized(int4), atol=1e-4, cannot={"training-step": "integers have no gradients"}),
