@@ -49,12 +49,12 @@ class LoopMDMConfig(PreTrainedConfig):
         intermediate_size (`int`, defaults to 2048): Width of the MLP.
         num_hidden_layers (`int`, defaults to 12): Number of physical layers, head + mid + tail. Looping adds none.
         num_attention_heads (`int`, defaults to 12): Number of query heads.
-        num_key_value_heads (`int`, defaults to `num_attention_heads`): Of keys and values (grouped-query attention).
+        num_key_value_heads (`int`, defaults to `num_attention_heads`): Number of key and value heads (grouped-query).
         head_dim (`int`, defaults to `hidden_size // num_attention_heads`): Width of one head.
         hidden_act (`str`, defaults to `"silu"`): Activation of the MLP, a name of transformers' `ACT2FN`.
-        use_gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))`, else GPT-2's `down(act(up(x)))`.
+        use_gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))`; if False, GPT-2's `down(act(up(x)))`.
         max_position_embeddings (`int`, defaults to 1024):
-            Longest sequence in tokens, the limit of `generate` and of learned positions.
+            Length of the longest sequence in tokens. It limits `generate` and learned positions.
         position_embedding_type (`"rope"` or `"learned"`, defaults to `"rope"`):
             Rotary position embedding in every layer, or one learned embedding per position added to the token's.
         rope_parameters (`dict`, *optional*): As in Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
@@ -76,13 +76,13 @@ class LoopMDMConfig(PreTrainedConfig):
             The hidden state of position i - 1 predicts token i, as in models made from autoregressive ones (Dream).
             The model's logits are aligned all the same: row i predicts token i.
         loop_start, loop_end (`int`, default to 1 and 3): mid is `layers[loop_start:loop_end]`.
-        num_loops (`int`, defaults to 6): Applications of mid in an inference pass that names no other number.
+        num_loops (`int`, defaults to 6): Number of loops of an inference pass that does not name another.
         max_train_loops (`int`, defaults to 12):
             S_max: training draws the number of loops from Uniform{1..S_max}. Inference may go beyond it.
         loop_update (`"replace"` or `"damped"`, defaults to `"replace"`):
             `"replace"`: `h <- mid(h)`, for trained loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`, sub-steps
-            that let layers trained without loops be looped at once (arXiv 2605.23872).
-        mask_token_id (`int`): Id of [MASK]. Required, and different from all others.
+            in which layers that were trained without loops can be looped right away (arXiv 2605.23872).
+        mask_token_id (`int`): Id of [MASK]. It is required, and no other special token may have it.
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*): Other tokens.
     """
 
