@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.generation import StoppingCriteriaList
 
-TIE = 1e-5  # relative difference of scores up to which the leftmost position comes first
+TIE = 1e-5  # difference of scores, relative to them and to the probabilities they come from, that is none
 
 
 @dataclass
@@ -99,8 +99,10 @@ class DenoisingStep:
         order = scores.argsort(dim=-1, descending=True, stable=True)
         ranked = scores.gather(-1, order)
         # Scores that differ by float32 rounding are a tie: which is larger depends on the other rows of the batch.
-        # Positions that predict alike, such as those of a canvas of nothing but [MASK]s, all tie.
-        differs = ranked[:, :-1] - ranked[:, 1:] > TIE * ranked[:, :-1].abs()
+        # Positions that predict alike, such as those of a canvas of nothing but [MASK]s, all tie. A margin, or the
+        # entropy of what is near certain, is a small difference of numbers that were rounded when they were large.
+        sizes = ((self.logits.amax(-1) - self.normalizer).exp() + scores.abs()).gather(-1, order)
+        differs = ranked[:, :-1] - ranked[:, 1:] > TIE * sizes[:, :-1]
         group = torch.zeros_like(order).scatter(-1, order, nn.functional.pad(differs.cumsum(-1), (1, 0)))
         ranks = group.argsort(dim=-1, stable=True).argsort(dim=-1)
         return self.masked & (ranks < (self.quota if count is None else count)[:, None])

@@ -278,12 +278,15 @@ class Sample:
         """Of numbers that are compared; what is equal to the last bit stays so."""
         self.is_close |= any(0 < abs(distance) < CLOSE for distance in distances)
 
-    def ranked(self, score: dict[int, float]) -> list[int]:
-        """Positions, highest score first; from the left where neighbours differ by no more than rounding does."""
+    def ranked(self, score: dict[int, float], highest: dict[int, float]) -> list[int]:
+        """
+        Positions, highest score first; from the left where neighbours differ by no more than rounding does, given the
+        `highest` probability at each.
+        """
         order = sorted(score, key=lambda place: (-score[place], place))
         group, groups = 0, dict.fromkeys(order[:1], 0)
         for before, place in pairwise(order):
-            gap, tie = score[before] - score[place], 1e-5 * abs(score[before])
+            gap, tie = score[before] - score[place], 1e-5 * (abs(score[before]) + highest[before])
             self.note(*([] if gap == 0 else [gap - tie]))
             group += gap > tie
             groups[place] = group
@@ -366,7 +369,7 @@ def sample_row(
             sample.passes += spent
 
             noise = draw() if do_sample or is_ancestral else None
-            choice, confidence, log_prob, score = {}, {}, {}, {}
+            choice, confidence, log_prob, score, highest = {}, {}, {}, {}, {}
             order = draw() if unmasking == "random" else None
             for place in masked:
                 raw = logits[place].float().double()
@@ -379,11 +382,11 @@ def sample_row(
                 probs, penalty = raw.softmax(-1), eos_penalty * (choice[place] in eos_token_id)
                 confidence[place] = float(probs[choice[place]]) - penalty
                 log_prob[place] = confidence[place] + penalty, float(scores.log_softmax(-1)[choice[place]])
-                first, second = probs.topk(2).values.tolist()
+                highest[place], second = probs.topk(2).values.tolist()
                 entropy = -float(torch.xlogy(probs, probs).sum()) + penalty
                 score[place] = {
                     "confidence": confidence[place],
-                    "margin": first - second - penalty,
+                    "margin": highest[place] - second - penalty,
                     "entropy": -entropy,
                     "left_to_right": -place,
                     "random": order and order[place],
@@ -403,7 +406,7 @@ def sample_row(
                     share = len(members) * (step + 1) // num_steps + len(remasked)
                 quota = share - (len(members) - len(masked))
                 quota = max(quota, 0 if remask_probability else 1)
-                commits = set(sample.ranked(score)[:quota])
+                commits = set(sample.ranked(score, highest)[:quota])
             if confidence_threshold is not None:
                 sample.note(*(confidence[place][0] - confidence_threshold for place in masked))
                 commits |= {place for place in masked if confidence[place][0] >= confidence_threshold}
@@ -411,7 +414,7 @@ def sample_row(
                 totals = [0.0, *accumulate(sorted(confidence[place][1] for place in masked))][: len(masked)]
                 sample.note(*(total - entropy_bound for total in totals))
                 within = sum(total <= entropy_bound for total in totals)
-                commits |= set(sample.ranked({place: -confidence[place][1] for place in masked})[:within])
+                commits |= set(sample.ranked({place: -confidence[place][1] for place in masked}, highest)[:within])
 
             for place in commits:
                 tokens[place] = choice[place]

@@ -282,6 +282,17 @@ def test_positions_that_predict_alike_are_committed_from_the_left(name, rule):
         assert trace[0].committed[:, :4].all()
 
 
+@pytest.mark.parametrize("seed", [0, 4, 19, 30])
+@pytest.mark.parametrize("scale", [1, 8])
+@pytest.mark.parametrize("rule", ["confidence", "margin", "entropy"])
+def test_small_scores_of_what_predicts_alike_tie_too(seed, scale, rule):
+    """A margin and an entropy may be far smaller than the probabilities whose rounding they have."""
+    sizes = {"vocab_size": 300, "mask_token_id": 299, "tie_word_embeddings": False, "num_loops": 2}
+    model, canvas = tiny_model(seed=seed, **sizes), torch.full((7, 16), 299)
+    model.lm_head.weight.data *= scale
+    assert run(model, canvas, max_denoising_steps=4, unmasking=rule).trace[0].committed[:, :4].all()
+
+
 def test_twenty_tokens_are_appended_unless_told_otherwise(model, caplog):
     prompt = torch.tensor([[5, 9, 3]])
     assert torch.equal(model.generate(prompt), model.generate(prompt, max_new_tokens=20))

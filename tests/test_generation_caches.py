@@ -219,7 +219,7 @@ def test_exit_rules_equal_those_of_forward(shift_logits, exits, arguments):
         ({}, {"visible_loops": 1}, plain),
         ({"shift_logits": True}, {"visible_loops": 1}, block_exits),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("arguments", [{}, {"unmasking": "ancestral", "max_denoising_steps": 9}], ids=str)
 def test_exit_rules_of_block_causal_models_leave_finished_blocks_alone(overrides, exits, predictor, arguments):
