@@ -397,7 +397,7 @@ class Denoiser:
         is_even = bool((host[1:3] == host[1:3, :1]).all())
         positions = starts[:, None] + torch.arange(width, device=device)
         real = None if is_even else positions < stops[:, None]
-        positions = positions.clamp(max=canvas.column_of.shape[1] - 1)
+        positions = torch.minimum(positions, stops[:, None] - 1)
         columns = canvas.column_of[rows].gather(1, positions)
         input_ids = canvas.sequences[rows].gather(1, columns)
         exits, wanted, num_wanted = {}, rows.new_zeros(len(rows), 1), copies  # one, as attention of none fails
@@ -551,8 +551,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
         self._check_adapters()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
-        processors, warpers = LogitsProcessorList(logits_processor or []), config.warpers()
-        criteria = self._prepare_criteria(config, stopping_criteria, tokenizer)
+        processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
+        warpers = config.warpers()
 
         # 2. Lay out the canvas
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
@@ -579,7 +579,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 watcher.on_block(block)
 
         # 4. Pad behind the ends, and report
-        fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, 0)
+        fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, int(canvas.mask_token_id == 0))
         fill = next(token for token in fills if token is not None)
         sequences = canvas.sequences.masked_fill(canvas.behind & canvas.to_denoise, fill)
         report = {name: value for watcher in watchers for name, value in watcher.end().items()}
@@ -627,7 +627,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if new is None and config.max_length is not None:
             new = config.max_length - length
         elif new is None:
-            new = 0 if has_masks else min(DEFAULT_NEW_TOKENS, limit - length)
+            new = 0 if has_masks else max(1, min(DEFAULT_NEW_TOKENS, limit - length))
             if new > 0:
                 logger.warning(f"`generate` appends {new} tokens, as in transformers; give `max_new_tokens`.")
         repeats, wrong = config.num_return_sequences, None
@@ -674,7 +674,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             real = input_ids != padding if padding is not None else torch.ones_like(input_ids, dtype=torch.bool)
             if padding in (*_as_list(config.eos_token_id), config.bos_token_id):
                 ends = torch.stack((real, real.flip(-1))).long().argmax(-1) if shape[1] > 0 else real.new_zeros(2, 1)
-                if bool((ends != ends[:, :1]).any()):
+                if bool((ends != ends[:, :1]).any()) or not bool(real.any(-1).all()):
                     raise ValueError(
                         f"Some rows of `input_ids` begin or end with more of token {padding}, which may be padding "
                         "or text here (`pad_token_id` is an end or start token too); give the `attention_mask`."
@@ -689,14 +689,17 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return real
 
     @staticmethod
-    def _prepare_criteria(config, stopping_criteria, tokenizer) -> StoppingCriteriaList:
-        """The user's criteria, and one for `stop_strings`."""
+    def _prepare_lists(config, logits_processor, stopping_criteria, tokenizer):
+        """The processors and criteria of the call, and a criterion for `stop_strings`."""
+        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            if not isinstance(value, list | tuple | None) or not all(map(callable, value or ())):
+                raise ValueError(f"`{name}` is {value!r}; give a list of transformers' objects for it, or none.")
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        return criteria
+        return LogitsProcessorList(logits_processor or []), criteria
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs

@@ -547,6 +547,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMMaskedLMOutput:
         """See the class. Raises a ValueError for what it cannot do."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
         if loss_weights is not None and labels is None:
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both or neither.")
         continues = isinstance(past_key_values, LoopMDMCache) and position_ids is None and past_key_values.length > 0

@@ -56,7 +56,7 @@ def chat(
     from loopmdm import LoopMDMGenerationConfig
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
 
-    LoopMDMGenerationConfig(**options)
+    LoopMDMGenerationConfig(**options | {"do_sample": True})  # the model's own settings may draw
     read_model_config(model)
     tokenizer = load_tokenizer(model, trust_remote_code)
     if not tokenizer.chat_template:
@@ -150,9 +150,12 @@ class Conversation:
 
         from .drafts import DraftStreamer
 
-        prompt = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        try:
+            prompt = self.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"The chat template does not take this conversation: {error}.") from error
         room = self.model.config.max_position_embeddings - prompt.shape[1]
         if room < 1:
             raise ValueError(
@@ -169,6 +172,7 @@ class Conversation:
                 past_key_values=self._matching_cache(prompt),
                 generator=seeded_generator(self.seed, "chat", len(self.messages)),
                 streamer=streamer,
+                tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
             )
         except BaseException:

@@ -6,12 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from transformers.generation.streamers import BaseStreamer
 
 MASK = "░"
 
 
-class DraftStreamer(BaseStreamer):
+class DraftStreamer:
     """
     A streamer for `generate` that redraws the text in place after every denoising step, and without a terminal prints
     finished blocks as they come.

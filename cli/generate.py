@@ -100,6 +100,7 @@ def generate(
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
     loaded = load_model(model, dtype, device)
     _plan(loaded, rows, options)
+    options["tokenizer"] = tokenizer  # for stop strings of the model's own settings
     if stream:
         from transformers import TextDiffusionStreamer
 

@@ -110,7 +110,12 @@ def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[st
     room = loaded.config.max_position_embeddings
     new_tokens = min(room, 128) if max_new_tokens is None else max_new_tokens
     prompt = torch.full((batch_size, 1), loaded.config.mask_token_id, device=device)
-    arguments = {"max_new_tokens": new_tokens - 1, "eos_token_id": [], "return_dict_in_generate": True}
+    arguments = {
+        "max_new_tokens": new_tokens - 1,
+        "eos_token_id": [],
+        "stop_strings": None,
+        "return_dict_in_generate": True,
+    }
     for _ in range(2):
         output = loaded.generate(prompt, **arguments)
     names = ("forward_passes", "loops", "flops")

@@ -66,7 +66,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     check_output(output)
     created = [parent for parent in output.absolute().parents if not parent.exists()]
     folder = _partial(output)
-    if folder.exists() and not (folder / LOCK).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).is_file():
         raise ValueError(f"{folder} is in the way, and not of a conversion; move it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,11 +27,10 @@ def pack_documents(
         raise ValueError(f"`length` is {length}; it must be at least 1.")
     tokens, ids = [], []
 
-    def row(count: int) -> dict[str, Any]:
-        packed = {"input_ids": torch.tensor(tokens[:count])}
+    def row(start: int) -> dict[str, Any]:
+        packed = {"input_ids": torch.tensor(tokens[start : start + length])}
         if isolate:
-            packed["document_ids"] = torch.tensor(ids[:count])
-        del tokens[:count], ids[:count]
+            packed["document_ids"] = torch.tensor(ids[start : start + length])
         return packed
 
     for document, part in enumerate(documents):
@@ -39,7 +38,9 @@ def pack_documents(
             part = [*part, end_token_id]
         tokens.extend(part)
         ids.extend([document] * len(part))
-        while len(tokens) >= length:
-            yield row(length)
+        whole = len(tokens) // length * length
+        for start in range(0, whole, length):
+            yield row(start)
+        del tokens[:whole], ids[:whole]  # at once: a document may be a book
     if tokens:
-        yield row(len(tokens))
+        yield row(0)

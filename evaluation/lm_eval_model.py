@@ -343,6 +343,7 @@ class LoopMDMEvalModel(_Processes):
             attention_mask=attention_mask.to(self._device),
             generator=generators,
             stopping_criteria=stop,
+            tokenizer=self.tokenizer,
             **arguments,
         )
         return [answer(self.tokenizer, self.model, row[width:].tolist(), until) for row in sequences]

@@ -48,21 +48,22 @@ def trace_log_probs(
         ValueError: There is no trace, or the arguments make a pass that cannot be repeated with gradients
             (approximate caches, guidance, `visible_loops`).
     """
-    config, mask_token_id = generation_config, find_model(model).config.mask_token_id
-    config = find_model(model).generation_config if config is None else config
+    base = find_model(model)
     if not output.trace:
         raise ValueError("`output` has no trace; generate with `return_dict_in_generate=True, output_trace=True`.")
-    _check_repeatable(config)
-    device, loops = input_device(model), config.num_loops
+    config = base._prepare_generation_config(generation_config)[0]
+    _check_repeatable(config, base.config)
+    device, loops = input_device(model), config.num_loops or base.config.num_loops
     loops = loops if isinstance(loops, list | tuple) else [loops]
-    trace = [output.trace[index] for index in (range(len(output.trace)) if steps is None else steps)]
+    chosen = range(len(output.trace)) if steps is None else steps
+    trace = [output.trace[index] for index in chosen]
     # (steps, num_rows, length): tokens after a step, what it committed, and the states before
     tokens, committed = (torch.stack([getattr(step, name) for step in trace]) for name in ("tokens", "committed"))
     tokens, committed = tokens.to(device), committed.to(device)
-    before = dict(zip(map(id, output.trace[1:]), (step.tokens for step in output.trace), strict=False))
     # No step sends tokens back before it has committed some.
-    first = output.trace[0].tokens.masked_fill(output.trace[0].committed, mask_token_id)
-    states = torch.stack([before.get(id(step), first) for step in trace]).to(device)
+    first = output.trace[0].tokens.masked_fill(output.trace[0].committed, base.config.mask_token_id)
+    before = [first, *(step.tokens for step in output.trace[:-1])]
+    states = torch.stack([before[index] for index in chosen]).to(device)
     real = _real(output, attention_mask).to(device)
     log_probs, warpers = torch.zeros(tokens.shape, device=device), config.warpers()
     by_loops: dict[int | None, list[int]] = {}
@@ -85,20 +86,22 @@ def trace_log_probs(
             ).logits.float()
             if len(warpers) > 0:
                 scores = warpers(None, scores.flatten(0, 1)).view(scores.shape)
-            chosen = tokens[t, r].gather(1, positions)
-            found = scores.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
+            wanted = tokens[t, r].gather(1, positions)
+            found = scores.log_softmax(-1).gather(-1, wanted[..., None]).squeeze(-1)
             i, j = committed[t, r].gather(1, positions).nonzero(as_tuple=True)
             log_probs = log_probs.index_put((t[i], r[i], positions[i, j]), found[i, j])
     return log_probs
 
 
-def _check_repeatable(config: Any) -> None:
+def _check_repeatable(config: Any, model_config: Any) -> None:
     """Raises a ValueError for arguments whose passes cannot be repeated with gradients."""
+    is_causal, by_rows = model_config.attention_block_size is not None, config.loop_policy or config.loop_tolerance
     per_position = config.visible_loops is not None or getattr(config.loop_policy, "per_position", False)
     for name, is_wrong, why in (
         ("cache_implementation", config.cache_implementation is not None, "keys and values of earlier steps are gone"),
         ("guidance_scale", config.guidance_scale not in (None, 1), "it mixes two passes"),
         ("visible_loops", per_position, "positions that stop looping pass no gradients on"),
+        ("loop_tolerance", is_causal and by_rows is not None, "a block-causal model applies exits to single blocks"),
     ):
         if is_wrong:
             raise ValueError(f"`{name}` cannot be used in a call whose log-probabilities are computed again: {why}.")
@@ -154,6 +157,8 @@ def nelbo_log_probs(
     config = find_model(model).config
     rows = clean_rows(config, input_ids, attention_mask, maskable)
     indices = range(len(input_ids)) if indices is None else indices
+    if len(indices) != len(input_ids):
+        raise ValueError(f"`indices` has {len(indices)} entries for {len(input_ids)} sequences; give one for each.")
     masks = []
     for row, index in enumerate(indices):
         generator, blocks = seeded_generator(seed, index), rows.split(row)

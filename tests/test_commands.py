@@ -21,6 +21,7 @@ COMMANDS = {
     ("info",): ["--length", "--measure", "--json"],
     ("generate",): ["--num-loops", "--stream", "--json"],
     ("convert",): ["--num-loops", "--dry-run", "--verify", "--calibrate"],
+    ("chat",): ["--system", "--num-loops"],
     ("train",): ["--resume"],
     ("calibrate",): ["--data", "--max-loss"],
     ("eval", "likelihood"): ["--text", "--num-samples", "--output"],

@@ -262,7 +262,9 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         *parents, last = name.split(".")
         place = values
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:  # a block may be left empty in the file
+                place[parent] = {}
+            place = place[parent]
             if not isinstance(place, dict):
                 raise ValueError(f"{override!r}: `{parent}` holds a single value, which has no {last!r}.")
         place[last] = _read_yaml(value, repr(override))

@@ -39,7 +39,7 @@ _FREE_CONFIG = {
 }
 _FREE_CONFIG |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # the Trainer takes these over from the tokenizer
 _FREE_ARGUMENTS = (
-    "activation_checkpointing batch_eval bf16_full_eval dataloader_in_order dataloader_multi dataloader_num "
+    "activation_checkpointing batch_eval bf16_full_eval dataloader_multi dataloader_num "
     "dataloader_persistent dataloader_pin dataloader_prefetch ddp_ debug disable_tqdm do_ enable_jit eval_ "
     "fp16_full_eval fsdp gradient_checkpointing hub_ include_ label_names local_rank log_ logging_ output_dir "
     "prediction_loss_only project push_to_hub remove_unused report_to restore_callback resume_from run_name save_ "
