@@ -293,6 +293,49 @@ def test_small_scores_of_what_predicts_alike_tie_too(seed, scale, rule):
     assert run(model, canvas, max_denoising_steps=4, unmasking=rule).trace[0].committed[:, :4].all()
 
 
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotary_frequencies_of_a_row_are_those_of_its_own_length(rope_type):
+    """A shorter row of a batch is filled up, and what fills it has no position of its own."""
+    parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
+    if rope_type == "longrope":
+        parameters |= {"original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = double_model(rope_parameters=parameters, max_position_embeddings=64 if rope_type == "longrope" else 16)
+    rows = [[5, 9, 3], [4, 8, 7, 6, 2, 1, 9, 3]]
+    arguments = {"max_new_tokens": 8, "output_scores": True}
+    ids, mask = batch_of(rows)
+    batch = run(model, ids, mask, **arguments)
+    for number, row in enumerate(rows):
+        alone = run(model, torch.tensor([row]), **arguments)
+        for found, expected in zip(batch.scores, alone.scores, strict=True):
+            torch.testing.assert_close(found[number], expected[0], atol=1e-6, rtol=1e-6)
+
+
+def test_padding_of_whole_rows_is_not_text(model):
+    with pytest.raises(ValueError, match="attention_mask"):
+        model.generate(torch.tensor([[6, 6, 6], [3, 4, 5]]), pad_token_id=6, eos_token_id=6, max_new_tokens=3)
+
+
+def test_prompts_as_long_as_the_model_are_named(model):
+    for length in (64, 70):
+        with pytest.raises(ValueError, match="exceed `max_position_embeddings`"):
+            model.generate(torch.ones(1, length, dtype=torch.long))
+
+
+def test_fill_behind_an_end_is_never_a_mask():
+    """Not even of a model whose mask token is 0, and which has no padding."""
+    model = tiny_model(mask_token_id=0, pad_token_id=None)
+    criteria = [MaxLengthCriteria(3)]
+    output = model.generate(torch.tensor([[5, 0]]), max_new_tokens=4, stopping_criteria=criteria)
+    assert (output != 0).all()
+
+
+@pytest.mark.parametrize("name", ["logits_processor", "stopping_criteria"])
+def test_lists_of_other_things_are_named(model, name):
+    for value in (1, [1], "all"):
+        with pytest.raises(ValueError, match=f"`{name}` is"):
+            model.generate(torch.tensor([[5, MASK]]), **{name: value})
+
+
 def test_twenty_tokens_are_appended_unless_told_otherwise(model, caplog):
     prompt = torch.tensor([[5, 9, 3]])
     assert torch.equal(model.generate(prompt), model.generate(prompt, max_new_tokens=20))

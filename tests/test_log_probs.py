@@ -127,3 +127,24 @@ def test_gradients_of_estimates():
     torch.testing.assert_close((values[0] - values[1]) / 2e-5, gradient[3, 4], atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match="`num_masks` is 0"):
         nelbo_log_probs(model, ids, num_masks=0)
+
+
+def test_training_draws_do_not_change_the_loops_of_a_trace():
+    model = double_model()
+    output = run(model, torch.tensor([[5, MASK, 9, MASK]]), output_trace=True)
+    model.train()
+    model.model.num_train_loops = 1
+    found = trace_log_probs(model, output)
+    for step, log_probs in zip(output.trace, found, strict=True):
+        expected = step.log_probs[step.committed].to(log_probs.dtype)
+        torch.testing.assert_close(log_probs[step.committed], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_exits_of_single_blocks_are_refused():
+    model = double_model(attention_block_size=4)
+    arguments = {"loop_tolerance": 0.4, "num_loops": 6}
+    output = run(model, torch.tensor([[5, 9, 3]]), max_new_tokens=6, output_trace=True, **arguments)
+    with pytest.raises(ValueError, match="block-causal"):
+        trace_log_probs(model, output, generation_config=LoopMDMGenerationConfig(**arguments))
+    with pytest.raises(ValueError, match="`indices` has 2 entries for 1"):
+        nelbo_log_probs(model, torch.tensor([[5, 9]]), indices=[0, 1])
