@@ -293,14 +293,11 @@ def test_small_scores_of_what_predicts_alike_tie_too(seed, scale, rule):
     assert run(model, canvas, max_denoising_steps=4, unmasking=rule).trace[0].committed[:, :4].all()
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rotary_frequencies_of_a_row_are_those_of_its_own_length(rope_type):
+def test_rotary_frequencies_of_a_row_are_those_of_its_own_length():
     """A shorter row of a batch is filled up, and what fills it has no position of its own."""
-    parameters = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 2.0}
-    if rope_type == "longrope":
-        parameters |= {"original_max_position_embeddings": 16, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    model = double_model(rope_parameters=parameters, max_position_embeddings=64 if rope_type == "longrope" else 16)
-    rows = [[5, 9, 3], [4, 8, 7, 6, 2, 1, 9, 3]]
+    parameters = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    model = double_model(rope_parameters=parameters | {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4})
+    rows = [[5, 9, 3], [4, 8, 7, 6, 2, 1, 9, 3] * 3]
     arguments = {"max_new_tokens": 8, "output_scores": True}
     ids, mask = batch_of(rows)
     batch = run(model, ids, mask, **arguments)
