@@ -273,9 +273,9 @@ def test_bad_runs_are_refused_before_training(run, tmp_path, monkeypatch, change
         ('{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1"\n', ["answers.jsonl, line 2 is not valid JSON"]),
         ("[1]\n", ["line 1 is a list"]),
         ("\n", ["holds no examples"]),
-        ('{"prompt": "w1"}\n', ["answers.jsonl, example 1 has no text called answer"]),
-        ('{"messages": [{"role": "user", "content": "w1"}]}\n', ["example 1: `messages` must be a list that ends"]),
-        ('{"prompt": "' + "w1 " * 20 + '", "answer": "w2"}\n', ["example 1 has 22 tokens", "skip_long"]),
+        ('{"prompt": "w1"}\n', ["answers.jsonl, line 1 has no text called answer"]),
+        ('{"messages": [{"role": "user", "content": "w1"}]}\n', ["line 1: `messages` must be a list that ends"]),
+        ('{"prompt": "' + "w1 " * 20 + '", "answer": "w2"}\n', ["line 1 has 22 tokens", "skip_long"]),
     ],
 )
 def test_bad_answers_are_named(run, tmp_path, content, parts):

@@ -1,14 +1,22 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """PEFT on models with loops: which layers an adapter sits on."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from ..configuration_loopmdm import LoopMDMConfig
+from ..data.pretrained import MERGE
+from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Options of LoraConfig that hold names of modules
+_NAMES = ("target_modules", "modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
 def layers_of(config: LoopMDMConfig, part: str) -> list[int]:
@@ -17,7 +25,7 @@ def layers_of(config: LoopMDMConfig, part: str) -> list[int]:
     mid = list(range(config.loop_start, config.loop_end))
     tail = list(range(config.loop_end, config.num_hidden_layers))
     parts = {"all": head + mid + tail, "head": head, "mid": mid, "tail": tail, "head_tail": head + tail}
-    if part not in parts:
+    if not isinstance(part, str) or part not in parts:
         raise ValueError(f"The layers to adapt are {part!r}; choose one of {', '.join(parts)}.")
     if not parts[part]:
         raise ValueError(f"The model has no layers in {part}, so there is nothing to adapt.")
@@ -35,16 +43,92 @@ def lora_config(
         layers (`str`, defaults to `"all"`): Part of the model to adapt, see [`layers_of`].
         target_modules (defaults to `"all-linear"`): As in peft: names of projections, or all of them.
         options: Other arguments of `LoraConfig` (`r`, `lora_alpha`, `use_dora`, ...).
+
+    Raises:
+        ValueError: An option that does not exist, or a name or layer that the model does not have; peft would leave it
+            out without a word.
     """
     from peft import LoraConfig
 
+    chosen = layers_of(config, layers)
+    if not target_modules and not options.get("target_parameters"):
+        raise ValueError(f"`target_modules` is {target_modules!r}; name projections, or say all-linear.")
     if layers != "all":
+        if options.get("layers_to_transform") is not None:
+            raise ValueError(f"`layers` is {layers!r}, and `layers_to_transform` names layers too; give one of them.")
         # peft takes layers by index only together with names.
         if target_modules == "all-linear":
             target_modules = [name for name in PROJECTIONS if name != "gate_proj" or config.use_gated_mlp]
-        options = {**options, "layers_to_transform": layers_of(config, layers), "layers_pattern": "layers"}
+        options = {**options, "layers_to_transform": chosen, "layers_pattern": "layers"}
     try:
         # The task type under which `AutoPeftModelForCausalLM` and `generate` work.
-        return LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, **options)
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, **options)
     except TypeError as error:
         raise ValueError(f"LoRA does not take these options: {error}.") from error
+    _check_names(config, lora)
+    return lora
+
+
+def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
+    """Raises a ValueError where a name or layer of a `LoraConfig` is none of the model's."""
+    with torch.device("meta"):
+        model = LoopMDMForMaskedLM(config)
+    modules = [name for name, _ in model.named_modules() if name]
+    linear = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
+    wanted = lora.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted or [])
+    wrong = [layer for layer in wanted if not 0 <= layer < config.num_hidden_layers]
+    if wrong:
+        raise ValueError(f"`layers_to_transform` names layer {wrong[0]}; the model has {config.num_hidden_layers}.")
+    for option in _NAMES:
+        names = getattr(lora, option) or []
+        if names == "all-linear":
+            continue
+        is_pattern = isinstance(names, str) or option.endswith("_pattern")
+        # Layers are looked for among the targets alone.
+        places = modules
+        if option == "target_modules" and wanted:
+            places = [name for name in modules if any(f".layers.{layer}." in name for layer in wanted)]
+        for name in [names] if isinstance(names, str) else sorted(names):
+            # A pattern stands for the end of a name too, except where it is all of the targets.
+            pattern = name if isinstance(names, str) else rf"(.*\.)?({name if is_pattern else re.escape(name)})"
+            if not any(re.fullmatch(pattern, place) for place in places):
+                where = f"layers {wanted}" if places is not modules else "the model"
+                raise ValueError(
+                    f"`{option}` has {name!r}, which is nothing in {where}; its projections are {', '.join(linear)}."
+                )
+
+
+def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: dict[str, Any] | None) -> nn.Module:
+    """
+    What an adapter training trains: `model` with a new LoRA, or with the adapter that it goes on from.
+
+    Args:
+        model: The base model.
+        adapter (`str`, *optional*): Folder or Hub id of the adapter to go on from.
+        lora (`dict`, *optional*): Arguments of [`lora_config`] for a new one.
+
+    Returns:
+        A `PeftModel`, or `model` itself where there is neither.
+
+    Raises:
+        ValueError: There are both, or the adapter is of soft prompts.
+    """
+    if adapter is not None and lora is not None:
+        raise ValueError(
+            f"{adapter} is an adapter, and `lora` asks for another one on top. Leave `lora` out to go on training "
+            f"{adapter}, or merge it into its base model first: `{MERGE.format(adapter)}`."
+        )
+    if lora is not None:
+        from peft import get_peft_model
+
+        return get_peft_model(model, lora_config(model.config, **lora))
+    if adapter is None:
+        return model
+    from peft import PeftConfig, PeftModel
+
+    if PeftConfig.from_pretrained(adapter).is_prompt_learning:
+        raise ValueError(f"{adapter} holds soft prompts, which the masked diffusion objective does not train.")
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)

@@ -6,27 +6,27 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import (
     ExampleStream,
     StreamedExamples,
-    check_tokens,
-    encode,
-    encode_answer,
-    pack_documents,
-    read_rows,
-    text_of,
+    adapter_base,
+    check_tokenizer,
+    load_tokenizer,
+    read_examples,
+    turn_end,
+    vocabulary_size,
 )
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .adapters import lora_config
+from .adapters import attach_adapter
 from .arguments import TrainConfig, check_key, read_config
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSchedule, make_loop_schedule
@@ -54,7 +54,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint is not None and not resume:
         raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
     trainer = _make_trainer(config, tokenizer, checkpoints)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
@@ -73,27 +73,27 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
 def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
     """The model, the data and all settings of a run; everything is checked that can be before the first step."""
     model = _make_model(config, tokenizer)
+    check_tokenizer(tokenizer, model.config)
+    if config.task == "answers":
+        add_end_tokens(model, tokenizer)
     schedule = _make_schedule(config, model.config)
     length = config.sequence_length or min(1024, model.config.max_position_embeddings)
     if not 1 <= length <= model.config.max_position_embeddings:
         raise ValueError(
             f"`sequence_length` is {length}; the model takes 1 to {model.config.max_position_embeddings} positions."
         )
-    examples = _read_examples(config, config.data, tokenizer, length, model.config.vocab_size)
+    examples = _read_examples(config, config.data, tokenizer, length, model.config)
     eval_examples = None
     if config.eval_data is not None:
         whole = dataclasses.replace(config, dataset={**config.dataset, "streaming": False})
-        rows = _read_examples(whole, config.eval_data, tokenizer, length, model.config.vocab_size)
+        rows = _read_examples(whole, config.eval_data, tokenizer, length, model.config)
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
     arguments = _make_arguments(config, checkpoints, eval_examples is not None)
     stream, arguments = _make_stream(examples, arguments)
     eval_loops = config.eval_loops or [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
-    if config.lora is not None:
-        from peft import get_peft_model
-
-        adapted = get_peft_model(model, lora_config(model.config, **config.lora))
-    trained = model if config.lora is None else adapted
+    adapter = None if config.model is None or adapter_base(config.model) is None else config.model
+    trained = attach_adapter(model, adapter, config.lora)
     optimizer = None
     if config.optimizer == "muon":
         if arguments.fsdp:
@@ -124,12 +124,13 @@ def _make_model(config: TrainConfig, tokenizer: Any) -> LoopMDMForMaskedLM:
         check_key(name, known, "`model_config`")
     try:
         if config.model is not None:
+            source = adapter_base(config.model) or config.model
             return LoopMDMForMaskedLM.from_pretrained(
-                config.model, dtype=getattr(torch, config.dtype), **config.model_config
+                source, dtype=getattr(torch, config.dtype), **config.model_config
             )
         special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
         special |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        values = {"vocab_size": len(tokenizer), **special, **config.model_config}
+        values = {"vocab_size": vocabulary_size(tokenizer), **special, **config.model_config}
         if values["mask_token_id"] is None:
             raise ValueError(
                 f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name an id that is free "
@@ -214,21 +215,23 @@ def _make_stream(examples: Any, arguments: TrainingArguments):
 
 
 def _read_examples(
-    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, vocab_size: int
+    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, model_config: LoopMDMConfig
 ) -> list[dict] | StreamedExamples:
     """Tokenised examples: a list, or a stream where the data set is streamed."""
-    sources = [data] if isinstance(data, str) else data
 
     def encoded() -> Iterator[dict[str, Any]]:
-        rows = (row for source in sources for row in read_rows(source, config.documents, config.dataset))
-        if config.task == "answers":
-            yield from _encode_answers(config, rows, tokenizer, length, vocab_size)
-            return
-        documents = (
-            check_tokens(encode(tokenizer, text_of(row, config.text_column, where), where), vocab_size, where)
-            for where, row in rows
+        return read_examples(
+            [data] if isinstance(data, str) else data,
+            tokenizer,
+            model_config,
+            config.task,
+            length,
+            text_column=config.text_column,
+            documents=config.documents,
+            isolate_documents=config.isolate_documents,
+            skip_long=config.skip_long,
+            dataset=config.dataset,
         )
-        yield from pack_documents(documents, length, tokenizer.eos_token_id, config.isolate_documents)
 
     if config.dataset.get("streaming"):
         return StreamedExamples(encoded)
@@ -238,19 +241,14 @@ def _read_examples(
     return examples
 
 
-def _encode_answers(
-    config: TrainConfig, rows: Iterable[tuple[str, Any]], tokenizer: Any, length: int, vocab_size: int
-) -> Iterator[dict[str, Any]]:
-    for where, row in rows:
-        example = encode_answer(tokenizer, row, where)
-        size = len(check_tokens(example["input_ids"], vocab_size, where))
-        if size <= length:
-            yield example
-        elif not config.skip_long:
-            raise ValueError(
-                f"{where} has {size} tokens, more than `sequence_length` ({length}); raise it, or set "
-                "`skip_long: true`."
-            )
+def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
+    """Adds the tokens with which answers end, as they are learnt, to those that end `generate`."""
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    learnt = (tokenizer.eos_token_id, turn_end(tokenizer))
+    ends += [token for token in dict.fromkeys(learnt) if token is not None and token not in ends]
+    if ends:
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[str, Any]) -> None:
@@ -263,6 +261,9 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
+    trainer.looped_model.generation_config.save_pretrained(
+        folder
+    )  # with an adapter too, which has learnt where to end
     (folder / "training.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
