@@ -56,7 +56,8 @@ def convert_checkpoint(
         verify_against (*optional*): Compare with logits stored by `convert/write_reference.py`.
         on_plan (`Callable`): Called with the [`Plan`] before anything is written.
         progress (`Callable`): Called with what is being done, and how much is done of how much.
-        plan_options: Everything else that [`plan_conversion`] takes: `num_loops`, `loop_start`, `family`, `dtype`, ...
+        plan_options: Everything else that [`plan_conversion`] takes: `num_loops`, `loop_start`, `family`, `dtype`,
+            `trust_remote_code`, ...
 
     Returns:
         `dict`: What is also written to `conversion.json`: the mapping of tensors, parameter counts, the loop, and what
@@ -88,7 +89,7 @@ def convert_checkpoint(
         if verify_against is not None:
             found["verification_against_file"] = verify_with_file(model, verify_against)
         record = {**plan.record(), "tokenizer_files": files, **found}
-        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         # Last of all: a folder without it does not load.
         plan.config.save_pretrained(folder)
     return record
@@ -111,6 +112,11 @@ def _check_possible(plan: Plan, calibrate_on, verify: bool) -> None:
     """Raises a ValueError where calibration or verification lacks something."""
     if calibrate_on is not None and not plan.tokenizer:
         raise ValueError(f"{plan.source.name} has no tokenizer, which calibration needs to read {calibrate_on}.")
+    if calibrate_on is not None and plan.loaded_tokenizer is None:
+        raise ValueError(
+            f"The tokenizer of {plan.source.name} has code of its own, and calibration needs it; read the code, and "
+            "give --trust-remote-code (`trust_remote_code=True`) to run it."
+        )
     if verify and plan.family.reference is None:
         raise ValueError(
             f"transformers has no class of its own for {plan.family.name}; make reference logits where the source "
@@ -133,11 +139,8 @@ def _calibrate(
     progress: Callable[[str, int, int], Any],
 ) -> dict[str, Any]:
     """Puts the plan's loop where `text` says, and writes what was measured."""
-    from transformers import AutoTokenizer
-
     config = plan.config
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    input_ids = read_sequences(tokenizer, text, num_sequences, min(length, config.max_position_embeddings))
+    input_ids = read_sequences(plan.loaded_tokenizer, text, num_sequences, min(length, config.max_position_embeddings))
     record = calibrate(
         load_written(plan, folder, config.dtype),
         input_ids,

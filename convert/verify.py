@@ -34,7 +34,7 @@ def verify_with_transformers(
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     (embedding,) = plan.recipes["model.embed_tokens.weight"].sources
-    num_rows = plan.source.shape(embedding)[0]
+    num_rows = plan.source.matrix(embedding)[0]
     input_ids = torch.randint(min(config.vocab_size, num_rows), (batch_size, length), generator=generator)
     if plan.tokens.mask_found == "new token":  # its row is not the source's
         input_ids = input_ids.masked_fill(input_ids == config.mask_token_id, 0)
@@ -84,7 +84,8 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # A single array is no context manager, and what a file says of its size can be anything.
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     for name, kinds, what in (("input_ids", "iu", "integers"), ("logits", "f", "floating point numbers")):
         if name not in content:

@@ -91,7 +91,7 @@ def test_modules_run(module, tmp_path):
         (["generate", ".", PUZZLE, "--temperature", "0.5"], "add `do_sample=True`"),
         (["generate", ".", PUZZLE, "--dtype", "float12"], "`dtype` is 'float12'"),
         (["generate", ".", PUZZLE, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
-        (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one prompt"),
+        (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one row, and there are 2"),
         (["generate", ".", SOLUTION], "nothing to generate"),
         (["generate", ".", "sudoku"], "cannot read the prompt"),
     ],
@@ -111,10 +111,14 @@ def test_errors_show_their_traceback_on_request(monkeypatch, capsys):
     assert lines[0].startswith("Traceback") and lines[-1].startswith("loopmdm: error: ./nowhere")
 
 
-def test_bugs_are_not_taken_for_bad_input(monkeypatch):
+def test_faults_of_our_own_are_one_line_too_and_show_their_traceback_on_request(monkeypatch, capsys):
     monkeypatch.setattr("loopmdm_cli.info._facts", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    shown = refusal("info", ROOT)
+    assert shown == "loopmdm: error: ZeroDivisionError: division by zero. LOOPMDM_DEBUG=1 shows where."
+    monkeypatch.setenv("LOOPMDM_DEBUG", "1")
+    with pytest.raises(SystemExit):
         loopmdm_cli.main(["info", str(ROOT)])
+    assert "Traceback" in (shown := capsys.readouterr().err) and "1 / 0" in shown
 
 
 def test_other_models_are_refused(tmp_path):
