@@ -2,7 +2,10 @@
 """`loopmdm train`: runs described by a file, from texts, answers or data sets, to a model that loads."""
 
 import json
+import multiprocessing
 import re
+import shutil
+from os import replace as os_replace
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.training import LoopMDMTrainer
+from loopmdm.training.checkpoints import locked
 from loopmdm.training.run import read_config, train
 
 TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
@@ -135,6 +140,185 @@ def test_another_data_set_cannot_be_resumed(run, tmp_path):
         go(path, "trainer.max_steps=6", resume=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.learning_rate=0.02", "its learning_rate is 0.01, here 0.02"),
+        ("loops={schedule: growing}", "its loop schedule is UniformLoops"),
+        ("dtype=bfloat16", "its dtype is"),
+        ("optimizer=muon", "its optimizer is None, here MuonAdamW"),
+        ("collator={mask_ratio: [0.1, 0.9]}", "its noise is"),
+    ],
+)
+def test_what_changes_the_result_cannot_change_on_resume(begun, change, message):
+    path, _ = begun
+    with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
+        go(path, change, resume=True)
+    assert message in str(error.value)
+
+
+@pytest.fixture
+def begun(run, tmp_path):
+    """A run that was killed in its third step of four."""
+
+    def step(trainer, *args):
+        if trainer.state.global_step == 2:
+            raise ZeroDivisionError
+        return train_step(trainer, *args)
+
+    path, train_step = run(), LoopMDMTrainer.training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoopMDMTrainer, "training_step", step)
+        with pytest.raises(ZeroDivisionError):
+            go(path)
+    return path, tmp_path / "out"
+
+
+def test_a_longer_run_says_what_it_was_before(begun):
+    path, output = begun
+    record = go(path, "trainer.max_steps=5", resume=True)
+    assert record["steps"] == 5 and record["resumed"] == [{"step": 2, "max_steps_before": 4}]
+    before = json.loads((output / "checkpoints" / "checkpoint-5" / "complete.json").read_text())
+    assert record["seconds"] > before["seconds"] > 0
+
+
+# The output folder
+
+
+def test_a_folder_that_holds_anything_else_is_refused(run, tmp_path):
+    path, output = run(), tmp_path / "out"
+    output.mkdir()
+    (output / "README.md").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"out holds README.md, which no training wrote; name a new or an empty"):
+            go(path, resume=resume)
+    assert [path.name for path in output.iterdir()] == ["README.md"], "nothing is left behind"
+    with pytest.raises(ValueError, match=r"text.txt/run/checkpoints cannot be made, as a file is in its way"):
+        go(path, f"output={tmp_path / 'text.txt' / 'run'}")
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(begun):
+    path, output = begun
+
+    def save_model(trainer, *args, **kwargs):
+        (output / "tokenizer.json").write_text("mine")
+        save(trainer, *args, **kwargs)
+
+    save = LoopMDMTrainer.save_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoopMDMTrainer, "save_model", save_model)
+        message = r"holds tokenizer.json, which this training did not write.*is complete in .*give --resume"
+        with pytest.raises(ValueError, match=message):
+            go(path, resume=True)
+    assert (output / "tokenizer.json").read_text() == "mine"
+    assert not (output / "config.json").exists()
+    (output / "tokenizer.json").rename(output.parent / "mine.json")
+    assert go(path, resume=True)["steps"] == 4
+    LoopMDMForMaskedLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize("moved", [0, 3, -2, -1])
+def test_killed_while_it_moves_the_model(begun, tmp_path, monkeypatch, moved):
+    path, output = begun
+    whole = shutil.copytree(output, tmp_path / "whole")
+    files = go(path, f"output={whole}", resume=True)["files"]
+    done, moved = [], moved % (len(files) + 1)
+
+    def replace(source, target):
+        if ".saving" in str(source) and not str(source).endswith(".tmp"):
+            done.append(source)
+            assert len(done) <= moved, "killed"
+        os_replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loopmdm.training.run.os.replace", replace)
+        with pytest.raises(AssertionError, match="killed"):
+            go(path, resume=True)
+    assert (output / "config.json").exists() == (moved == len(files)), "loads only when complete"
+    with pytest.raises(ValueError, match=r"holds checkpoints of a run; give --resume|holds a finished model"):
+        go(path)
+    assert go(path, resume=True)["steps"] == 4
+    assert json.loads((output / "training.json").read_text())["files"] == files
+    found, expected = weights(output), weights(whole)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert not (output / ".saving").exists()
+
+
+def test_two_runs_into_one_folder(run, tmp_path):
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+
+    def hold():
+        with locked(tmp_path / "out" / "checkpoints"):
+            held.set()
+            done.wait(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(ValueError, match=r"Another run is writing to .*out/checkpoints; wait for it"):
+        go(run())
+    other.kill()  # and the lock ends with it
+    other.join()
+    assert go(run())["steps"] == 4
+
+
+def test_a_run_that_diverges_leaves_no_model(run, tmp_path):
+    path = run(trainer={"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 8})
+    with pytest.raises(ValueError, match=r"in step \d+: training has diverged"):
+        go(path)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+# The model and its tokenizer
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    tiny_model(vocab_size=32, mask_token_id=2, num_loops=2, max_position_embeddings=32).save_pretrained(
+        tmp_path / "base"
+    )
+    return str(tmp_path / "base")
+
+
+def extended(tokenizer: str, folder, **special) -> str:
+    larger = AutoTokenizer.from_pretrained(tokenizer)
+    larger.add_tokens(["new1", "new2"])
+    larger.add_special_tokens(special)
+    larger.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_larger_vocabulary_resizes_the_model(run, tmp_path, tokenizer, base):
+    larger = extended(tokenizer, tmp_path / "larger")
+    path = run(model=base, model_config=None, tokenizer=larger)
+    with pytest.raises(
+        ValueError, match=r"tokenizer has 34 tokens, and the model 32.*`model_config: {vocab_size: 34}`"
+    ):
+        go(path)
+    (tmp_path / "text.txt").write_text(TEXT + " new1 new2")
+    go(path, "model_config={vocab_size: 34}", "trainer.learning_rate=1e-9", "trainer.max_steps=1")
+    model = LoopMDMForMaskedLM.from_pretrained(tmp_path / "out")
+    before = LoopMDMForMaskedLM.from_pretrained(base)
+    assert model.config.vocab_size == 34 and model(torch.tensor([[33]])).logits.shape == (1, 1, 34)
+    torch.testing.assert_close(
+        model.model.embed_tokens.weight[:32], before.model.embed_tokens.weight, rtol=0, atol=1e-6
+    )
+    assert model.model.embed_tokens.weight[32:].std() > 0.01
+
+
+def test_a_tokenizer_with_another_mask_token_is_refused(run, tmp_path, tokenizer, base):
+    other = extended(tokenizer, tmp_path / "other", mask_token="new1")
+    with pytest.raises(ValueError, match=r"mask token of the tokenizer is 32, and the model's 2; is it the right"):
+        go(run(model=base, model_config={"vocab_size": 34}, tokenizer=other))
+
+
+def test_a_model_of_another_kind_is_refused(run, tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"llama does not hold a LoopMDM, but llama; `loopmdm convert`"):
+        go(run(model=str(tmp_path / "llama"), model_config=None))
+
+
 def test_epochs_count_the_examples(run):
     # 40 documents of 13 tokens make 33 rows of 16, the last one short.
     record = go(run(trainer={"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 8}))
@@ -240,8 +424,8 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is (0.9, 0.1)"]),
         ({"loops": {"schedule": "often"}}, ["loop schedule is 'often'", "uniform"]),
         ({"distillation": 0.5}, ["`distillation`, which does not exist"]),
-        ({"loops": {"speed": 2}}, ["'uniform' does not take these options", "speed"]),
-        ({"loops": {"max_loops": 0}}, ["`max_loops` is 0"]),
+        ({"loops": {"speed": 2}}, ["`loops` has a key `speed`, which does not exist"]),
+        ({"loops": {"max_loops": 0}}, ["`loops.max_loops` is 0"]),
         ({"gradient_loops": 4}, ["`gradient_loops` is 4", "(3)"]),
         ({"task": "chat"}, ["`task` is 'chat'", "answers"]),
         ({"optimizer": "sgd"}, ["`optimizer` is 'sgd'"]),
@@ -253,18 +437,23 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"ema_decay": 1.5}, ["`ema_decay` is 1.5"]),
         ({"trainer": {"save_total_limit": 1}}, ["`save_total_limit` is 1"]),
         ({"trainer": 3}, ["`trainer` is 3"]),
-        ({"model_config": {"vocab_size": 20}}, ["the token", "vocabulary of 20"]),
+        ({"trainer": {"label_smoothing_factor": 0.1}}, ["`label_smoothing_factor` is 0.1, which does not work here"]),
+        ({"trainer": {"resume_from_checkpoint": "x"}}, ["`resume_from_checkpoint`, which this command sets itself"]),
+        ({"tokenizer": "./nowhere"}, ["`tokenizer`: ./nowhere is not a file or folder"]),
+        ({"model_config": {"vocab_size": 20}}, ["The tokenizer has 32 tokens, and the model 20", "{vocab_size: 32}"]),
         ({"lora": {"layers": "middle"}}, ["'middle'", "mid"]),
-        ({"lora": {"rank": 3}}, ["LoRA does not take", "rank"]),
+        ({"lora": {"rank": 3}}, ["`lora` has a key `rank`, which does not exist"]),
     ],
     ids=str,
 )
 def test_bad_runs_are_refused_before_training(run, tmp_path, monkeypatch, changes, parts):
     monkeypatch.setattr("transformers.Trainer._inner_training_loop", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(LoopMDMForMaskedLM, "__init__", lambda *a, **k: pytest.fail("made a model"))
     with pytest.raises(ValueError) as error:
         go(run(**changes))
     for part in parts:
         assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,21 @@ from ..data import (
     vocabulary_size,
 )
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .adapters import attach_adapter
-from .arguments import TrainConfig, check_key, read_config
+from .adapters import attach_adapter, lora_config
+from .arguments import TrainConfig, read_config
+from .checkpoints import COMPLETE, checkpoints_in, locked
+from .checks import check_options
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSchedule, make_loop_schedule
 from .optimizer import MuonAdamW
-from .trainer import LoopMDMTrainer, last_complete_checkpoint
+from .trainer import LoopMDMTrainer
 
 __all__ = ["TrainConfig", "read_config", "train"]
+
+# Of an output folder: checkpoints, and the final model until it is complete
+CHECKPOINTS, SAVING = "checkpoints", ".saving"
+# Written last, with the names of the model's files: what is in SAVING is then complete, and only has to be moved.
+RECORD = "training.json"
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
@@ -48,21 +55,27 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         `dict`: What `training.json` holds: the run, its cost, and the last evaluation.
     """
     output = Path(config.output).expanduser()
-    checkpoints = output / "checkpoints"
-    if (output / "config.json").exists() or (output / "adapter_config.json").exists():
-        raise ValueError(f"{output} holds a finished model already; name another folder.")
-    checkpoint = last_complete_checkpoint(checkpoints)
-    if checkpoint is not None and not resume:
-        raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
+    _check_files(config)
+    # One process of a run holds the lock on its folder.
+    with locked(output / CHECKPOINTS) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
+        return _train(config, output, resume)
+
+
+def _train(config: TrainConfig, output: Path, resume: bool) -> dict[str, Any]:
+    is_begun = _check_output(output, resume)
+    if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
+        _move(output)
+        return json.loads((output / RECORD).read_text())
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    trainer = _make_trainer(config, tokenizer, checkpoints)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = {
         "run": dataclasses.asdict(config),
         "steps": trainer.state.global_step,
         "training_flops": trainer.state.total_flos,
-        "seconds": result.metrics["train_runtime"],
+        "seconds": trainer.seconds,
+        "resumed": trainer.resumed,
         "evaluation": metrics,
         "log": trainer.state.log_history,
     }
@@ -70,76 +83,150 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     return record
 
 
+def _check_files(config: TrainConfig) -> None:
+    """Raises a ValueError where a file or folder that the run names is absent."""
+    for name in ("data", "eval_data", "model", "tokenizer"):
+        given = getattr(config, name)
+        for path in given if isinstance(given, list) else [given] if given is not None else []:
+            # Other names may be those of the Hub.
+            is_file = path.endswith((".txt", ".jsonl")) and name.endswith("data")
+            if (is_file or path.startswith((".", "/", "~"))) and not Path(path).expanduser().exists():
+                raise ValueError(f"`{name}`: {path} is not a {'file' if is_file else 'file or folder'}.")
+
+
+def _check_output(output: Path, resume: bool) -> bool:
+    """Whether the folder holds checkpoints to go on from. Raises a ValueError where it cannot be trained into."""
+    is_saved = (output / SAVING / RECORD).exists()
+    if not (is_saved and resume) and any((output / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"{output} holds a finished model already; name another folder.")
+    is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
+    if (is_begun or is_saved) and not resume:
+        raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
+    own = {CHECKPOINTS, SAVING, *(_own_files(output) if resume else ())}
+    foreign = sorted({path.name for path in output.iterdir()} - own) if output.is_dir() and not is_saved else []
+    if foreign:
+        raise ValueError(f"{output} holds {foreign[0]}, which no training wrote; name a new or an empty folder.")
+    return is_begun
+
+
+def _own_files(output: Path) -> set[str]:
+    """What a finished training wrote."""
+    try:
+        return {RECORD, *json.loads((output / RECORD).read_text())["files"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def _source(name: str) -> str:
+    """Where a run's model is: an adapter's is that of its base."""
+    return adapter_base(name) or str(Path(name).expanduser() if name.startswith("~") else name)
+
+
 def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
-    """The model, the data and all settings of a run; everything is checked that can be before the first step."""
-    model = _make_model(config, tokenizer)
-    check_tokenizer(tokenizer, model.config)
-    if config.task == "answers":
-        add_end_tokens(model, tokenizer)
-    schedule = _make_schedule(config, model.config)
-    length = config.sequence_length or min(1024, model.config.max_position_embeddings)
-    if not 1 <= length <= model.config.max_position_embeddings:
+    """The model, the data and all settings of a run; everything is checked that can be before weights are loaded."""
+    model_config = _make_model_config(config, tokenizer)
+    schedule = _make_schedule(config, model_config)
+    arguments = _make_arguments(config, checkpoints)
+    length = config.sequence_length or min(1024, model_config.max_position_embeddings)
+    if length > model_config.max_position_embeddings:
         raise ValueError(
-            f"`sequence_length` is {length}; the model takes 1 to {model.config.max_position_embeddings} positions."
+            f"`sequence_length` is {length}; the model takes 1 to {model_config.max_position_embeddings} positions."
         )
-    examples = _read_examples(config, config.data, tokenizer, length, model.config)
+    eval_loops = None
+    if config.eval_data is not None:
+        usual = [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
+        eval_loops = config.eval_loops or usual
+    options: dict[str, Any] = {"gradient_loops": config.gradient_loops, "ema_decay": config.ema_decay}
+    options |= {"eval_loops": eval_loops, "eval_samples": config.eval_samples}
+    check_options(arguments, schedule, **options)
+    if config.optimizer == "muon" and arguments.fsdp:
+        raise ValueError(
+            "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
+        )
+    collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
+    if config.lora is not None:
+        lora_config(model_config, **config.lora)  # checks
+    examples = _read_examples(config, config.data, tokenizer, length, model_config)
     eval_examples = None
     if config.eval_data is not None:
         whole = dataclasses.replace(config, dataset={**config.dataset, "streaming": False})
-        rows = _read_examples(whole, config.eval_data, tokenizer, length, model.config)
+        rows = _read_examples(whole, config.eval_data, tokenizer, length, model_config)
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
-    arguments = _make_arguments(config, checkpoints, eval_examples is not None)
     stream, arguments = _make_stream(examples, arguments)
-    eval_loops = config.eval_loops or [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
+    model = _make_model(config, model_config)
+    if config.task == "answers":
+        add_end_tokens(model, tokenizer)
     adapter = None if config.model is None or adapter_base(config.model) is None else config.model
-    trained = attach_adapter(model, adapter, config.lora)
+    model = attach_adapter(model, adapter, config.lora)
     optimizer = None
     if config.optimizer == "muon":
-        if arguments.fsdp:
-            raise ValueError(
-                "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
-            )
-        optimizer = MuonAdamW(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+        optimizer = MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     return LoopMDMTrainer(
-        model=trained,
+        model=model,
         args=arguments,
         train_dataset=stream,
         eval_dataset=eval_examples,
-        data_collator=_make_collator(config, model.config, tokenizer, length, arguments.seed),
+        data_collator=collator,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
         loop_schedule=schedule,
-        gradient_loops=config.gradient_loops,
         checkpoint_loops=config.checkpoint_loops,
-        eval_loops=eval_loops if eval_examples is not None else None,
-        eval_samples=config.eval_samples,
-        ema_decay=config.ema_decay,
+        **options,
     )
 
 
-def _make_model(config: TrainConfig, tokenizer: Any) -> LoopMDMForMaskedLM:
-    known = {one.name for one in dataclasses.fields(LoopMDMConfig)}
-    for name in config.model_config:
-        check_key(name, known, "`model_config`")
+def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
+    """The model's configuration, with what the run changes of it, and fit for the tokenizer."""
     try:
         if config.model is not None:
-            source = adapter_base(config.model) or config.model
-            return LoopMDMForMaskedLM.from_pretrained(
-                source, dtype=getattr(torch, config.dtype), **config.model_config
-            )
-        special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
-        special |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        values = {"vocab_size": vocabulary_size(tokenizer), **special, **config.model_config}
-        if values["mask_token_id"] is None:
-            raise ValueError(
-                f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name an id that is free "
-                "(`model_config: {mask_token_id: ...}`)."
-            )
-        torch.manual_seed(config.trainer.get("seed", 42))
-        return LoopMDMForMaskedLM(LoopMDMConfig(**values)).to(getattr(torch, config.dtype))
+            values, _ = LoopMDMConfig.get_config_dict(_source(config.model))
+            if values.get("model_type") != "loopmdm":
+                raise ValueError(
+                    f"{config.model} does not hold a LoopMDM, but {values.get('model_type') or 'no model'}; `loopmdm "
+                    "convert` makes one of a masked diffusion model."
+                )
+            made = LoopMDMConfig.from_pretrained(_source(config.model), **config.model_config)
+        else:
+            special = {
+                f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")
+            }
+            values = {"vocab_size": vocabulary_size(tokenizer), **special, **config.model_config}
+            if values["mask_token_id"] is None:
+                raise ValueError(
+                    f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name an id that is free "
+                    "(`model_config: {mask_token_id: ...}`)."
+                )
+            made = LoopMDMConfig(**values)
     except StrictDataclassError as error:
         raise ValueError(f"`model_config`: {error.__cause__ or error}") from error
+    if tokenizer.mask_token_id not in (None, made.mask_token_id):
+        raise ValueError(
+            f"The mask token of the tokenizer is {tokenizer.mask_token_id}, and the model's {made.mask_token_id}; is "
+            "it the right tokenizer? (`model_config: {mask_token_id: ...}` changes the model's.)"
+        )
+    size = vocabulary_size(tokenizer)
+    if size > made.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {size} tokens, and the model {made.vocab_size}; if it is the right tokenizer, "
+            f"`model_config: {{vocab_size: {size}}}` gives the model more."
+        )
+    check_tokenizer(tokenizer, made)
+    return made
+
+
+def _make_model(config: TrainConfig, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
+    dtype = getattr(torch, config.dtype)
+    torch.manual_seed(config.trainer.get("seed", 42))
+    if config.model is None:
+        return LoopMDMForMaskedLM(model_config).to(dtype)
+    before = LoopMDMConfig.get_config_dict(_source(config.model))[0]["vocab_size"]
+    if before == model_config.vocab_size:
+        return LoopMDMForMaskedLM.from_pretrained(_source(config.model), config=model_config, dtype=dtype)
+    options = {**config.model_config, "vocab_size": before}
+    model = LoopMDMForMaskedLM.from_pretrained(_source(config.model), dtype=dtype, **options)
+    model.resize_token_embeddings(model_config.vocab_size)
+    return model
 
 
 def _make_schedule(config: TrainConfig, model_config: LoopMDMConfig) -> LoopSchedule:
@@ -148,8 +235,6 @@ def _make_schedule(config: TrainConfig, model_config: LoopMDMConfig) -> LoopSche
 
 
 def _make_collator(config: TrainConfig, model_config: LoopMDMConfig, tokenizer: Any, length: int, seed: int):
-    for name in config.collator:
-        check_key(name, ("mask_ratio", "complementary", "learn_padding"), "`collator`")
     candidates = (model_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in candidates if token not in (None, model_config.mask_token_id)), None)
     options = dict(config.collator)
@@ -165,7 +250,7 @@ def _make_collator(config: TrainConfig, model_config: LoopMDMConfig, tokenizer: 
     )
 
 
-def _make_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> TrainingArguments:
+def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments:
     """transformers' arguments, with defaults that suit; what the run needs cannot be changed."""
     needed = {
         "output_dir": str(checkpoints),
@@ -173,11 +258,10 @@ def _make_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> 
         "train_sampling_strategy": "sequential",
         "prediction_loss_only": True,
     }
-    known = {one.name for one in dataclasses.fields(TrainingArguments)}
     for name in config.trainer:
-        check_key(name, known, "`trainer`")
-        if name in needed:
+        if name in needed or name in ("do_train", "do_eval", "do_predict", "resume_from_checkpoint"):
             raise ValueError(f"`trainer` has a key `{name}`, which this command sets itself; leave it out.")
+    evaluates = config.eval_data is not None
     defaults = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.02,
@@ -252,8 +336,8 @@ def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
 
 
 def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[str, Any]) -> None:
-    """Saves beside the output and moves over, the file without which nothing loads at the end."""
-    folder = output / ".saving"
+    """Saves beside the output, and moves over what is complete."""
+    folder = output / SAVING
     if trainer.is_world_process_zero():
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -261,13 +345,31 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
-    trainer.looped_model.generation_config.save_pretrained(
-        folder
-    )  # with an adapter too, which has learnt where to end
-    (folder / "training.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    # With an adapter too, which has learnt where to end
+    trainer.looped_model.generation_config.save_pretrained(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
-    last = ("adapter_config.json", "config.json")
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in last):
+    record["files"] = sorted(path.name for path in folder.iterdir())
+    temporary = folder / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    os.replace(temporary, folder / RECORD)
+    _move(output)
+
+
+def _move(output: Path) -> None:
+    """
+    Moves a saved model to the output, its record last, and before that the file without which nothing loads. It can be
+    killed and called again. Raises a ValueError where it would write over a file of another.
+    """
+    folder, own = output / SAVING, _own_files(output)
+    last = ("adapter_config.json", "config.json", RECORD)
+    paths = sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1)
+    foreign = [path.name for path in paths if (output / path.name).exists() and path.name not in own]
+    if foreign:
+        raise ValueError(
+            f"{output} holds {foreign[0]}, which this training did not write; the trained model is complete in "
+            f"{folder}. Move that file away, and give --resume."
+        )
+    for path in paths:
         os.replace(path, output / path.name)
     folder.rmdir()
