@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import TrainingArguments
 
 from ..configuration_loopmdm import LoopMDMConfig
@@ -25,6 +26,7 @@ from ..data import (
     turn_end,
     vocabulary_size,
 )
+from ..hub import CARD, is_own_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .adapters import attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
@@ -102,7 +104,7 @@ def _check_output(output: Path, resume: bool) -> bool:
     is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
     if (is_begun or is_saved) and not resume:
         raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
-    own = {CHECKPOINTS, SAVING, *(_own_files(output) if resume else ())}
+    own = {CHECKPOINTS, SAVING, CARD, *(_own_files(output) if resume else ())}
     foreign = sorted({path.name for path in output.iterdir()} - own) if output.is_dir() and not is_saved else []
     if foreign:
         raise ValueError(f"{output} holds {foreign[0]}, which no training wrote; name a new or an empty folder.")
@@ -122,8 +124,23 @@ def _source(name: str) -> str:
     return adapter_base(name) or str(Path(name).expanduser() if name.startswith("~") else name)
 
 
-def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
-    """The model, the data and all settings of a run; everything is checked that can be before weights are loaded."""
+@dataclasses.dataclass
+class RunParts:
+    """What a run consists of, all of it checked, before weights are loaded."""
+
+    model_config: LoopMDMConfig
+    arguments: TrainingArguments
+    schedule: LoopSchedule
+    collator: MaskedDiffusionCollator
+    length: int  # tokens of a row
+    examples: list[dict] | StreamedExamples
+    stream: ExampleStream | StreamedExamples  # the examples in the order of the run
+    eval_examples: list[dict] | None
+    options: dict[str, Any]  # of LoopMDMTrainer
+
+
+def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunParts:
+    """The parts of a run. Raises a ValueError where anything does not fit, as far as that shows without weights."""
     model_config = _make_model_config(config, tokenizer)
     schedule = _make_schedule(config, model_config)
     arguments = _make_arguments(config, checkpoints)
@@ -154,25 +171,39 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
     stream, arguments = _make_stream(examples, arguments)
-    model = _make_model(config, model_config)
+    return RunParts(model_config, arguments, schedule, collator, length, examples, stream, eval_examples, options)
+
+
+def load_trainable(config: TrainConfig, tokenizer: Any, parts: RunParts) -> nn.Module:
+    """What is trained: a fresh model or a loaded one, with its adapter where the run trains one."""
+    model = _make_model(config, parts.model_config)
     if config.task == "answers":
         add_end_tokens(model, tokenizer)
     adapter = None if config.model is None or adapter_base(config.model) is None else config.model
-    model = attach_adapter(model, adapter, config.lora)
-    optimizer = None
-    if config.optimizer == "muon":
-        optimizer = MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    return attach_adapter(model, adapter, config.lora)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArguments) -> MuonAdamW | None:
+    """The optimiser where it is not the Trainer's own."""
+    if config.optimizer != "muon":
+        return None
+    return MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+
+
+def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
+    parts = make_parts(config, tokenizer, checkpoints)
+    model = load_trainable(config, tokenizer, parts)
     return LoopMDMTrainer(
         model=model,
-        args=arguments,
-        train_dataset=stream,
-        eval_dataset=eval_examples,
-        data_collator=collator,
+        args=parts.arguments,
+        train_dataset=parts.stream,
+        eval_dataset=parts.eval_examples,
+        data_collator=parts.collator,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
-        loop_schedule=schedule,
+        optimizers=(make_optimizer(config, model, parts.arguments), None),
+        loop_schedule=parts.schedule,
         checkpoint_loops=config.checkpoint_loops,
-        **options,
+        **parts.options,
     )
 
 
@@ -349,6 +380,9 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     trainer.looped_model.generation_config.save_pretrained(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
+    (folder / CARD).unlink(missing_ok=True)  # peft's, which tells nothing
+    if is_own_card(output):
+        write_card(folder, output.name, source=record["run"]["model"], training=record)
     record["files"] = sorted(path.name for path in folder.iterdir())
     temporary = folder / f"{RECORD}.tmp"
     temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
