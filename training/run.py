@@ -85,6 +85,12 @@ def _train(config: TrainConfig, output: Path, resume: bool) -> dict[str, Any]:
     return record
 
 
+def check_run(config: TrainConfig, output: Path, resume: bool) -> None:
+    """Raises a ValueError where a run lacks a file, or its output is in use."""
+    _check_files(config)
+    _check_output(output, resume)
+
+
 def _check_files(config: TrainConfig) -> None:
     """Raises a ValueError where a file or folder that the run names is absent."""
     for name in ("data", "eval_data", "model", "tokenizer"):
