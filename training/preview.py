@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import find_model
 from .adapters import lora_config
 from .arguments import TrainConfig
-from .loop_schedules import set_num_train_loops
+from .loop_schedules import LoopSchedule, set_num_train_loops
 from .optimizer import MuonAdamW
 from .run import CHECKPOINTS, RunParts, check_run, load_trainable, make_optimizer, make_parts
 from .trainer import training_flops
@@ -29,6 +29,14 @@ _SAMPLES = 16
 _CHEAP_SECONDS, _CHEAP_PARAMETERS = 10.0, 5e8
 # Share of the speed of a large matrix product that training reaches, where no step is timed; a guess
 _EFFICIENCY = 0.5
+
+
+class Shape(NamedTuple):
+    """Of a micro-batch: its rows, their length, and its masked tokens."""
+
+    rows: int
+    length: int
+    masked: int
 
 
 @dataclasses.dataclass
@@ -67,31 +75,38 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     parts = make_parts(config, tokenizer, output / CHECKPOINTS)
     batches = _sample_batches(parts)
+    shapes = [Shape(*batch["input_ids"].shape, masked=int((batch["loss_weights"] != 0).sum())) for batch in batches]
     arguments, schedule = parts.arguments, parts.schedule
     steps = _num_steps(parts)
     micro_batches = steps * arguments.gradient_accumulation_steps  # of a process
-    positions = _mean([batch["input_ids"].numel() for batch in batches])
-    with FakeTensorMode():
-        model = _fake_model(config, parts)
-        flops = _expected_flops(config, parts, model, batches)
-        memory = _memory(config, parts, model, batches[0])
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    seconds, is_measured = _seconds(config, tokenizer, parts, batches[0], flops, num_parameters)
+    shares = _loop_shares(schedule)
+    mean_loops = sum(loops * share for loops, share in enumerate(shares, start=1))
+    model = _empty_model(config, parts)
+    flops = sum(
+        share * _flops(config, parts, model, shape, loops) / len(shapes)
+        for loops, share in enumerate(shares, start=1)
+        for shape in shapes
+    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    timed = batches[0], shapes[0], round(mean_loops)
+    seconds, is_measured = _seconds(config, tokenizer, parts, timed, flops, num_parameters)
     processes = arguments.world_size
     facts = {
         **_data_facts(parts),
         "steps": steps,
         "rows a step": arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes,
-        "tokens of all steps": round(positions * micro_batches * processes),
+        "tokens of all steps": round(sum(one.rows * one.length for one in shapes) / len(shapes) * micro_batches)
+        * processes,
         "parameters": num_parameters,
         "trained parameters": trained,
-        "loops": f"1 to {schedule.max_loops}, on average {_loop_shares(schedule) @ torch.arange(1, schedule.max_loops + 1.0):.2f}",
+        "loops": f"1 to {schedule.max_loops}, on average {mean_loops:.2f}",
         "training FLOPs": float(flops * micro_batches * processes),
         "seconds": seconds * micro_batches,
     }
+    rows = _show_rows(tokenizer, batches[0], num_rows)
     loops = schedule.draw(arguments.seed, 0, steps)
-    return Preview(_show_rows(tokenizer, batches[0], num_rows), loops, facts, is_measured, memory)
+    return Preview(rows, loops, facts, is_measured, _memory(config, parts, model, shapes[0]))
 
 
 # Rows
@@ -116,11 +131,13 @@ def _show_rows(tokenizer: Any, batch: dict[str, torch.Tensor], num_rows: int) ->
     clean = torch.where(labels == -100, batch["input_ids"], labels)
     rows = []
     for i in range(min(num_rows, len(clean))):
-        kinds = [
-            "masked" if w else "given" if n == -100 else "visible" for n, w in zip(labels[i], weights[i], strict=True)
-        ]
-        pieces = _pieces(tokenizer, clean[i].tolist())
-        rows.append([pair for pair, is_real in zip(zip(pieces, kinds, strict=True), real[i], strict=True) if is_real])
+        row = []
+        for piece, label, weight, is_real in zip(
+            _pieces(tokenizer, clean[i].tolist()), labels[i], weights[i], real[i], strict=True
+        ):
+            if is_real:
+                row.append((piece, "masked" if weight else "given" if label == -100 else "visible"))
+        rows.append(row)
     return rows
 
 
@@ -154,46 +171,26 @@ def _num_steps(parts: RunParts) -> int:
     return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _loop_shares(schedule: LoopSchedule, points: int = 200) -> list[float]:
+    """The share of the steps that have S = 1, ..., max_loops."""
+    return torch.stack([schedule.probabilities((i + 0.5) / points) for i in range(points)]).mean(0).tolist()
 
 
-def _loop_shares(schedule: Any, points: int = 200) -> torch.Tensor:
-    """The share of the steps that have S = 1, ..., max_loops, `(max_loops,)`, float64."""
-    return torch.stack([schedule.probabilities((i + 0.5) / points) for i in range(points)]).mean(0)
-
-
-def _expected_flops(
-    config: TrainConfig, parts: RunParts, model: nn.Module, batches: list[dict[str, torch.Tensor]]
-) -> float:
-    """Of a micro-batch, over the loops that are drawn, as the log counts them."""
-    shares = _loop_shares(parts.schedule)
-    return float(
-        sum(
-            share * _mean([_flops(config, parts, model, batch, loops) for batch in batches])
-            for loops, share in enumerate(shares.tolist(), start=1)
-            if share > 0
-        )
-    )
-
-
-def _flops(
-    config: TrainConfig, parts: RunParts, model: nn.Module, batch: dict[str, torch.Tensor], loops: int
-) -> float:
+def _flops(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape, loops: int) -> float:
+    """Of a micro-batch, as the log counts them."""
     looped = find_model(model)
     head = looped.flops(1, 1, 1, 1) - looped.flops(1, 1, 1, 0)
-    rows, length = batch["input_ids"].shape
     settings = config.gradient_loops, config.checkpoint_loops, parts.arguments.gradient_checkpointing
-    masked = int((batch["loss_weights"] != 0).sum())
-    return training_flops(looped, rows, length, loops, 0, *settings) + 3 * head * masked
+    return training_flops(looped, shape.rows, shape.length, loops, 0, *settings) + 3 * head * shape.masked
 
 
 # Memory
 
 
-def _fake_model(config: TrainConfig, parts: RunParts) -> nn.Module:
-    """The model that is trained, in shapes alone: it takes no memory, whatever its size."""
-    model = LoopMDMForMaskedLM._from_config(parts.model_config, dtype=getattr(torch, config.dtype))
+def _empty_model(config: TrainConfig, parts: RunParts) -> nn.Module:
+    """The model that is trained, on the meta device, where it takes no memory, whatever its size."""
+    with torch.device("meta"):
+        model = LoopMDMForMaskedLM._from_config(parts.model_config, dtype=getattr(torch, config.dtype))
     lora = None
     if config.lora is not None:
         lora = lora_config(parts.model_config, **config.lora)
@@ -205,11 +202,11 @@ def _fake_model(config: TrainConfig, parts: RunParts) -> nn.Module:
     if lora is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora, low_cpu_mem_usage=True)
     return model.train()
 
 
-def _memory(config: TrainConfig, parts: RunParts, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, int]:
+def _memory(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape) -> dict[str, int]:
     """Bytes of a process at S_max."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trained_bytes = sum(parameter.nbytes for parameter in trained)
@@ -219,50 +216,41 @@ def _memory(config: TrainConfig, parts: RunParts, model: nn.Module, batch: dict[
         states -= sum(parameter.nbytes for parameter in muon)  # of matrices it keeps one
     weights = sum(parameter.nbytes for parameter in model.parameters())
     loops = parts.schedule.max_loops
-    rows, length = batch["input_ids"].shape
     found = {
         "weights": weights,
         "gradients": trained_bytes,
         "optimiser": states,
-        f"activations at {loops} loops": _activations(config, parts, model, batch, loops),
+        f"activations at {loops} loops": _activations(config, parts, model, shape, loops),
     }
     if config.ema_decay is not None:
         found["moving average"] = weights
     return {**found, "together": sum(found.values())}
 
 
-def _activations(
-    config: TrainConfig, parts: RunParts, model: nn.Module, batch: dict[str, torch.Tensor], loops: int
-) -> int:
+def _activations(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape, loops: int) -> int:
     """
     Bytes that the forward pass keeps for the backward pass, counted by running it on shapes alone; and the gradient of
     the logits, which is there with them.
     """
-    looped = find_model(model)
-    settings = parts.model_config
-    hidden = batch["input_ids"].numel() * settings.hidden_size * getattr(torch, config.dtype).itemsize
-    again = 0  # what is kept to compute layers again
-    if parts.arguments.gradient_checkpointing:
-        # Of every layer its input, and of one all that it computes
-        again, run_loops = settings.num_executed_layers(loops) * hidden, 1
-    elif config.checkpoint_loops:
-        again, run_loops = loops * hidden, 1  # of every loop its input, and of one all that it computes
-    else:
-        run_loops = loops if config.gradient_loops is None else min(loops, config.gradient_loops)
-    masked = int((batch["loss_weights"] != 0).sum())
-    body = _saved(config, parts, looped, batch["input_ids"].shape, run_loops)
-    if parts.arguments.gradient_checkpointing:
-        body //= settings.num_hidden_layers
+    looped, settings = find_model(model), parts.model_config
     size = getattr(torch, config.dtype).itemsize
-    # The logits, in float32 if they are not, the log of their softmax, and the gradient
-    logits = masked * settings.vocab_size * (size + (4 if size < 4 else 0) + 4 + 4)
-    return body + again + logits
+    hidden = shape.rows * shape.length * settings.hidden_size * size
+    if parts.arguments.gradient_checkpointing:
+        # Of every layer its input, and of one, in turn, what it computes
+        layer = _saved(config, parts, looped, shape, 1) // settings.num_hidden_layers
+        body = settings.num_executed_layers(loops) * hidden + layer
+    elif config.checkpoint_loops:  # the same of loops
+        body = loops * hidden + _saved(config, parts, looped, shape, 1)
+    else:
+        kept = loops if config.gradient_loops is None else min(loops, config.gradient_loops)
+        body = _saved(config, parts, looped, shape, kept)
+    # The logits, in float32 if they are not, the logarithm of their softmax, and their gradient
+    return body + shape.masked * settings.vocab_size * (size + (4 if size < 4 else 0) + 4 + 4)
 
 
-def _saved(config: TrainConfig, parts: RunParts, looped: nn.Module, shape: torch.Size, loops: int) -> int:
+def _saved(config: TrainConfig, parts: RunParts, looped: nn.Module, shape: Shape, loops: int) -> int:
     """Bytes that the layers keep for the backward pass, parameters not counted."""
     seen: dict[int, tuple[int, Any]] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in looped.parameters()}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -270,18 +258,26 @@ def _saved(config: TrainConfig, parts: RunParts, looped: nn.Module, shape: torch
             seen[storage._cdata] = (storage.nbytes(), storage)
         return tensor
 
-    # Embeddings, as the check of token ids reads them
-    embeds = torch.zeros(*shape, parts.model_config.hidden_size, dtype=getattr(torch, config.dtype))
-    embeds.requires_grad_(config.lora is None)
     half = torch.bfloat16 if parts.arguments.bf16 else torch.float16
     uses_half = parts.arguments.bf16 or parts.arguments.fp16
+    # Tensors of this mode have shapes, but no values. Unlike on the meta device, attention is computed as it will be.
     with (
+        FakeTensorMode(),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", half, enabled=uses_half),
     ):
-        output = looped.model(inputs_embeds=embeds, num_loops=loops)  # kept alive, and all that it needs with it
+        states = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in [*looped.model.named_parameters(), *looped.model.named_buffers()]
+        }
+        weights = {tensor.untyped_storage()._cdata for tensor in states.values()}
+        # Embeddings, as token ids are read when they are checked
+        size = (shape.rows, shape.length, parts.model_config.hidden_size)
+        embeds = torch.zeros(size, dtype=getattr(torch, config.dtype), requires_grad=config.lora is None)
+        inputs = {"inputs_embeds": embeds, "num_loops": loops}
+        output = torch.func.functional_call(looped.model, states, (), inputs)
     found = sum(size for size, _ in seen.values())
-    del output
+    del output  # kept alive until now, and all that it needs with it
     return found
 
 
@@ -292,11 +288,12 @@ def _seconds(
     config: TrainConfig,
     tokenizer: Any,
     parts: RunParts,
-    batch: dict[str, torch.Tensor],
+    timed: tuple[dict[str, torch.Tensor], Shape, int],
     flops: float,
     num_parameters: int,
 ) -> tuple[float, bool]:
-    """Of a micro-batch, and whether one was run to find out."""
+    """Of a micro-batch of `flops`, and whether one was run to find out: `timed`, a batch, its shape, and its loops."""
+    batch, shape, loops = timed
     device = parts.arguments.device
     speed = _EFFICIENCY * _matmul_speed(device, parts.arguments.bf16)
     if num_parameters > _CHEAP_PARAMETERS or 2 * flops / speed > _CHEAP_SECONDS:
@@ -307,9 +304,6 @@ def _seconds(
     optimizer = make_optimizer(config, model, parts.arguments)
     if optimizer is None:
         optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
-    loops = max(
-        1, round(float(_loop_shares(parts.schedule) @ torch.arange(1, parts.schedule.max_loops + 1.0).double()))
-    )
     set_num_train_loops(model, loops)
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     half = torch.bfloat16 if parts.arguments.bf16 else torch.float16
@@ -322,7 +316,7 @@ def _seconds(
         optimizer.zero_grad()
         loss.item()  # waits for the device
         seconds = time.perf_counter() - start
-    return seconds * flops / _flops(config, parts, model, batch, loops), True
+    return seconds * flops / _flops(config, parts, model, shape, loops), True
 
 
 def _matmul_speed(device: torch.device, bf16: bool) -> float:
