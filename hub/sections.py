@@ -46,8 +46,8 @@ def measured(value: float, error: float | None) -> str:
 
 def paragraph(text: str, indent: str = "") -> str:
     """Markdown in lines of a readable length."""
-    width = {"width": 110, "break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, subsequent_indent=indent, **width) + "\n"
+    wrapper = textwrap.TextWrapper(110, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text) + "\n"
 
 
 def _items(texts: Sequence[str]) -> list[str]:

@@ -75,7 +75,10 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     parts = make_parts(config, tokenizer, output / CHECKPOINTS)
     batches = _sample_batches(parts)
-    shapes = [Shape(*batch["input_ids"].shape, masked=int((batch["loss_weights"] != 0).sum())) for batch in batches]
+    shapes = []
+    for batch in batches:
+        rows, length = batch["input_ids"].shape
+        shapes.append(Shape(rows, length, int((batch["loss_weights"] != 0).sum())))
     arguments, schedule = parts.arguments, parts.schedule
     steps = _num_steps(parts)
     micro_batches = steps * arguments.gradient_accumulation_steps  # of a process
@@ -104,9 +107,9 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
         "training FLOPs": float(flops * micro_batches * processes),
         "seconds": seconds * micro_batches,
     }
-    rows = _show_rows(tokenizer, batches[0], num_rows)
+    shown = _show_rows(tokenizer, batches[0], num_rows)
     loops = schedule.draw(arguments.seed, 0, steps)
-    return Preview(rows, loops, facts, is_measured, _memory(config, parts, model, shapes[0]))
+    return Preview(shown, loops, facts, is_measured, _memory(config, parts, model, shapes[0]))
 
 
 # Rows
@@ -115,13 +118,11 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
 def _sample_batches(parts: RunParts) -> list[dict[str, torch.Tensor]]:
     """Micro-batches spread over the run, as the collator makes them; the first is the run's first."""
     size = parts.arguments.per_device_train_batch_size
-    if isinstance(parts.stream, StreamedExamples):
-        rows = list(itertools.islice(parts.stream, size * _SAMPLES))
-        starts, source = range(0, len(rows), size), rows
-    else:
-        count = math.ceil(len(parts.stream) / size)
-        starts = [i * count // min(count, _SAMPLES) * size for i in range(min(count, _SAMPLES))]
-        source = parts.stream
+    source: Any = parts.stream
+    if isinstance(source, StreamedExamples):
+        source = list(itertools.islice(source, size * _SAMPLES))
+    count = math.ceil(len(source) / size)
+    starts = [i * count // min(count, _SAMPLES) * size for i in range(min(count, _SAMPLES))]
     total = len(source)
     return [parts.collator([source[i] for i in range(start, min(start + size, total))]) for start in starts]
 
