@@ -3,7 +3,7 @@ BIN := .venv/bin
 # setuptools shows a warning at every editable install of a package whose folder has another name.
 QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
-.PHONY: demo test lint test-common test-floor clean
+.PHONY: demo test fuzz lint test-common test-floor clean
 
 # The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
 # of torch into .venv beforehand; it is kept.
@@ -25,8 +25,14 @@ QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 demo: .venv/.installed
 	$(BIN)/python examples/sudoku/demo.py
 
+# A test file is one process's; every process computes on one thread.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Random configurations and arguments, others each time, behind those that failed before (kept in .hypothesis)
+FUZZ_MINUTES ?= 60
+fuzz: .venv/.installed
+	FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -34,9 +40,10 @@ lint: .venv/.installed
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-# transformers' own tests of a model, fetched from its source distribution
+# transformers' own tests of a model and PEFT's of decoder models, fetched from their source distributions
 test-common: .venv/.installed
 	$(BIN)/python tests/common_model_tests.py
+	$(BIN)/python tests/peft_tests.py
 
 # The suite on the oldest supported transformers
 .venv-floor/.installed: pyproject.toml constraints.txt

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 # What no honest file reaches: tokenizers have some 40 MB of JSON; the safetensors library has the second limit too.
@@ -80,10 +81,10 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
     return found
 
 
-class CheckedWeights:
+class CheckedPreTrainedModel(PreTrainedModel):
     """
-    Loading for a `PreTrainedModel` that reads what is checked: safetensors files alone, complete, of floating point
-    numbers, and with exactly the tensors that the model has. Put it before `PreTrainedModel`.
+    Reads what is checked: safetensors files alone, complete, of floating point numbers, and with exactly the tensors
+    that the model has.
     """
 
     @classmethod
@@ -150,4 +151,4 @@ def check_file(path: str, is_quantised: bool) -> None:
             )
 
 
-__all__ = ["CheckedWeights", "read_header", "read_index", "read_json"]
+__all__ = ["CheckedPreTrainedModel", "read_header", "read_index", "read_json"]

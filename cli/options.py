@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Options that several commands share, and the parsing of their values."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -78,14 +79,25 @@ def integers(name: str, text: str | None) -> list[int] | None:
 
 
 def pairs(name: str, texts: list[str] | None, read: Callable[[str], Any] | None = None) -> dict[str, Any]:
-    """`key=value` pairs, separated by commas. Values are YAML unless `read` is given."""
+    """`key=value` pairs, separated by commas. Values are YAML unless `read` is given; commas may stand in `[...]`."""
+    found: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", ",".join(texts or [])):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if part and not (key and equals):
+            raise ValueError(f"{name} holds {part!r}, which is not `key=value`.")
+        if key in found:
+            raise ValueError(f"{name} gives {key!r} twice; give it once.")
+        if part:
+            found[key] = (read or _yaml)(value)
+    return found
+
+
+def _yaml(text: str) -> Any:
     import yaml
 
-    found = {}
-    for part in ",".join(texts or []).split(","):
-        key, equals, value = part.partition("=")
-        if part and not equals:
-            raise ValueError(f"{name} holds {part!r}, which is not `key=value`.")
-        if part:
-            found[key.strip()] = (read or yaml.safe_load)(value)
-    return found
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):  # which YAML takes for a text
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{text!r} is not a value: {error}") from error

@@ -19,7 +19,16 @@ from .families import choose_family
 from .family import Family, Recipe
 from .loop_window import default_window
 from .source import Source
-from .tokenizer import SpecialTokens, TokenizerFiles, check_size, find_special_tokens, load_tokenizer, token_ids
+from .tokenizer import (
+    SpecialTokens,
+    TokenizerFiles,
+    check_size,
+    find_special_tokens,
+    find_turn_end,
+    ids_without_token,
+    load_tokenizer,
+    token_ids,
+)
 
 
 @dataclass
@@ -126,6 +135,8 @@ def plan_conversion(
         settings = family.config(source)
         tokenizer = TokenizerFiles(source.folder)
         tokens = find_special_tokens(source, family, tokenizer, settings, mask_token_id)
+        loaded_tokenizer = load_tokenizer(source, tokenizer, tokens, trust_remote_code)
+        tokens.add_end(find_turn_end(tokenizer, loaded_tokenizer))
     if shift_logits is not None:
         if not family.from_causal:
             raise ValueError("`shift_logits` is for --from-causal; the other families know theirs.")
@@ -142,10 +153,10 @@ def plan_conversion(
     settings |= {**tokens.ids(), **loop, "dtype": _result_dtype(source, recipes, dtype)}
     with _in_words(source):
         config = LoopMDMConfig(**settings, architectures=["LoopMDMForMaskedLM"])
-    loaded_tokenizer = load_tokenizer(source, tokenizer, tokens, trust_remote_code)
     ids = token_ids(tokenizer, loaded_tokenizer)
     check_size(source, ids, config.vocab_size)
     ignored, copies = _account_for_all(source, family, recipes, config)
+    unused = ids_without_token(ids, tokens, config.vocab_size)
     special = {name: value for name, value in tokens.ids().items() if name != "mask_token_id"}
     return Plan(
         source=source,
@@ -154,7 +165,7 @@ def plan_conversion(
         tokens=tokens,
         tokenizer=tokenizer,
         loaded_tokenizer=loaded_tokenizer,
-        generation=LoopMDMGenerationConfig(**family_generation | special),
+        generation=LoopMDMGenerationConfig(**family_generation | special | {"suppress_tokens": unused}),
         recipes=recipes,
         ignored=ignored,
         copies=copies,

@@ -186,11 +186,11 @@ def _weight_files(folder: Path) -> list[Path]:
                     f"{index_file.name} names {absent[0]}, which is not in {folder}; the checkpoint is incomplete."
                 )
             return files
-        files = sorted(folder.glob(f"*{suffix}"))
+        files = sorted(file for file in folder.glob(f"*{suffix}") if file.is_file())
         if files:
             break
     if not files:
-        files = sorted(file for suffix in PICKLES for file in folder.glob(f"*{suffix}"))
+        files = sorted(file for suffix in PICKLES for file in folder.glob(f"*{suffix}") if file.is_file())
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors).")
     if len(files) > 1 and not any("-of-" in file.name for file in files):

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..data import turn_end
 from ..weight_files import read_json
 from .family import Family
 from .source import Source
@@ -49,6 +50,19 @@ class SpecialTokens:
     def ids(self) -> dict[str, Any]:
         """The ids that a configuration has."""
         return {name: value for name, value in asdict(self).items() if name.endswith("_id")}
+
+    def ends(self) -> list[int]:
+        """The end tokens."""
+        if self.eos_token_id is None:
+            return []
+        return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+
+    def add_end(self, index: int | None) -> None:
+        """Adds the token with which a chat template ends turns to those that end generation."""
+        ends = self.ends()
+        if index not in (None, self.mask_token_id, *ends):
+            self.eos_token_id = [*ends, index] if ends else index
+            self.pad_token_id = index if self.pad_token_id is None else self.pad_token_id
 
 
 class TokenizerFiles:
@@ -98,8 +112,8 @@ class TokenizerFiles:
 
     def turn_end(self) -> str | None:
         """
-        The token that the chat template puts behind an answer, where that is one of its own: an added token, or one
-        that is written like `<this>`.
+        The token that the chat template puts behind an answer, as far as files tell: an added token, or one that is
+        written like `<this>`.
         """
         if self.chat_template is None:
             return None
@@ -181,8 +195,7 @@ def find_special_tokens(
     what the first of these names: the config, the tokenizer, the family. A causal source that has none gets the first
     id that its tokenizer leaves free.
 
-    The end tokens are those that the source names and the one that its chat template puts behind an answer. Raises a
-    ValueError where [MASK] cannot be determined or is contradicted, and for ids outside the vocabulary.
+    Raises a ValueError where [MASK] cannot be determined or is contradicted, and for ids outside the vocabulary.
     """
     mask_token_id, found = _find_mask_token(source, family, tokenizer, settings, mask_token_id)
     vocab_size = settings["vocab_size"]
@@ -209,9 +222,6 @@ def find_special_tokens(
         return [index for index in ids if index != mask_token_id]
 
     ends, pads, starts = declared("eos_token"), declared("pad_token"), declared("bos_token")
-    turn_end = tokenizer.id_of(tokenizer.turn_end())
-    if turn_end not in (None, mask_token_id, *ends) and turn_end < vocab_size:
-        ends.append(turn_end)
     return SpecialTokens(
         mask_token_id=mask_token_id,
         # A tokenizer gives a new token the first free id, so only that one can be added.
@@ -278,11 +288,27 @@ def load_tokenizer(
             ) from error
 
 
+def find_turn_end(tokenizer: TokenizerFiles, loaded: Any) -> int | None:
+    """The token with which the chat template ends an answer, which training learns, too."""
+    if loaded is None:
+        return tokenizer.id_of(tokenizer.turn_end())
+    end = turn_end(loaded)
+    return None if end == loaded.unk_token_id else end
+
+
 def token_ids(tokenizer: TokenizerFiles, loaded: Any) -> set[int] | None:
     """The ids that have a token; None where that is not known."""
     if loaded is not None:
         return set(loaded.get_vocab().values())
     return set(tokenizer.vocabulary.values()) if tokenizer.is_complete else None
+
+
+def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: int) -> list[int] | None:
+    """The ids that mean nothing to the tokenizer, which `generate` must not produce; None where there are none."""
+    if ids is None:
+        return None
+    known = {*ids, *tokens.ends(), tokens.mask_token_id, tokens.pad_token_id, tokens.bos_token_id}
+    return [index for index in range(vocab_size) if index not in known] or None
 
 
 def check_size(source: Source, ids: set[int] | None, vocab_size: int) -> None:

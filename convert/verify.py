@@ -73,10 +73,10 @@ def _reference_model(plan: Plan, vocab_size: int, dtype: torch.dtype) -> nn.Modu
     return model.eval()
 
 
-def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, Any]:
+def read_reference(path: str | Path, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Compares with logits that `convert/write_reference.py` stored: arrays `input_ids` and `logits` as the source
-    returns them (not shifted). As [`verify_with_transformers`].
+    The arrays that `convert/write_reference.py` stored: `input_ids`, int64, and `logits` as the source returns them.
+    Raises a ValueError for a file that is damaged, or of another vocabulary.
     """
     import numpy
 
@@ -94,14 +94,19 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
             found = f"{content[name].dtype} {content[name].shape}"
             raise ValueError(f"{name!r} in {path} is {found}; it must hold {what}.")
     input_ids, logits = torch.from_numpy(content["input_ids"]).long(), torch.from_numpy(content["logits"])
-    if not 0 <= input_ids.min() <= input_ids.max() < model.config.vocab_size:
-        raise ValueError(f"{path} holds tokens outside the vocabulary of {model.config.vocab_size}; another model's?")
+    if not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
+        raise ValueError(f"{path} holds tokens outside the vocabulary of {vocab_size}; another model's?")
     if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
         raise ValueError(
             f"{path} holds tokens {tuple(input_ids.shape)} and logits {tuple(logits.shape)}; they need shapes "
             "(batch_size, length) and (batch_size, length, vocab_size)."
         )
-    return {"against": path.name, **_compare(model, input_ids, logits)}
+    return input_ids, logits
+
+
+def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, Any]:
+    """Compares with what [`read_reference`] reads. As [`verify_with_transformers`]."""
+    return {"against": Path(path).name, **_compare(model, *read_reference(path, model.config.vocab_size))}
 
 
 def _compare(model: LoopMDMForMaskedLM, input_ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:

@@ -41,11 +41,19 @@ def check_space(plan: Plan, output: Path) -> None:
     """Raises a ValueError where the disk has no room for the result."""
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     free, needed = shutil.disk_usage(existing).free, plan.num_bytes + SMALL_FILES
+    left = _partial(output)
+    if (left / LOCK).is_file():  # of a conversion that was killed, to be removed
+        free += sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
     if free < needed:
         raise ValueError(
             f"{output} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; make room, choose "
             "another disk, or a smaller --dtype."
         )
+
+
+def _partial(output: Path) -> Path:
+    """Where `output` is filled until it is complete."""
+    return output.with_name(f".{output.name}.partial")
 
 
 @contextlib.contextmanager
@@ -57,7 +65,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     check_output(output)
     created = [parent for parent in output.absolute().parents if not parent.exists()]
-    folder = output.with_name(f".{output.name}.partial")
+    folder = _partial(output)
     if folder.exists() and not (folder / LOCK).is_file():
         raise ValueError(f"{folder} is in the way, and not of a conversion; move it.")
     try:

@@ -213,7 +213,9 @@ class LoopMDMEvalModel(_Processes):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        windows = []
+        results = [(0.0, True)] * len(requests)  # of an empty continuation, which is certain
+        places = [place for place, ((_, text), _, ids) in enumerate(requests) if ids or text.strip()]
+        requests, windows = [requests[place] for place in places], []
         for (_, text), _, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
@@ -226,12 +228,11 @@ class LoopMDMEvalModel(_Processes):
             ids, given = context + continuation, len(context)
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
         scores = self._score(windows, disable_tqdm)
-        results: list[tuple[float, bool]] = [None] * len(windows)
         for chosen in batches_by_length([window.input_ids for window in windows], self.batch_size):
             greedy = fills_in(self.model, [windows[index] for index in chosen], self.num_loops)
             for index, is_greedy in zip(chosen, greedy, strict=True):
-                results[index] = (scores[index], is_greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+                results[places[index]] = (scores[index], is_greedy)
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[places[index]])
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -344,7 +345,7 @@ class LoopMDMEvalModel(_Processes):
             stopping_criteria=stop,
             **arguments,
         )
-        return [answer(self.tokenizer, self.model.config, row[width:].tolist(), until) for row in sequences]
+        return [answer(self.tokenizer, self.model, row[width:].tolist(), until) for row in sequences]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to its results."""
@@ -401,13 +402,14 @@ def shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
     return [ids[max(0, len(ids) - room) :] for ids, room in zip(contexts, rooms, strict=True)]
 
 
-def answer(tokenizer: Any, config: Any, ids: list[int], until: Iterable[str]) -> str:
+def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Iterable[str]) -> str:
     """The text of new tokens, up to the first end token or string of `until`, which may be a special token."""
     special = set(tokenizer.all_special_tokens)
-    of_model = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    of_model = [model.config.eos_token_id, model.generation_config.eos_token_id]  # the latter with learnt turn ends
+    of_model = [end for part in of_model for end in (part if isinstance(part, list | tuple) else [part])]
     ends = {tokenizer.eos_token_id, *of_model, *(tokenizer.convert_tokens_to_ids(w) for w in until if w in special)}
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    kept = [token for token in ids[:end] if token != config.mask_token_id]
+    kept = [token for token in ids[:end] if token != model.config.mask_token_id]
     text = tokenizer.decode(kept, skip_special_tokens=True)
     places = [place for place in (text.find(word) for word in until if word) if place >= 0]
     return text[: min(places)] if places else text

@@ -15,10 +15,11 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..data import adapter_base, load_tokenizer, locate
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from ..weight_files import check_folder
+from ..weight_files import check_folder, read_json
 from .perplexity import check_judge
 
 __all__ = [
+    "check_device",
     "load_judge",
     "load_model",
     "load_tokenizer",
@@ -66,8 +67,11 @@ def load_model(
     source, base = locate(model, "a model"), adapter_base(model, revision)
     if base is not None:
         _check_adapter(model, source)
-    with _in_words(model):
-        loaded = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, revision=revision or "main")
+    options = {"dtype": dtype, "revision": revision or "main", "ignore_mismatched_sizes": True}
+    with _in_words(source):
+        loaded, info = LoopMDMForMaskedLM.from_pretrained(source, output_loading_info=True, **options)
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name!r} of {model} has shape {tuple(found)}; its config.json asks for {tuple(needed)}.")
     settings = read_generation_config(model) if base is not None else None
     if settings is not None:
         loaded.generation_config = settings
@@ -116,22 +120,36 @@ def _read_config(model: str, trust_remote_code: bool = False, revision: str | No
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         of_adapter = "" if base is None else f", the base model of the adapter {model},"
         raise ValueError(f"{place}{of_adapter} does not hold a model: there is no config.json in it.")
-    with _in_words(model):
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json") if Path(place).is_dir() else ():
+        read_json(Path(place) / name)  # checks
+    with _in_words(place):
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 
 @contextlib.contextmanager
 def _in_words(model: str) -> Iterator[None]:
-    """Makes a ValueError of what transformers raises where it reads a model's files as if they were right."""
+    """
+    Makes a ValueError of what transformers raises where it reads a model's files as if they were right, without the
+    reports that it shows before.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
-    except (ValueError, OSError, StrictDataclassError):
+    except (ValueError, StrictDataclassError):
         raise
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_dtype(name: str) -> str:
@@ -146,6 +164,8 @@ def check_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(name).type == "meta":
+            raise NotImplementedError("nothing is computed there")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by kind of device
         reason = str(error).strip().partition("\n")[0]

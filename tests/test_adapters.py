@@ -20,6 +20,7 @@ from peft import (
     get_peft_model,
 )
 from tiny import tiny_config, tiny_model
+from transformers.utils import logging
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
 from loopmdm.data import load_tokenizer
@@ -44,6 +45,7 @@ def save_adapter(base: str, folder: Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
+    logging.disable_progress_bar()  # on stderr, where refusals are looked for
     return save_looped(tmp_path_factory.mktemp("models") / "base")
 
 
@@ -192,8 +194,9 @@ def run_file(tmp_path, base):
 
 def test_training_goes_on_from_an_adapter(run_file, base, adapter, tmp_path):
     before = expected_logits(base, adapter)
-    train(read_config(run_file(model=adapter), ["trainer.learning_rate=0.0"]))
-    assert torch.equal(expected_logits(base, str(tmp_path / "out")), before), "what was learnt is not lost"
+    train(read_config(run_file(model=adapter), ["trainer.learning_rate=1.0e-12"]))
+    kept = expected_logits(base, str(tmp_path / "out"))
+    torch.testing.assert_close(kept, before, msg="what was learnt is lost")
     train(read_config(run_file(model=adapter, output=str(tmp_path / "more"))))
     after = expected_logits(base, str(tmp_path / "more"))
     assert not torch.equal(after, before)
@@ -205,7 +208,11 @@ def test_training_goes_on_from_an_adapter(run_file, base, adapter, tmp_path):
     ("changes", "message"),
     [
         ({"lora": {"r": 2}}, "`lora` asks for another one on top. Leave `lora` out to go on training"),
-        ({"tokenizer": "./nowhere"}, "./nowhere does not hold a tokenizer; it is not a folder, nor an id on the Hub"),
+        (
+            {"model_config": {"loop_update": "damped"}},
+            "`model_config` changes loop_update, which the folder of an adap",
+        ),
+        ({"tokenizer": "./nowhere"}, "./nowhere"),
         ({"tokenizer": "runs/of/mine"}, "runs/of/mine does not hold a tokenizer; it is not a folder"),
     ],
     ids=str,
@@ -213,6 +220,34 @@ def test_training_goes_on_from_an_adapter(run_file, base, adapter, tmp_path):
 def test_what_training_cannot_go_on_from_is_refused(run_file, adapter, tmp_path, changes, message):
     assert message in refusal("train", run_file(model=adapter, **changes))
     assert not (tmp_path / "out" / "training.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config": {"max_train_loops": 2}}, "`model_config` changes max_train_loops, which the folder of an"),
+        (
+            {"model": None, "model_config": {"hidden_size": 32, "num_attention_heads": 4}},
+            "`lora` needs a `model`: an adapter is saved without",
+        ),
+    ],
+    ids=str,
+)
+def test_what_an_adapter_would_not_hold_is_refused(run_file, base, changes, message):
+    assert message in refusal("train", run_file(tokenizer=base, lora={"r": 2}, **changes))
+
+
+def test_an_adapter_beside_a_whole_model_is_merged_first(run_file, base, adapter, tmp_path):
+    both = shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    assert "holds an adapter beside a whole model; merge them" in refusal("train", run_file(model=str(both)))
+    with torch.no_grad():
+        assert torch.equal(load_model(str(both))(IDS).logits, expected_logits(base, adapter))
+
+
+def test_soft_prompts_are_not_trained(run_file, base, tmp_path):
+    get_peft_model(LoopMDMForMaskedLM.from_pretrained(base), SOFT[0]).save_pretrained(tmp_path / "soft")
+    assert "holds soft prompts, which the masked" in refusal("train", run_file(model=str(tmp_path / "soft")))
 
 
 # Which tokens end an answer

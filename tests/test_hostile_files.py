@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,9 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+import loopmdm.convert.write as write
 import loopmdm_cli
 from loopmdm.convert import convert_checkpoint
 from loopmdm.weight_files import read_index
+from loopmdm_cli.options import pairs
 
 DEEP = '{"a":' * 100_000
 
@@ -35,7 +38,7 @@ DEEP = '{"a":' * 100_000
 def shared(tmp_path_factory) -> Path:
     """A model, a judge and a text, which tests do not change."""
     folder = tmp_path_factory.mktemp("shared")
-    save_looped(folder / "model")
+    save_looped(folder / "model", max_train_loops=1)  # so that it can be converted, too
     save_judge(folder / "judge")
     (folder / "text.txt").write_text("w1 w2 w3 w4 w5 w6\n\nw7 w8 w9")
     return folder
@@ -163,6 +166,13 @@ def test_configurations_that_are_none(shared, model, command, content):
     assert sorted(os.listdir(model.parent)) == ["model"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("content", ["null", "{", DEEP], ids=["null", "cut", "deep"])
+def test_settings_of_generate_that_are_damaged(shared, model, command, content):
+    (model / "generation_config.json").write_text(content)
+    assert "generation_config.json" in refusal(*every_command(model, shared)[command])
+
+
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
 @pytest.mark.parametrize("change", ["cut", "longer", "pickle", "none", "shape"])
 def test_weights_that_are_damaged(shared, model, command, change):
@@ -177,6 +187,17 @@ def test_weights_that_are_damaged(shared, model, command, change):
         file.write_bytes({"cut": data[:-4], "longer": data + b"0000", "pickle": b"\x80\x04."}[change])
     refusal(*every_command(model, shared)[command])
     assert sorted(os.listdir(model.parent)) == ["model"]
+
+
+def test_nothing_but_the_line_is_shown(model):
+    """In a process of its own: transformers reports what it loads on the stderr that it found."""
+    tensors = stored(model)
+    for change in ({"model.norm.weight": torch.ones(5)}, {"surplus": torch.ones(2)}):
+        save_file(tensors | change, model / "model.safetensors", metadata={"format": "pt"})
+        code = f"import loopmdm_cli; loopmdm_cli.main(['generate', {str(model)!r}, 'w1'])"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 2 and line.startswith("loopmdm: error: ") and next(iter(change)) in line
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("info", "convert")])
@@ -231,7 +252,9 @@ def test_code_of_a_model_never_runs(shared, model, modules, tmp_path):
         config = json.loads((shared / "model" / "config.json").read_text()) | {"auto_map": code, "model_type": kind}
         (model / "config.json").write_text(json.dumps(config))
         for command, arguments in every_command(model, shared).items():
-            if kind != "loopmdm":
+            if command == "convert":  # which goes by architecture and tensors
+                run(*arguments, "--dry-run")
+            elif kind != "loopmdm":
                 refusal(*arguments)
             elif command == "generate":
                 run(*arguments)
@@ -278,6 +301,29 @@ def test_options_that_do_nothing_or_harm_are_refused_before_weights_are_read(
     if "99" not in arguments and "--num-return-sequences" not in arguments:
         monkeypatch.setattr("loopmdm.evaluation.loading.load_model", lambda *_: pytest.fail("loaded"))
     assert message in refusal(*(places.get(part, part) for part in arguments))
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        (["num_loops=[1,2],unmasking=margin"], {"num_loops": [1, 2], "unmasking": "margin"}),
+        (["confidence_threshold=1e-3", "top_k=5"], {"confidence_threshold": 0.001, "top_k": 5}),
+        (None, {}),
+        (["a=1,a=2"], "gives 'a' twice"),
+        (["=1"], "is not `key=value`"),
+        (["a"], "is not `key=value`"),
+        (["a=" + "[" * 50_000], "is not a value"),
+        (["a=!!python/object/apply:os.system [true]"], "is not a value"),
+        (["a={b: "], "is not a value"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_pairs(texts, found):
+    if isinstance(found, dict):
+        assert pairs("--generate", texts) == found
+    else:
+        with pytest.raises(ValueError, match=found):
+            pairs("--generate", texts)
 
 
 # generate
@@ -390,7 +436,7 @@ def test_values_out_of_range(src, out, name, config, part):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_weights_that_are_not_finite_in_any_dtype(src, out, dtype):
     def spoil(tensor):
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(dtype, copy=True)
         tensor.view(-1)[-1] = float("nan")
         return tensor
 
@@ -470,6 +516,18 @@ def test_headers_that_lie(src, out):
         refuse(src, out, "is not a complete safetensors file")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json"])
+def test_what_is_not_a_file_is_not_waited_for(src, out, name, make):
+    edited("llada", src)
+    (src / name).unlink(missing_ok=True)
+    make(src / name)
+    if name in ("model.safetensors", "config.json"):
+        refuse(src, out, "holds no weights" if name == "model.safetensors" else "has no config.json")
+    else:
+        convert_checkpoint(src, out)
+
+
 # Conversion: tokenizers
 
 
@@ -511,6 +569,7 @@ def test_code_of_a_tokenizer_is_copied_and_runs_on_request_alone(src, out, modul
 TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}END{% endfor %}"
 
 
+@pytest.mark.parametrize("with_code", [False, True])
 @pytest.mark.parametrize(
     ("end", "expected"),
     [
@@ -521,9 +580,12 @@ TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}END{% endfor 
         ("<unknown>", 120),
     ],
 )
-def test_the_end_of_a_turn_ends_generation(src, out, end, expected):
+def test_the_end_of_a_turn_ends_generation(src, out, end, expected, with_code):
+    """Of a tokenizer with code of its own, which is not run, its files tell."""
     edited("llada", src, config={"eos_token_id": 120})
     save_tokenizer(src, 121, extra=("<eot>", "<assistant>"), eos="w120", template=TURNS.replace("END", end))
+    if with_code:
+        bring_code(src, src / "executed")
     record = convert_checkpoint(src, out)
     assert record["special_tokens"]["eos_token_id"] == expected
     assert load(out).generation_config.eos_token_id == load(out).config.eos_token_id == expected
@@ -570,6 +632,21 @@ def test_what_a_kill_leaves_is_taken_by_the_next_conversion(out):
     assert os.listdir(out.parent) == ["out"]
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     assert len(stored(out)) == len(fixture_weights("llada"))
+
+
+def test_what_a_kill_leaves_counts_as_free(out, monkeypatch):
+    left = out.parent / ".out.partial"
+    left.mkdir()
+    (left / ".conversion.lock").touch()
+    for free, size in ((60 * 2**20, 0), (10 * 2**20, 60 * 2**20)):
+        with open(left / "model.safetensors", "wb") as file:
+            file.truncate(size)
+        monkeypatch.setattr(write.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if size == 0:
+            with pytest.raises(ValueError, match="make room"):
+                convert("llada", out)
+    convert("llada", out)
+    assert os.listdir(out.parent) == ["out"]
 
 
 def test_a_folder_of_that_name_that_is_not_ours(out):

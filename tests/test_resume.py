@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_model
 from training_runs import MASK, PAD, EachStep, assert_equal, build_run, examples, make_trainer, steps_logged, weights
+from transformers import EarlyStoppingCallback
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.training import (
@@ -254,31 +255,31 @@ def test_gradient_checkpointing_may_change_on_resume(folder):
     assert trainer.steps_run == [5]
 
 
-@pytest.mark.parametrize("how", ["removed", "cut", "changed", "no list"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_taken(folder, how):
-    whole, damaged = resume(folder).model, folder / "checkpoint-4"
+def test_damage_is_named(folder, monkeypatch):
+    damaged, warnings = folder / "checkpoint-4", []
+    monkeypatch.setattr("loopmdm.training.checkpoints.logger.warning", warnings.append)
     for name in ("optimizer.pt", "scheduler.pt", "model.safetensors", "rng_state.pth", "trainer_state.json"):
         path, content = damaged / name, (damaged / name).read_bytes()
-        if how == "no list":
-            path, content = damaged / "complete.json", (damaged / "complete.json").read_bytes()
-        if how == "removed":
-            path.unlink()
-        elif how == "changed":
-            middle = len(content) // 2
-            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-        else:
-            path.write_bytes(content[:-20])
-        message = rf"checkpoint-4 is damaged: {'its complete.json' if how == 'no list' else name}"
-        with pytest.raises(ValueError, match=message):
-            resume(folder, checkpoint=str(damaged))
-        shutil.rmtree(folder / "checkpoint-5", ignore_errors=True)
-        with pytest.MonkeyPatch.context() as patch:  # its own logger does not reach pytest
-            warnings = []
-            patch.setattr("loopmdm.training.checkpoints.logger.warning", warnings.append)
+        middle = len(content) // 2
+        for change in (None, content[:-20], content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]):
+            path.unlink() if change is None else path.write_bytes(change)
+            with pytest.raises(ValueError, match=f"checkpoint-4 is damaged: {name} (is missing|has changed since)"):
+                read_checkpoint(damaged)
             assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
-        assert len(warnings) == 1 and "checkpoint-4 is damaged" in warnings[0]
-        path.write_bytes(content)
+            assert "checkpoint-4 is damaged" in warnings.pop()
+            path.write_bytes(content)
+    for text in ("", "null", "[1]", '{"step": 4, "files": ["a", "b"]}'):
+        (damaged / "complete.json").write_text(text)
+        with pytest.raises(ValueError, match=r"checkpoint-4 is damaged: its complete.json does not list its files"):
+            read_checkpoint(damaged)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_taken(folder):
+    whole, damaged = resume(folder).model, folder / "checkpoint-4"
+    shutil.rmtree(folder / "checkpoint-5")
     (damaged / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 is damaged: optimizer.pt is missing"):
+        resume(folder, checkpoint=str(damaged))
     resumed = resume(folder)
     assert resumed.steps_run == [3, 4, 5]
     assert_equal(weights(resumed.model), weights(whole))
@@ -323,6 +324,20 @@ def test_the_time_and_the_history_of_all_parts_are_kept(folder):
         resume(folder, checkpoint=str(folder / "checkpoint-4"), args={"max_steps": 3})
 
 
+def test_callbacks_with_a_state_are_resumed_with_it(tmp_path):
+    args = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "load_best_model_at_end": True}
+
+    def go(**more):
+        options = {"args": {**args, **more}, "eval_dataset": examples(2), "eval_loops": [1], "eval_samples": 2}
+        stop = EarlyStoppingCallback(early_stopping_patience=5)
+        build_run(tmp_path, max_steps=4, callbacks=[stop], **options).train(resume_from_checkpoint=bool(more) or None)
+
+    go()
+    with pytest.raises(ValueError, match="EarlyStoppingCallback has a state, which would begin anew"):
+        go(restore_callback_states_from_checkpoint=False)
+    go(restore_callback_states_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_finished_run_trains_no_further(tmp_path, streamed):
     def data():
@@ -334,6 +349,7 @@ def test_a_finished_run_trains_no_further(tmp_path, streamed):
     resumed = build_run(tmp_path, train_dataset=data(), max_steps=4, callbacks=[EachStep(steps.append)])
     resumed.train(resume_from_checkpoint=True)
     assert steps == [] and resumed.state.global_step == 4
+    assert "train_loss" not in resumed.state.log_history[-1], "there is none"
     assert_equal(weights(resumed.model), weights(whole.model))
 
 

@@ -123,12 +123,14 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(run, tmp_path, optimizer):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_finished_folder_is_left_alone(run, tmp_path):
+def test_a_finished_folder_is_left_alone(run, tmp_path, monkeypatch):
     path = run()
     go(path)
     for resume in (False, True):
         with pytest.raises(ValueError, match="holds a finished model already"):
             go(path, resume=resume)
+    monkeypatch.setenv("RANK", "1")
+    assert go(path) == {}, "the first process speaks for all"
 
 
 def test_another_data_set_cannot_be_resumed(run, tmp_path):
@@ -140,21 +142,18 @@ def test_another_data_set_cannot_be_resumed(run, tmp_path):
         go(path, "trainer.max_steps=6", resume=True)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("trainer.learning_rate=0.02", "its learning_rate is 0.01, here 0.02"),
-        ("loops={schedule: growing}", "its loop schedule is UniformLoops"),
-        ("dtype=bfloat16", "its dtype is"),
-        ("optimizer=muon", "its optimizer is None, here MuonAdamW"),
-        ("collator={mask_ratio: [0.1, 0.9]}", "its noise is"),
-    ],
-)
-def test_what_changes_the_result_cannot_change_on_resume(begun, change, message):
+def test_what_changes_the_result_cannot_change_on_resume(begun):
     path, _ = begun
-    with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
-        go(path, change, resume=True)
-    assert message in str(error.value)
+    for change, message in {
+        "trainer.learning_rate=0.02": "its learning_rate is 0.01, here 0.02",
+        "loops={schedule: growing}": "its loop schedule is UniformLoops",
+        "dtype=bfloat16": "its dtype is",
+        "optimizer=muon": "its optimizer is None, here MuonAdamW",
+        "collator={mask_ratio: [0.1, 0.9]}": "its noise is",
+    }.items():
+        with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
+            go(path, change, resume=True)
+        assert message in str(error.value)
 
 
 @pytest.fixture
@@ -217,31 +216,38 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(begun):
     LoopMDMForMaskedLM.from_pretrained(output)
 
 
-@pytest.mark.parametrize("moved", [0, 3, -2, -1])
-def test_killed_while_it_moves_the_model(begun, tmp_path, monkeypatch, moved):
+def test_killed_while_it_moves_the_model(begun, tmp_path, monkeypatch):
     path, output = begun
     whole = shutil.copytree(output, tmp_path / "whole")
     files = go(path, f"output={whole}", resume=True)["files"]
-    done, moved = [], moved % (len(files) + 1)
 
-    def replace(source, target):
-        if ".saving" in str(source) and not str(source).endswith(".tmp"):
-            done.append(source)
-            assert len(done) <= moved, "killed"
-        os_replace(source, target)
+    def resume_killed_after(count: int) -> None:
+        done = []
 
-    with monkeypatch.context() as patch:
-        patch.setattr("loopmdm.training.run.os.replace", replace)
-        with pytest.raises(AssertionError, match="killed"):
+        def replace(source, target):
+            if ".saving" in str(source) and not str(source).endswith(".tmp"):
+                done.append(source)
+                assert len(done) <= count, "killed"
+            os_replace(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(AssertionError, match="killed"):
+            patch.setattr("loopmdm.training.run.os.replace", replace)
             go(path, resume=True)
-    assert (output / "config.json").exists() == (moved == len(files)), "loads only when complete"
-    with pytest.raises(ValueError, match=r"holds checkpoints of a run; give --resume|holds a finished model"):
-        go(path)
-    assert go(path, resume=True)["steps"] == 4
-    assert json.loads((output / "training.json").read_text())["files"] == files
-    found, expected = weights(output), weights(whole)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    assert not (output / ".saving").exists()
+
+    resume_killed_after(0)
+    saved = shutil.copytree(output, tmp_path / "saved")
+    for count in (0, 3, len(files) - 1, len(files)):
+        shutil.rmtree(output)
+        shutil.copytree(saved, output)
+        resume_killed_after(count)
+        assert (output / "config.json").exists() == (count == len(files)), "loads only when complete"
+        with pytest.raises(ValueError, match=r"holds checkpoints of a run; give --resume|holds a finished model"):
+            go(path)
+        assert go(path, resume=True)["steps"] == 4
+        assert json.loads((output / "training.json").read_text())["files"] == files
+        found, expected = weights(output), weights(whole)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert not (output / ".saving").exists()
 
 
 def test_two_runs_into_one_folder(run, tmp_path):
@@ -309,8 +315,18 @@ def test_a_larger_vocabulary_resizes_the_model(run, tmp_path, tokenizer, base):
 
 def test_a_tokenizer_with_another_mask_token_is_refused(run, tmp_path, tokenizer, base):
     other = extended(tokenizer, tmp_path / "other", mask_token="new1")
-    with pytest.raises(ValueError, match=r"mask token of the tokenizer is 32, and the model's 2; is it the right"):
+    with pytest.raises(ValueError, match=r"mask token is 'new1' \(32\), and the model's is 2; is it the right"):
         go(run(model=base, model_config={"vocab_size": 34}, tokenizer=other))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 6}, {"hidden_size": 64}, {"tie_word_embeddings": False}, {"use_qk_norm": True}],
+    ids=str,
+)
+def test_weights_that_the_model_lacks_are_not_made_up(run, base, change):
+    with pytest.raises(ValueError, match=r"`model_config` needs other weights than .*base has \("):
+        go(run(model=base, model_config=None), *(f"model_config.{name}={value}" for name, value in change.items()))
 
 
 def test_a_model_of_another_kind_is_refused(run, tmp_path):
@@ -409,6 +425,13 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
     assert record["steps"] == 4
 
 
+def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("loopmdm.training.run.LoopMDMTrainer", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("loopmdm.data.files.load_dataset_rows", lambda name, options: iter([{"text": "w1"}]))
+    with pytest.raises(ValueError, match="owner/rows, example 1 has no text called prompt"):
+        go(run(task="answers", data="owner/rows", dataset={"streaming": True}))
+
+
 # Bad input
 
 
@@ -439,7 +462,10 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"trainer": 3}, ["`trainer` is 3"]),
         ({"trainer": {"label_smoothing_factor": 0.1}}, ["`label_smoothing_factor` is 0.1, which does not work here"]),
         ({"trainer": {"resume_from_checkpoint": "x"}}, ["`resume_from_checkpoint`, which this command sets itself"]),
-        ({"tokenizer": "./nowhere"}, ["`tokenizer`: ./nowhere is not a file or folder"]),
+        ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` says when to evaluate", "`eval_data`"]),
+        ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, ["`trainer`: ", "min_lr"]),
+        ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
+        ({"tokenizer": "./nowhere"}, ["./nowhere does not hold a tokenizer; it is not a folder"]),
         ({"model_config": {"vocab_size": 20}}, ["The tokenizer has 32 tokens, and the model 20", "{vocab_size: 32}"]),
         ({"lora": {"layers": "middle"}}, ["'middle'", "mid"]),
         ({"lora": {"rank": 3}}, ["`lora` has a key `rank`, which does not exist"]),

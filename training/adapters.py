@@ -2,13 +2,14 @@
 """PEFT on models with loops: which layers an adapter sits on."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..configuration_loopmdm import LoopMDMConfig
-from ..data.pretrained import MERGE
+from ..data.pretrained import MERGE, adapter_base, locate
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 if TYPE_CHECKING:
@@ -101,34 +102,54 @@ def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
                 )
 
 
-def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: dict[str, Any] | None) -> nn.Module:
+def adapter_to_continue(model: str | None, changes: dict[str, Any], lora: dict[str, Any] | None) -> str | None:
     """
-    What an adapter training trains: `model` with a new LoRA, or with the adapter that it goes on from.
+    The folder or Hub id of the adapter that a training goes on from, or None. Checks what can be before weights are
+    loaded.
 
     Args:
-        model: The base model.
-        adapter (`str`, *optional*): Folder or Hub id of the adapter to go on from.
-        lora (`dict`, *optional*): Arguments of [`lora_config`] for a new one.
-
-    Returns:
-        A `PeftModel`, or `model` itself where there is neither.
+        model (`str`, *optional*): What the training starts from.
+        changes (`dict`): What it changes of the model's configuration.
+        lora (`dict`, *optional*): Arguments of [`lora_config`] for a new adapter.
 
     Raises:
-        ValueError: There are both, or the adapter is of soft prompts.
+        ValueError: The adapter would be trained under another one, on a model that is not saved, or on one that is
+            changed and does not hold the change; it is of soft prompts; it stands beside a whole model.
     """
+    adapter = None if model is None or adapter_base(model) is None else locate(model, "an adapter")
+    if adapter is None and lora is None:
+        if model is not None and (Path(model).expanduser() / "adapter_config.json").is_file():
+            raise ValueError(f"{model} holds an adapter beside a whole model; merge them: `{MERGE.format(model)}`.")
+        return None
+    if model is None:
+        raise ValueError("`lora` needs a `model`: an adapter is saved without the weights that it adapts.")
     if adapter is not None and lora is not None:
         raise ValueError(
-            f"{adapter} is an adapter, and `lora` asks for another one on top. Leave `lora` out to go on training "
-            f"{adapter}, or merge it into its base model first: `{MERGE.format(adapter)}`."
+            f"{model} is an adapter, and `lora` asks for another one on top. Leave `lora` out to go on training "
+            f"{model}, or merge it into its base model first: `{MERGE.format(model)}`."
         )
-    if lora is not None:
-        from peft import get_peft_model
+    if changes:
+        raise ValueError(
+            f"`model_config` changes {', '.join(changes)}, which the folder of an adapter does not hold; change "
+            "config.json of the base model itself (`loops: {max_loops: ...}` sets the loops of the training alone)."
+        )
+    if adapter is not None:
+        from peft import PeftConfig
 
-        return get_peft_model(model, lora_config(model.config, **lora))
-    if adapter is None:
+        if PeftConfig.from_pretrained(adapter).is_prompt_learning:
+            raise ValueError(f"{model} holds soft prompts, which the masked diffusion objective does not train.")
+    return adapter
+
+
+def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: "LoraConfig | None") -> nn.Module:
+    """
+    What a training trains: the `model` with the `adapter` (folder or Hub id) that it goes on from, or with a new
+    `lora`, in a `PeftModel`; the `model` itself where there is neither.
+    """
+    if adapter is None and lora is None:
         return model
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel, get_peft_model
 
-    if PeftConfig.from_pretrained(adapter).is_prompt_learning:
-        raise ValueError(f"{adapter} holds soft prompts, which the masked diffusion objective does not train.")
-    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return get_peft_model(model, lora)

@@ -30,24 +30,30 @@ from ..configuration_loopmdm import LoopMDMConfig
 from .loop_schedules import LOOP_SCHEDULES
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
-# Ranges of `TrainingArguments` that it does not check itself, and a type that says too little
 Share = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rows = Annotated[int, Field(gt=0, le=2**15)]
+Level = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+# Of `TrainingArguments`: ranges that it does not check itself, and a type that says too little
 LIMITS: dict[str, Any] = {
-    "max_steps": PositiveInt | Literal[-1],
+    "max_steps": Annotated[int, Field(gt=0, lt=2**31)] | Literal[-1],
     "num_train_epochs": PositiveFloat,
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), PositiveInt),
-    "gradient_accumulation_steps": PositiveInt,
-    "learning_rate": PositiveFloat,
-    **dict.fromkeys(("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay"), NonNegativeFloat),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Share),
-    **dict.fromkeys(("logging_steps", "save_steps"), PositiveFloat),
-    "eval_steps": PositiveFloat | None,
+    **dict.fromkeys(
+        ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"], Rows
+    ),
+    **dict.fromkeys(["learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"], NonNegativeFloat),
+    **dict.fromkeys(["warmup_steps", "eval_delay"], NonNegativeFloat),
+    **dict.fromkeys(["adam_beta1", "adam_beta2"], Share),
+    **dict.fromkeys(["logging_steps", "save_steps"], PositiveFloat),
+    **dict.fromkeys(["eval_steps", "neftune_noise_alpha"], PositiveFloat | None),
     "save_total_limit": PositiveInt | None,
     "dataloader_num_workers": NonNegativeInt,
     "seed": Seed,
     "data_seed": Seed | None,
     "fsdp": bool | str | list[str] | None,
+    **dict.fromkeys(["log_level", "log_level_replica"], Level),
+    "parallelism_config": None,  # an object, which YAML does not hold
 }
 LORA = {"layers": str, "r": PositiveInt, "lora_alpha": PositiveFloat, "lora_dropout": Share}
 COLLATOR = {"mask_ratio": tuple[float, float], "complementary": bool, "learn_padding": bool}
@@ -90,13 +96,13 @@ class TrainConfig:
         trainer (`dict`): Arguments of transformers' `TrainingArguments`.
     """
 
-    output: str
-    data: str | Annotated[list[str], Field(min_length=1)]
-    model: str | None = None
+    output: Text
+    data: Text | Annotated[list[Text], Field(min_length=1)]
+    model: Text | None = None
     model_config: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     task: Literal["pretrain", "answers"] = "pretrain"
-    eval_data: str | Annotated[list[str], Field(min_length=1)] | None = None
+    eval_data: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
     text_column: str = "text"
     documents: Literal["blank_line", "line", "file"] = "blank_line"
@@ -128,6 +134,7 @@ class TrainConfig:
                 "`dtype` is 'float16', in which small updates of the weights are lost; use float32 with `trainer: "
                 "{fp16: true}`, which computes in float16, or bfloat16."
             )
+        self._check_effect()
         for name, value in self.trainer.items():
             if name.endswith("_strategy") and value is False:
                 self.trainer[name] = "no"  # as YAML reads `no`
@@ -145,6 +152,27 @@ class TrainConfig:
             except ImportError as error:
                 raise ValueError("`lora` needs peft; `pip install peft`.") from error
             check_section("lora", self.lora, {**_arguments_of(LoraConfig), **LORA})
+
+    def _check_effect(self) -> None:
+        """Raises a ValueError where a setting would be ignored."""
+        sources = [self.data, self.eval_data]
+        paths = [path for one in sources if one is not None for path in ([one] if isinstance(one, str) else one)]
+        texts, answers = any(path.endswith(".txt") for path in paths), self.task == "answers"
+        for name, works, why in (
+            ("eval_loops", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_sequences", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_samples", self.eval_data is not None, "there is no `eval_data`"),
+            ("text_column", not answers, "`task: answers` reads prompts and answers"),
+            ("isolate_documents", not answers, "`task: answers` gives every row one example"),
+            ("skip_long", answers, "`task: pretrain` goes on with a long text in the next row"),
+            ("documents", texts, "`data` holds no .txt files"),
+            ("dataset", not all(path.endswith((".txt", ".jsonl")) for path in paths), "`data` names files"),
+        ):
+            if not works and getattr(self, name) not in ({}, TrainConfig.__dataclass_fields__[name].default):
+                raise ValueError(f"`{name}` has no effect, as {why}; leave it out.")
+        for name in self.trainer if self.optimizer == "muon" else ():
+            if name.startswith(("adam_", "optim")):
+                raise ValueError(f"`trainer.{name}` has no effect with `optimizer: muon`; leave one of them out.")
 
 
 def _arguments_of(takes: Any) -> dict[str, Any]:
@@ -244,7 +272,7 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
 def _read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from error

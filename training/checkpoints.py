@@ -155,11 +155,11 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if created and [path.name for path in folder.iterdir()] == [".lock"]:
+        if lock.lock_counter == 1:  # not within itself
+            with contextlib.suppress(OSError):
                 (folder / ".lock").unlink()
-            for path in created:
-                path.rmdir()
+                for path in created:
+                    path.rmdir()
         lock.release()
 
 

@@ -48,6 +48,12 @@ def check_options(
         raise ValueError("`ema_decay` averages the whole run, so it does not work with `load_best_model_at_end`.")
     if eval_loops is not None:
         check_settings(eval_loops, eval_samples)
+        metrics = ["loss", *(f"nelbo_{loops}" for loops in eval_loops)]
+        if args.metric_for_best_model is not None and not args.metric_for_best_model.endswith(tuple(metrics)):
+            raise ValueError(
+                f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluation does not give; choose "
+                f"one of {', '.join(f'eval_{name}' for name in metrics)}."
+            )
     if args.save_strategy != "no" and args.save_total_limit == 1:
         raise ValueError(
             "`save_total_limit` is 1, which leaves nothing to go on from where the last checkpoint is damaged; use 2 "

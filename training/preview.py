@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..data import adapter_base, load_tokenizer
+from ..data import load_tokenizer
 from ..data.stream import StreamedExamples
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import find_model
-from .adapters import lora_config
 from .arguments import TrainConfig
 from .loop_schedules import LoopSchedule, set_num_train_loops
 from .optimizer import MuonAdamW
@@ -71,7 +70,7 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
         num_rows (`int`, defaults to 3): Rows to show, at most.
     """
     output = Path(config.output).expanduser()
-    check_run(config, output, resume)
+    check_run(config, resume)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     parts = make_parts(config, tokenizer, output / CHECKPOINTS)
     batches = _sample_batches(parts)
@@ -192,10 +191,8 @@ def _empty_model(config: TrainConfig, parts: RunParts) -> nn.Module:
     """The model that is trained, on the meta device, where it takes no memory, whatever its size."""
     with torch.device("meta"):
         model = LoopMDMForMaskedLM._from_config(parts.model_config, dtype=getattr(torch, config.dtype))
-    lora = None
-    if config.lora is not None:
-        lora = lora_config(parts.model_config, **config.lora)
-    elif config.model is not None and adapter_base(config.model) is not None:
+    lora = parts.lora
+    if parts.adapter is not None:
         from peft import PeftConfig
 
         lora = PeftConfig.from_pretrained(config.model)

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import (
@@ -22,13 +23,14 @@ from ..data import (
     adapter_base,
     check_tokenizer,
     load_tokenizer,
+    locate,
     read_examples,
     turn_end,
     vocabulary_size,
 )
 from ..hub import CARD, is_own_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .adapters import attach_adapter, lora_config
+from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
 from .checkpoints import COMPLETE, checkpoints_in, locked
 from .checks import check_options
@@ -58,16 +60,20 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """
     output = Path(config.output).expanduser()
     _check_files(config)
-    # One process of a run holds the lock on its folder.
-    with locked(output / CHECKPOINTS) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
-        return _train(config, output, resume)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    with locked(output / CHECKPOINTS) if is_main else contextlib.nullcontext():
+        return _train(config, output, resume, is_main)
 
 
-def _train(config: TrainConfig, output: Path, resume: bool) -> dict[str, Any]:
-    is_begun = _check_output(output, resume)
-    if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
-        _move(output)
-        return json.loads((output / RECORD).read_text())
+def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> dict[str, Any]:
+    is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
+    if is_main:
+        _check_output(output, is_begun, resume)
+        if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
+            _move(output)
+            return json.loads((output / RECORD).read_text())
+    elif (output / SAVING / RECORD).exists() or _is_finished(output):
+        return {}  # the main process moves the files, or says what is wrong
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
     trainer.train(resume_from_checkpoint=is_begun or None)
@@ -85,36 +91,43 @@ def _train(config: TrainConfig, output: Path, resume: bool) -> dict[str, Any]:
     return record
 
 
-def check_run(config: TrainConfig, output: Path, resume: bool) -> None:
-    """Raises a ValueError where a run lacks a file, or its output is in use."""
+def check_run(config: TrainConfig, resume: bool) -> None:
+    """Raises a ValueError where a run lacks a file, or its output is in use; writes nothing."""
+    output = Path(config.output).expanduser()
     _check_files(config)
-    _check_output(output, resume)
+    if output.is_dir():
+        _check_output(output, any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS)), resume)
 
 
 def _check_files(config: TrainConfig) -> None:
     """Raises a ValueError where a file or folder that the run names is absent."""
-    for name in ("data", "eval_data", "model", "tokenizer"):
-        given = getattr(config, name)
-        for path in given if isinstance(given, list) else [given] if given is not None else []:
+    for name in ("data", "eval_data"):
+        given = getattr(config, name) or []
+        for path in [given] if isinstance(given, str) else given:
             # Other names may be those of the Hub.
-            is_file = path.endswith((".txt", ".jsonl")) and name.endswith("data")
-            if (is_file or path.startswith((".", "/", "~"))) and not Path(path).expanduser().exists():
-                raise ValueError(f"`{name}`: {path} is not a {'file' if is_file else 'file or folder'}.")
+            is_path = path.endswith((".txt", ".jsonl")) or path.startswith((".", "/", "~"))
+            if is_path and not Path(path).expanduser().exists():
+                raise ValueError(f"`{name}`: {path} is not a file.")
+    for name in ("model", "tokenizer"):
+        if getattr(config, name) is not None:
+            locate(getattr(config, name), f"a {name}")
 
 
-def _check_output(output: Path, resume: bool) -> bool:
-    """Whether the folder holds checkpoints to go on from. Raises a ValueError where it cannot be trained into."""
+def _is_finished(output: Path) -> bool:
+    return (output / "config.json").exists() or (output / "adapter_config.json").exists()
+
+
+def _check_output(output: Path, is_begun: bool, resume: bool) -> None:
+    """Raises a ValueError where the folder cannot be trained into. `is_begun`: it holds checkpoints to go on from."""
     is_saved = (output / SAVING / RECORD).exists()
-    if not (is_saved and resume) and any((output / name).exists() for name in ("config.json", "adapter_config.json")):
+    if _is_finished(output) and not (is_saved and resume):
         raise ValueError(f"{output} holds a finished model already; name another folder.")
-    is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
     if (is_begun or is_saved) and not resume:
         raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
     own = {CHECKPOINTS, SAVING, CARD, *(_own_files(output) if resume else ())}
-    foreign = sorted({path.name for path in output.iterdir()} - own) if output.is_dir() and not is_saved else []
+    foreign = sorted({path.name for path in output.iterdir()} - own) if not is_saved else []
     if foreign:
         raise ValueError(f"{output} holds {foreign[0]}, which no training wrote; name a new or an empty folder.")
-    return is_begun
 
 
 def _own_files(output: Path) -> set[str]:
@@ -125,29 +138,27 @@ def _own_files(output: Path) -> set[str]:
         return set()
 
 
-def _source(name: str) -> str:
-    """Where a run's model is: an adapter's is that of its base."""
-    return adapter_base(name) or str(Path(name).expanduser() if name.startswith("~") else name)
-
-
 @dataclasses.dataclass
 class RunParts:
     """What a run consists of, all of it checked, before weights are loaded."""
 
+    source: str | None  # of the weights
     model_config: LoopMDMConfig
     arguments: TrainingArguments
     schedule: LoopSchedule
     collator: MaskedDiffusionCollator
-    length: int  # tokens of a row
     examples: list[dict] | StreamedExamples
     stream: ExampleStream | StreamedExamples  # the examples in the order of the run
     eval_examples: list[dict] | None
+    lora: Any  # of a new adapter
+    adapter: Any  # to go on from
     options: dict[str, Any]  # of LoopMDMTrainer
 
 
 def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunParts:
     """The parts of a run. Raises a ValueError where anything does not fit, as far as that shows without weights."""
-    model_config = _make_model_config(config, tokenizer)
+    source = None if config.model is None else adapter_base(config.model) or locate(config.model, "a model")
+    model_config = _make_model_config(config, source, tokenizer)
     schedule = _make_schedule(config, model_config)
     arguments = _make_arguments(config, checkpoints)
     length = config.sequence_length or min(1024, model_config.max_position_embeddings)
@@ -167,26 +178,25 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
             "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
         )
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
-    if config.lora is not None:
-        lora_config(model_config, **config.lora)  # checks
+    lora = None if config.lora is None else lora_config(model_config, **config.lora)
+    adapter = adapter_to_continue(config.model, config.model_config, config.lora)
     examples = _read_examples(config, config.data, tokenizer, length, model_config)
     eval_examples = None
     if config.eval_data is not None:
-        whole = dataclasses.replace(config, dataset={**config.dataset, "streaming": False})
-        rows = _read_examples(whole, config.eval_data, tokenizer, length, model_config)
+        rows = _read_examples(config, config.eval_data, tokenizer, length, model_config, whole=True)
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
     stream, arguments = _make_stream(examples, arguments)
-    return RunParts(model_config, arguments, schedule, collator, length, examples, stream, eval_examples, options)
+    parts = source, model_config, arguments, schedule, collator, examples, stream, eval_examples, lora, adapter
+    return RunParts(*parts, options)
 
 
 def load_trainable(config: TrainConfig, tokenizer: Any, parts: RunParts) -> nn.Module:
     """What is trained: a fresh model or a loaded one, with its adapter where the run trains one."""
-    model = _make_model(config, parts.model_config)
+    base = _make_model(config, parts.source, parts.model_config)
     if config.task == "answers":
-        add_end_tokens(model, tokenizer)
-    adapter = None if config.model is None or adapter_base(config.model) is None else config.model
-    return attach_adapter(model, adapter, config.lora)
+        add_end_tokens(base, tokenizer)
+    return attach_adapter(base, parts.adapter, parts.lora)
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArguments) -> MuonAdamW | None:
@@ -213,17 +223,18 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
     )
 
 
-def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
-    """The model's configuration, with what the run changes of it, and fit for the tokenizer."""
+def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
+    """The configuration of the `source` or of a fresh model, with the run's changes, and fit for the tokenizer."""
     try:
-        if config.model is not None:
-            values, _ = LoopMDMConfig.get_config_dict(_source(config.model))
+        if source is not None:
+            values, _ = LoopMDMConfig.get_config_dict(source)
             if values.get("model_type") != "loopmdm":
                 raise ValueError(
-                    f"{config.model} does not hold a LoopMDM, but {values.get('model_type') or 'no model'}; `loopmdm "
+                    f"{source} does not hold a LoopMDM, but {values.get('model_type') or 'no model'}; `loopmdm "
                     "convert` makes one of a masked diffusion model."
                 )
-            made = LoopMDMConfig.from_pretrained(_source(config.model), **config.model_config)
+            made = LoopMDMConfig.from_pretrained(source, **config.model_config)
+            _check_weights_fit(source, LoopMDMConfig.from_pretrained(source), made)
         else:
             special = {
                 f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")
@@ -237,11 +248,6 @@ def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
             made = LoopMDMConfig(**values)
     except StrictDataclassError as error:
         raise ValueError(f"`model_config`: {error.__cause__ or error}") from error
-    if tokenizer.mask_token_id not in (None, made.mask_token_id):
-        raise ValueError(
-            f"The mask token of the tokenizer is {tokenizer.mask_token_id}, and the model's {made.mask_token_id}; is "
-            "it the right tokenizer? (`model_config: {mask_token_id: ...}` changes the model's.)"
-        )
     size = vocabulary_size(tokenizer)
     if size > made.vocab_size:
         raise ValueError(
@@ -252,17 +258,32 @@ def _make_model_config(config: TrainConfig, tokenizer: Any) -> LoopMDMConfig:
     return made
 
 
-def _make_model(config: TrainConfig, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
+def _check_weights_fit(model: str, before: LoopMDMConfig, after: LoopMDMConfig) -> None:
+    """Raises a ValueError where a change of the configuration needs weights that the model does not have."""
+    shapes = []
+    for one in (before, after):
+        with torch.device("meta"):
+            made = LoopMDMForMaskedLM(one)
+        # More or fewer tokens are rows of these, and `_make_model` adds or takes them away.
+        rows = ("model.embed_tokens.", "lm_head.")
+        shapes.append({name: part.shape[name.startswith(rows) :] for name, part in made.named_parameters()})
+    differing = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        raise ValueError(
+            f"`model_config` needs other weights than {model} has ({differing[0]}), and training does not make them "
+            "up; change what keeps the weights (loops, limits, tokens), or leave out `model` to train a fresh one."
+        )
+
+
+def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
     dtype = getattr(torch, config.dtype)
     torch.manual_seed(config.trainer.get("seed", 42))
-    if config.model is None:
+    if source is None:
         return LoopMDMForMaskedLM(model_config).to(dtype)
-    before = LoopMDMConfig.get_config_dict(_source(config.model))[0]["vocab_size"]
-    if before == model_config.vocab_size:
-        return LoopMDMForMaskedLM.from_pretrained(_source(config.model), config=model_config, dtype=dtype)
-    options = {**config.model_config, "vocab_size": before}
-    model = LoopMDMForMaskedLM.from_pretrained(_source(config.model), dtype=dtype, **options)
-    model.resize_token_embeddings(model_config.vocab_size)
+    before = LoopMDMConfig.get_config_dict(source)[0]["vocab_size"]
+    model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **{**config.model_config, "vocab_size": before})
+    if before != model_config.vocab_size:
+        model.resize_token_embeddings(model_config.vocab_size)
     return model
 
 
@@ -315,9 +336,14 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
     if evaluates:
         defaults["eval_steps"] = config.trainer.get("save_steps", defaults["save_steps"])
     try:
-        return TrainingArguments(**{**defaults, **config.trainer, **needed})
-    except (TypeError, ValueError) as error:
+        made = TrainingArguments(**{**defaults, **config.trainer, **needed})
+        tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(made.lr_scheduler_type, tried, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
+    except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"`trainer`: {error}") from error
+    if made.eval_strategy != "no" and not evaluates:
+        raise ValueError("`trainer.eval_strategy` says when to evaluate, and there is no `eval_data`; give some.")
+    return made
 
 
 def _make_stream(examples: Any, arguments: TrainingArguments):
@@ -336,9 +362,15 @@ def _make_stream(examples: Any, arguments: TrainingArguments):
 
 
 def _read_examples(
-    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, model_config: LoopMDMConfig
+    config: TrainConfig,
+    data: str | list[str],
+    tokenizer: Any,
+    length: int,
+    model_config: LoopMDMConfig,
+    whole: bool = False,
 ) -> list[dict] | StreamedExamples:
-    """Tokenised examples: a list, or a stream where the data set is streamed."""
+    """Tokenised examples: a list, or, unless it is wanted `whole`, a stream where the data set is streamed."""
+    options = {**config.dataset, **({"streaming": False} if whole else {})}
 
     def encoded() -> Iterator[dict[str, Any]]:
         return read_examples(
@@ -351,15 +383,15 @@ def _read_examples(
             documents=config.documents,
             isolate_documents=config.isolate_documents,
             skip_long=config.skip_long,
-            dataset=config.dataset,
+            dataset=options,
         )
 
-    if config.dataset.get("streaming"):
-        return StreamedExamples(encoded)
-    examples = list(encoded())
+    is_stream = options.get("streaming")
+    examples = list(itertools.islice(encoded(), 1 if is_stream else None))
     if not examples:
         raise ValueError(f"{data} holds no examples of at most {length} tokens.")
-    return examples
+    # Of a stream the first example is made here: what is wrong with all rows is said before training.
+    return StreamedExamples(encoded) if is_stream else examples
 
 
 def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
@@ -388,7 +420,13 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
     (folder / CARD).unlink(missing_ok=True)  # peft's, which tells nothing
     if is_own_card(output):
-        write_card(folder, output.name, source=record["run"]["model"], training=record)
+        write_card(
+            folder,
+            output.absolute().name,
+            config=trainer.looped_model.config,
+            source=record["run"]["model"],
+            training=record,
+        )
     record["files"] = sorted(path.name for path in folder.iterdir())
     temporary = folder / f"{RECORD}.tmp"
     temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")

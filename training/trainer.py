@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ..data import StreamedExamples
 from ..objective import find_model, nelbo
@@ -152,6 +153,12 @@ class LoopMDMTrainer(Trainer):
                 f"{checkpoint} holds the model alone (`save_only_model`), so that a run cannot go on from it. Start "
                 "anew in another folder, from its weights if you like."
             )
+        stateful = [one for one in self.callback_handler.callbacks if isinstance(one, ExportableState)]
+        if stateful and not self.args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                f"{type(stateful[0]).__name__} has a state, which would begin anew; set "
+                "`restore_callback_states_from_checkpoint=True`, or leave it out."
+            )
         found = differences(record["run"], self._run)
         if found:
             raise ValueError(f"{checkpoint} is of another run: {'; '.join(found)}. Start anew in another folder.")
@@ -238,6 +245,8 @@ class LoopMDMTrainer(Trainer):
             logs["training_flops"] = flops
             logs["flops_per_second"] = (flops - self._flops_before) / seconds
             self._reset_counters()
+        if self.state.global_step == self._history.get("step"):
+            logs.pop("train_loss", None)  # the mean of no step
         super().log(logs, start_time)
 
     # Evaluation
