@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """`loopmdm train`."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,32 +62,40 @@ def train(
 
 
 def _show_preview(found: Any, title: str) -> None:
-    from rich.text import Text
-
     coloured = console.is_terminal and not console.no_color
-    styles = {"given": "dim", "visible": "", "masked": "black on yellow"}
-    shown = "in yellow: masked, and learnt" if coloured else "[MASK=token]: masked, and learnt"
-    grey = "; grey: given, never learnt" if coloured else ""
-    console.print(f"The first rows of the first step ({found.num_loops} loops; {shown}{grey}):\n")
+    key = "in yellow: masked, and learnt; grey: given, never learnt" if coloured else "[[...]]: masked, and learnt"
+    console.print(f"The first rows of the first step ({found.num_loops} loops; {key}):\n")
     for number, row in enumerate(found.rows, start=1):
-        line = Text(f"{number}: ")
-        for piece, kind in row[:SHOWN]:
-            lead = piece[: len(piece) - len(piece.lstrip())]
-            piece = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in piece)
-            if kind == "masked" and not coloured:
-                line.append(f"{lead}[MASK={piece.strip() or repr(piece)}]")
-            else:
-                line.append(piece, styles[kind] if coloured else "")
+        line = _show_row(row[:SHOWN], coloured)
         if len(row) > SHOWN:
             line.append(f" ... and {len(row) - SHOWN:,} tokens more")
-        console.print(line, soft_wrap=not coloured)
+        console.print(f"{number}:", line)
+    console.print()
     facts = dict(found.facts)
-    how = "measured on one step" if found.is_measured else "an estimate, by the speed of a matrix product"
+    how = "measured on three steps" if found.is_measured else "an estimate, by the speed of a matrix product"
     facts["time"] = f"{_duration(facts.pop('seconds'))} ({how})"
     show_facts(title, facts)
     memory = {name: f"{size / 2**30:,.2f} GiB" for name, size in found.memory.items()}
     show_facts("Memory of each process, an estimate", memory)
     console.print("Nothing was written.")
+
+
+def _show_row(row: list[tuple[str, str]], coloured: bool) -> Any:
+    """A row as text: masked tokens in yellow, or, without colours, each run of them in double brackets."""
+    from rich.text import Text
+
+    line = Text()
+    for kind, run in itertools.groupby(row, key=lambda pair: pair[1]):
+        pieces = "".join(piece for piece, _ in run)
+        text = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in pieces)
+        if coloured:
+            line.append(text, {"given": "dim", "visible": "", "masked": "black on yellow"}[kind])
+        elif kind == "masked":
+            start = text[: len(text) - len(text.lstrip(" "))]
+            line.append(f"{start}[[{text.removeprefix(start)}]]")
+        else:
+            line.append(text)
+    return line
 
 
 def _duration(seconds: float) -> str:

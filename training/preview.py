@@ -294,7 +294,7 @@ def _seconds(
     batch, shape, loops = timed
     device = parts.arguments.device
     speed = _EFFICIENCY * _matmul_speed(device, parts.arguments.bf16)
-    if num_parameters > _CHEAP_PARAMETERS or 2 * flops / speed > _CHEAP_SECONDS:
+    if num_parameters > _CHEAP_PARAMETERS or 3 * flops / speed > _CHEAP_SECONDS:
         return flops / speed, False
     model = load_trainable(config, tokenizer, parts).to(device).train()
     looped = find_model(model)
@@ -305,7 +305,8 @@ def _seconds(
     set_num_train_loops(model, loops)
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     half = torch.bfloat16 if parts.arguments.bf16 else torch.float16
-    for _ in range(2):  # the first one warms up
+    seconds = math.inf
+    for _ in range(3):  # the first one warms up, and others can be disturbed
         start = time.perf_counter()
         with torch.autocast(device.type, half, enabled=parts.arguments.bf16 or parts.arguments.fp16):
             loss = model(**inputs).loss
@@ -313,7 +314,7 @@ def _seconds(
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device
-        seconds = time.perf_counter() - start
+        seconds = min(seconds, time.perf_counter() - start)
     return seconds * flops / _flops(config, parts, model, shape, loops), True
 
 

@@ -4,7 +4,8 @@
 from pathlib import Path
 
 _HEAD = """\
-# {what} Fill in the paths, look at the run before it runs, and start it:
+# {what}
+# Fill in the paths, look at the run before it runs, and start it:
 #   loopmdm train {file} --dry-run
 #   loopmdm train {file}
 # Values can be changed on the command line (trainer.max_steps=100). docs/training.md explains all keys.
