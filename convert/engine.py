@@ -95,14 +95,7 @@ def convert_checkpoint(
             found["verification_against_file"] = verify_with_file(model, verify_against)
         record = {**plan.record(), "tokenizer_files": files, **found}
         (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        write_card(
-            folder,
-            output.name,
-            config=plan.config,
-            source=plan.source.name,
-            source_folder=plan.source.folder,
-            conversion=record,
-        )
+        write_card(folder, output.name, config=plan.config, source=plan.source.card, conversion=record)
         # Last of all: a folder without it does not load.
         plan.config.save_pretrained(folder)
     return record

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import adapter_base
@@ -20,7 +21,7 @@ from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
 from .sections import BUDGET, how_it_was_made, is_hub_data, limits, most_loops, paragraph, what_loops_buy
 from .snippet import loading_snippet
-from .source import SourceCard, read_metadata, read_source_card
+from .source import SourceCard, read_metadata
 
 CARD = "README.md"
 # The card of the model that a converted one is made of
@@ -40,9 +41,10 @@ def is_own_card(folder: str | Path) -> bool:
         return True
     try:
         text = file.read_text(encoding="utf-8")
-        body = ModelCard(text, ignore_metadata_errors=True).text
-    except Exception:  # of a file that is damaged, or not a card: it is the user's
+    except (OSError, UnicodeDecodeError):
         return False
+    block = REGEX_YAML_BLOCK.search(text)
+    body = text[block.end() :] if block else text
     marks = _MARK.findall(body)
     return len(marks) == 1 and marks[0] == _checksum(_MARK.sub("", body))
 
@@ -52,8 +54,7 @@ def write_card(
     name: str | None = None,
     *,
     config: LoopMDMConfig | None = None,
-    source: str | Path | None = None,
-    source_folder: str | Path | None = None,
+    source: SourceCard | None = None,
     training: dict[str, Any] | None = None,
     conversion: dict[str, Any] | None = None,
 ) -> Path | None:
@@ -65,8 +66,7 @@ def write_card(
         folder: The model's folder.
         name (`str`, *optional*, defaults to the folder's): What the card calls the model, and loads.
         config (*optional*): The model's configuration, where it is not in the folder yet.
-        source (*optional*): Folder or Hub id of the model that it is made of, whose licence is kept.
-        source_folder (*optional*): Where files of a source on the Hub have been downloaded to.
+        source (*optional*): The card of the model that it is made of ([`read_source_card`]), whose licence is kept.
         training, conversion (`dict`, *optional*): What is not in training.json or conversion.json yet.
 
     Returns:
@@ -86,7 +86,7 @@ def write_card(
         "conversion": conversion or read_json(folder / "conversion.json"),
         "budget": read_json(folder / BUDGET),
     }
-    origin = SourceCard() if source is None else read_source_card(source, source_folder)
+    origin = source or SourceCard()
     for file in origin.license_files:
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
@@ -110,7 +110,7 @@ def write_card(
         ]
     )
     mark = _MARK.pattern.replace("([0-9a-f]{16})", _checksum(body))
-    part = folder / f".{CARD}.part"
+    part = folder / f".{CARD}.tmp"
     try:
         part.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n{mark}\n", encoding="utf-8")
         os.replace(part, file)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from ..data import adapter_base
@@ -123,7 +124,8 @@ def _check_card(folder: Path) -> str | list[str]:
             "licence."
         )
     try:
-        data = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        text = file.read_text(encoding="utf-8")
+        data = ModelCard(text, ignore_metadata_errors=True).data if REGEX_YAML_BLOCK.search(text) else ModelCardData()
     except Exception as error:  # of YAML, of the encoding
         raise ValueError(f"The metadata of {file} cannot be read: {' '.join(str(error).split())}") from error
     license = data.license

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -68,6 +69,8 @@ def read_source_card(name: str | Path, folder: str | Path | None = None) -> Sour
 
 def read_metadata(text: str) -> dict[str, Any]:
     """The metadata of a card, as they stand there; none of a damaged one."""
+    if not REGEX_YAML_BLOCK.search(text):
+        return {}
     try:
         return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError):

@@ -123,13 +123,6 @@ def test_what_adapters_and_chats_are_loaded_with_runs(run, tmp_path, monkeypatch
     assert capsys.readouterr().out
 
 
-def test_a_users_card_in_the_output_stays(run, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "README.md").write_text("# Mine\n")
-    out = run()
-    assert (out / "README.md").read_text() == "# Mine\n" and (out / "config.json").is_file()
-
-
 def test_a_card_is_replaced_while_nobody_changed_its_text(tmp_path):
     folder = tmp_path / "model"
     tiny_model().save_pretrained(folder)

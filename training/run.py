@@ -28,7 +28,7 @@ from ..data import (
     turn_end,
     vocabulary_size,
 )
-from ..hub import CARD, is_own_card, write_card
+from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
@@ -124,7 +124,7 @@ def _check_output(output: Path, is_begun: bool, resume: bool) -> None:
         raise ValueError(f"{output} holds a finished model already; name another folder.")
     if (is_begun or is_saved) and not resume:
         raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
-    own = {CHECKPOINTS, SAVING, CARD, *(_own_files(output) if resume else ())}
+    own = {CHECKPOINTS, SAVING, *(_own_files(output) if resume else ())}
     foreign = sorted({path.name for path in output.iterdir()} - own) if not is_saved else []
     if foreign:
         raise ValueError(f"{output} holds {foreign[0]}, which no training wrote; name a new or an empty folder.")
@@ -419,14 +419,9 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
     (folder / CARD).unlink(missing_ok=True)  # peft's, which tells nothing
-    if is_own_card(output):
-        write_card(
-            folder,
-            output.absolute().name,
-            config=trainer.looped_model.config,
-            source=record["run"]["model"],
-            training=record,
-        )
+    base = record["run"]["model"]
+    source = None if base is None else read_source_card(base)
+    write_card(folder, output.absolute().name, config=trainer.looped_model.config, source=source, training=record)
     record["files"] = sorted(path.name for path in folder.iterdir())
     temporary = folder / f"{RECORD}.tmp"
     temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
