@@ -50,7 +50,7 @@ def calibrate(
     """Find the cheapest loops that keep a model's quality, and make them its default."""
     from loopmdm.evaluation import calibrate_loops
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
-    from loopmdm.evaluation.loop_budget import read_examples, write_budget
+    from loopmdm.evaluation.loop_budget import read_examples
     from loopmdm.evaluation.protocol import write_json
 
     at_least(1, limit=limit, batch_size=batch_size)
@@ -80,10 +80,25 @@ def calibrate(
         )
     if output is not None:
         write_json(output, {"model": model, "data": str(data), **budget.record()})
-    written = None if dry_run else write_budget(model, budget.best.arguments)
+    written = [] if dry_run else _write(Path(model), budget, data)
     _show(budget, f"Half of {len(examples)} examples of {data}")
-    if written is not None:
-        console.print(f"{written} is written.")
+    for line in written:
+        console.print(line)
+
+
+def _write(model: Path, budget: Any, data: Path) -> list[str]:
+    """Makes the chosen setting the default, and keeps what was measured and shows it in the card. Says what it did."""
+    from loopmdm.evaluation.loop_budget import write_budget
+    from loopmdm.evaluation.protocol import write_json
+    from loopmdm.hub import BUDGET, CARD, write_card
+
+    lines = [f"{write_budget(model, budget.best.arguments)} is written."]
+    write_json(model / BUDGET, {"data": data.name, **budget.record()})
+    if write_card(model) is None:
+        lines.append(f"{model / CARD} is yours, so it is left as it is; {model / BUDGET} has the figures.")
+    else:
+        lines.append(f"{model / CARD} shows what was measured.")
+    return lines
 
 
 def _show(budget: Any, title: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..hub import write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .loop_window import calibrate, check_width, plot_calibration, read_sequences
 from .plan import Plan, plan_conversion
@@ -94,6 +95,7 @@ def convert_checkpoint(
             found["verification_against_file"] = verify_with_file(model, verify_against)
         record = {**plan.record(), "tokenizer_files": files, **found}
         (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_card(folder, output.name, config=plan.config, source=plan.source.card, conversion=record)
         # Last of all: a folder without it does not load.
         plan.config.save_pretrained(folder)
     return record

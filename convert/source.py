@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from ..data.pretrained import MERGE
+from ..hub import CARD_FILES, SourceCard, read_source_card
 from ..weight_files import read_header, read_index, read_json
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "tokenization*.py"]
@@ -59,6 +60,10 @@ class Source:
     @functools.cached_property
     def generation_config(self) -> dict[str, Any]:
         return read_json(self.folder / "generation_config.json")
+
+    @functools.cached_property
+    def card(self) -> SourceCard:
+        return read_source_card(self.name, self.folder)
 
     @property
     def architectures(self) -> list[str]:
@@ -162,7 +167,9 @@ def open_source(
 
 
 def _download(source: str, revision: str | None, allow_pickle: bool) -> Path:
-    patterns = ["*.safetensors", *TOKENIZER_PATTERNS] + [f"*{suffix}" for suffix in PICKLES if allow_pickle]
+    patterns = ["*.safetensors", *TOKENIZER_PATTERNS, *CARD_FILES] + [
+        f"*{suffix}" for suffix in PICKLES if allow_pickle
+    ]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except HFValidationError:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from ..configuration_loopmdm import LoopMDMConfig
@@ -27,6 +28,7 @@ from ..data import (
     turn_end,
     vocabulary_size,
 )
+from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
@@ -89,6 +91,14 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
     return record
 
 
+def check_run(config: TrainConfig, resume: bool) -> None:
+    """Raises a ValueError where a run lacks a file, or its output is in use; writes nothing."""
+    output = Path(config.output).expanduser()
+    _check_files(config)
+    if output.is_dir():
+        _check_output(output, any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS)), resume)
+
+
 def _check_files(config: TrainConfig) -> None:
     """Raises a ValueError where a file or folder that the run names is absent."""
     for name in ("data", "eval_data"):
@@ -128,8 +138,25 @@ def _own_files(output: Path) -> set[str]:
         return set()
 
 
-def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
-    """The model, the data and all settings of a run; everything is checked that can be before weights are loaded."""
+@dataclasses.dataclass
+class RunParts:
+    """What a run consists of, all of it checked, before weights are loaded."""
+
+    source: str | None  # of the weights
+    model_config: LoopMDMConfig
+    arguments: TrainingArguments
+    schedule: LoopSchedule
+    collator: MaskedDiffusionCollator
+    examples: list[dict] | StreamedExamples
+    stream: ExampleStream | StreamedExamples  # the examples in the order of the run
+    eval_examples: list[dict] | None
+    lora: Any  # of a new adapter
+    adapter: Any  # to go on from
+    options: dict[str, Any]  # of LoopMDMTrainer
+
+
+def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunParts:
+    """The parts of a run. Raises a ValueError where anything does not fit, as far as that shows without weights."""
     source = None if config.model is None else adapter_base(config.model) or locate(config.model, "a model")
     model_config = _make_model_config(config, source, tokenizer)
     schedule = _make_schedule(config, model_config)
@@ -160,24 +187,39 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
     stream, arguments = _make_stream(examples, arguments)
-    base = _make_model(config, source, model_config)
+    parts = source, model_config, arguments, schedule, collator, examples, stream, eval_examples, lora, adapter
+    return RunParts(*parts, options)
+
+
+def load_trainable(config: TrainConfig, tokenizer: Any, parts: RunParts) -> nn.Module:
+    """What is trained: a fresh model or a loaded one, with its adapter where the run trains one."""
+    base = _make_model(config, parts.source, parts.model_config)
     if config.task == "answers":
         add_end_tokens(base, tokenizer)
-    model = attach_adapter(base, adapter, lora)
-    optimizer = None
-    if config.optimizer == "muon":
-        optimizer = MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    return attach_adapter(base, parts.adapter, parts.lora)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArguments) -> MuonAdamW | None:
+    """The optimiser where it is not the Trainer's own."""
+    if config.optimizer != "muon":
+        return None
+    return MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+
+
+def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
+    parts = make_parts(config, tokenizer, checkpoints)
+    model = load_trainable(config, tokenizer, parts)
     return LoopMDMTrainer(
         model=model,
-        args=arguments,
-        train_dataset=stream,
-        eval_dataset=eval_examples,
-        data_collator=collator,
+        args=parts.arguments,
+        train_dataset=parts.stream,
+        eval_dataset=parts.eval_examples,
+        data_collator=parts.collator,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
-        loop_schedule=schedule,
+        optimizers=(make_optimizer(config, model, parts.arguments), None),
+        loop_schedule=parts.schedule,
         checkpoint_loops=config.checkpoint_loops,
-        **options,
+        **parts.options,
     )
 
 
@@ -376,6 +418,10 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     trainer.looped_model.generation_config.save_pretrained(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
+    (folder / CARD).unlink(missing_ok=True)  # peft's, which tells nothing
+    base = record["run"]["model"]
+    source = None if base is None else read_source_card(base)
+    write_card(folder, output.absolute().name, config=trainer.looped_model.config, source=source, training=record)
     record["files"] = sorted(path.name for path in folder.iterdir())
     temporary = folder / f"{RECORD}.tmp"
     temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
