@@ -25,8 +25,9 @@ QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 demo: .venv/.installed
 	$(BIN)/python examples/sudoku/demo.py
 
+# A test file is one process's; every process computes on one thread.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -42,9 +43,10 @@ lint: .venv/.installed
 docs: .venv/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# transformers' own tests of a model, fetched from its source distribution
+# transformers' own tests of a model and PEFT's of decoder models, fetched from their source distributions
 test-common: .venv/.installed
 	$(BIN)/python tests/common_model_tests.py
+	$(BIN)/python tests/peft_tests.py
 
 # The suite on the oldest supported transformers
 .venv-floor/.installed: pyproject.toml constraints.txt
