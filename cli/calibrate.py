@@ -42,7 +42,7 @@ def calibrate(
     from loopmdm.evaluation.loop_budget import read_examples, write_budget
     from loopmdm.evaluation.protocol import write_json
 
-    if not (Path(model) / "config.json").is_file():
+    if not any((Path(model) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{model} is not the folder of a model; the result is written into it, so download it first.")
     loaded = load_model(model, dtype, device)
     examples = read_examples(data, load_tokenizer(model), loaded.config.mask_token_id)[:limit]

@@ -50,7 +50,8 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
     import torch
 
     from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
-    from loopmdm.evaluation.loading import read_model_config
+    from loopmdm.data import adapter_base
+    from loopmdm.evaluation.loading import read_generation_config, read_model_config
 
     config = read_model_config(model)
     length = config.max_position_embeddings if length is None else length
@@ -58,13 +59,11 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
         raise ValueError(f"--length is {length}; the model takes 1 to {config.max_position_embeddings} positions.")
     with torch.device("meta"):
         empty = LoopMDMForMaskedLM(config)
-    try:
-        defaults = LoopMDMGenerationConfig.from_pretrained(model)
-    except OSError:
-        defaults = LoopMDMGenerationConfig()
+    defaults, base = read_generation_config(model) or LoopMDMGenerationConfig(), adapter_base(model)
     block_size = config.attention_block_size
     loops = sorted({1, 2, 4, 8, config.num_loops, config.max_train_loops, 2 * config.max_train_loops})
     return {
+        **({} if base is None else {"adapter of": base}),
         "parameters": empty.num_parameters(),
         "dtype": str(config.dtype).removeprefix("torch."),
         "layers": config.num_hidden_layers,

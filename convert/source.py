@@ -17,6 +17,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from ..data.pretrained import MERGE
+
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "tokenization*.py"]
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -132,6 +134,11 @@ def open_source(
         path = _download(str(source), revision, allow_pickle)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") or read_json(folder / "lit_config.json")
+    if not config and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source} is an adapter, not a whole model. Merge it into its base model, and convert the result: "
+            f"`{MERGE.format(source)}`."
+        )
     files = [path] if path.is_file() else _weight_files(path)
     pickled = [file.name for file in files if file.suffix in PICKLES]
     if pickled and not allow_pickle:

@@ -15,9 +15,10 @@ def pack_documents(
     row.
 
     Args:
-        documents: Lists of token ids.
-        length (`int`): Tokens per row.
-        end_token_id (`int`, *optional*): Put behind every document.
+        documents: Lists of token ids. Empty ones are left out.
+        length (`int`): Tokens per row. A document that is longer, or does not fit into what is left of a row, goes on
+            in the next one.
+        end_token_id (`int`, *optional*): Put behind every document that does not end with it.
         isolate (`bool`, defaults to `False`):
             Whether documents in one row are kept from seeing each other (`document_ids`). Otherwise attention runs
             over the whole row, as is usual in pretraining.
@@ -34,7 +35,8 @@ def pack_documents(
         return packed
 
     for document, part in enumerate(documents):
-        part = part if end_token_id is None else [*part, end_token_id]
+        if part and end_token_id is not None and part[-1] != end_token_id:
+            part = [*part, end_token_id]
         tokens.extend(part)
         ids.extend([document] * len(part))
         while len(tokens) >= length:

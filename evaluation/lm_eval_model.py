@@ -20,13 +20,14 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, StoppingCriteria
+from transformers import StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
 from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
+from .loading import load_model, load_tokenizer, read_model_config
 from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class LoopMDMEvalModel(_Processes):
       with a `block_length` a row ends after the block that holds a stop string.
 
     Args:
-        pretrained (`str`): Folder of the model, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
+        pretrained (`str`): Folder of the model or of an adapter, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
         tokenizer (*optional*, defaults to `pretrained`'s): Folder, Hub id or object.
         num_loops (`int`, *optional*, defaults to `config.num_loops`): Loops of every pass.
         num_samples (`int`, defaults to 32): Masks per continuation or window; even.
@@ -133,22 +134,16 @@ class LoopMDMEvalModel(_Processes):
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if isinstance(pretrained, str):
-            kind = AutoConfig.from_pretrained(pretrained, revision=revision).model_type
-            if kind != "loopmdm":
-                raise ValueError(
-                    f"{pretrained} is a {kind!r} model, not a LoopMDM. Convert it (`loopmdm convert`), or use "
-                    "lm-eval's `--model hf` if it is a causal language model."
-                )
+            read_model_config(pretrained, revision)  # checks
         self.start_processes(device)
         if isinstance(pretrained, str):
-            self.model = LoopMDMForMaskedLM.from_pretrained(pretrained, revision=revision, dtype=dtype)
-            self.model.to(self._device)
+            self.model = load_model(pretrained, dtype, str(self._device), revision)
         else:
             self.model, self._device = pretrained, input_device(pretrained)
         self.model.eval()
         self.pretrained, self.revision = pretrained if isinstance(pretrained, str) else None, revision
         if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=revision)
+            tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, revision=revision)
         self.tokenizer = tokenizer
         config = self.model.config
         self.num_loops = num_loops

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from ..data import adapter_base
 from ..objective import input_device
 
 # What decides a model's results; generation_config.json holds defaults of `generate`.
-MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SETTINGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("*.safetensors", *SETTINGS)
 TIMING = (
     "seconds of wall time (time.perf_counter) of the evaluation alone: without imports, loading of models and data, "
     "and writing; without warm-up; the device is waited for at both ends"
@@ -78,6 +80,7 @@ def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = N
             "attention": model.config._attn_implementation,
             "sha256": {} if folder is None else hash_files(_local(folder), MODEL_FILES),
         }
+    files["base_model"] = None if folder is None else adapter_base(folder)
     for name, path in files.items():
         if path is not None:
             local = _local(str(path))

@@ -179,7 +179,7 @@ def _read_answer(where: str, row: Any, tokenizer: Any, config: Any, text_column:
     example = encode_answer(tokenizer, row, where)
     ids, prompt_length = example["input_ids"], example["prompt_length"]
     num_bytes = None
-    if "messages" not in row:
+    if row.get("messages") is None and not any(isinstance(row.get(name), list) for name in ANSWER_NAMES):
         _, num_bytes = encode_with_bytes(tokenizer, first_text(row, ANSWER_NAMES, where), where)
     if num_bytes is not None:  # a prompt's are never asked for; an end token stands for none
         num_bytes = [0] * prompt_length + num_bytes

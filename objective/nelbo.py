@@ -182,8 +182,18 @@ def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
 
 
 def find_model(model: nn.Module) -> nn.Module:
-    """The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none."""
+    """
+    The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none, and
+    where a wrapper adds soft prompts, which the model within knows nothing of.
+    """
     for module in model.modules():
+        soft = getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
+        if soft and not module._adapters_disabled:
+            raise ValueError(
+                f"The adapter {module.active_adapter!r} is {module.active_peft_config.peft_type.value}: its soft "
+                "prompts act on the forward pass of the wrapper alone, and would be left out here. Use an adapter of "
+                "the weights (LoRA, DoRA, IA3), or leave this one out (`with model.disable_adapter(): ...`)."
+            )
         if hasattr(type(module), "align"):
             return module
     raise ValueError(f"{type(model).__name__} holds no LoopMDMForMaskedLM.")
