@@ -214,7 +214,9 @@ class LoopMDMEvalModel(_Processes):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        windows = []
+        results = [(0.0, True)] * len(requests)  # of an empty continuation, which is certain
+        places = [place for place, ((_, text), _, ids) in enumerate(requests) if ids or text.strip()]
+        requests, windows = [requests[place] for place in places], []
         for (_, text), _, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
@@ -227,12 +229,11 @@ class LoopMDMEvalModel(_Processes):
             ids, given = context + continuation, len(context)
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
         scores = self._score(windows, disable_tqdm)
-        results: list[tuple[float, bool]] = [None] * len(windows)
         for chosen in batches_by_length([window.input_ids for window in windows], self.batch_size):
             greedy = fills_in(self.model, [windows[index] for index in chosen], self.num_loops)
             for index, is_greedy in zip(chosen, greedy, strict=True):
-                results[index] = (scores[index], is_greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+                results[places[index]] = (scores[index], is_greedy)
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[places[index]])
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:

@@ -111,6 +111,14 @@ def test_likelihood_is_minus_the_nelbo(lm):
     assert scores(lm, pairs[3])[0][0] == pytest.approx(found[3][0], rel=1e-5)
 
 
+def test_an_empty_continuation_is_certain_and_stops_nothing(lm):
+    pairs = [("w1 w2", ""), ("w1 w2", "w3 w4"), ("", ""), ("", "w3")]
+    found = scores(lm, *pairs)
+    assert found[0] == found[2] == (0.0, True)
+    assert [found[1], found[3]] == scores(lm, pairs[1], pairs[3])
+    assert scores(lm, ("w1", "")) == [(0.0, True)]
+
+
 def test_one_token_is_scored_exactly(lm):
     ((score, _),) = scores(lm, ("w1 w2", "w3"))
     ids = torch.tensor([[4, 5, 2]])

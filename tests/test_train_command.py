@@ -425,6 +425,13 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
     assert record["steps"] == 4
 
 
+def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("loopmdm.training.run.LoopMDMTrainer", lambda *a, **k: pytest.fail("too late"))
+    data = answers(tmp_path, [{"text": "w1"}])
+    with pytest.raises(ValueError, match="line 1 has no text called prompt"):
+        go(run(task="answers", data=data, dataset={"streaming": True}))
+
+
 # Bad input
 
 

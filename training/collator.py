@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..data.columns import TOKEN_COLUMNS, UnusedColumns, read_columns
+from ..data import TOKEN_COLUMNS, UnusedColumns, read_columns
 from ..objective.masking import Mask, block_ids, draw_mask, split_documents
 from ..objective.seeds import seeded_generator
 

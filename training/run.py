@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -343,12 +344,12 @@ def _read_examples(
             dataset=options,
         )
 
-    if options.get("streaming"):
-        return StreamedExamples(encoded)
-    examples = list(encoded())
+    is_stream = options.get("streaming")
+    examples = list(itertools.islice(encoded(), 1 if is_stream else None))
     if not examples:
         raise ValueError(f"{data} holds no examples of at most {length} tokens.")
-    return examples
+    # Of a stream the first example is made here: what is wrong with all rows is said before training.
+    return StreamedExamples(encoded) if is_stream else examples
 
 
 def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
