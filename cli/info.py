@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .application import app
-from .options import Json, Model
+from .options import Json, Model, at_least, check_idle
 from .output import show_facts, show_table
 
 
@@ -18,16 +18,19 @@ def info(
     measure: Annotated[
         bool, typer.Option("--measure", help="Generate with the model's settings, and show what it took.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="With --measure: tokens to generate.")] = None,
-    batch_size: Annotated[int, typer.Option(help="With --measure: rows.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="With --measure: tokens to generate (default: 128 at most).")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --measure: rows (default: 1).")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's layers, loops, parameters and the cost of a forward pass by number of loops."""
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; it must be at least 1.")
+    at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if not measure:
+        check_idle("nothing is measured without --measure", max_new_tokens=max_new_tokens, batch_size=batch_size)
     facts = _facts(model, length)
     if measure:
-        facts["measured"] = _measure(model, max_new_tokens, batch_size)
+        facts["measured"] = _measure(model, max_new_tokens, batch_size or 1)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -100,11 +103,13 @@ def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[st
     import torch
 
     from loopmdm.evaluation.loading import load_model
+    from loopmdm.objective import input_device
 
     loaded = load_model(model)
+    device = input_device(loaded)
     room = loaded.config.max_position_embeddings
     new_tokens = min(room, 128) if max_new_tokens is None else max_new_tokens
-    prompt = torch.full((batch_size, 1), loaded.config.mask_token_id, device=loaded.device)
+    prompt = torch.full((batch_size, 1), loaded.config.mask_token_id, device=device)
     arguments = {"max_new_tokens": new_tokens - 1, "eos_token_id": [], "return_dict_in_generate": True}
     for _ in range(2):
         output = loaded.generate(prompt, **arguments)
@@ -117,5 +122,5 @@ def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[st
         "tokens_per_second": output.tokens_per_second,
         "GFLOP_per_second": output.flops.sum().item() / output.seconds / 1e9,
         "threads": torch.get_num_threads(),
-        "device": str(loaded.device),
+        "device": str(device),
     }

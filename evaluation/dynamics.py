@@ -189,19 +189,8 @@ def measure_dynamics(
     """
     model = find_model(model)
     config = model.config
-    num_loops = check_num_loops(config.max_train_loops if num_loops is None else num_loops)
-    if lens and config.loop_update == "damped":
-        raise ValueError(
-            'The model\'s `loop_update` is "damped": its steps depend on the number of loops, so the state after an '
-            "earlier loop is not the result of fewer loops and there is nothing to read out. Leave the logit lens out "
-            "(`lens=False`, --no-lens)."
-        )
     timesteps = list(timesteps)
-    if not timesteps or not all(0 < timestep <= 1 for timestep in timesteps):
-        raise ValueError(f"`timesteps` is {timesteps}; it must list shares of masked tokens, above 0 and at most 1.")
-    for name, value in (("masks_per_text", masks_per_text), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    num_loops = check_settings(config, num_loops, timesteps, masks_per_text, batch_size, lens)
     rows = clean_rows(config, input_ids, attention_mask, maskable)
     numbers = itertools.product(range(len(timesteps)), range(len(input_ids)), range(masks_per_text))
     jobs = [_draw(rows, step, timesteps[step], text, mask, seed) for step, text, mask in numbers]
@@ -220,6 +209,25 @@ def measure_dynamics(
         if attention:
             model.set_attn_implementation(implementation)
     return recorder.result(len(input_ids) * masks_per_text)
+
+
+def check_settings(
+    config: Any, num_loops: int | None, timesteps: list[float], masks_per_text: int, batch_size: int, lens: bool
+) -> int:
+    """Raises a ValueError for what [`measure_dynamics`] cannot do with a model of this config; returns the loops."""
+    num_loops = check_num_loops(config.max_train_loops if num_loops is None else num_loops)
+    if lens and config.loop_update == "damped":
+        raise ValueError(
+            'The model\'s `loop_update` is "damped": its steps depend on the number of loops, so the state after an '
+            "earlier loop is not the result of fewer loops and there is nothing to read out. Leave the logit lens out "
+            "(`lens=False`, --no-lens)."
+        )
+    if not timesteps or not all(0 < timestep <= 1 for timestep in timesteps):
+        raise ValueError(f"`timesteps` is {timesteps}; it must list shares of masked tokens, above 0 and at most 1.")
+    for name, value in (("masks_per_text", masks_per_text), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    return num_loops
 
 
 class _Job(NamedTuple):

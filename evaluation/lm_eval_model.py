@@ -27,7 +27,7 @@ from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
-from .loading import load_model, load_tokenizer, read_model_config
+from .loading import check_device, load_model, load_tokenizer, read_model_config
 from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,7 @@ class _Processes(TemplateLM):
     def start_processes(self, device: str | None) -> None:
         """Sets the device, the rank and their number."""
         self.accelerator = None
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = check_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
 
@@ -101,7 +99,8 @@ class LoopMDMEvalModel(_Processes):
             task does not say.
         add_bos_token (`bool`, defaults to `False`): Put the tokenizer's start token before every text.
         dtype (`str`, defaults to `"auto"`), device (`str`, *optional*, by default a GPU if there is one),
-            revision (`str`, *optional*): As in transformers. Under `accelerate launch` or `torchrun` every process
+            revision (`str`, *optional*), trust_remote_code (`bool`, defaults to `False`, for tokenizers with code of
+            their own): As in transformers. Under `accelerate launch` or `torchrun` every process
             takes its own device and its share of the requests.
         generation: Any argument of [`LoopMDMGenerationConfig`] (`unmasking`, `block_length`, `max_denoising_steps`,
             `confidence_threshold`, ...). What a task's `generation_kwargs` name wins.
@@ -123,7 +122,7 @@ class LoopMDMEvalModel(_Processes):
         dtype: str = "auto",
         device: str | None = None,
         revision: str = "main",
-        trust_remote_code: bool = False,  # not needed; lm-eval's users are used to give it
+        trust_remote_code: bool = False,
         **generation: Any,
     ):
         super().__init__()
@@ -241,8 +240,6 @@ class LoopMDMEvalModel(_Processes):
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text)
             start = len(ids) - len(self.tok_encode(text, False))
-            if len(ids) == start:
-                raise ValueError(f"The text {text[:40]!r} has no token to score.")
             texts.append(Text(text[:40], ids, [position >= start for position in range(len(ids))]))
         windows = make_windows(texts, self.max_length, self.stride)
         totals = [0.0] * len(texts)

@@ -2,10 +2,12 @@
 """Models and tokenizers as commands and metrics load them: quietly, in eval mode, with errors that name what to do."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -13,9 +15,11 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..data import adapter_base, load_tokenizer, locate
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..weight_files import check_folder, read_json
 from .perplexity import check_judge
 
 __all__ = [
+    "check_device",
     "load_judge",
     "load_model",
     "load_tokenizer",
@@ -58,12 +62,13 @@ def load_model(
     A LoopMDM in eval mode, on a GPU if there is one and no `device` is named; with its adapter, where `model` is the
     folder or id of one.
     """
-    dtype, place = _check_dtype(dtype), _check_device(device)
+    dtype, place = _check_dtype(dtype), check_device(device)
     read_model_config(model, revision)
     source, base = locate(model, "a model"), adapter_base(model, revision)
     if base is not None:
         _check_adapter(model, source)
-    loaded = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, revision=revision or "main")
+    with _in_words(source):
+        loaded = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, revision=revision or "main")
     settings = read_generation_config(model) if base is not None else None
     if settings is not None:
         loaded.generation_config = settings
@@ -90,12 +95,14 @@ def load_judge(
     A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked. Code that
     they bring along runs with `trust_remote_code` alone.
     """
-    dtype, place = _check_dtype(dtype), _check_device(device)
+    dtype, place = _check_dtype(dtype), check_device(device)
     if _read_config(judge, trust_remote_code).model_type == "loopmdm":
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
     tokenizer = load_tokenizer(judge, trust_remote_code)
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(judge, **options).to(place).eval()
+    check_folder(judge)
+    with _in_words(judge):
+        model = AutoModelForCausalLM.from_pretrained(judge, **options).to(place).eval()
     check_judge(model, tokenizer)
     return model, tokenizer
 
@@ -110,19 +117,45 @@ def _read_config(model: str, trust_remote_code: bool = False, revision: str | No
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         of_adapter = "" if base is None else f", the base model of the adapter {model},"
         raise ValueError(f"{place}{of_adapter} does not hold a model: there is no config.json in it.")
-    return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json") if Path(place).is_dir() else ():
+        read_json(Path(place) / name)  # checks
+    with _in_words(place):
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+
+
+@contextlib.contextmanager
+def _in_words(model: str) -> Iterator[None]:
+    """Makes a ValueError of what transformers raises where it reads a model's files as if they were right."""
+    try:
+        yield
+    except (ValueError, StrictDataclassError):
+        raise
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
+        ) from error
 
 
 def _check_dtype(name: str) -> str:
-    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"`dtype` is {name!r}; use float32, bfloat16, float16 or auto.")
     return name
 
 
-def _check_device(name: str | None) -> torch.device:
+def check_device(name: str | None) -> torch.device:
+    """The device called `name`, by default a GPU if there is one. Raises a ValueError where it does not work."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(name).type == "meta":
+            raise NotImplementedError("nothing is computed there")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by kind of device
         reason = str(error).strip().partition("\n")[0]

@@ -205,8 +205,11 @@ def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     config.update(**_complete(arguments))
     config.validate()
     part = folder / ".generation_config.json.part"
-    part.write_text(config.to_json_string(use_diff=False))
-    os.replace(part, file)
+    try:
+        part.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
     return file
 
 

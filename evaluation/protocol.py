@@ -134,7 +134,9 @@ def check_output(path: str | os.PathLike) -> Path:
     if path.exists():
         raise ValueError(f"{path} exists already; name another folder for the results.")
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is no folder; make it, or put the results elsewhere.")
+        raise ValueError(f"{path.parent} is not a folder; make it, or put the results elsewhere.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"Nothing can be written into {path.parent}; put the results elsewhere.")
     return path
 
 
@@ -155,8 +157,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Strict JSON, all or nothing: numbers that are none (NaN, infinities) become null."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        # Arguments may hold what is not text (a file's name in another encoding).
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

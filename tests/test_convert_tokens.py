@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from conversion import FIXTURES, REMOVED, convert, edited, load, refuse, save_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loopmdm.convert import convert_checkpoint
@@ -79,7 +81,8 @@ def test_mask_in_added_tokens_alone(src, out):
 def test_mask_in_a_vocabulary_with_scores(src, out):
     """Unigram tokenizers list pairs of token and score."""
     edited("llada", src, config=NO_MASK)
-    (src / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["<unk>", 0.0], ["[MASK]", -1.5]]}}))
+    tokenizer = Tokenizer(Unigram([("<unk>", 0.0), ("[MASK]", -1.5), ("w1", -2.0)], unk_id=0))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(src)
     assert convert_checkpoint(src, out)["special_tokens"]["mask_token_id"] == 1
 
 
@@ -112,8 +115,8 @@ def test_pad_equal_to_mask(src, out, in_config):
         (dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id")), {}, (7, 8, 9)),
         # The generation config's before the config's
         ({"eos_token_id": 120}, {"eos_token_id": [3, 4], "pad_token_id": 5}, (5, [3, 4], 9)),
-        # Ids outside the vocabulary, and [MASK], are dropped; padding is then an end token.
-        ({"pad_token_id": 500, "eos_token_id": [600, 3, 125], "bos_token_id": 700}, {}, (3, 3, None)),
+        # [MASK] is dropped, and -1, by which Llama's early configs mean none; padding is then an end token.
+        ({"pad_token_id": -1, "eos_token_id": [3, 125], "bos_token_id": 125}, {}, (3, 3, None)),
     ],
 )
 def test_other_special_tokens(src, out, config, generation, expected):
