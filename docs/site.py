@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What mkdocs does not do by itself: pages of the repository outside of docs/ become pages of the site, the notebook and the
-command's help among them, and docstrings in transformers' style become Markdown.
+What mkdocs does not do by itself: pages outside of docs/, the notebook and the command's help become pages of the
+site, and docstrings in transformers' style become Markdown.
 """
 
 import json
@@ -93,6 +93,7 @@ def notebook_page() -> str:
 def command_help() -> str:
     """What `--help` of every command says."""
     import typer
+
     from loopmdm_cli import app
 
     def describe(command, context, name):

@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-The examples of the documentation, run as they stand. Those of a page run one after another, in a folder that holds what
-a reader has: the repository's models and scripts, texts, and tiny models under the names that the pages use, those of
-the Hub among them. A comment before an example says where it is otherwise:
+The examples of the documentation, run as they stand. Those of a page run one after another, in a folder with what a
+reader has: the bundled model, the scripts, texts, and tiny models under the names that the pages use, those of the Hub
+among them. A comment before an example says where it is otherwise:
 
     <!-- not run: why -->                    it is not run
     <!-- smaller: "300" -> "2", ... -->      it is run with other numbers
@@ -36,10 +36,10 @@ from loopmdm.training.arguments import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")])
 EXAMPLE = re.compile(
-    r"(?:^ *<!--\s*(?P<kind>[\w ]+):\s*(?P<note>(?:(?!-->).)*?)\s*-->\n)?"
-    r"^ *```(?P<language>python|bash|yaml)\n(?P<code>.*?)^ *```$",
+    r"(?P<notes>(?:^ *<!--(?:(?!-->).)*-->\n)*)^ *```(?P<language>python|bash|yaml)\n(?P<code>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
+NOTE = re.compile(r"<!--\s*([\w ]+):\s*(.*?)\s*-->", re.DOTALL)
 PUZZLES = [line.split() for line in (ROOT / "examples/sudoku/sample.txt").read_text().splitlines() if line]
 
 
@@ -47,8 +47,7 @@ class Example(NamedTuple):
     line: int
     language: str
     code: str
-    kind: str | None
-    note: str
+    notes: dict[str, str]
 
 
 def examples_of(page: Path) -> list[Example]:
@@ -56,13 +55,11 @@ def examples_of(page: Path) -> list[Example]:
     for match in EXAMPLE.finditer(text):
         code = textwrap.dedent(match["code"])
         line = text[: match.start("code")].count("\n") + 1
-        if match["kind"] == "smaller":
-            replacements = re.findall(r'"([^"]+)" -> "([^"]*)"', match["note"])
-            assert replacements, f"{page.name}:{line}: nothing is replaced"
-            for old, new in replacements:
-                assert old in code, f"{page.name}:{line}: {old!r} is not in the example"
-                code = code.replace(old, new)
-        found.append(Example(line, match["language"], code, match["kind"], match["note"] or ""))
+        notes = dict(NOTE.findall(match["notes"]))
+        for old, new in re.findall(r'"([^"]+)" -> "([^"]*)"', notes.get("smaller", "")):
+            assert old in code, f"{page.name}:{line}: {old!r} is not in the example"
+            code = code.replace(old, new)
+        found.append(Example(line, match["language"], code, notes))
     return found
 
 
@@ -76,7 +73,7 @@ def world(tmp_path_factory) -> Path:
     for name in ("examples", "evaluation/metrics"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     shutil.copytree(FIXTURES / "llada", folder / "GSAI-ML" / "LLaDA-8B-Instruct")
-    sentences = [f"The president said on day {day} that {day % 7} of {day + 3} letters came late." for day in range(80)]
+    sentences = [f"The president said on day {day} that {day % 7} of {day + 3} letters came." for day in range(80)]
     for name in ("train", "valid", "test", "mine", "other"):
         (folder / f"{name}.txt").write_text("\n\n".join(sentences))
     shutil.copy(ROOT / "examples/sudoku/sample.txt", folder / "puzzles.txt")
@@ -90,7 +87,8 @@ def world(tmp_path_factory) -> Path:
         (folder / "gsm8k" / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in questions))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        script("examples/pretrain_text/make_tokenizer.py --text train.txt --vocab-size 300 --output tokenizer".split())
+        sizes = ["--text", "train.txt", "--vocab-size", "300", "--output", "tokenizer"]
+        script(["examples/pretrain_text/make_tokenizer.py", *sizes])
     save_models(folder)
     return folder
 
@@ -122,8 +120,7 @@ def script(arguments: list[str]) -> None:
 
 
 def execute(example: Example, page: Path, names: dict) -> None:
-    if example.kind == "before":
-        exec(textwrap.dedent(example.note), names)
+    exec(textwrap.dedent(example.notes.get("before", "")), names)
     if example.language == "python":
         exec(compile("\n" * (example.line - 1) + example.code, page, "exec"), names)
     for line in example.code.replace("\\\n", " ").splitlines() if example.language == "bash" else ():
@@ -142,14 +139,14 @@ def test_every_example_is_run_or_says_why_not():
         assert len(examples) == len(re.findall(r"^ *```(?:python|bash|yaml)", page.read_text(), re.MULTILINE)), page
         for example in examples:
             place = f"{page.name}:{example.line}"
-            assert example.kind in (None, "not run", "smaller", "before", "file"), f"{place}: {example.kind}"
-            assert example.kind is None or example.note, f"{place}: nothing is said"
+            assert example.notes.keys() <= {"not run", "smaller", "before", "file"}, f"{place}: {example.notes}"
+            assert all(example.notes.values()), f"{place}: nothing is said"
     assert sum(len(examples) for examples in pages.values()) > 40
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_examples(page, world, tmp_path, monkeypatch):
-    examples = [example for example in examples_of(page) if example.kind != "not run"]
+    examples = [example for example in examples_of(page) if "not run" not in example.notes]
     if not examples:
         return
     shutil.copytree(world, tmp_path / "world")
@@ -160,8 +157,8 @@ def test_examples(page, world, tmp_path, monkeypatch):
         if example.language == "yaml":
             keys, known = yaml.safe_load(example.code), {field.name for field in dataclasses.fields(TrainConfig)}
             assert keys.keys() <= known, f"{page.name}:{example.line}: {keys.keys() - known}"
-        if example.kind == "file":
-            Path(example.note).write_text(example.code)
+        if "file" in example.notes:
+            Path(example.notes["file"]).write_text(example.code)
     names: dict = {"__name__": "example"}
     for example in examples:
         try:
@@ -181,5 +178,5 @@ def test_the_notebook_runs(world, tmp_path, monkeypatch):
     names: dict = {"__name__": "__main__"}
     for number, source in enumerate(sources, 1):
         exec(compile(source.replace("STEPS = 600", "STEPS = 4"), f"cell {number}", "exec"), names)
-    assert int((names["predicted"] == names["target"]).sum()) == 81
+    assert torch.equal(names["output"].sequences, names["target"])
     assert len(names["held_out"]) == 200 and 0 < names["nats"] < 10

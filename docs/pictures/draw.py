@@ -2,8 +2,9 @@
 """
 Draws the pictures of docs/idea.md: python docs/pictures/draw.py
 
-Two of them show numbers: what the bundled model predicts after every loop, computed here, and its solve rates, read from
-examples/sudoku/results.json. Every picture brings its own background, light or dark as the reader's system is set.
+Two of them show numbers: what the bundled model predicts after every loop, which is computed here, and its solve
+rates, which are read from examples/sudoku/results.json. Every picture brings its own background, light or dark as the
+reader's system is set.
 """
 
 import json
@@ -62,7 +63,7 @@ class Picture:
         if text:
             self.text(x + width / 2, y + height / 2 + 5, text)
 
-    def text(self, x: float, y: float, text: str, kind: str = "ink", anchor: str = "middle", size: int = 14, bold=False):
+    def text(self, x: float, y: float, text: str, kind: str = "ink", anchor: str = "middle", size=14, bold=False):
         weight = ' font-weight="bold"' if bold else ""
         place = f'x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" class="{kind}"{weight}'
         self.parts.append(f"<text {place}>{escape(text)}</text>")
@@ -124,7 +125,7 @@ def loop():
     tokenizer = AutoTokenizer.from_pretrained(ROOT)
     tokens = tokenizer(PUZZLE, return_tensors="pt")["input_ids"]
     blanks = PUZZLE.count(".")
-    picture = Picture("loop", 720, 236, "One Sudoku as the model would fill it in after 1, 2, 4 and 6 loops of one pass")
+    picture = Picture("loop", 720, 236, "One Sudoku, filled in by the model after 1, 2, 4 and 6 loops of one pass")
     for place, loops in enumerate((1, 2, 4, 6)):
         with torch.no_grad():
             logits = model(tokens, num_loops=loops).logits
@@ -201,7 +202,7 @@ def loops_against_steps():
     results = json.loads((ROOT / "examples" / "sudoku" / "results.json").read_text())
     rates = {(row["num_loops"], row["max_denoising_steps"]): row for row in results["rows"]}
     loops, steps = ([1, 2, 4, 6, 8], [1, 2, 4, 8])
-    picture = Picture("loops_steps", 720, 300, "Solve rates by loops and denoising steps, with the layers that they execute")
+    picture = Picture("loops_steps", 720, 300, "Solve rates by loops and denoising steps, with the layers executed")
     picture.text(390, 26, "denoising steps", bold=True)
     picture.text(30, 56, "loops", anchor="start", bold=True)
     for column, count in enumerate(steps):
