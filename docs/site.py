@@ -80,13 +80,12 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def notebook_page() -> str:
-    """The notebook's cells, one under the other."""
-    cells = json.loads((ROOT / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
-    text = ["".join(cell["source"]) for cell in cells]
-    parts = [
-        part if cell["cell_type"] == "markdown" else f"```python\n{part}\n```"
-        for cell, part in zip(cells, text, strict=True)
-    ]
+    """The notebook's cells and what they print, one under the other."""
+    parts = []
+    for cell in json.loads((ROOT / NOTEBOOK).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [f"```text\n{''.join(output['text'])}```" for output in cell.get("outputs", ())]
     return "\n\n".join([*parts, f"[Download the notebook]({Path(NOTEBOOK).name})"])
 
 
@@ -97,19 +96,19 @@ def command_help() -> str:
     from loopmdm_cli import app
 
     def describe(command, context, name):
-        options = [option for option in command.get_params(context) if option.name != "help"]
-        lines = [f"## `{name}`", re.sub(r"\n(?=\S)", " ", (command.help or "").replace("\b", "").strip())]
-        for option in options:
+        lines = []
+        for option in command.get_params(context):
             record = option.get_help_record(context)
-            names, text = record if record else (option.human_readable_name, getattr(option, "help", ""))
-            lines.append(f"- `{names}`: {' '.join((text or '').split())}")
+            names, text = record or (option.human_readable_name, getattr(option, "help", None) or "")
+            if option.name != "help":
+                lines.append(f"- `{names}`: {' '.join(text.split())}")
+        yield "\n\n".join([f"## `{name}`", re.sub(r"\n(?=\S)", " ", (command.help or "").strip()), "\n".join(lines)])
         for key, sub in getattr(command, "commands", {}).items():
-            lines += describe(sub, typer.Context(sub, info_name=key, parent=context), f"{name} {key}")
-        return lines
+            yield from describe(sub, typer.Context(sub, info_name=key, parent=context), f"{name} {key}")
 
     group = typer.main.get_command(app)
-    lines = describe(group, typer.Context(group, info_name="loopmdm"), "loopmdm")
-    return "# The command\n\n" + "\n\n".join(lines).replace("\n\n- ", "\n- ").replace("`\n- ", "`\n\n- ")
+    context = typer.Context(group, info_name="loopmdm")
+    return "\n\n".join(["# The command", *describe(group, context, "loopmdm")])
 
 
 class TransformersDocstrings(griffe.Extension):
@@ -122,20 +121,23 @@ class TransformersDocstrings(griffe.Extension):
 
 def to_markdown(docstring: str) -> str:
     text = re.sub(r"\[`~?([\w.]+)`\](?![(\[])", r"`\1`", docstring)
-    # A line that ends in a colon, and an indented part
-    return re.sub(r"^([A-Z][^\n]*):\n\n?((?:(?:    .*)?\n?)+)", as_list, text + "\n", flags=re.MULTILINE)
+    text = re.sub(r"^( +)[a-z]\. ", r"\1- ", text, flags=re.MULTILINE)
+    section = r"^((?:Args|Arguments|Returns|Raises|Yields)[^\n]*):\n((?:    .*\n|\n)+)"
+    return re.sub(section, as_list, text + "\n", flags=re.MULTILINE)
 
 
 def as_list(section: re.Match) -> str:
+    """An entry for every line that is not indented further than the section."""
     entries = []
     for line in textwrap.dedent(section[2]).splitlines():
+        name, bracket, rest = line.partition(" (")
         if line.startswith(">"):
             entries.append(f"\n**{line[1:].strip()}**\n")
         elif re.match(r"\s|$", line) and entries:
             entries[-1] += f" {line.strip()}"
+        elif bracket and re.fullmatch(r"\w+(, \w+)*", name):
+            entries.append(f"- `{name.replace(', ', '`, `')}` ({rest}")
         else:
-            name, sep, rest = line.partition(" (")
-            named = bool(sep) and re.fullmatch(r"[\w, ]+", name)
-            names = ", ".join(f"`{part}`" for part in name.split(", "))
-            entries.append(f"- {names} ({rest}" if named else f"- {line}")
-    return f"**{section[1]}**\n\n" + "\n".join(entries) + "\n\n"
+            entries.append(f"- {line}")
+    title = "Arguments" if section[1] == "Args" else section[1]
+    return f"**{title}**\n\n" + "\n".join(entries) + "\n\n"
