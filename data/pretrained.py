@@ -105,8 +105,9 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
     mask = tokenizer.mask_token_id
     if mask is not None and mask != config.mask_token_id:
         raise ValueError(
-            f"The mask token of the tokenizer is {mask}, and the model's {config.mask_token_id}; is it the right "
-            "tokenizer? (`model_config: {mask_token_id: ...}` changes the model's.)"
+            f"The tokenizer's mask token is {tokenizer.mask_token!r} ({mask}), and the model's is "
+            f"{config.mask_token_id}; is it the right tokenizer? (`model_config: {{mask_token_id: ...}}` changes the "
+            "model's.)"
         )
     for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
         token = getattr(tokenizer, name)

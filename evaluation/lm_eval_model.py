@@ -345,7 +345,7 @@ class LoopMDMEvalModel(_Processes):
             stopping_criteria=stop,
             **arguments,
         )
-        return [answer(self.tokenizer, self.model.config, row[width:].tolist(), until) for row in sequences]
+        return [answer(self.tokenizer, self.model, row[width:].tolist(), until) for row in sequences]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to its results."""
@@ -402,13 +402,14 @@ def shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
     return [ids[max(0, len(ids) - room) :] for ids, room in zip(contexts, rooms, strict=True)]
 
 
-def answer(tokenizer: Any, config: Any, ids: list[int], until: Iterable[str]) -> str:
+def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Iterable[str]) -> str:
     """The text of new tokens, up to the first end token or string of `until`, which may be a special token."""
     special = set(tokenizer.all_special_tokens)
-    of_model = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    of_model = [model.config.eos_token_id, model.generation_config.eos_token_id]  # the latter with learnt turn ends
+    of_model = [end for part in of_model for end in (part if isinstance(part, list | tuple) else [part])]
     ends = {tokenizer.eos_token_id, *of_model, *(tokenizer.convert_tokens_to_ids(w) for w in until if w in special)}
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    kept = [token for token in ids[:end] if token != config.mask_token_id]
+    kept = [token for token in ids[:end] if token != model.config.mask_token_id]
     text = tokenizer.decode(kept, skip_special_tokens=True)
     places = [place for place in (text.find(word) for word in until if word) if place >= 0]
     return text[: min(places)] if places else text

@@ -202,7 +202,7 @@ def test_vocabularies_with_gaps_and_added_tokens():
     tokenizer.add_special_tokens({"mask_token": "<new mask>"})
     assert vocabulary_size(tokenizer) == tokenizer.mask_token_id + 1 == 4
     assert tokenizer("w0 <new mask>")["input_ids"] == [2, 3]
-    with pytest.raises(ValueError, match="mask token of the tokenizer is 3, and the model's 2; is it the right"):
+    with pytest.raises(ValueError, match=r"mask token is '<new mask>' \(3\), and the model's is 2; is it"):
         check_tokenizer(tokenizer, CONFIG)
     check_tokenizer(tokenizer, tiny_config(vocab_size=8, mask_token_id=3))
     check_tokenizer(word_tokenizer(mask_token=None), CONFIG)  # the model knows it

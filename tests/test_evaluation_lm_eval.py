@@ -181,6 +181,14 @@ def test_generation_is_that_of_generate(lm):
         assert text
 
 
+def test_a_learnt_turn_end_is_not_part_of_an_answer(lm, monkeypatch):
+    whole = generated(lm, "w1 w2", max_gen_toks=8)[0].split()
+    end = next(i for i, word in enumerate(whole) if word not in whole[:i] and i > 0)
+    turn_end = lm.tokenizer.convert_tokens_to_ids(whole[end])
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [1, turn_end])
+    assert generated(lm, "w1 w2", max_gen_toks=8)[0].split() == whole[:end]
+
+
 def test_generation_stops_at_until(lm):
     whole = generated(lm, "w1 w2", max_gen_toks=8)[0].split()
     assert len(whole) > 3

@@ -427,9 +427,9 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
 
 def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, monkeypatch):
     monkeypatch.setattr("loopmdm.training.run.LoopMDMTrainer", lambda *a, **k: pytest.fail("too late"))
-    data = answers(tmp_path, [{"text": "w1"}])
-    with pytest.raises(ValueError, match="line 1 has no text called prompt"):
-        go(run(task="answers", data=data, dataset={"streaming": True}))
+    monkeypatch.setattr("loopmdm.data.files.load_dataset_rows", lambda name, options: iter([{"text": "w1"}]))
+    with pytest.raises(ValueError, match="owner/rows, example 1 has no text called prompt"):
+        go(run(task="answers", data="owner/rows", dataset={"streaming": True}))
 
 
 # Bad input
