@@ -67,8 +67,11 @@ def load_model(
     source, base = locate(model, "a model"), adapter_base(model, revision)
     if base is not None:
         _check_adapter(model, source)
+    options = {"dtype": dtype, "revision": revision or "main", "ignore_mismatched_sizes": True}
     with _in_words(source):
-        loaded = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, revision=revision or "main")
+        loaded, info = LoopMDMForMaskedLM.from_pretrained(source, output_loading_info=True, **options)
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name!r} of {model} has shape {tuple(found)}; its config.json asks for {tuple(needed)}.")
     settings = read_generation_config(model) if base is not None else None
     if settings is not None:
         loaded.generation_config = settings
@@ -125,7 +128,12 @@ def _read_config(model: str, trust_remote_code: bool = False, revision: str | No
 
 @contextlib.contextmanager
 def _in_words(model: str) -> Iterator[None]:
-    """Makes a ValueError of what transformers raises where it reads a model's files as if they were right."""
+    """
+    Makes a ValueError of what transformers raises where it reads a model's files as if they were right, without the
+    reports that it shows before.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except (ValueError, StrictDataclassError):
@@ -140,6 +148,8 @@ def _in_words(model: str) -> Iterator[None]:
         raise ValueError(
             f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_dtype(name: str) -> str:

@@ -189,6 +189,17 @@ def test_weights_that_are_damaged(shared, model, command, change):
     assert sorted(os.listdir(model.parent)) == ["model"]
 
 
+def test_nothing_but_the_line_is_shown(model):
+    """In a process of its own: transformers reports what it loads on the stderr that it found."""
+    tensors = stored(model)
+    for change in ({"model.norm.weight": torch.ones(5)}, {"surplus": torch.ones(2)}):
+        save_file(tensors | change, model / "model.safetensors", metadata={"format": "pt"})
+        code = f"import loopmdm_cli; loopmdm_cli.main(['generate', {str(model)!r}, 'w1'])"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 2 and line.startswith("loopmdm: error: ") and next(iter(change)) in line
+
+
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("info", "convert")])
 def test_tokenizers_that_do_not_load(shared, model, command):
     (model / "tokenizer.json").write_text('{"model": 1}')
@@ -425,7 +436,7 @@ def test_values_out_of_range(src, out, name, config, part):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_weights_that_are_not_finite_in_any_dtype(src, out, dtype):
     def spoil(tensor):
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(dtype, copy=True)
         tensor.view(-1)[-1] = float("nan")
         return tensor
 
