@@ -33,22 +33,27 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_
 Share = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rows = Annotated[int, Field(gt=0, le=2**15)]
+Level = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 # Of `TrainingArguments`: ranges that it does not check itself, and a type that says too little
 LIMITS: dict[str, Any] = {
-    "max_steps": PositiveInt | Literal[-1],
+    "max_steps": Annotated[int, Field(gt=0, lt=2**31)] | Literal[-1],
     "num_train_epochs": PositiveFloat,
-    **dict.fromkeys(["per_device_train_batch_size", "per_device_eval_batch_size"], PositiveInt),
-    "gradient_accumulation_steps": PositiveInt,
+    **dict.fromkeys(
+        ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"], Rows
+    ),
     **dict.fromkeys(["learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"], NonNegativeFloat),
     **dict.fromkeys(["warmup_steps", "eval_delay"], NonNegativeFloat),
     **dict.fromkeys(["adam_beta1", "adam_beta2"], Share),
     **dict.fromkeys(["logging_steps", "save_steps"], PositiveFloat),
-    "eval_steps": PositiveFloat | None,
+    **dict.fromkeys(["eval_steps", "neftune_noise_alpha"], PositiveFloat | None),
     "save_total_limit": PositiveInt | None,
     "dataloader_num_workers": NonNegativeInt,
     "seed": Seed,
     "data_seed": Seed | None,
     "fsdp": bool | str | list[str] | None,
+    **dict.fromkeys(["log_level", "log_level_replica"], Level),
+    "parallelism_config": None,  # an object, which YAML does not hold
 }
 LORA = {"layers": str, "r": PositiveInt, "lora_alpha": PositiveFloat, "lora_dropout": Share}
 COLLATOR = {"mask_ratio": tuple[float, float], "complementary": bool, "learn_padding": bool}

@@ -297,7 +297,7 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
         made = TrainingArguments(**{**defaults, **config.trainer, **needed})
         tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(made.lr_scheduler_type, tried, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"`trainer`: {error}") from error
     if made.eval_strategy != "no" and not evaluates:
         raise ValueError("`trainer.eval_strategy` says when to evaluate, and there is no `eval_data`; give some.")
