@@ -3,7 +3,11 @@ BIN := .venv/bin
 # setuptools shows a warning at every editable install of a package whose folder has another name.
 QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
+<<<<<<< HEAD
 .PHONY: demo test lint docs test-common test-floor clean
+=======
+.PHONY: demo test fuzz lint test-common test-floor clean
+>>>>>>> int3
 
 # The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
 # of torch into .venv beforehand; it is kept.
@@ -28,6 +32,11 @@ demo: .venv/.installed
 # A test file is one process's; every process computes on one thread.
 test: .venv/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Random configurations and arguments, others each time, behind those that failed before (kept in .hypothesis)
+FUZZ_MINUTES ?= 60
+fuzz: .venv/.installed
+	FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from .tokenizer import (
     check_size,
     find_special_tokens,
     find_turn_end,
+    ids_without_token,
     load_tokenizer,
     token_ids,
 )
@@ -155,6 +156,7 @@ def plan_conversion(
     ids = token_ids(tokenizer, loaded_tokenizer)
     check_size(source, ids, config.vocab_size)
     ignored, copies = _account_for_all(source, family, recipes, config)
+    unused = ids_without_token(ids, tokens, config.vocab_size)
     special = {name: value for name, value in tokens.ids().items() if name != "mask_token_id"}
     return Plan(
         source=source,
@@ -163,7 +165,7 @@ def plan_conversion(
         tokens=tokens,
         tokenizer=tokenizer,
         loaded_tokenizer=loaded_tokenizer,
-        generation=LoopMDMGenerationConfig(**family_generation | special),
+        generation=LoopMDMGenerationConfig(**family_generation | special | {"suppress_tokens": unused}),
         recipes=recipes,
         ignored=ignored,
         copies=copies,

@@ -303,6 +303,14 @@ def token_ids(tokenizer: TokenizerFiles, loaded: Any) -> set[int] | None:
     return set(tokenizer.vocabulary.values()) if tokenizer.is_complete else None
 
 
+def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: int) -> list[int] | None:
+    """The ids that mean nothing to the tokenizer, which `generate` must not produce; None where there are none."""
+    if ids is None:
+        return None
+    known = {*ids, *tokens.ends(), tokens.mask_token_id, tokens.pad_token_id, tokens.bos_token_id}
+    return [index for index in range(vocab_size) if index not in known] or None
+
+
 def check_size(source: Source, ids: set[int] | None, vocab_size: int) -> None:
     """Raises a ValueError for a tokenizer that has more tokens than the embedding has rows."""
     highest = max(ids or {0})

@@ -1,8 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What happens inside the loop: attention between masked and visible tokens, states, and predictions by loop."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from ..objective import CleanRows, clean_rows, draw_share, evaluating, find_mode
 
 # Distances are looked at to the states of so many loops before.
 MAX_PERIOD = 4
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -195,19 +198,12 @@ def measure_dynamics(
     numbers = itertools.product(range(len(timesteps)), range(len(input_ids)), range(masks_per_text))
     jobs = [_draw(rows, step, timesteps[step], text, mask, seed) for step, text, mask in numbers]
     recorder = _Recorder(config, timesteps, num_loops, attention, lens)
-    implementation = config._attn_implementation
-    if attention:
-        model.set_attn_implementation("eager")
-    try:
-        with evaluating(model):
-            for start in range(0, len(jobs), batch_size):
-                batch = jobs[start : start + batch_size]
-                recorder.add(model, rows, batch)
-                if progress is not None:
-                    progress(start + len(batch), len(jobs))
-    finally:
-        if attention:
-            model.set_attn_implementation(implementation)
+    with evaluating(model), _eager_attention(model) if attention else contextlib.nullcontext():
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            recorder.add(model, rows, batch)
+            if progress is not None:
+                progress(start + len(batch), len(jobs))
     return recorder.result(len(input_ids) * masks_per_text)
 
 
@@ -228,6 +224,18 @@ def check_settings(
         if value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
     return num_loops
+
+
+@contextlib.contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[None]:
+    """Eager attention meanwhile. It is a setting of the model, so that threads that measure wait for one another."""
+    with _ONE_AT_A_TIME:
+        implementation = model.config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(implementation)
 
 
 class _Job(NamedTuple):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conversion import FIXTURES, REMOVED, convert, edited, load, refuse, save_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -177,3 +178,24 @@ def test_a_tokenizer_that_is_shorter_by_more_than_the_mask(src, out):
     convert_checkpoint(src, out)
     assert AutoTokenizer.from_pretrained(out).mask_token_id is None
     assert load(out).config.mask_token_id == 125
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_ids_that_the_tokenizer_lacks_are_never_generated(src, out, from_files):
+    """The embedding has 128 rows; the config's own special tokens count although the tokenizer lacks them."""
+    edited("llada", src, config={"mask_token_id": 125, "eos_token_id": 126, "pad_token_id": 127})
+    save_tokenizer(src, 110)
+    if from_files:  # code of its own is not run, and the files say as much
+        edit_json(src / "tokenizer_config.json", lambda content: content.update(EVIL_TOKENIZER))
+    convert_checkpoint(src, out)
+    model = load(out)
+    assert model.generation_config.suppress_tokens == list(range(110, 125))
+    drawn = model.generate(torch.tensor([[1, 2]] * 8), max_new_tokens=24, do_sample=True, temperature=50.0)
+    assert not set(range(110, 125)) & set(drawn.flatten().tolist())
+    assert (drawn >= 126).any() or (drawn >= 100).any()
+    plain = edited("llada", src.with_name("without"))
+    convert_checkpoint(plain, out.with_name("without"))
+    assert load(out.with_name("without")).generation_config.suppress_tokens is None
+
+
+EVIL_TOKENIZER = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}
