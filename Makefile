@@ -3,11 +3,7 @@ BIN := .venv/bin
 # setuptools shows a warning at every editable install of a package whose folder has another name.
 QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
-<<<<<<< HEAD
-.PHONY: demo test lint docs test-common test-floor clean
-=======
-.PHONY: demo test fuzz lint test-common test-floor clean
->>>>>>> int3
+.PHONY: demo test fuzz lint docs test-common test-floor clean
 
 # The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
 # of torch into .venv beforehand; it is kept.
