@@ -30,7 +30,7 @@ from loopmdm.training import (
     last_complete_checkpoint,
 )
 from loopmdm.training import trainer as trainer_module
-from loopmdm.training.checkpoints import complete_checkpoint, read_checkpoint
+from loopmdm.training.checkpoints import complete_checkpoint, read_checkpoint, run_identity
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning"),
@@ -174,6 +174,18 @@ def resume(folder, *, args=None, checkpoint=True, **kwargs):
     finally:
         trainer.steps_run = trained
     return trainer
+
+
+def test_workers_belong_to_a_stream(tmp_path):
+    """They take turns at its rows, where those of a list are numbered before."""
+    datasets = {
+        "list": ExampleStream(examples(10), 96, seed=0),
+        "stream": StreamedExamples(lambda: iter(examples(10))),
+    }
+    for name, dataset in datasets.items():
+        arguments = ({"dataloader_num_workers": number, "max_steps": 2} for number in (0, 2))
+        one, two = (run_identity(make_trainer(tmp_path, train_dataset=dataset, args=args)) for args in arguments)
+        assert (one == two) == (name == "list")
 
 
 @pytest.mark.parametrize(

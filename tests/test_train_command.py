@@ -319,6 +319,15 @@ def test_a_tokenizer_with_another_mask_token_is_refused(run, tmp_path, tokenizer
         go(run(model=base, model_config={"vocab_size": 34}, tokenizer=other))
 
 
+def test_a_mask_token_of_a_larger_vocabulary_is_trained(run, tmp_path, tokenizer, base):
+    other = extended(tokenizer, tmp_path / "other", mask_token="new1")
+    changes = {"vocab_size": 34, "mask_token_id": 32}
+    go(run(model=base, model_config=changes, tokenizer=other), "trainer.max_steps=1")
+    model = LoopMDMForMaskedLM.from_pretrained(tmp_path / "out")
+    assert (model.config.vocab_size, model.config.mask_token_id) == (34, 32)
+    assert (model(torch.tensor([[3, 32]])).logits[..., 32] == -torch.inf).all()
+
+
 @pytest.mark.parametrize(
     "change",
     [{"num_hidden_layers": 6}, {"hidden_size": 64}, {"tie_word_embeddings": False}, {"use_qk_norm": True}],

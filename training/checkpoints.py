@@ -195,6 +195,8 @@ def run_identity(trainer: "LoopMDMTrainer") -> dict[str, Any]:
             if not name.startswith(tuple(_FREE_ARGUMENTS.split()))
         },
     }
+    if not isinstance(dataset, ExampleStream):  # workers take turns at the rows of a stream
+        run["dataloader_num_workers"] = args.dataloader_num_workers
     if args.metric_for_best_model is not None:  # then evaluation decides which weights are kept
         run["evaluation"] = [trainer.eval_loops, trainer.eval_samples, str(args.eval_strategy), args.eval_steps]
     return json.loads(json.dumps(run, default=_plain))
@@ -276,7 +278,7 @@ def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
     elif hasattr(examples, "__len__") and hasattr(examples, "__getitem__"):
         count = min(num_examples, len(examples))
         chosen = (examples[i * len(examples) // count] for i in range(count))
-        digest.update(f"{len(examples)} {getattr(examples, '_fingerprint', '')}".encode())
+        digest.update(f"{len(examples)}".encode())
     else:
         return "stream"
     for example in chosen:

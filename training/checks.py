@@ -25,6 +25,7 @@ NEUTRAL = {
     "label_names": ((None, ["labels"]), "the model finds its loss by `labels`"),
     "auto_find_batch_size": ((False,), "it changes the batch size in silence, and with it the run"),
     "ignore_data_skip": ((False,), "a resumed run would see the same examples again"),
+    "dataloader_in_order": ((True,), "the order of the examples would depend on the machine's load"),
 }
 
 

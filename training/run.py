@@ -280,10 +280,15 @@ def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMCo
     torch.manual_seed(config.trainer.get("seed", 42))
     if source is None:
         return LoopMDMForMaskedLM(model_config).to(dtype)
-    before = LoopMDMConfig.get_config_dict(source)[0]["vocab_size"]
-    model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **{**config.model_config, "vocab_size": before})
-    if before != model_config.vocab_size:
+    # Tokens may be those of a vocabulary that the weights do not have yet.
+    tokens = {name: value for name, value in config.model_config.items() if name.endswith("_token_id")}
+    others = {name: value for name, value in config.model_config.items() if name not in {"vocab_size", *tokens}}
+    model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **others)
+    if model.config.vocab_size != model_config.vocab_size:
         model.resize_token_embeddings(model_config.vocab_size)
+    for name, value in tokens.items():
+        setattr(model.config, name, value)
+    model.config.validate()
     return model
 
 
