@@ -20,8 +20,11 @@ NOTEBOOK = "examples/first_steps.ipynb"
 LINK = re.compile(r"(\]\()((?:\.\./)+|(?=[a-z_]+/))([^)#:\s]+)(#[^)\s]*)?\)")
 
 
-def on_config(config):
-    """Griffe reads the packages from folders of their names, without what else is in the repository."""
+def on_startup(command, dirty):
+    """
+    Griffe reads the packages from folders of their names, without what else is in the repository. They have to be there
+    before mkdocstrings is configured.
+    """
     packages = ROOT / "build" / "packages"
     packages.mkdir(parents=True, exist_ok=True)
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
@@ -36,7 +39,6 @@ def on_config(config):
             link = place / path.name
             link.unlink(missing_ok=True)
             link.symlink_to(os.path.relpath(path, place))
-    return config
 
 
 def on_files(files, config):

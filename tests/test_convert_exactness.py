@@ -335,7 +335,7 @@ def test_a_folder_holds_what_save_pretrained_writes(converted, tmp_path):
     folder = converted("dream")
     load(folder).save_pretrained(tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
-    assert {path.name for path in folder.iterdir()} == files | {"conversion.json"}
+    assert {path.name for path in folder.iterdir()} == files | {"conversion.json", "README.md"}
     for file in files - {"model.safetensors", "generation_config.json"}:
         assert (folder / file).read_text() == (tmp_path / file).read_text(), file
 
