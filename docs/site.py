@@ -22,8 +22,8 @@ LINK = re.compile(r"(\]\()((?:\.\./)+|(?=[a-z_]+/))([^)#:\s]+)(#[^)\s]*)?\)")
 
 def on_startup(command, dirty):
     """
-    Griffe reads the packages from folders of their names, without what else is in the repository. They have to be there
-    before mkdocstrings is configured.
+    Griffe reads the packages from folders of their names, without what else is in the repository. The folders have to
+    be there before mkdocstrings is configured.
     """
     packages = ROOT / "build" / "packages"
     packages.mkdir(parents=True, exist_ok=True)
