@@ -211,7 +211,7 @@ function showSettings() {
   $("rule").value = settings.rule;
   $("loops-out").value = loops;
   $("steps-out").value = steps;
-  $("many").querySelector("h2").textContent = $("many-counts").firstElementChild.textContent = counted(loops, "loop");
+  $("many").querySelector("h2").textContent = counted(loops, "loop");
   const beyond = loops > about.max_train_loops ? ` It was trained with at most ${about.max_train_loops}.` : "";
   $("loops-hint").textContent = `${head} + ${loops} × ${mid} + ${tail} = ${head + loops * mid + tail} layers a step.${beyond}`;
   const each = Math.ceil(blanks / Math.min(steps, blanks || 1));
@@ -286,10 +286,10 @@ function render() {
     boards[name].draw({ clues: settings.clues, ...view });
     const isSolved = view.isFull && view.clashes.size === 0 && view.isFinal;
     const verdict = $(name).querySelector(".verdict");
-    verdict.textContent = isSolved ? "Solved ✓" : view.clashes.size ? `${view.clashes.size} against the rules` : "";
+    verdict.textContent = isSolved ? "Solved ✓" : view.isFinal ? "Not solved" : "";
     verdict.dataset.kind = isSolved ? "good" : "bad";
-    const values = [view.layers, `${view.milliseconds.toFixed(0)} ms`, view.clashes.size, view.changed.size];
-    [...$(`${name}-counts`).cells].slice(1).forEach((cell, i) => (cell.textContent = values[i]));
+    const values = [view.clashes.size, view.changed.size, view.layers, `${view.milliseconds.toFixed(0)} ms`];
+    $(name).querySelectorAll("dd").forEach((entry, i) => (entry.textContent = values[i]));
   }
   showPosition(views[1]);
   boards.views = views;
@@ -326,7 +326,7 @@ function describe(view) {
   }
   const step = `Step ${place.step + 1} of ${run.steps}`;
   if (place.isCommit) return `${step}: ${counted(view.committed.size, "cell")} committed.`;
-  const minds = view.changed.size ? `${counted(view.changed.size, "cell")} changed` : "nothing changed";
+  const minds = view.changed.size ? `${counted(view.changed.size, "cell")} changed ${view.changed.size === 1 ? "its" : "their"} mind` : "no cell changed its mind";
   return `${step}, loop ${place.loop} of ${settings.loops}: ${place.loop === 1 && place.step === 0 ? "a first guess" : minds}.`;
 }
 
