@@ -10,6 +10,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 SIZES += " max_position_embeddings attention_block_size num_loops max_train_loops"
+MAX_LOOPS = 10_000  # More would seem to hang; no model of use comes near.
 REMOVED_FIELDS = {
     "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
     "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',
@@ -17,11 +18,10 @@ REMOVED_FIELDS = {
 
 
 def check_num_loops(num_loops: Any, name: str = "num_loops") -> int:
-    """Returns `num_loops` if it is an integer of at least 1, raises ValueError otherwise."""
-    if isinstance(num_loops, bool) or not isinstance(num_loops, int) or num_loops < 1:
-        raise ValueError(
-            f"`{name}` is {num_loops!r}; it must be an integer of at least 1 (1 is the plain, non-looped model)."
-        )
+    """Returns `num_loops` if it is an integer from 1 to 10,000, raises ValueError otherwise."""
+    if isinstance(num_loops, bool) or not isinstance(num_loops, int) or not 1 <= num_loops <= MAX_LOOPS:
+        needed = f"an integer of at least 1 (1 is the plain, non-looped model) and at most {MAX_LOOPS}"
+        raise ValueError(f"`{name}` is {num_loops!r}; it must be {needed}.")
     return num_loops
 
 

@@ -37,6 +37,8 @@ class LoopMDMGenerationOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(num_rows, length)`): Input and new tokens.
+        attention_mask (the same): 0 on padding, that of the input and what follows a row's end, 1 on its tokens; for a
+            next call that goes on from the sequences.
         forward_passes, loops, flops (`torch.LongTensor` of shape `(num_rows,)`):
             What each row cost: forward passes (a guided step takes two), applications of mid over all of them, and
             floating point operations of the matrix products (`model.flops`) without what fills up shorter rows.
@@ -52,6 +54,7 @@ class LoopMDMGenerationOutput(ModelOutput):
     """
 
     sequences: torch.LongTensor
+    attention_mask: torch.LongTensor | None = None
     forward_passes: torch.LongTensor | None = None
     loops: torch.LongTensor | None = None
     flops: torch.LongTensor | None = None

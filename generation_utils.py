@@ -564,7 +564,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
         report = {name: value for watcher in watchers for name, value in watcher.end().items()}
         if not config.return_dict_in_generate:
             return sequences
-        return LoopMDMGenerationOutput(sequences, past_key_values=denoiser.finished_cache(), **report)
+        real = (canvas.real & ~canvas.behind).long()
+        return LoopMDMGenerationOutput(sequences, real, past_key_values=denoiser.finished_cache(), **report)
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""

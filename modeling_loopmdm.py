@@ -397,8 +397,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         See [`LoopMDMForMaskedLM`]. `positions_to_keep`, `(batch_size, num_positions)`, are those that
         `last_hidden_state` is wanted of; the last layer computes no others.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
         if num_loops is None:
             in_training = self.training and self.num_train_loops is not None
             num_loops = self.num_train_loops if in_training else self.config.num_loops
@@ -407,11 +405,12 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         trains = self.training and torch.is_grad_enabled()
         rules = loop_tolerance, visible_loops, loop_policy
         policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
-        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
-        cache = self._prepare_cache(past_key_values, use_cache, batch_size, num_loops, policy, visible_loops)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        num_rows = 0 if given is None else len(given)
+        cache = self._prepare_cache(past_key_values, use_cache, num_rows, num_loops, policy, visible_loops)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
         states, context = self.prelude(*inputs, cache, **kwargs)
-        loops = torch.zeros(batch_size, dtype=torch.long, device=states.device)
+        loops = torch.zeros(num_rows, dtype=torch.long, device=states.device)
         token_loops = None if policy is None else torch.zeros_like(loops)
         for looped, moving in self.iterate(states, context, num_loops, policy):
             states = looped
@@ -435,10 +434,10 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     ) -> tuple[torch.Tensor, LoopContext]:
         """Embeddings and head. Returns states, `(batch_size, sequence_length, hidden_size)`, and their context."""
         context = LoopContext(arguments=kwargs)
+        masks = attention_mask, position_ids, document_ids
+        check_inputs(self.config, input_ids, inputs_embeds, *masks, past_key_values)
         if inputs_embeds is None:
-            check_input_ids(self.config, input_ids)
             inputs_embeds = self.embed_tokens(input_ids)
-        check_shapes(self.config, inputs_embeds, attention_mask, position_ids, document_ids, past_key_values)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = context.real = attention_mask.to(inputs_embeds.device) != 0
         if position_ids is None:
@@ -584,20 +583,31 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
 
 
-def check_input_ids(config: LoopMDMConfig, input_ids: torch.LongTensor) -> None:
+def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
+    """Raises a ValueError for inputs of a wrong type, shape or value."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+    name, inputs, size = "input_ids", input_ids, ()
+    if inputs_embeds is not None:
+        name, inputs, size = "inputs_embeds", inputs_embeds, (config.hidden_size,)
+    is_right = inputs.is_floating_point() if size else inputs.dtype in (torch.int64, torch.int32)
+    shape = tuple(inputs.shape)
+    if not is_right or len(shape) != 2 + len(size) or 0 in shape or shape[2:] != size:
+        needed = f"of shape {('batch_size', 'sequence_length', *size)}, none of them 0"
+        needed = f"{'floating point' if size else 'int64 or int32'} {needed}".replace("'", "")
+        raise ValueError(f"`{name}` is {inputs.dtype} of shape {shape}; it must be {needed}.")
     # On an accelerator looking at the values would make every forward pass wait for it.
-    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel() > 0:
+    if not size and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
-
-
-def check_shapes(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
-    shape = tuple(inputs_embeds.shape[:2])
-    for name, tensor in (("attention_mask", attention_mask), ("document_ids", document_ids)):
-        takes_4d = name == "attention_mask" and cache is None
-        if tensor is not None and tuple(tensor.shape) != shape and not (takes_4d and tensor.ndim == 4):
+    shape = shape[:2]
+    masks = ("attention_mask", attention_mask), ("document_ids", document_ids), ("position_ids", position_ids)
+    for name, tensor in masks:
+        others = {"attention_mask": cache is None and getattr(tensor, "ndim", 0) == 4}  # a ready-made mask
+        others["position_ids"] = tensor is not None and tuple(tensor.shape) == (1, shape[1])
+        if tensor is not None and tuple(tensor.shape) != shape and not others.get(name):
             needed = f"{shape}, its own positions without those of a cache"
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
     if cache is not None and document_ids is not None:
@@ -695,6 +705,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         if self.config.shift_logits and continues:
             fix = "Begin the input one position earlier and give `position_ids`"
             raise ValueError(f"The position that predicts the first token is not in a cache. {fix}.")
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"`logits_to_keep` is {logits_to_keep}; it must be at least 0 (0: all), or positions.")
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
