@@ -3,11 +3,13 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .application import app
+from .html import check_html, write_trace
 from .options import (
     BlockLength,
     ConfidenceThreshold,
@@ -53,6 +55,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of each row's random numbers.")] = 0,
     stream: Annotated[bool, typer.Option("--stream", help="Show every denoising step (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with the cost of each row.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page that plays every denoising step.")] = None,
+    html_columns: Annotated[int | None, typer.Option(help="With --html: show a board of so many columns.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -62,6 +66,7 @@ def generate(
         raise ValueError("There is no prompt; give texts as arguments, or `-` to read lines from standard input.")
     if stream and len(texts) != 1:
         raise ValueError(f"--stream shows one prompt, and there are {len(texts)}; give one.")
+    check_html(html, html_columns)
     loops = integers("--num-loops", num_loops)
     options = given(
         max_new_tokens=max_new_tokens,
@@ -77,9 +82,12 @@ def generate(
         do_sample=do_sample or None,
         temperature=temperature,
         top_p=top_p,
+        output_trace=html is not None or None,
     )
     tokenizer, output = _run(model, texts, options, seed, stream, dtype, device)
     _show(texts, tokenizer, output, stream, as_json)
+    if html is not None:
+        write_trace(html, output, tokenizer, model, texts, html_columns)
 
 
 def _run(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .export import export_board_model
+from .serve import SITE
 
 HERE = Path(__file__).resolve().parent
-SITE = HERE / "dist"
 RUNTIME = HERE / "node_modules" / "onnxruntime-web"
 # Of onnxruntime-web: the WebAssembly build, and the one that adds WebGPU
 RUNTIME_FILES = (
