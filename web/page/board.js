@@ -102,10 +102,10 @@ export class BoardView {
       if (shown === view.shown) continue;
       view.shown = shown;
       view.digit.textContent = digit || "";
-      view.candidates.textContent = others.join(" ");
+      view.candidates.dataset.digits = others.join(" "); // drawn by the style sheet: the label says them better
       view.cell.style.setProperty("--sure", confidence);
       view.cell.dataset.state = states.join(" ");
-      const says = digit ? `${digit}, ${describe(kind, guess)}` : "blank";
+      const says = digit ? `${digit}, ${describe(kind, guess, others)}` : "blank";
       const place = `Row ${Math.floor(index / this.rules.side) + 1}, column ${(index % this.rules.side) + 1}`;
       view.cell.setAttribute("aria-label", `${place}: ${says}${clashes.has(index) ? ", against the rules" : ""}`);
     }
@@ -122,6 +122,8 @@ function candidatesOf({ digit, probabilities }) {
     .map(([other]) => other);
 }
 
-function describe(kind, guess) {
-  return kind === "guess" ? `guessed, ${Math.round(guess.confidence * 100)} % sure` : kind;
+function describe(kind, guess, others) {
+  if (kind !== "guess") return kind;
+  const doubt = others.length ? `, else ${others.join(" or ")}` : "";
+  return `guessed, ${Math.round(guess.confidence * 100)} % sure${doubt}`;
 }

@@ -320,7 +320,7 @@ function describe(view) {
   if (!place) return `${counted(run.blanks, "blank")} to fill in.`;
   if (!view.isReady) return `Step ${place.step + 1} of ${run.steps}: thinking …`;
   if (view.isFinal) {
-    const cost = `${counted(run.steps, "step")}, ${view.layers} layers`;
+    const cost = `${counted(view.steps, "step")}, ${view.layers} layers`;
     if (view.clashes.size === 0 && view.isFull) return `Solved in ${cost}.`;
     return `Done in ${cost}, with ${counted(view.clashes.size, "cell")} against the rules.`;
   }

@@ -33,7 +33,8 @@ export class Run {
   take(data) {
     if (data.id !== this.id) return false;
     if (data.type === "done") {
-      Object.assign(this, { isDone: true, answers: data.answers, steps: this.sides[1].length });
+      const steps = Math.max(...this.sides.map((side) => side.length));
+      Object.assign(this, { isDone: true, answers: data.answers, steps });
     } else {
       const step = (this.sides[data.side][data.step] ??= { frames: [], commit: null });
       if (data.kind === "commit") step.commit = data;
@@ -61,10 +62,18 @@ export class Run {
     return (Math.floor(position / (this.loops + 1)) + 1) * (this.loops + 1);
   }
 
+  /** Whether a side has committed everything. */
+  isFull(side) {
+    return this.sides[side].at(-1)?.commit?.canvas.every(Boolean) ?? false;
+  }
+
+  /** Whether a place is computed: the many loops, or where they needed fewer steps, the one loop. */
   has(position) {
     const place = this.locate(position);
-    const step = place && this.sides[1][place.step];
-    return !place || Boolean(step && (place.isCommit ? step.commit : step.frames[place.loop - 1]));
+    if (!place || (this.isDone && place.step < this.steps)) return true;
+    const step = this.sides[1][place.step];
+    if (!step) return this.isFull(1) && Boolean(this.sides[0][place.step]?.commit);
+    return Boolean(place.isCommit ? step.commit : step.frames[place.loop - 1]);
   }
 
   /** What one side looks like at a place; where it is not computed yet, as far as it is. */
@@ -75,7 +84,7 @@ export class Run {
     const place = this.locate(position);
     if (!place || steps.length === 0) return { ...none, ...cost, isReady: !place };
     const known = steps.length - 1;
-    const isOver = place.step > known && this.isDone; // this side committed everything earlier
+    const isOver = place.step > known && this.isFull(side); // in an earlier step
     const index = Math.min(place.step, known);
     const { frames, commit } = steps[index];
     const showsCommit = (place.isCommit || isOver) && commit !== null;
@@ -98,6 +107,7 @@ export class Run {
         steps.slice(0, index).reduce((total, { commit: { milliseconds } }) => total + milliseconds, 0) +
         (frame?.milliseconds ?? 0),
       isFinal: showsCommit && commit.canvas.every(Boolean),
+      steps: index + 1,
       isReady: isOver || this.has(position),
     };
   }
