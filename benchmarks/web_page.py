@@ -3,8 +3,8 @@
 
 make web && python benchmarks/web_page.py --output web_page.json
 
-Loading is from the start of navigation until the model is ready, from this machine's disk; the first answer counts from
-there. Answers are those of the page's own worker, without readings between the loops; torch is timed on the same
+Loading is from the start of navigation until the model is ready, from this machine's disk; the first answer counts
+from there. Answers are those of the page's own worker, without readings between the loops; torch is timed on the same
 puzzles one by one. Needs playwright and Chromium (CHROMIUM names its program).
 """
 

@@ -146,9 +146,7 @@ def made_up(num_steps: int, ids, commits, tokens, remasks=None) -> list[LoopMDMT
 
 
 def test_what_is_sent_back_is_shown_once_more():
-    steps = made_up(
-        3, [[MASK, MASK]], commits=[[[0]], [[1]], [[0]]], remasks=[[[]], [[0]], [[]]], tokens=[[4, 5]]
-    )
+    steps = made_up(3, [[MASK, MASK]], commits=[[[0]], [[1]], [[0]]], remasks=[[[]], [[0]], [[]]], tokens=[[4, 5]])
     output = LoopMDMGenerationOutput(torch.tensor([[4, 5]]), trace=steps)
     kinds, shown, sure = planes(Parser(trace_to_html(output, Words())).data, 0)
     assert kinds.tolist() == [[COMMITTED, GUESSED], [REMASKED, COMMITTED], [COMMITTED, KEPT]]
@@ -224,7 +222,13 @@ def test_a_long_trace_stays_small():
         tokens = final.where(step_of <= number, torch.full_like(final, 30001))
         guesses = torch.randint(30000, (1, length), generator=generator).where(masked, torch.full_like(final, -1))
         fields = {"committed": committed, "remasked": torch.zeros_like(committed), "tokens": tokens}
-        known = {"block": 0, "step": number, "loops": torch.ones(1, dtype=torch.long), "log_probs": confidence, **fields}
+        known = {
+            "block": 0,
+            "step": number,
+            "loops": torch.ones(1, dtype=torch.long),
+            "log_probs": confidence,
+            **fields,
+        }
         if "predictions" in LoopMDMTraceStep.__dataclass_fields__:
             known["predictions"] = guesses
         steps.append(LoopMDMTraceStep(confidence=confidence, **known))

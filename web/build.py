@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Puts the page together: `make web`, that is `python -m loopmdm.web.build` after `npm ci` in web/.
 
-The site is `web/dist`: the files of `web/page`, onnxruntime-web from `web/node_modules`, and the bundled model. It needs
-no server of its own, and loads nothing from elsewhere.
+The site is `web/dist`: the files of `web/page`, onnxruntime-web from `web/node_modules`, and the bundled model. It
+needs no server of its own, and loads nothing from elsewhere.
 """
 
 import argparse

@@ -244,6 +244,7 @@ def _find_samples(model: LoopMDMForMaskedLM, board: Board, puzzles: list[str]) -
     Names and puzzles: easy (one loop solves it in one step), hard (only more loops do, and one loop errs most), and
     harder (loops alone do not, but steps do), as far as there are such.
     """
+    puzzles = [puzzle for puzzle in puzzles if len(puzzle) == board.side**2]
     if not puzzles:
         return
     ids, loops = torch.tensor([board.encode(puzzle) for puzzle in puzzles]), model.config.num_loops

@@ -55,4 +55,6 @@ def make_server(site: Path, port: int = 0, model: Path | None = None) -> Threadi
     try:
         return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
-        raise ValueError(f"Port {port} cannot be used ({error.strerror}); give another, or 0 for a free one.") from error
+        raise ValueError(
+            f"Port {port} cannot be used ({error.strerror}); give another, or 0 for a free one."
+        ) from error

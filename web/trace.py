@@ -4,6 +4,7 @@
 import base64
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from html import escape
@@ -175,7 +176,7 @@ def _section(output: LoopMDMGenerationOutput, row: int, name: str, traced: dict[
     """The part of the page of a row, with its final text."""
     cost = []
     for what in ("forward_passes", "loops", "flops"):
-        values = output[what] if what in output else None
+        values = output.get(what)
         if values is not None:
             value = int(values[row])
             cost.append(f"{value / 1e9:,.3g} GFLOP" if what == "flops" else f"{value:,} {what.replace('_', ' ')}")
@@ -203,7 +204,7 @@ def _hash(text: str) -> str:
 def write_html(path: str | Path, html: str) -> None:
     """Writes a page, all or nothing, in place of one that is there."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(html, encoding="utf-8")
     temporary.replace(path)
 
