@@ -73,6 +73,7 @@ def test_the_graphs_compute_what_the_model_does(exporters, values, tmp_path):
     model = tiny_model(max_position_embeddings=16, **values)
     found = export_graphs(model, 16, tmp_path)
     assert found["weights"] == "float32"
+    assert not any(b".py" in path.read_bytes() for path in tmp_path.iterdir())  # nothing of this machine
     assert found["bytes"] == {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
     ids = torch.randint(22, (1, 16), generator=torch.Generator().manual_seed(1))
     ids[0, ::3] = 22
@@ -88,7 +89,7 @@ def test_a_large_model_has_int8_weights_that_answer_alike(exporters, tmp_path, m
     monkeypatch.setattr(export, "FLOAT32_LIMIT", 10_000)
     # Of usual weights; those of `tiny_model` are large.
     torch.manual_seed(0)
-    model = LoopMDMForMaskedLM(tiny_config(hidden_size=64, max_position_embeddings=16, initializer_range=0.05)).eval()
+    model = LoopMDMForMaskedLM(tiny_config(hidden_size=128, max_position_embeddings=16, initializer_range=0.05)).eval()
     (tmp_path / "full").mkdir()
     (tmp_path / "small").mkdir()
     found = export_graphs(model, 16, tmp_path / "small")

@@ -72,7 +72,7 @@ def example_data(model: str) -> tuple[list[str] | None, dict[str, Any] | None]:
         spec = importlib.util.spec_from_file_location("sudoku_puzzles", generator)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        puzzles = [puzzle for puzzle, _ in module.generate_puzzles(100, 7, 30, 46)]
+        puzzles = [puzzle for puzzle, _ in module.generate_puzzles(64, 7, 30, 46)]
     return puzzles, json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
 
 

@@ -73,9 +73,12 @@ def _box(side: int) -> tuple[int, int]:
 class Part(nn.Module):
     """One of the `GRAPHS` as a module of one input. Everything else about the positions becomes constants."""
 
-    def __init__(self, name: str, model: LoopMDMForMaskedLM, context: Any):
+    def __init__(self, name: str, model: LoopMDMForMaskedLM, context: Any, length: int):
         super().__init__()
         self.name, self.model, self.context = name, model, context
+        # The position whose state predicts each token, found by aligning the positions themselves
+        positions = torch.arange(length, dtype=torch.float32)[None, :, None]
+        self.sources = model.align(positions)[0, :, 0].long()
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         """Tokens `(1, length)` or states `(1, length, hidden_size)` to states or logits `(1, length, vocab_size)`."""
@@ -84,7 +87,7 @@ class Part(nn.Module):
             return base.prelude(value)[0]
         if self.name == "loop":  # mid(h); damped models go a part of the way there
             return base.loop(value, self.context)
-        return self.model.logits(self.model.align(base.readout(value, self.context)))
+        return self.model.logits(base.readout(value, self.context)[:, self.sources])
 
 
 @torch.no_grad()
@@ -115,7 +118,8 @@ def export_graphs(model: LoopMDMForMaskedLM, length: int, folder: Path, weights:
             raise ValueError(MISSING.format(library)) from None
     ids = torch.full((1, length), model.config.mask_token_id)
     states, context = model.model.prelude(ids)
-    protos = {name: _to_onnx(Part(name, model, context), ids if name == "prelude" else states) for name in GRAPHS}
+    examples = {"prelude": ids, "loop": states, "readout": states}
+    protos = {name: _to_onnx(Part(name, model, context, length), examples[name]) for name in GRAPHS}
     if weights == "auto":
         weights = "float32" if sum(proto.ByteSize() for proto in protos.values()) <= FLOAT32_LIMIT else "int8"
     for name, proto in protos.items():
@@ -135,7 +139,10 @@ def _to_onnx(part: Part, example: torch.Tensor) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         names = {"input_names": ["input"], "output_names": ["output"]}
-        return torch.onnx.export(part.eval(), (example,), dynamo=True, verbose=False, **names).model_proto
+        proto = torch.onnx.export(part.eval(), (example,), dynamo=True, verbose=False, **names).model_proto
+    for entry in (proto, proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.initializer):
+        entry.ClearField("metadata_props")  # where in this machine's files it comes from
+    return proto
 
 
 def _round_weights(proto: Any) -> None:
@@ -250,7 +257,7 @@ def _find_samples(model: LoopMDMForMaskedLM, board: Board, puzzles: list[str]) -
     ids, loops = torch.tensor([board.encode(puzzle) for puzzle in puzzles]), model.config.num_loops
     once, looped, stepped = (
         model.generate(ids, max_new_tokens=0, num_loops=num_loops, max_denoising_steps=steps)
-        for num_loops, steps in ((1, 1), (loops, 1), (loops, 16))
+        for num_loops, steps in ((1, 1), (loops, 1), (loops, 8))
     )
     best = [_clashes(board, row) == 0 for row in stepped.tolist()]
     few, many = ([_clashes(board, row) for row in answers.tolist()] for answers in (once, looped))
