@@ -34,8 +34,9 @@ web: .venv/.web
 	cd web && npm ci --ignore-scripts --no-audit --no-fund
 	$(BIN)/python -W ignore -m loopmdm.web.build
 
+# A test file is one process's; every process computes on one thread.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ class LoopMDMTraceStep:
     committed: torch.BoolTensor  # (num_rows, length), positions filled
     remasked: torch.BoolTensor  # (num_rows, length), positions sent back to [MASK]
     tokens: torch.LongTensor  # (num_rows, length), the sequences after the step
+    predictions: torch.LongTensor  # (num_rows, length), the token chosen at positions that were [MASK], -1 elsewhere
     # Of the token chosen at positions that were [MASK], (num_rows, length), NaN elsewhere: its probability under the
     # raw distribution, and its log-probability under the one that it was drawn from
     confidence: torch.FloatTensor
@@ -124,8 +125,9 @@ class Trace(Watcher):
         log_probs = step.scores.log_softmax(-1).gather(-1, step.tokens[..., None]).squeeze(-1)
         loops = torch.zeros_like(block.size).index_copy(0, step.rows, step.loops)
         commits = scatter(commit, commit, False), scatter(step.remask, step.remask, False)
+        tokens = sequences.clone(), scatter(step.tokens, step.masked, -1)
         scores = (scatter(values, step.masked, math.nan) for values in (step.log_probs.exp(), log_probs))
-        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, sequences.clone(), *scores))
+        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, *tokens, *scores))
 
 
 class Scores(Watcher):

@@ -526,8 +526,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         Greedy, or with a generator per row, a row's result depends neither on the other rows nor on padding.
         """
         # 1. Read the arguments
-        if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
-            raise ValueError("`generate` cannot apply soft prompts (prompt, prefix or P-tuning); train LoRA instead.")
+        self._check_adapters()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
         processors, warpers = LogitsProcessorList(logits_processor or []), config.warpers()
@@ -566,6 +565,16 @@ class LoopMDMGenerationMixin(GenerationMixin):
             return sequences
         real = (canvas.real & ~canvas.behind).long()
         return LoopMDMGenerationOutput(sequences, real, past_key_values=denoiser.finished_cache(), **report)
+
+    def _check_adapters(self) -> None:
+        """Raises a ValueError where PEFT would change each forward pass in a way that does not fit a canvas."""
+        wrong, adapters = None, getattr(self, "peft_config", {}).values()
+        if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
+            wrong = "soft prompts (prompt, prefix or P-tuning)"
+        elif any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+            wrong = "activated LoRA, whose start PEFT counts from the end of the input"
+        if wrong is not None:
+            raise ValueError(f"`generate` cannot apply {wrong}; use LoRA.")
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""

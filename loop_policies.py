@@ -3,15 +3,12 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from .cache_utils import CacheView, LoopMDMCache
 from .configuration_loopmdm import check_num_loops
-
-if TYPE_CHECKING:
-    from .modeling_loopmdm import LoopContext
+from .loop_context import LoopContext
 
 
 class LoopPolicy:
@@ -24,7 +21,7 @@ class LoopPolicy:
 
     per_position = False
 
-    def goes_on(self, index: int, before: torch.Tensor, after: torch.Tensor, part: "LoopContext") -> torch.BoolTensor:
+    def goes_on(self, index: int, before: torch.Tensor, after: torch.Tensor, part: LoopContext) -> torch.BoolTensor:
         """
         Called after loop `index`, counted from 0, for the N rows and Q positions that still move.
 
@@ -101,7 +98,7 @@ def resolve_policy(
 
 
 def iterate_while_moving(
-    model, states: torch.Tensor, context: "LoopContext", num_loops: int, policy: LoopPolicy
+    model, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
 ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
     """`LoopMDMModel.iterate` by a policy: after every loop, what is settled leaves the part that loops on."""
     if policy.per_position and context.cache is None:
@@ -114,7 +111,8 @@ def iterate_while_moving(
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
     # The part that loops on: its context, its states, which of its positions move, and its place in `states`
-    part, part_states, part_moving, place = context, states, moving, None
+    place: tuple | None = None
+    part, part_states, part_moving = context, states, moving
     for index in range(num_loops):
         if place is not None and context.cache is not None:
             context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..modeling_loopmdm import document_starts
+from ..loop_context import document_starts
 
 # Block ids count up within a document; those of the next document begin this much higher.
 _DOCUMENT = 2**32

@@ -298,6 +298,23 @@ def test_turns_go_on_from_a_cache(overrides, more):
         assert 0 < cache.get_seq_length() <= max(map(len, rows))
 
 
+def test_the_next_turn_leaves_out_what_follows_an_end(causal):
+    """The mask of the output makes a prompt of it that has neither old nor new padding."""
+    ids, mask = batch_of([[5, 3, 8, 1], [7, 6]])
+    question = torch.tensor([[4, 9, 2]] * 2)
+    written = run(causal, ids, mask, max_new_tokens=8).sequences[0, 4:].tolist()
+    first = run(causal, ids, mask, max_new_tokens=8, eos_token_id=written[2])
+    length = 4 + written.index(written[2]) + 1
+    assert first.attention_mask[0].tolist() == [1] * length + [0] * (12 - length)
+    arguments = {"max_new_tokens": 5, "eos_token_id": None}
+    longer = torch.cat((first.sequences, question), 1), torch.cat((first.attention_mask, torch.ones_like(question)), 1)
+    second = run(causal, *longer, past_key_values=first.past_key_values, **arguments)
+    for row in range(2):
+        alone = torch.cat((first.sequences[row, first.attention_mask[row] == 1], question[row]))[None]
+        assert torch.equal(second.sequences[row, -5:], causal.generate(alone, **arguments)[0, -5:])
+        assert torch.equal(second.sequences[row, second.attention_mask[row] == 1][:-5], alone[0])
+
+
 def test_a_cropped_cache_serves_another_continuation(causal):
     first = run(causal, PROMPT, max_new_tokens=14)
     other, cache = first.sequences.clone(), first.past_key_values

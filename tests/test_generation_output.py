@@ -180,6 +180,9 @@ def test_the_trace_says_what_every_step_of_the_reference_did(model, arguments, r
         block = arguments.get("block_length", len(before))
         first = row.index(MASK) + step.block * block
         masked = [first <= place < first + block and token == MASK for place, token in enumerate(before)]
+        predictions = found.predictions[0]
+        assert (predictions >= 0).tolist() == masked
+        assert all(predictions[place] == found.tokens[0, place] for place in step.committed)
         for name, column in (("confidence", 0), ("log_probs", 1)):
             values = getattr(found, name)[0]
             assert (~values.isnan()).tolist() == masked

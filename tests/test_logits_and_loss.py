@@ -198,6 +198,36 @@ def test_bad_labels_are_named(arguments, message):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
+# Inputs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": None}, "either `input_ids` or `inputs_embeds`"),
+        ({"input_ids": torch.tensor([1, 2])}, r"shape \(2,\); it must be int64 or int32 of shape \(batch_size"),
+        ({"input_ids": torch.tensor(1)}, r"shape \(\); it must be"),
+        ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, r"shape \(1, 0\).* with at least one row and position"),
+        ({"input_ids": torch.empty(0, 3, dtype=torch.long)}, r"shape \(0, 3\)"),
+        ({"input_ids": torch.tensor([[1.0, 2.0]])}, "is torch.float32"),
+        ({"input_ids": torch.tensor([[True, False]])}, "is torch.bool"),
+        ({"input_ids": torch.tensor([[1, 23]])}, "holds 23, outside the vocabulary of 23"),
+        ({"input_ids": torch.tensor([[-1, 2]])}, "holds -1"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 31)}, r"shape \(1, 2, 31\); it must be .*, 32\)"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.long)}, "must be floating point"),
+        ({"position_ids": torch.tensor([[0, 1, 2]])}, r"`position_ids` has shape \(1, 3\)"),
+        ({"attention_mask": torch.ones(2, 2)}, r"`attention_mask` has shape \(2, 2\)"),
+        ({"document_ids": torch.zeros(1, 1)}, r"`document_ids` has shape \(1, 1\)"),
+        ({"logits_to_keep": -1}, "`logits_to_keep` is -1"),
+        ({"num_loops": 10**30}, "at most 10000"),
+    ],
+    ids=str,
+)
+def test_bad_inputs_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model()(**{"input_ids": torch.tensor([[1, 2]])} | arguments)
+
+
 @pytest.mark.parametrize("how", ["layers", "layers-reentrant", "loops", "loops-of-layers"])
 def test_checkpointing_changes_no_bit(how):
     """Each layer, or each loop, is computed again in the backward pass."""

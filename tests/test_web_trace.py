@@ -102,6 +102,8 @@ def test_every_step_is_shown_as_the_trace_has_it(model):
             assert (np.isin(kinds[number], (WAITING, GUESSED)) == left).all()
             texts = np.array([f" {token}" for token in step.tokens[row].tolist()])
             assert (shown[number][~left] == texts[~left]).all()
+            guesses = [f" {token}" for token in step.predictions[row].tolist()]
+            assert all(shown[number][i] == guesses[i] for i in (masked & ~committed).nonzero()[0])
             known = (step.confidence[row][masked] * 100).round().numpy()
             assert (sure[number][masked] == known).all()
         assert (kinds[:, 0] == GIVEN).all()
@@ -112,17 +114,6 @@ def test_every_step_is_shown_as_the_trace_has_it(model):
     for column in range(5, 8):
         (when,) = (kinds[:, column] == COMMITTED).nonzero()
         assert (sure[when[0] :, column] == sure[when[0], column]).all()
-
-
-def test_guesses_are_shown_where_the_trace_has_them():
-    """The token chosen at a position that stays [MASK]."""
-    steps = made_up(2, [[5, MASK, MASK]], commits=[[[1]], [[2]]], tokens=[[5, 6, 7]])
-    for step, guess in zip(steps, (9, 7), strict=True):
-        step.predictions = torch.tensor([[-1, 6 if step.step == 0 else -1, guess]])
-    output = LoopMDMGenerationOutput(torch.tensor([[5, 6, 7]]), trace=steps)
-    kinds, shown, _ = planes(Parser(trace_to_html(output, Words())).data, 0)
-    assert shown.tolist() == [[" 5", " 6", " 9"], [" 5", " 6", " 7"]]
-    assert kinds.tolist() == [[GIVEN, COMMITTED, GUESSED], [GIVEN, KEPT, COMMITTED]]
 
 
 def made_up(num_steps: int, ids, commits, tokens, remasks=None) -> list[LoopMDMTraceStep]:
@@ -138,10 +129,9 @@ def made_up(num_steps: int, ids, commits, tokens, remasks=None) -> list[LoopMDMT
         sequences = sequences.where(~committed, target).masked_fill(remasked, MASK)
         loops = torch.ones(len(ids), dtype=torch.long)
         fields = {"committed": committed, "remasked": remasked, "tokens": sequences, "confidence": confidence}
-        known = {"block": 0, "step": number, "loops": loops, "log_probs": confidence.log(), **fields}
-        if "predictions" in LoopMDMTraceStep.__dataclass_fields__:
-            known["predictions"] = torch.where(confidence.isfinite(), target, -1)
-        steps.append(LoopMDMTraceStep(**known))
+        predictions = torch.where(confidence.isfinite(), target, -1)
+        counts = {"block": 0, "step": number, "loops": loops}
+        steps.append(LoopMDMTraceStep(**counts, predictions=predictions, log_probs=confidence.log(), **fields))
     return steps
 
 
@@ -222,17 +212,8 @@ def test_a_long_trace_stays_small():
         tokens = final.where(step_of <= number, torch.full_like(final, 30001))
         guesses = torch.randint(30000, (1, length), generator=generator).where(masked, torch.full_like(final, -1))
         fields = {"committed": committed, "remasked": torch.zeros_like(committed), "tokens": tokens}
-        known = {
-            "block": 0,
-            "step": number,
-            "loops": torch.ones(1, dtype=torch.long),
-            "log_probs": confidence,
-            **fields,
-        }
-        if "predictions" in LoopMDMTraceStep.__dataclass_fields__:
-            known["predictions"] = guesses
-        steps.append(LoopMDMTraceStep(confidence=confidence, **known))
-        steps[-1].predictions = guesses
+        fields |= {"predictions": guesses, "confidence": confidence, "log_probs": confidence}
+        steps.append(LoopMDMTraceStep(block=0, step=number, loops=torch.ones(1, dtype=torch.long), **fields))
     html = trace_to_html(LoopMDMGenerationOutput(final, trace=steps), Words())
     assert len(html.encode()) < 5_000_000
 

@@ -149,11 +149,10 @@ def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) ->
     is_filled = balance > 0
     was_filled = np.concatenate((np.zeros_like(is_filled[:1]), is_filled[:-1]))
     tokens = stack("tokens")
-    guesses = stack("predictions") if hasattr(trace[0], "predictions") else np.full_like(tokens, -1)
     before = np.concatenate((tokens[:1], tokens[:-1]))
     kinds = np.where(to_denoise, np.where(is_filled, KEPT, np.where(looked_at, GUESSED, WAITING)), GIVEN)
     kinds = np.where(committed, COMMITTED, np.where(remasked, REMASKED, kinds)).astype(np.uint8)
-    shown = np.where(to_denoise & ~is_filled, guesses, tokens)
+    shown = np.where(to_denoise & ~is_filled, stack("predictions"), tokens)
     shown = np.where(remasked & was_filled, before, shown)
     # A committed token stays as sure as it was then.
     sure = np.where(looked_at, np.round(confidence.clip(0, 1) * 100), NOT_KNOWN)

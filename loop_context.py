@@ -1,0 +1,163 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What the layers of a forward pass need besides the states: positions and masks, and the checks of its inputs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from .cache_utils import CacheView
+
+
+@dataclass
+class LoopContext:
+    """What the layers of one forward pass need besides the states of its N rows and Q positions."""
+
+    attention_mask: Any = None  # as the attention implementation takes it; None: everything is seen
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # each (1 or N, Q, head_dim)
+    cache: CacheView | None = None
+    real: torch.BoolTensor | None = None  # (N, Q), False on padding
+    masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and what predicts them; None where embeddings came
+    queries: torch.LongTensor | None = None  # (N, P), positions whose output is wanted; None: all
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of the attention implementation
+
+    @property
+    def can_narrow(self) -> bool:
+        """Whether rows and queries can be picked from the mask, as from those of sdpa and eager attention."""
+        return self.attention_mask is None or getattr(self.attention_mask, "ndim", 0) == 4
+
+    def narrow(self, rows, positions=None, real=None) -> "LoopContext":
+        """For some rows, `(M,)`, and some positions of each, `(M, P)`, which are filler where `real` is False."""
+
+        def pick(values: torch.Tensor | None) -> torch.Tensor | None:
+            return values if values is None or values.shape[0] == 1 else values[rows]
+
+        mask, masked, tables = pick(self.attention_mask), pick(self.masked), self.position_embeddings
+        tables = None if tables is None else tuple(pick(table) for table in tables)
+        if positions is not None:
+            mask = narrow_mask(mask, positions)
+            masked = None if masked is None else masked.gather(1, positions)
+            tables = None if tables is None else tuple(take_positions(table, positions) for table in tables)
+        cache = None if self.cache is None else self.cache.narrow(rows, positions, real)
+        real = pick(self.real) if real is None else real
+        return LoopContext(mask, tables, cache, real, masked, arguments=self.arguments)
+
+
+def narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
+    """The mask, `(1 or batch_size, heads, length, keys)`, of the `queries`, `(batch_size, num_queries)`."""
+    if mask is None or mask.shape[2] == 1:
+        return mask
+    index = queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+    return mask.expand(queries.shape[0], -1, -1, -1).gather(2, index)
+
+
+def take_positions(values: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
+    """Of `values`, `(1 or batch_size, length, size)`, the rows at `positions`, `(batch_size, num_positions)`."""
+    # `gather`, since dynamic shapes of `take_along_dim` cannot be exported.
+    index = positions[..., None].expand(-1, -1, values.shape[-1])
+    return values.expand(positions.shape[0], -1, -1).gather(1, index)
+
+
+def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
+    """Where a row's documents begin, `(batch_size, sequence_length)`, given the id of every token's document."""
+    return nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+
+
+def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
+    """
+    Positions of the `real` tokens (nonzero), both `(1 or batch_size, length)`, counted from 0 within each packed
+    document. Padding takes no position, so that it changes nothing wherever it stands.
+    """
+    count = (real != 0).long().cumsum(-1)
+    if document_ids is not None:
+        count = count - ((count - (real != 0).long()) * document_starts(document_ids)).cummax(-1).values
+    return (count - 1).clamp(min=0)
+
+
+def predictors(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
+    """
+    With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the `real`
+    column before, or for the first real one of a row or document the column itself.
+    """
+    columns = torch.arange(real.shape[1], device=real.device).expand(real.shape)
+    before = nn.functional.pad(torch.where(real != 0, columns, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+    start = torch.zeros_like(columns)
+    if document_ids is not None:
+        start = (columns * document_starts(document_ids.to(real.device))).cummax(-1).values
+    return torch.where(before < start, columns, before)
+
+
+def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> Any:
+    """
+    What each query may see, as the attention implementation takes it: its own and earlier blocks with
+    `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
+    cache the positions that the pass reaches.
+    """
+    block_size, keys, blocks = config.attention_block_size, None, None
+    if block_size is not None:
+        blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
+    if cache is not None:
+        places, reach = torch.arange(cache.stop, device=inputs_embeds.device), cache.reach
+        is_even = int(reach.min()) == cache.stop
+        attention_mask = None if is_even else places < reach.to(places.device)[:, None]
+        keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # how many there are
+        if block_size is not None:
+            key_blocks = (places // block_size).expand(len(inputs_embeds), -1)
+            # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
+            if places.device.type == "cpu" and bool((blocks.amin(-1) >= key_blocks[:, -1]).all()):
+                blocks = None
+
+    def is_visible(batch, head, query, key):
+        visible = True if document_ids is None else document_ids[batch, query] == document_ids[batch, key]
+        return visible if blocks is None else (blocks[batch, query] >= key_blocks[batch, key]) & visible
+
+    is_restricted = blocks is not None or document_ids is not None
+    if "flash" in config._attn_implementation and (is_restricted or (cache is not None and not is_even)):
+        raise ValueError(
+            f"{config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
+            'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
+        )
+    restriction = is_visible if is_restricted else None
+    return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
+
+
+def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
+    """Raises a ValueError for inputs of a wrong type, shape or value."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+    name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    shape, size = tuple(inputs.shape[:2]), inputs.shape[2:]
+    if inputs_embeds is None:
+        needed = "int64 or int32 of shape (batch_size, sequence_length)"
+        is_right = inputs.dtype in (torch.int64, torch.int32) and not size
+    else:
+        needed = f"floating point of shape (batch_size, sequence_length, {config.hidden_size})"
+        is_right = inputs.is_floating_point() and tuple(size) == (config.hidden_size,)
+    if not is_right or len(shape) < 2 or 0 in shape:
+        found = f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+        raise ValueError(f"`{name}` is {found}; it must be {needed}, with at least one row and position.")
+    # On an accelerator looking at the values would make every forward pass wait for it.
+    if inputs_embeds is None and inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in inputs.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            bad = low if low < 0 else high
+            raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
+    masks = ("attention_mask", attention_mask), ("document_ids", document_ids), ("position_ids", position_ids)
+    for name, tensor in masks:
+        others = {"attention_mask": cache is None and getattr(tensor, "ndim", 0) == 4}  # a ready-made mask
+        others["position_ids"] = tensor is not None and tuple(tensor.shape) == (1, shape[1])
+        if tensor is not None and tuple(tensor.shape) != shape and not others.get(name):
+            needed = f"{shape}, its own positions without those of a cache"
+            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
+    if cache is not None and document_ids is not None:
+        raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
+    # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
+    last = shape[1] + (0 if cache is None or position_ids is not None else cache.length)
+    if config.position_embedding_type == "learned" and last > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"The input has {last} positions, more than `max_position_embeddings` ({limit}); shorten it.")
+
+
+__all__ = ["LoopContext"]
