@@ -27,7 +27,7 @@ demo: .venv/.installed
 
 # The page, from the bundled model: web/dist. It takes node's npm.
 .venv/.web: .venv/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[web,web-test]"
+	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[web,web-test]"
 	touch $@
 
 web: .venv/.web
