@@ -154,6 +154,18 @@ def test_padding_is_left_out(model):
     assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
 
 
+def test_what_lies_behind_the_end_is_shown_apart(model):
+    """Of a row that ends early the final text is what counts, and the rest was written all the same."""
+    plain = generate(model, [[5, MASK, 7]], max_new_tokens=6, max_denoising_steps=6)
+    end = int(plain.sequences[0, 5])
+    output = generate(model, [[5, MASK, 7]], max_new_tokens=6, max_denoising_steps=6, eos_token_id=end)
+    data = Parser(trace_to_html(output, Words())).data
+    (row,) = data["rows"]
+    assert row["end"] == int(output.attention_mask.sum()) < row["length"] == 9
+    final = output.sequences[0, : row["end"]].tolist()
+    assert [data["tokens"][number] for number in row["final"]] == [f" {token}" for token in final]
+
+
 def test_texts_are_escaped_wherever_they_stand(model):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     output = generate(model, [[5, MASK]])

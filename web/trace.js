@@ -56,6 +56,7 @@ function makeTokens(row, element) {
     const span = document.createElement("span");
     const block = row.blocks[column];
     span.append("", document.createElement("b"));
+    span.classList.toggle("behind", column >= row.end);
     span.classList.toggle("block", !columns && block > 0 && block !== row.blocks[column - 1]);
     return span;
   });
@@ -220,6 +221,7 @@ function makeLegend() {
     ["guessed", "a guess: the deeper the shade, the surer"],
     ["committed", "committed in this step"],
     ["kept", "committed before"],
+    ...(rows.some((row) => row.end < row.length) ? [["behind", "behind the end of the text"]] : []),
     ...(rows.some((row) => row.remasked.some(Boolean)) ? [["remasked", "sent back to be denoised again"]] : []),
   ];
   const legend = document.createElement("p");
@@ -228,6 +230,7 @@ function makeLegend() {
     const item = document.createElement("span");
     const swatch = document.createElement("span");
     swatch.dataset.kind = kind;
+    swatch.className = kind;
     swatch.setAttribute("aria-hidden", "true");
     swatch.append(Object.assign(document.createElement("b"), { textContent: "token" }));
     item.append(swatch, ` ${meaning}`);

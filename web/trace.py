@@ -141,9 +141,10 @@ def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) ->
     committed, remasked, confidence = stack("committed"), stack("remasked"), stack("confidence")
     looked_at = np.isfinite(confidence)
     to_denoise = looked_at.any(0) | committed.any(0)
-    is_kept = np.ones_like(to_denoise)
-    if output.attention_mask is not None:  # padding of the input is not shown, what lies behind the end is
-        is_kept = output.attention_mask[row].cpu().numpy().astype(bool) | to_denoise
+    is_real = np.ones_like(to_denoise)
+    if output.attention_mask is not None:
+        is_real = output.attention_mask[row].cpu().numpy().astype(bool)
+    is_kept = is_real | to_denoise  # padding of the input is not shown, what lies behind the end is
     # In how many steps a position was filled and emptied, before and after each of them
     balance = committed.astype(np.int64).cumsum(0) - remasked.astype(np.int64).cumsum(0)
     is_filled = balance > 0
@@ -166,7 +167,8 @@ def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) ->
         "length": int(is_kept.sum()),
         "loops": [int(step.loops[row]) for step in trace],
         "blocks": block_of.tolist(),
-        "final": words.number(output.sequences[row].cpu().numpy()[is_kept]).tolist(),
+        "end": int(is_real.sum()),  # behind it the model wrote what does not count
+        "final": words.number(output.sequences[row].cpu().numpy()[is_real]).tolist(),
         "packed": base64.b64encode(packed).decode("ascii"),
     }
 
