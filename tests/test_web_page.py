@@ -160,6 +160,17 @@ def test_after_every_loop_the_board_shows_what_the_model_would_say(page, model, 
     assert digits(page) == HARD
 
 
+def test_a_long_run_has_its_answer_first_and_its_loops_later(page, model, board):
+    show(page, HARD, 13, 6)
+    assert digits(page) == answer(model, board, HARD, num_loops=13, max_denoising_steps=6)
+    go_to(page, 2)
+    page.wait_for_selector("#status:has-text('Step 1 of 6, loop 2 of 13')")
+    ids = torch.tensor([board.encode(HARD)])
+    with torch.no_grad():
+        guesses = model(ids, num_loops=2).logits.argmax(-1)
+    assert digits(page) == board.decode(torch.where(ids == board.blank, guesses, ids)[0].tolist())
+
+
 def test_counters_are_those_of_the_answer(page, model, board):
     show(page, HARD, 4, 3)
     once, many = (page.locator(f"#{side} .counts dd").all_inner_texts() for side in ("once", "many"))

@@ -73,6 +73,10 @@ function loadModel(backend) {
       restart({ toEnd: true });
       if (!matchMedia("(prefers-reduced-motion: reduce)").matches && !document.hidden) play();
     } else if (run?.take(data)) {
+      if (run.isDone && !run.isRead) {
+        run.isRead = true;
+        worker.postMessage(run.request());
+      }
       schedule();
     }
   };

@@ -3,6 +3,8 @@
 //
 // Places are numbered. 0 is the bare puzzle; then come, for every step, a place for each loop and one for the commit.
 
+// A run of more loops is computed twice: first the answers alone, then what the model would say after every loop.
+const LOOPS_READ_AT_ONCE = 60;
 let lastId = 0;
 
 export class Run {
@@ -14,7 +16,8 @@ export class Run {
     this.wantedSteps = steps;
     this.steps = Math.min(steps, this.blanks); // fewer where a rule commits more
     this.sides = [[], []]; // of each side a list of steps: { frames, commit }
-    this.isDone = false;
+    this.isDone = false; // whether the answers are known
+    this.isRead = loops * this.steps <= LOOPS_READ_AT_ONCE; // whether the loops between are read, or asked for
     this.answers = null;
   }
 
@@ -22,11 +25,12 @@ export class Run {
     return this.steps * (this.loops + 1);
   }
 
+  /** What the worker is to compute: the answers, and the loops between where they are few, or asked for. */
   request() {
     const { digits, blank } = this.about.board;
     const tokens = this.clues.map((digit) => (digit ? digits[digit - 1] : blank));
     const { id, sideLoops: sides, wantedSteps: steps, rule } = this;
-    return { type: "run", id, tokens, sides, steps, rule, every: true };
+    return { type: "run", id, tokens, sides, steps, rule, every: this.isRead };
   }
 
   /** Takes what the worker sends, and tells whether it was of this run. */
@@ -38,7 +42,7 @@ export class Run {
     } else {
       const step = (this.sides[data.side][data.step] ??= { frames: [], commit: null });
       if (data.kind === "commit") step.commit = data;
-      else step.frames.push({ ...data, guesses: new Map(data.guesses.map((guess) => [guess.cell, guess])) });
+      else step.frames[data.loop - 1] = { ...data, guesses: new Map(data.guesses.map((guess) => [guess.cell, guess])) };
     }
     return true;
   }
@@ -70,7 +74,7 @@ export class Run {
   /** Whether a place is computed: the many loops, or where they needed fewer steps, the one loop. */
   has(position) {
     const place = this.locate(position);
-    if (!place || (this.isDone && place.step < this.steps)) return true;
+    if (!place) return true;
     const step = this.sides[1][place.step];
     if (!step) return this.isFull(1) && Boolean(this.sides[0][place.step]?.commit);
     return Boolean(place.isCommit ? step.commit : step.frames[place.loop - 1]);
@@ -89,7 +93,7 @@ export class Run {
     const { frames, commit } = steps[index];
     const showsCommit = (place.isCommit || isOver) && commit !== null;
     const loop = Math.min(place.step > known ? Infinity : place.loop, this.sideLoops[side], frames.length);
-    const frame = frames[loop - 1];
+    const frame = frames[loop - 1] ?? frames.at(-1);
     const before = index > 0 ? steps[index - 1] : null;
     const earlier = frames[loop - 2] ?? before?.frames.at(-1);
     // With one loop the mind changes between steps only.
