@@ -78,6 +78,12 @@ def show(page, puzzle: str, loops: int, steps: int, rule: str = "confidence") ->
     )
     page.wait_for_selector(DONE, timeout=60_000)
     page.locator("#position").press("End")
+    drawn(page)
+
+
+def drawn(page) -> None:
+    """Waits until what was asked for is on the screen."""
+    page.evaluate("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
 
 
 def digits(page, side: str = "many") -> str:
@@ -88,7 +94,7 @@ def digits(page, side: str = "many") -> str:
 
 def go_to(page, place: int) -> None:
     page.locator("#position").fill(str(place))
-    page.evaluate("new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
+    drawn(page)
 
 
 def answer(model, board: Board, puzzle: str, **arguments) -> str:
