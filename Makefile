@@ -44,9 +44,10 @@ lint: .venv/.installed
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-# transformers' own tests of a model, fetched from its source distribution
+# transformers' own tests of a model and PEFT's of decoder models, fetched from their source distributions
 test-common: .venv/.installed
 	$(BIN)/python tests/common_model_tests.py
+	$(BIN)/python tests/peft_tests.py
 
 # The suite on the oldest supported transformers
 .venv-floor/.installed: pyproject.toml constraints.txt

@@ -192,6 +192,12 @@ class LoopMDMConfig(PreTrainedConfig):
         rope_type, known = self.rope_parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS}
         if rope_type not in known:
             raise ValueError(f"`rope_type` is {rope_type!r}; it must be one of {', '.join(sorted(known))}.")
+        if rope_type in ("dynamic", "longrope") and self.attention_block_size is not None:
+            # A later block would turn the keys of earlier ones, which are stored, by other frequencies.
+            raise ValueError(
+                f"`rope_type` is {rope_type!r}, whose frequencies depend on the length; block-causal attention "
+                "(`attention_block_size`) needs some that do not, e.g. yarn."
+            )
         if self.rope_parameters.get("partial_rotary_factor", 1) != 1:
             raise ValueError("`partial_rotary_factor` is not supported; all of `head_dim` is rotated.")
 

@@ -117,12 +117,13 @@ class LoopMDMRotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0  # rounds as in transformers
 
     @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor):
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, reach: torch.Tensor | None = None):
+        """`reach`, `(batch_size,)`: how many positions each row has, where the pass covers some of them."""
         inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
         if self.rope_type in ("dynamic", "longrope"):
             # Their frequencies depend on the length; each row has its own, so that rows do not touch one another.
-            lengths = (position_ids.amax(-1) + 1).tolist()
-            rows = [self.rope_init(self.config, hidden_states.device, seq_len=length)[0] for length in lengths]
+            lengths = position_ids.amax(-1) + 1 if reach is None else reach
+            rows = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
             inv_freq = torch.stack(rows).unsqueeze(1)
         # Angles need float32 whatever the model's dtype: in bfloat16 position 257 equals position 256.
         angles = position_ids[..., None].float() * inv_freq
@@ -336,7 +337,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         rules = loop_tolerance, visible_loops, loop_policy
         policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
         given = input_ids if inputs_embeds is None else inputs_embeds
-        num_rows = 0 if given is None or given.ndim == 0 else len(given)
+        num_rows = 0 if given is None or given.ndim == 0 else given.shape[0]  # `len` is not exported
         cache = self._prepare_cache(past_key_values, use_cache, num_rows, num_loops, policy, visible_loops)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
         states, context = self.prelude(*inputs, cache, **kwargs)
@@ -389,7 +390,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if self.config.position_embedding_type == "learned":
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         else:
-            context.position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+            reach = None if context.cache is None else context.cache.reach
+            context.position_embeddings = self.rotary_emb(inputs_embeds, position_ids, reach)
         return self._run(0, self.config.loop_start, inputs_embeds, context), context
 
     def iterate(
@@ -460,12 +462,12 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if cache is None and not use_cache:
             return None
         wrong = None
-        if self.training and torch.is_grad_enabled():
+        if cache is not None and not isinstance(cache, LoopMDMCache):
+            wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
+        elif self.training and torch.is_grad_enabled():
             wrong = "A cache passes no gradients on; call `model.eval()`, or train without it."
         elif cache is None and self.config.attention_block_size is None:
             wrong = "`use_cache=True` needs block-causal attention; pass a `LoopMDMCache` where stale values will do."
-        elif cache is not None and not isinstance(cache, LoopMDMCache):
-            wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
         elif use_cache and policy is not None and not policy.per_position:
             wrong = "`use_cache=True` stores every loop, and rows that stop leave some out; use one of the two."
         elif use_cache and cache is not None and cache.reach is not None:

@@ -39,6 +39,10 @@ BAD_VALUES = [
     ({"hidden_size": 36}, "`head_dim` is 9; rotary embeddings need an even one"),
     ({"num_key_value_heads": 3}, "`num_attention_heads` (4) is not a multiple of `num_key_value_heads` (3); choose"),
     ({"rope_parameters": {"rope_type": "spiral"}}, "`rope_type` is 'spiral'; it must be one of default, "),
+    (
+        {"attention_block_size": 4, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}},
+        "`rope_type` is 'dynamic', whose frequencies depend on the length; block-causal attention",
+    ),
     ({"partial_rotary_factor": 0.5}, "`partial_rotary_factor` is not supported"),
     ({"loop_update": "residual"}, "'loop_update' expected one of ('replace', 'damped'), got residual"),
     ({"position_embedding_type": "alibi"}, "expected one of ('rope', 'learned'), got alibi"),

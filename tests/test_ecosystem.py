@@ -305,6 +305,14 @@ def test_soft_prompts_apply_or_are_refused(kind):
     assert torch.equal(base.generate(ids, max_new_tokens=4), tiny_model().generate(ids, max_new_tokens=4))
 
 
+def test_activated_lora_is_refused_by_generate():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[1])
+    model, ids = get_peft_model(tiny_model(), config), torch.tensor([[3, 1, 5]])
+    assert model(ids).logits.shape == (1, 3, 23)
+    with pytest.raises(ValueError, match="`generate` cannot apply activated LoRA"):
+        model.generate(ids, max_new_tokens=4)
+
+
 def test_lora_on_a_base_in_four_bits(tmp_path):
     """Quantisers find plain linear layers under the usual names, and gradients flow past them through every loop."""
     pytest.importorskip("torchao")
