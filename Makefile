@@ -3,7 +3,7 @@ BIN := .venv/bin
 # setuptools shows a warning at every editable install of a package whose folder has another name.
 QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
-.PHONY: demo web test lint test-common test-floor clean
+.PHONY: demo web test fuzz lint docs test-common test-floor clean
 
 # The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
 # of torch into .venv beforehand; it is kept.
@@ -38,11 +38,24 @@ web: .venv/.web
 test: .venv/.installed
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+# Random configurations and arguments, others each time, behind those that failed before (kept in .hypothesis)
+FUZZ_MINUTES ?= 60
+fuzz: .venv/.installed
+	FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest tests/test_fuzz.py
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+
+# The site, in build/site; a link that leads nowhere is an error. Its packages are installed for this target alone.
+.venv/.docs-installed: .venv/.installed
+	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: .venv/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # transformers' own tests of a model and PEFT's of decoder models, fetched from their source distributions
 test-common: .venv/.installed

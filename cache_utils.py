@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Keys and values that outlive a forward pass: [`LoopMDMCache`], which knows that a layer runs once for every loop.
+"""Keys and values that outlive a forward pass: [`LoopMDMCache`], which has a place for every loop of a layer.
 
-Two uses. With block-causal attention the keys and values of finished blocks never change again, and storing them is
-exact. With attention over the whole sequence they do change with every commitment, and reading those of an earlier
+It has two uses. With block-causal attention the keys and values of finished blocks never change again, so storing them
+is exact. With attention over the whole sequence they change with every commitment, so reading those of an earlier
 denoising step is an approximation (Fast-dLLM, arXiv 2505.22618). A [`CachePlan`] says which positions a denoising step
 of `generate` computes, and which it reads. Positions are a row's real ones, counted from 0, so that padding does not
 matter.
@@ -22,17 +22,17 @@ class LoopMDMCache:
     loop s of mid finds those of loop s.
 
     Give it to `forward` (or let `generate` make one) as `past_key_values`: the pass attends to the stored positions
-    and to its own, which it writes behind them. With `use_cache=True` its positions stay stored; without, the next
-    pass writes over them, as denoising steps do with a block that is not finished. A cache belongs to one state of the
-    weights: after training, or with another adapter, start a new one.
+    and to its own, which it writes behind them. With `use_cache=True` its positions stay stored. Without it, the next
+    pass overwrites them, as denoising steps do with an unfinished block. A cache belongs to one state of the weights:
+    after training, or with another adapter, start a new one.
 
     Args:
-        config ([`LoopMDMConfig`]): Of the model that will fill it.
-        num_loops (`int`): Applications of mid that the keys and values come from.
+        config ([`LoopMDMConfig`]): Configuration of the model that will fill it.
+        num_loops (`int`): Number of loops of the passes that will fill it.
         batch_size (`int`): Number of rows.
-        max_length (`int`, defaults to 0): Positions per row to make room for at once; it grows when more are needed.
-        share_loops (`bool`, defaults to `False`): One place for all loops of mid, which holds what the last one wrote:
-            an approximation in the memory of a model without loops.
+        max_length (`int`, defaults to 0): Positions per row to make room for; the cache grows if more are needed.
+        share_loops (`bool`, defaults to `False`): One place for all loops of mid, which holds what the last one wrote.
+            This is an approximation that takes no more memory than a model without loops.
         visible_loops (`int`, *optional*): The `visible_loops` of the passes that fill it.
     """
 
@@ -57,7 +57,7 @@ class LoopMDMCache:
         return int(self.lengths.max())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """As [`~LoopMDMCache.length`], by transformers' name."""
+        """[`~LoopMDMCache.length`] under transformers' name."""
         return self.length
 
     @staticmethod
@@ -67,7 +67,7 @@ class LoopMDMCache:
         return 2 * batch_size * (length + 1) * size * config.num_executed_layers(1 if share_loops else num_loops)
 
     def check(self, config: LoopMDMConfig, batch_size: int, num_loops: int, visible_loops: int | None) -> None:
-        """Raises a ValueError where the model, the rows or the loops are not those that the cache is for."""
+        """Raises a ValueError if the cache was made for another model, or for other rows or loops."""
         if config != self.config:
             raise ValueError("`past_key_values` was made for another model; start a new cache for this one.")
         asked = {"rows": batch_size, "num_loops": num_loops, "visible_loops": visible_loops}
@@ -79,8 +79,8 @@ class LoopMDMCache:
 
     def check_tokens(self, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """
-        Raises a ValueError where the rows begin with others than the stored `tokens`, `(batch_size, num_positions)`,
-        or end before them; `lengths`, `(batch_size,)` on the host, are those of the rows.
+        Raises a ValueError if the rows do not begin with the stored tokens: `tokens`, `(batch_size, num_positions)`,
+        are those of the rows, and `lengths`, `(batch_size,)` on the host, their numbers.
         """
         width = min(self.length, tokens.shape[1])
         stored, tokens = self.tokens[:, :width].cpu(), tokens[:, :width].cpu()
@@ -94,7 +94,7 @@ class LoopMDMCache:
 
     def crop(self, max_length: int) -> None:
         """
-        Forgets all but the first `max_length` positions of every row, or with a negative number so many at the end.
+        Forgets all but the first `max_length` positions of every row; a negative number forgets as many at the end.
         With block-causal attention only whole blocks are kept.
         """
         keep = max(self.length + max_length, 0) if max_length < 0 else max_length
@@ -160,8 +160,8 @@ class LoopMDMCache:
 @dataclass
 class LayerMemory:
     """
-    One executed layer's part of a [`CacheView`], with the keys and values of the whole cache. Tensors and numbers
-    alone, so that a compiled layer has one graph for all of them.
+    One executed layer's part of a [`CacheView`], with the keys and values of the whole cache. It holds only tensors
+    and numbers, so that one graph of a compiled layer serves all of them.
     """
 
     keys: torch.Tensor
@@ -248,18 +248,18 @@ class ForwardPass:
 
 class CachePlan:
     """
-    Which positions a denoising step computes, and what it reads from a cache instead; this one computes all that the
-    block may see. To add a way of caching, subclass it, override [`~CachePlan.passes`], and pass the class to
+    Says which positions a denoising step computes, and which it reads from a cache instead. This one computes all that
+    the block may see. To add a way of caching, subclass it, override [`~CachePlan.passes`], and pass the class to
     `generate` as `cache_implementation`.
 
     Args:
-        config ([`LoopMDMConfig`]): Of the model.
-        lengths (`torch.LongTensor` of shape `(num_rows,)`, on the host): Real positions of every row.
-        num_loops (`int`): The most loops of any step.
+        config ([`LoopMDMConfig`]): Configuration of the model.
+        lengths (`torch.LongTensor` of shape `(num_rows,)`, on the host): Number of real positions of every row.
+        num_loops (`int`): The largest number of loops of any step.
         copies (`int`, defaults to 1): Rows of a cache per row; 2 with guidance.
-        refresh_interval (`int`, *optional*): Denoising steps between passes over everything; None: once a block.
+        refresh_interval (`int`, *optional*): Steps from one pass over everything to the next; by default one a block.
         visible_loops (`int`, *optional*): As in `generate`.
-        has_exits (`bool`, defaults to `False`): Whether a block may loop otherwise than as finished text.
+        has_exits (`bool`, defaults to `False`): Whether a block may loop in another way than finished text does.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class CachePlan:
 
 
 class DualCache(CachePlan):
-    """The first step of a block computes everything, the others the block alone and read the rest as it was."""
+    """The first step of a block computes everything. The others compute only the block and read the rest."""
 
     def make_cache(self, num_loops, visible_loops):
         size, length = len(self.lengths) * self.copies, int(self.lengths.max())
@@ -312,7 +312,7 @@ class DualCache(CachePlan):
 
 
 class PrefixCache(DualCache):
-    """As [`DualCache`], but the later steps compute also what is behind the block."""
+    """Like [`DualCache`], but the later steps also compute what follows the block."""
 
     def until(self, stops, lengths):
         return lengths
@@ -320,8 +320,8 @@ class PrefixCache(DualCache):
 
 class BlockCausalCache(CachePlan):
     """
-    Finished blocks of a block-causal model are stored, which is exact: they are computed together with the first step
-    of the next block, or before it where its loops may be others (`has_exits`).
+    Stores finished blocks of a block-causal model, which is exact. They are computed together with the first step of
+    the next block, or before it if the loops may differ (`has_exits`).
     """
 
     def make_cache(self, num_loops, visible_loops):

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What `generate` denoises: a step and what a rule may look at, the commit rules, their noise, the canvas."""
+"""The canvas that `generate` denoises, its blocks and steps, and the rules that choose what a step commits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from transformers.generation import StoppingCriteriaList
 
-TIE = 1e-5  # relative difference of scores up to which the leftmost position comes first
+TIE = 1e-5  # difference of scores, relative to them and to the probabilities they come from, that is none
 
 
 @dataclass
 class DenoisingStep:
     """
-    One denoising step of a block, and all that a commit rule may look at: the N rows that still denoise, and P of
-    their positions, those that are [MASK], or with remasking all of the block. `generate` fills it in as it goes.
+    One denoising step of a block, with all that a commit rule may look at. It covers the N rows that are not finished,
+    and P positions of each: the [MASK]s, or all of the block if tokens may be remasked. `generate` fills it in as it
+    goes.
     """
 
     index: int  # number of the step in its block
@@ -66,9 +67,9 @@ class DenoisingStep:
     @cached_property
     def quota(self) -> torch.Tensor:
         """
-        Commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step (one more in the
-        first steps where it does not divide), at least one, and all that is left in the last step. With remasking the
-        shares are spread over all steps, and what this step sends back is made up for.
+        The number of commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step, one
+        more in the first steps if the block does not divide evenly, at least one, and all that is left in the last
+        step. With remasking the shares are spread over all steps, and make up for what this step sends back.
         """
         left, steps = self.masked.sum(-1), self.num_steps
         if self.remask_probability > 0:
@@ -98,8 +99,10 @@ class DenoisingStep:
         order = scores.argsort(dim=-1, descending=True, stable=True)
         ranked = scores.gather(-1, order)
         # Scores that differ by float32 rounding are a tie: which is larger depends on the other rows of the batch.
-        # Positions that predict alike, such as those of a canvas of nothing but [MASK]s, all tie.
-        differs = ranked[:, :-1] - ranked[:, 1:] > TIE * ranked[:, :-1].abs()
+        # Positions that predict alike, such as those of a canvas of nothing but [MASK]s, all tie. A margin, or the
+        # entropy of what is near certain, is a small difference of numbers that were rounded when they were large.
+        sizes = ((self.logits.amax(-1) - self.normalizer).exp() + scores.abs()).gather(-1, order)
+        differs = ranked[:, :-1] - ranked[:, 1:] > TIE * sizes[:, :-1]
         group = torch.zeros_like(order).scatter(-1, order, nn.functional.pad(differs.cumsum(-1), (1, 0)))
         ranks = group.argsort(dim=-1, stable=True).argsort(dim=-1)
         return self.masked & (ranks < (self.quota if count is None else count)[:, None])
@@ -113,10 +116,10 @@ class CommitRule:
 
     draws_tokens = False  # whether tokens are drawn from the raw distribution, whatever `do_sample` says
     is_random = False  # whether two runs commit different positions
-    may_skip = False  # whether a step may commit nothing in a row, so that more steps than positions are of use
+    may_skip = False  # whether a step may commit nothing in a row, which makes more steps than positions useful
 
     def score(self, step: DenoisingStep) -> torch.Tensor:
-        """Order of commitment, highest first, `(N, P)`."""
+        """The scores by which positions are committed, highest first, `(N, P)`."""
         raise NotImplementedError
 
     def __call__(self, step: DenoisingStep) -> torch.Tensor:
@@ -168,7 +171,7 @@ class AncestralRule(CommitRule):
 
 
 class ThresholdRule(CommitRule):
-    """Commits all positions of at least a given confidence, and what another rule does (Fast-dLLM)."""
+    """Commits all positions of at least a given confidence, besides those of another rule (Fast-dLLM)."""
 
     def __init__(self, threshold: float, rule: CommitRule):
         self.threshold, self.rule = threshold, rule
@@ -179,7 +182,7 @@ class ThresholdRule(CommitRule):
 
 
 class EntropyBoundRule(CommitRule):
-    """Commits positions of lowest entropy while the others' sum stays bounded, and what another rule does."""
+    """Commits positions of lowest entropy as long as their sum is bounded, besides those of another rule."""
 
     def __init__(self, bound: float, rule: CommitRule):
         self.bound, self.rule = bound, rule
@@ -247,6 +250,8 @@ class Canvas:
     def __init__(self, sequences: torch.Tensor, real: torch.Tensor, config, model_config, generator=None):
         self.sequences, self.real, self.config, self.generator = sequences, real, config, generator
         self.mask_token_id = model_config.mask_token_id
+        # Tokens that are never produced
+        self.never = torch.tensor([self.mask_token_id, *(config.suppress_tokens or ())], device=sequences.device)
         self.to_denoise = real & (sequences == self.mask_token_id)
         self.given = real & ~self.to_denoise
         self.columns = torch.arange(sequences.shape[1], device=sequences.device)
@@ -299,8 +304,9 @@ class Canvas:
 
     def stop_at(self, criteria: StoppingCriteriaList, block: "Block") -> None:
         """
-        Ends rows where transformers' criteria stop them, asked behind every token of a finished block, for each row on
-        its own real tokens. What stops a row whatever its text (a time limit) ends it behind the block.
+        Ends rows where transformers' criteria stop them. The criteria are checked after every token of a finished
+        block, on the row's own real tokens. One that stops a row whatever its text (a time limit) ends it after the
+        block.
         """
         stops = torch.zeros_like(self.to_denoise)
         for row in range(len(stops)) if criteria else []:
@@ -322,12 +328,12 @@ class Canvas:
         self.ends = torch.minimum(self.ends, torch.where(stops, self.columns, len(self.columns)).amin(-1))
 
     def check(self, block: "Block") -> None:
-        """Raises a ValueError where no token could be chosen in a block, or [MASK]s are left."""
+        """Raises a ValueError if no token could be chosen somewhere in a block, or if [MASK]s are left."""
         left = (self.block_of == block.index) & (self.sequences == self.mask_token_id) & ~self.finished[:, None]
         if bool(left.any()) and not bool(self.failed):
             raise ValueError(
-                f"The commit rule {type(self.config.commit_rule()).__name__} has left [MASK]s in its last step. There "
-                "(`step.index + 1 == step.num_steps`) it has to commit all that is `step.masked`."
+                f"The commit rule {type(self.config.commit_rule()).__name__} has left [MASK]s. In the last step of a "
+                "block (`step.index + 1 == step.num_steps`) it has to commit all of `step.masked`."
             )
         if bool(self.failed):
             raise ValueError(
@@ -353,7 +359,7 @@ class Block:
         self.num_steps, self.steps = max(steps), torch.tensor(steps, device=self.size.device)
 
     def step(self, index: int) -> DenoisingStep | None:
-        """What denoises in a step; None where the block is done. The one time that a step waits for the device."""
+        """A denoising step of the block; None if the block is done. Only here does a step wait for the device."""
         canvas, remasks = self.canvas, self.canvas.config.remask_probability > 0
         masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
         # A row is done with the block when nothing is masked; with remasking, when its steps are over.

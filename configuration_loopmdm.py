@@ -1,8 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Configuration of LoopMDM, a masked diffusion language model that applies a block of its layers several times."""
 
+import difflib
+import math
+from dataclasses import fields
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -11,7 +15,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 SIZES += " max_position_embeddings attention_block_size num_loops max_train_loops"
 MAX_LOOPS = 10_000  # More would seem to hang; no model of use comes near.
+# What no honest model reaches: beyond it sizes overflow.
+LARGEST, LARGEST_OF = 2**40, {"num_hidden_layers": 10_000, "num_attention_heads": 2**16, "head_dim": 2**16}
 REMOVED_FIELDS = {
+    "attention_dropout": "there is no dropout",
+    "transformers_weights": "the weights are called model.safetensors",
     "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
     "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',
 }
@@ -41,12 +49,12 @@ class LoopMDMConfig(PreTrainedConfig):
         intermediate_size (`int`, defaults to 2048): Width of the MLP.
         num_hidden_layers (`int`, defaults to 12): Number of physical layers, head + mid + tail. Looping adds none.
         num_attention_heads (`int`, defaults to 12): Number of query heads.
-        num_key_value_heads (`int`, defaults to `num_attention_heads`): Of keys and values (grouped-query attention).
+        num_key_value_heads (`int`, defaults to `num_attention_heads`): Number of key and value heads (grouped-query).
         head_dim (`int`, defaults to `hidden_size // num_attention_heads`): Width of one head.
         hidden_act (`str`, defaults to `"silu"`): Activation of the MLP, a name of transformers' `ACT2FN`.
-        use_gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))`, else GPT-2's `down(act(up(x)))`.
+        use_gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))`; if False, GPT-2's `down(act(up(x)))`.
         max_position_embeddings (`int`, defaults to 1024):
-            Longest sequence in tokens, the limit of `generate` and of learned positions.
+            Length of the longest sequence in tokens. It limits `generate` and learned positions.
         position_embedding_type (`"rope"` or `"learned"`, defaults to `"rope"`):
             Rotary position embedding in every layer, or one learned embedding per position added to the token's.
         rope_parameters (`dict`, *optional*): As in Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
@@ -68,13 +76,13 @@ class LoopMDMConfig(PreTrainedConfig):
             The hidden state of position i - 1 predicts token i, as in models made from autoregressive ones (Dream).
             The model's logits are aligned all the same: row i predicts token i.
         loop_start, loop_end (`int`, default to 1 and 3): mid is `layers[loop_start:loop_end]`.
-        num_loops (`int`, defaults to 6): Applications of mid in an inference pass that names no other number.
+        num_loops (`int`, defaults to 6): Number of loops of an inference pass that does not name another.
         max_train_loops (`int`, defaults to 12):
             S_max: training draws the number of loops from Uniform{1..S_max}. Inference may go beyond it.
         loop_update (`"replace"` or `"damped"`, defaults to `"replace"`):
             `"replace"`: `h <- mid(h)`, for trained loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`, sub-steps
-            that let layers trained without loops be looped at once (arXiv 2605.23872).
-        mask_token_id (`int`): Id of [MASK]. Required, and different from all others.
+            in which layers that were trained without loops can be looped right away (arXiv 2605.23872).
+        mask_token_id (`int`): Id of [MASK]. It is required, and no other special token may have it.
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*): Other tokens.
     """
 
@@ -119,8 +127,17 @@ class LoopMDMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name, fix in REMOVED_FIELDS.items():
-            if name in kwargs:
-                raise ValueError(f"`{name}` is not a field of LoopMDMConfig any more: {fix}.")
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` is not a field of LoopMDMConfig: {fix}.")
+        own = [field.name for field in fields(self)]
+        # Unknown fields are kept, as those of other libraries are; misspelt ones would be without effect.
+        for name in kwargs:
+            close = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
+            if close and not name.endswith("_token_id"):
+                raise ValueError(f"`{name}` is not a field of LoopMDMConfig; did you mean `{close[0]}`?")
+        dtype = getattr(torch, self.dtype.removeprefix("torch."), None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`dtype` is {self.dtype!r}; it must be a floating point type, such as bfloat16.")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
@@ -167,9 +184,15 @@ class LoopMDMConfig(PreTrainedConfig):
                 f"({self.num_attention_heads}); change one of them, or give `head_dim`."
             )
         for name in SIZES.split():
+            value, most = getattr(self, name), LARGEST_OF.get(name, LARGEST)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"`{name}` is {value}; it must be at least 1, and at most {most}.")
+        for name in ("num_loops", "max_train_loops"):
+            check_num_loops(getattr(self, name), name)
+        for name, least in (("rms_norm_eps", "above 0"), ("initializer_range", "at least 0")):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+            if not (0 <= value < math.inf) or (value == 0 and least == "above 0"):
+                raise ValueError(f"`{name}` is {value}; it must be {least}, and finite.")
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `num_key_value_heads` "
@@ -189,7 +212,7 @@ class LoopMDMConfig(PreTrainedConfig):
     def _validate_rope(self):
         if self.head_dim % 2 != 0:
             raise ValueError(f"`head_dim` is {self.head_dim}; rotary embeddings need an even one.")
-        rope_type, known = self.rope_parameters["rope_type"], {"default", *ROPE_INIT_FUNCTIONS}
+        rope_type, known = self.rope_parameters.get("rope_type"), ["default", *ROPE_INIT_FUNCTIONS]
         if rope_type not in known:
             raise ValueError(f"`rope_type` is {rope_type!r}; it must be one of {', '.join(sorted(known))}.")
         if rope_type in ("dynamic", "longrope") and self.attention_block_size is not None:
@@ -200,6 +223,18 @@ class LoopMDMConfig(PreTrainedConfig):
             )
         if self.rope_parameters.get("partial_rotary_factor", 1) != 1:
             raise ValueError("`partial_rotary_factor` is not supported; all of `head_dim` is rotated.")
+        try:  # what the parameters come to, whatever each kind calls them
+            values = [1.0 * self.rope_parameters["rope_theta"]]
+            if rope_type != "default":
+                with torch.device("cpu"):  # models are made on the meta device
+                    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](self)
+                values += [*frequencies.tolist(), float(scaling)]
+        except Exception as error:
+            reason = f"which does not work ({type(error).__name__}: {error})"
+            raise ValueError(f"`rope_parameters` is {self.rope_parameters}, {reason}.") from error
+        if not all(0 < value < math.inf for value in values):
+            reason = "its frequencies must be above 0, and finite"
+            raise ValueError(f"`rope_parameters` is {self.rope_parameters}; {reason}.")
 
     def _validate_tokens(self):
         if self.mask_token_id is None:
@@ -213,7 +248,8 @@ class LoopMDMConfig(PreTrainedConfig):
                 "raise `vocab_size` (and resize the embeddings) or name another token."
             )
         ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
-        for name, token in [("pad_token_id", self.pad_token_id), *(("eos_token_id", end) for end in ends)]:
+        others = [("pad_token_id", self.pad_token_id), ("bos_token_id", self.bos_token_id)]
+        for name, token in [*others, *(("eos_token_id", end) for end in ends)]:
             if token == self.mask_token_id:
                 raise ValueError(f"`mask_token_id` and `{name}` are both {token}; give [MASK] a token of its own.")
             if token is not None and not 0 <= token < self.vocab_size:

@@ -16,7 +16,7 @@ from .commit_rules import Block, Canvas, DenoisingStep
 
 @dataclass
 class LoopMDMTraceStep:
-    """What denoising step `step` of block `block` did; rows that had nothing to do ran no loops."""
+    """What denoising step `step` of block `block` did. Rows that were done already ran no loops."""
 
     block: int
     step: int
@@ -38,19 +38,19 @@ class LoopMDMGenerationOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(num_rows, length)`): Input and new tokens.
-        attention_mask (the same): 0 on padding, that of the input and what follows a row's end, 1 on its tokens; for a
-            next call that goes on from the sequences.
+        attention_mask (the same): 0 on padding, both of the input and after a row's end, and 1 on tokens. A next call
+            that continues the sequences needs it.
         forward_passes, loops, flops (`torch.LongTensor` of shape `(num_rows,)`):
-            What each row cost: forward passes (a guided step takes two), applications of mid over all of them, and
-            floating point operations of the matrix products (`model.flops`) without what fills up shorter rows.
-        seconds (`float`): Wall time of the call. The first call of a process takes longer: warm up to compare.
+            The cost of each row: forward passes (a guided step takes two), loops over all of them, and floating point
+            operations of the matrix products (`model.flops`), not counting what fills up shorter rows.
+        seconds (`float`): Wall time of the call. The first call in a process takes longer, so warm up to compare.
         tokens_per_second (`float`): Denoised tokens of all rows, up to and including the end token, in that time.
-        tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`): The same per forward pass of the row.
+        tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`): The row's denoised tokens per forward pass.
         past_key_values ([`LoopMDMCache`], *optional*):
-            With exact caching: all blocks but the last one, for a next call whose input continues the sequences.
+            With exact caching, all blocks but the last one, for a next call whose input continues the sequences.
         scores (`tuple[torch.FloatTensor]`, with `output_scores=True`):
-            What the tokens were chosen by, `(num_rows, vocab_size)`, after processors and sampling arguments, for
-            every column that some row denoises, from left to right; NaN in rows that committed no token there.
+            The scores by which tokens were chosen, after processors and sampling arguments: `(num_rows, vocab_size)`
+            for every column that some row denoises, from left to right; NaN in rows that committed no token there.
         trace (`list[LoopMDMTraceStep]`, with `output_trace=True`): Every denoising step in order.
     """
 
@@ -68,7 +68,7 @@ class LoopMDMGenerationOutput(ModelOutput):
 
 
 class Watcher:
-    """Is told of every denoising step and block, once they are written to the canvas, and reports at the end."""
+    """Hears of every denoising step and block once they are written to the canvas, and reports at the end."""
 
     def __init__(self, canvas: Canvas):
         self.canvas = canvas
@@ -85,7 +85,7 @@ class Watcher:
 
 
 class Cost(Watcher):
-    """What each row cost."""
+    """Counts the cost of each row."""
 
     def __init__(self, canvas):
         super().__init__(canvas)
@@ -104,7 +104,7 @@ class Cost(Watcher):
 
 
 class Trace(Watcher):
-    """What every step did, as [`LoopMDMTraceStep`]s."""
+    """Records every step as a [`LoopMDMTraceStep`]."""
 
     def __init__(self, canvas):
         super().__init__(canvas)
@@ -131,7 +131,7 @@ class Trace(Watcher):
 
 
 class Scores(Watcher):
-    """The scores by which each token was chosen."""
+    """Keeps the scores by which each token was chosen."""
 
     def __init__(self, canvas):
         super().__init__(canvas)
@@ -187,7 +187,7 @@ class Stream(Watcher):
 
 
 def make_watchers(canvas: Canvas, streamer: BaseStreamer | None) -> list[Watcher]:
-    """Those that the call's generation config asks for."""
+    """The watchers that the generation config asks for."""
     config = canvas.config
     wanted = {Cost: True, Trace: config.output_trace, Scores: config.output_scores}
     watchers = [kind(canvas) for kind, is_wanted in wanted.items() if is_wanted]

@@ -2,8 +2,9 @@
 """Text generation by masked diffusion: [MASK] tokens are predicted all at once and committed over denoising steps.
 
 The file reads top to bottom: the generation config, the denoiser (the one place that calls the model), and
-[`LoopMDMGenerationMixin`] with `generate`. The canvas and what a step commits are in commit_rules.py, what it computes
-and what it reads from a cache in cache_utils.py, what is reported in generation_outputs.py.
+[`LoopMDMGenerationMixin`] with `generate`. commit_rules.py has the canvas and the rules that choose what a step
+commits, cache_utils.py the plans of what it computes and what it reads from a cache, and generation_outputs.py what is
+reported.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from .loop_policies import LoopPolicy, resolve_policy
 # What other samplers call our arguments, and arguments of autoregressive generation that cannot work here.
 OTHER_NAMES = {
     "alg": "`unmasking` chooses the commit rule",
+    "block_size": "use `block_length`",
     "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
     "diffusion_steps": "use `max_denoising_steps`, the steps per block",
@@ -44,7 +46,9 @@ OTHER_NAMES = {
     "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
     "repetition_penalty": "use a `logits_processor`",
+    "right_shift_logits": "the model's `config.shift_logits` says so",
     "steps": "use `max_denoising_steps`, the steps per block",
+    "steps_per_block": "use `max_denoising_steps`",
     "token_type_ids": "leave it out (`tokenizer(..., return_token_type_ids=False)`)",
     "threshold": "use `confidence_threshold`",
     "use_block_cache": "use `cache_implementation`",
@@ -73,33 +77,34 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
     Args:
         max_new_tokens (`int`, *optional*):
-            Tokens to append. By default none where the input holds [MASK]s to fill in, otherwise 20 with a warning.
-        max_length (`int`, *optional*): Tokens of input (padding included) and new ones, without `max_new_tokens`.
+            Tokens to append. By default 20, with a warning, or none if the input holds [MASK]s to fill in.
+        max_length (`int`, *optional*): Length of input (with padding) and new tokens, without `max_new_tokens`.
         stop_strings (`str` or `list[str]`, *optional*):
             A row ends at the token that completes the first of these texts; `generate` needs the `tokenizer`.
 
         > Cost and quality
 
         num_loops (`int` or `list[int]`, defaults to `config.num_loops`):
-            Applications of mid in a forward pass. A list gives those of a block's first, second, ... denoising step,
-            its last element those of all further ones.
+            How often a forward pass applies mid. A list gives one number for each denoising step of a block, and its
+            last element serves all further steps.
         loop_tolerance (`float`, *optional*):
-            Adaptive loops: a row stops looping when the relative change of its hidden state falls under this.
+            Adaptive loops: a row stops looping when the relative change of its hidden state falls below this.
         visible_loops (`int`, *optional*):
-            Tokens that are not [MASK] loop so many times at most, while the [MASK]s loop on and attend to them.
-        loop_policy ([`LoopPolicy`], *optional*): Another exit rule.
+            The most loops of tokens that are not [MASK]. The [MASK]s go on looping, and attend to them.
+        loop_policy ([`LoopPolicy`], *optional*): An exit rule of your own.
         block_length (`int`, *optional*):
-            Positions that are denoised together, block after block from left to right; by default all, or
-            `config.attention_block_size`, of which a block-causal model takes multiples, counted from position 0.
+            Positions that are denoised together; blocks follow one another from left to right. By default all
+            positions form one block. A block-causal model takes multiples of `config.attention_block_size`, counted
+            from position 0, and by default one of them.
         max_denoising_steps (`int`, *optional*):
-            Forward passes per block at most; by default as many as it has [MASK]s, one commitment a step.
+            The most forward passes per block. By default there is one for every [MASK], and each commits one token.
         use_cache (`bool`, *optional*):
-            With `attention_block_size` the keys and values of finished blocks are kept, which is exact, where every
-            step has the same `num_loops`; `False` computes them again. Without effect on other models.
+            Block-causal models keep the keys and values of finished blocks, which is exact, if every step has the
+            same `num_loops`; `False` computes them again. It has no effect on other models.
         cache_implementation (`"prefix"`, `"dual"` or a subclass of [`CachePlan`], *optional*):
-            For attention over the whole sequence, an approximation (Fast-dLLM, arXiv 2505.22618): the first step of a
-            block computes everything, the others only the block (`"dual"`), or the block and what is behind it
-            (`"prefix"`), and read the keys and values of the rest as they were then.
+            An approximation for attention over the whole sequence (Fast-dLLM, arXiv 2505.22618). The first step of a
+            block computes everything. The others compute only the block (`"dual"`), or the block and what follows it
+            (`"prefix"`), and read the keys and values of the rest as the first step left them.
         cache_refresh_interval (`int`, *optional*): Steps between passes over everything; by default one a block.
 
         > What a step commits
@@ -110,38 +115,39 @@ class LoopMDMGenerationConfig(GenerationConfig):
             block a step. `"ancestral"` is the exact reverse process: every [MASK] opens independently, with
             probability 1 / (steps left), and its token is sampled at temperature 1.
         confidence_threshold (`float` in (0, 1], *optional*):
-            Commit also every position whose chosen token is at least so likely (Fast-dLLM).
+            Also commit every position whose chosen token is at least this likely (Fast-dLLM).
         entropy_bound (`float`, *optional*):
-            Commit also the positions of lowest entropy as long as the sum of their entropies less the largest, in
-            nats, stays within the bound (arXiv 2505.24857).
+            Also commit the positions of lowest entropy, as long as the sum of their entropies without the largest
+            one, in nats, stays within the bound (arXiv 2505.24857).
         remask_probability (`float` in [0, 1], defaults to 0.0):
             Remasking sampler (ReMDM, arXiv 2503.00307, "cap" schedule): at each step every token committed earlier in
-            the block goes back to [MASK] with this probability, less towards the end. All `max_denoising_steps` are
-            run then, and more of them than [MASK]s are useful.
+            the block goes back to [MASK] with this probability, which falls towards the end. All
+            `max_denoising_steps` are run then, and there may usefully be more of them than [MASK]s.
         eos_penalty (`float`, defaults to 0.0):
-            Taken from the confidence and margin, and added to the entropy, where the chosen token ends the sequence,
-            against early floods of end tokens. Tokens are drawn as before.
+            Lowers the confidence and the margin, and raises the entropy, where the chosen token ends the sequence, so
+            that end tokens are not committed too early. It does not change which tokens are chosen.
 
         > Sampling
 
         do_sample (`bool`, defaults to `False`): Draw tokens instead of choosing the most likely one.
         temperature (`float`, defaults to 1.0), top_k (`int`), top_p (`float`), min_p (`float`):
-            As in transformers, with `do_sample=True`. Confidence is read from the raw distribution all the same.
-        num_return_sequences (`int`, defaults to 1): Independent answers per row; needs a source of chance.
+            As in transformers, with `do_sample=True`. Confidence is read from the raw distribution even so.
+        num_return_sequences (`int`, defaults to 1): Independent answers per row; something must be random.
         guidance_scale (`float`, *optional*):
-            Classifier-free guidance: `uncond + guidance_scale * (cond - uncond)` on the logits, where the
-            unconditional pass sees [MASK] in place of every given token. 1 is off; it doubles the cost.
+            Classifier-free guidance: the logits are `uncond + guidance_scale * (cond - uncond)`, where the
+            unconditional pass sees [MASK] in place of every given token. It doubles the cost; 1 switches it off.
 
         > Special tokens and output
 
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
             A row ends at a committed end token with no [MASK] before it and no given token after it; padding follows.
+        suppress_tokens (`list[int]`, *optional*): Tokens that are never produced, such as ids without a text.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`LoopMDMGenerationOutput`].
         output_scores, output_trace (`bool`, default to `False`):
-            Add to that output the scores of the tokens, or what every step did.
+            Add the scores of the tokens, or a record of every step, to that output.
     """
 
-    # By name the default, the type and for numbers the range; a lower end of EPSILON says "above 0".
+    # For every name the default, the type, and the range of numbers; a lower end of EPSILON means "above 0".
     EPSILON = 1e-12
     FIELDS = {
         **dict.fromkeys(("max_new_tokens", "pad_token_id", "bos_token_id"), (None, int, 0)),
@@ -161,6 +167,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         "cache_implementation": (None, str | type),
         "loop_policy": (None, LoopPolicy),
         "stop_strings": (None, str | list),
+        "suppress_tokens": (None, list | tuple),
     }
 
     def __init__(self, **kwargs):
@@ -182,8 +189,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
                 setattr(self, name, default)
             else:
                 check_argument(name, value, *limits)
-        for token in _as_list(self.eos_token_id):
-            check_argument("eos_token_id", token, int, 0)
+        for name in ("eos_token_id", "suppress_tokens"):
+            for token in _as_list(getattr(self, name)):
+                check_argument(name, token, int, 0)
         loops = [check_num_loops(value) for value in _as_list(self.num_loops)]
         if (self.num_loops is not None and not loops) or len(loops) > (self.max_denoising_steps or len(loops)):
             steps = self.max_denoising_steps
@@ -194,17 +202,19 @@ class LoopMDMGenerationConfig(GenerationConfig):
         self._validate_combinations()
 
     def _validate_combinations(self):
-        """Arguments that exclude or need each other."""
+        """Checks arguments that exclude or need one another."""
         rule, wrong = self.commit_rule(), None
         parallel = [name for name in PARALLEL_RULES if getattr(self, name) is not None]
         idle = [name for name in SAMPLING if getattr(self, name) != self.FIELDS[name][0] and not self.do_sample]
         is_random = self.do_sample or rule.is_random or self.remask_probability > 0
         if len(parallel) > 1 or (parallel and rule.draws_tokens):
-            wrong = f"`{parallel[-1]}` goes neither with another such rule nor with ancestral `unmasking`; choose one"
+            wrong = f"`{parallel[-1]}` excludes other such rules and ancestral `unmasking`; choose one of them"
         elif idle:
-            wrong = f"`{idle[0]}` is {getattr(self, idle[0])} without effect; add `do_sample=True`"
+            wrong = f"`{idle[0]}={getattr(self, idle[0])}` has no effect on greedy decoding; add `do_sample=True`"
         elif self.num_return_sequences != 1 and not is_random:
-            wrong = f"`num_return_sequences` is {self.num_return_sequences}, all the same; add `do_sample=True`"
+            wrong = (
+                f"`num_return_sequences={self.num_return_sequences}` answers are all the same; add `do_sample=True`"
+            )
         elif self.cache_refresh_interval is not None and self.cache_implementation is None:
             wrong = "`cache_refresh_interval` has no effect without `cache_implementation`; give both, or neither"
         elif (self.output_trace or self.output_scores) and not self.return_dict_in_generate:
@@ -216,12 +226,12 @@ class LoopMDMGenerationConfig(GenerationConfig):
         """Raises a ValueError for what a model of this [`LoopMDMConfig`] cannot do."""
         size, wrong = model_config.attention_block_size, None
         if size is not None and self.cache_implementation is not None:
-            wrong = "`cache_implementation` approximates, and this block-causal model caches exactly; leave it out"
+            wrong = "this block-causal model caches exactly, so `cache_implementation` would only lose; leave it out"
         elif size is not None and (self.block_length or 0) % size != 0:
             wrong = f"`block_length` is {self.block_length}; this model's attention takes multiples of {size}"
-        for name in ("pad_token_id", "eos_token_id"):
+        for name in ("pad_token_id", "eos_token_id", "suppress_tokens"):
             tokens = _as_list(getattr(self, name))
-            if model_config.mask_token_id in tokens:
+            if model_config.mask_token_id in tokens and name != "suppress_tokens":
                 wrong = f"`{name}` is the mask token ({model_config.mask_token_id}); name another"
             elif any(token >= model_config.vocab_size for token in tokens):
                 wrong = (
@@ -248,17 +258,28 @@ class LoopMDMGenerationConfig(GenerationConfig):
         return warpers
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers; rules, plans and policies by their names, to be shown."""
+        """As in transformers. Rules, plans and policies are given by name, for display."""
         own = {name: getattr(self, name) for name in ("unmasking", "cache_implementation", "loop_policy")}
         shown = {name: value if isinstance(value, str | None) else repr(value) for name, value in own.items()}
         return super().to_dict() | shown
 
     def save_pretrained(self, *args, **kwargs):
-        """As in transformers. Raises a ValueError for rules, plans and policies, which no file can hold."""
+        """As in transformers. Raises a ValueError for rules, plans and policies, which cannot be saved."""
         for name in ("unmasking", "cache_implementation", "loop_policy"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, which cannot be saved; pass it to `generate`.")
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs) -> "LoopMDMGenerationConfig":
+        """As in transformers, but a damaged file raises a ValueError; an OSError says that there is none."""
+        try:
+            return super().from_pretrained(name, *args, **kwargs)
+        except (OSError, TypeError, AttributeError, RecursionError) as error:
+            is_absent = isinstance(error, OSError) and error.errno is None
+            if is_absent and not isinstance(error.__context__, ValueError):
+                raise
+            raise ValueError(f"The generation_config.json of {name} cannot be read: {error}") from error
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
@@ -280,7 +301,7 @@ def check_argument(name: str, value: Any, kind: Any, low: Any = None, high: Any 
 
 
 def reject_unknown(arguments: dict[str, Any]) -> None:
-    """Raises a ValueError for the first argument that `generate` does not take, and says what to use."""
+    """Raises a ValueError that names the first argument that `generate` does not take, and what to use instead."""
     for name, value in arguments.items():
         is_neutral = not isinstance(value, torch.Tensor) and (not value or value == NEUTRAL_VALUES.get(name))
         if name in TRANSFORMERS_NAMES | NEUTRAL_VALUES.keys() and is_neutral:
@@ -296,12 +317,12 @@ def _as_list(value: Any) -> list:
 
 class Denoiser:
     """
-    Predicts the [MASK]s of a denoising step. The one place where `generate` calls the model.
+    Predicts the [MASK]s of a denoising step. This is the only place where `generate` calls the model.
 
     Args:
         model: The [`LoopMDMForMaskedLM`].
         canvas ([`Canvas`]): The sequences.
-        cache ([`LoopMDMCache`], *optional*): What was handed in as `past_key_values`.
+        cache ([`LoopMDMCache`], *optional*): The `past_key_values` of the call.
     """
 
     def __init__(self, model, canvas: Canvas, cache: LoopMDMCache | None):
@@ -312,8 +333,8 @@ class Denoiser:
         # Whether finished blocks are stored: their keys and values are those of one number of loops.
         is_constant = isinstance(config.num_loops, int | None)
         self.is_exact = block_size is not None and config.use_cache is not False and is_constant
-        # Whether a block may loop otherwise than as finished text (with `shift_logits` a token before a [MASK] loops
-        # with it). That needs a cache within a step even where none is kept: finished text runs all loops.
+        # Whether a block may loop in another way than finished text does (with `shift_logits` a token before a [MASK]
+        # loops with it). That needs a cache within a step even where none is kept, as finished text runs all loops.
         visible_counts = config.visible_loops is not None and model.config.shift_logits
         is_adaptive = config.loop_tolerance is not None or config.loop_policy is not None or visible_counts
         has_exits = block_size is not None and is_adaptive
@@ -327,7 +348,7 @@ class Denoiser:
             self.plan.cache = cache
 
     def _check_cache(self, cache: Any) -> None:
-        """Raises a ValueError where a cache that was handed in is not one of this call's."""
+        """Raises a ValueError if a cache that was given does not fit this call."""
         if not isinstance(cache, LoopMDMCache) or cache.share_loops or not self.is_exact or self.copies > 1:
             raise ValueError(
                 "`past_key_values` must be a LoopMDMCache with a place for every loop, and serves block-causal models "
@@ -338,7 +359,7 @@ class Denoiser:
         cache.check_tokens(canvas.sequences.gather(1, canvas.column_of), canvas.lengths)
 
     def finished_cache(self) -> LoopMDMCache | None:
-        """The cache of finished blocks, where it can serve a next call."""
+        """The cache of finished blocks, if a next call can use it."""
         cache = self.plan.cache
         if not self.is_exact or self.copies > 1:
             return None
@@ -350,7 +371,7 @@ class Denoiser:
         return self.loops[min(step, len(self.loops) - 1)]
 
     def predict(self, block: Block, step: DenoisingStep) -> None:
-        """Fills in the logits of a step, and what they cost each row."""
+        """Fills in the logits of a step, and their cost for each row."""
         canvas, rows = self.canvas, torch.tensor(step.row_list)
         if self.plan.has_exits and not self.is_exact:
             self.plan.cache = self.plan.make_cache(self.num_loops(step.index), self.config.visible_loops)
@@ -364,8 +385,8 @@ class Denoiser:
 
     def _run(self, forward_pass: ForwardPass, step: DenoisingStep) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and of each row the
-        loops, the forward passes and the FLOPs, `(3, N)`.
+        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and the loops, the
+        forward passes and the FLOPs of each row, `(3, N)`.
         """
         canvas, config, model_config = self.canvas, self.config, self.model.config
         device, copies = canvas.sequences.device, self.copies
@@ -376,7 +397,7 @@ class Denoiser:
         is_even = bool((host[1:3] == host[1:3, :1]).all())
         positions = starts[:, None] + torch.arange(width, device=device)
         real = None if is_even else positions < stops[:, None]
-        positions = positions.clamp(max=canvas.column_of.shape[1] - 1)
+        positions = torch.minimum(positions, stops[:, None] - 1)
         columns = canvas.column_of[rows].gather(1, positions)
         input_ids = canvas.sequences[rows].gather(1, columns)
         exits, wanted, num_wanted = {}, rows.new_zeros(len(rows), 1), copies  # one, as attention of none fails
@@ -410,16 +431,16 @@ class Denoiser:
         if copies > 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + config.guidance_scale * (conditional - unconditional)
-            logits[..., model_config.mask_token_id] = -math.inf
             loops, token_loops = sum(loops.chunk(2)), sum(token_loops.chunk(2))
+        logits[..., canvas.never] = -math.inf
         flops = model_config.pass_flops(computed, reach, num_wanted, num_wanted, token_loops)
         return logits, torch.stack((loops, torch.full_like(loops, copies), flops))
 
 
 class ReusingDenoiser(Denoiser):
     """
-    For rules that may commit nothing: rows that the step before left as they were keep its scores, as their next ones
-    would be the same.
+    For rules that may commit nothing. Rows that the last step did not change keep their scores, as computing them
+    again would give the same.
     """
 
     last: tuple[Block, DenoisingStep, torch.Tensor] | None = None
@@ -460,7 +481,7 @@ def choose(canvas: Canvas, step: DenoisingStep, processors, warpers, draws: bool
     if len(warpers) > 0:
         scores = warpers(None, scores.flatten(0, 1)).view(scores.shape)
     if scores is not step.logits:
-        scores[..., canvas.mask_token_id] = -math.inf
+        scores[..., canvas.never] = -math.inf
     best, step.tokens = scores.max(-1)
     step.scores, canvas.failed = scores, canvas.failed + ~best.isfinite().all()
     if draws:
@@ -478,21 +499,22 @@ class LoopMDMGenerationMixin(GenerationMixin):
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
             Prompt, padded on either side; [MASK] tokens in it are filled in.
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
-            0 on padding. By default everything but `pad_token_id` is a token, and that too where it is an end or
-            start token as well; rows that begin or end with more or fewer of it are refused then.
+            0 on padding. By default `pad_token_id` is padding. If it is an end or start token too, it is taken for
+            text, and rows that begin or end with different numbers of it are refused.
         generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, which may be given by name.
         logits_processor (`LogitsProcessorList`, *optional*):
             Called for every row on its tokens without padding, `(num_positions, length)`, and the scores of the
             block's [MASK]s, `(num_positions, vocab_size)`, before the sampling arguments apply. Confidence does not
             see the result.
         stopping_criteria (`StoppingCriteriaList`, *optional*):
-            Asked after every block, behind each of its tokens; a row that they stop is padded from there on.
+            Checked after every block, once for each of its tokens. A row that they stop is padded from there on.
         streamer (`BaseStreamer`, *optional*):
-            Gets the prompt and every finished block of the one row, and after each step a draft (`put_draft`) of the
-            block where it takes such (`TextDiffusionStreamer`).
+            Gets the prompt and every finished block of the only row. If it has a `put_draft`
+            (`TextDiffusionStreamer`), it also gets a draft of the block after each step.
         generator (`torch.Generator`, or a `list` with one per row of the output, *optional*): Source of randomness.
         past_key_values ([`LoopMDMCache`], *optional*):
-            Of an earlier call, whose sequences the input continues (block-causal models only). It is filled on.
+            The cache of an earlier call whose sequences the input continues (block-causal models only). The call
+            extends it.
         tokenizer (*optional*): For `stop_strings`.
     """
 
@@ -523,14 +545,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
         4. Pad behind the ends and return the sequences, `(batch_size * num_return_sequences, length + new tokens)`, or
            with `return_dict_in_generate=True` a [`LoopMDMGenerationOutput`].
 
-        Greedy, or with a generator per row, a row's result depends neither on the other rows nor on padding.
+        With greedy decoding, or one generator per row, neither other rows nor padding change a row's result.
         """
         # 1. Read the arguments
         self._check_adapters()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
-        processors, warpers = LogitsProcessorList(logits_processor or []), config.warpers()
-        criteria = self._prepare_criteria(config, stopping_criteria, tokenizer)
+        processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
+        warpers = config.warpers()
 
         # 2. Lay out the canvas
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
@@ -557,7 +579,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 watcher.on_block(block)
 
         # 4. Pad behind the ends, and report
-        fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, 0)
+        fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, int(canvas.mask_token_id == 0))
         fill = next(token for token in fills if token is not None)
         sequences = canvas.sequences.masked_fill(canvas.behind & canvas.to_denoise, fill)
         report = {name: value for watcher in watchers for name, value in watcher.end().items()}
@@ -566,15 +588,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
         real = (canvas.real & ~canvas.behind).long()
         return LoopMDMGenerationOutput(sequences, real, past_key_values=denoiser.finished_cache(), **report)
 
-    def _check_adapters(self) -> None:
-        """Raises a ValueError where PEFT would change each forward pass in a way that does not fit a canvas."""
+    def _check_adapters(self, use: str = "`generate`") -> None:
+        """Raises a ValueError where PEFT changes a forward pass in a way that does not fit one over some positions."""
         wrong, adapters = None, getattr(self, "peft_config", {}).values()
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
             wrong = "soft prompts (prompt, prefix or P-tuning)"
         elif any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
             wrong = "activated LoRA, whose start PEFT counts from the end of the input"
         if wrong is not None:
-            raise ValueError(f"`generate` cannot apply {wrong}; use LoRA.")
+            raise ValueError(f"{use} cannot apply {wrong}; use LoRA.")
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
         """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""
@@ -605,7 +627,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if new is None and config.max_length is not None:
             new = config.max_length - length
         elif new is None:
-            new = 0 if has_masks else min(DEFAULT_NEW_TOKENS, limit - length)
+            new = 0 if has_masks else max(1, min(DEFAULT_NEW_TOKENS, limit - length))
             if new > 0:
                 logger.warning(f"`generate` appends {new} tokens, as in transformers; give `max_new_tokens`.")
         repeats, wrong = config.num_return_sequences, None
@@ -652,7 +674,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             real = input_ids != padding if padding is not None else torch.ones_like(input_ids, dtype=torch.bool)
             if padding in (*_as_list(config.eos_token_id), config.bos_token_id):
                 ends = torch.stack((real, real.flip(-1))).long().argmax(-1) if shape[1] > 0 else real.new_zeros(2, 1)
-                if bool((ends != ends[:, :1]).any()):
+                if bool((ends != ends[:, :1]).any()) or not bool(real.any(-1).all()):
                     raise ValueError(
                         f"Some rows of `input_ids` begin or end with more of token {padding}, which may be padding "
                         "or text here (`pad_token_id` is an end or start token too); give the `attention_mask`."
@@ -667,14 +689,17 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return real
 
     @staticmethod
-    def _prepare_criteria(config, stopping_criteria, tokenizer) -> StoppingCriteriaList:
-        """The user's criteria, and one for `stop_strings`."""
+    def _prepare_lists(config, logits_processor, stopping_criteria, tokenizer):
+        """The processors and criteria of the call, and a criterion for `stop_strings`."""
+        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            if not isinstance(value, list | tuple | None) or not all(map(callable, value or ())):
+                raise ValueError(f"`{name}` is {value!r}; give a list of transformers' objects for it, or none.")
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
             criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
-        return criteria
+        return LogitsProcessorList(logits_processor or []), criteria
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
@@ -685,6 +710,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         elif pretrained_model_name_or_path is not None:
             names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
             # Without the file, the config made from the model's config stays. `kwargs` override the model's config.
+            # Of a damaged one our `from_pretrained` says so.
             with contextlib.suppress(OSError):
                 self.generation_config = self.generation_config_class.from_pretrained(
                     pretrained_model_name_or_path, **dict(zip(names, args, strict=False))

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What the layers of a forward pass need besides the states: positions and masks, and the checks of its inputs."""
+"""What the layers of a forward pass need besides the states (positions and masks), and the checks of its inputs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ class LoopContext:
     real: torch.BoolTensor | None = None  # (N, Q), False on padding
     masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and what predicts them; None where embeddings came
     queries: torch.LongTensor | None = None  # (N, P), positions whose output is wanted; None: all
-    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of the attention implementation
+    arguments: dict[str, Any] = field(default_factory=dict)  # more of them, for the attention implementation
 
     @property
     def can_narrow(self) -> bool:
@@ -67,8 +67,8 @@ def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
 
 def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
-    Positions of the `real` tokens (nonzero), both `(1 or batch_size, length)`, counted from 0 within each packed
-    document. Padding takes no position, so that it changes nothing wherever it stands.
+    Positions of the `real` (nonzero) tokens, both `(1 or batch_size, length)`, counted from 0 within each packed
+    document. Padding takes no position, so it changes nothing wherever it stands.
     """
     count = (real != 0).long().cumsum(-1)
     if document_ids is not None:
@@ -152,7 +152,7 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
             needed = f"{shape}, its own positions without those of a cache"
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
     if cache is not None and document_ids is not None:
-        raise ValueError("`document_ids` and `past_key_values` do not go together; packed rows are not cached.")
+        raise ValueError("`document_ids` and `past_key_values` do not go together: packed rows are not cached.")
     # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
     last = shape[1] + (0 if cache is None or position_ids is not None else cache.length)
     if config.position_embedding_type == "learned" and last > config.max_position_embeddings:

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Exit rules of adaptive loops: which rows, or single positions, are settled before `num_loops` is reached."""
+"""Exit rules of adaptive loops: they say which rows, or single positions, stop before `num_loops` is reached."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,21 +13,21 @@ from .loop_context import LoopContext
 
 class LoopPolicy:
     """
-    Decides after every loop what goes on looping. What does not keeps its state, and the others attend to it as it is.
+    Decides after every loop what goes on looping. What stops keeps its state, and the rest attends to it as it is.
     Subclass it, implement [`~LoopPolicy.goes_on`], and pass an instance as `loop_policy` to `forward` or `generate`.
 
-    Set `per_position` to True to decide for single positions instead of rows; that passes no gradients on.
+    Set `per_position` to True to decide for single positions instead of rows. Gradients do not pass then.
     """
 
     per_position = False
 
     def goes_on(self, index: int, before: torch.Tensor, after: torch.Tensor, part: LoopContext) -> torch.BoolTensor:
         """
-        Called after loop `index`, counted from 0, for the N rows and Q positions that still move.
+        Called after loop `index`, counted from 0, for the N rows and Q positions that still loop.
 
         Args:
-            before, after (`torch.FloatTensor` of shape `(N, Q, hidden_size)`): The states around the loop.
-            part ([`LoopContext`]): `part.real` and `part.masked`, each `(N, Q)` bool, tell padding and [MASK]s.
+            before, after (`torch.FloatTensor` of shape `(N, Q, hidden_size)`): The states before and after the loop.
+            part ([`LoopContext`]): `part.real` is False on padding, `part.masked` True on [MASK]s, each `(N, Q)`.
 
         Returns:
             `(N,)` bool for the rows that go on, or `(N, Q)` with `per_position`.
@@ -36,13 +36,13 @@ class LoopPolicy:
 
 
 class RowTolerance(LoopPolicy):
-    """A row is settled when `||after - before|| / ||before||` over its real positions falls under `tolerance`."""
+    """A row stops when `||after - before|| / ||before||` over its real positions falls below `tolerance`."""
 
     def __init__(self, tolerance: float):
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
             raise ValueError(
-                f"`loop_tolerance` is {tolerance!r}; it must be a number of at least 0, the relative change of the "
-                "hidden state under which a row stops looping (e.g. 0.05)."
+                f"`loop_tolerance` is {tolerance!r}; it must be a number of at least 0: the relative change of the "
+                "hidden state below which a row stops looping (e.g. 0.05)."
             )
         self.tolerance = tolerance
 
@@ -56,8 +56,8 @@ class RowTolerance(LoopPolicy):
 
 class VisibleLoops(LoopPolicy):
     """
-    Tokens that are not [MASK] loop `count` times at most (with `config.shift_logits`, a token before a [MASK] goes on
-    with it, since its state predicts it).
+    Tokens that are not [MASK] loop at most `count` times. With `config.shift_logits`, the token before a [MASK] goes
+    on looping, since its state predicts the [MASK].
     """
 
     per_position = True
@@ -72,7 +72,7 @@ class VisibleLoops(LoopPolicy):
 def resolve_policy(
     config, loop_tolerance, visible_loops, loop_policy, trains=False, has_ids=True
 ) -> LoopPolicy | None:
-    """The exit rule that the arguments of a pass describe. Raises a ValueError where the model cannot run it."""
+    """The exit rule that the arguments of a pass describe. Raises a ValueError if the model cannot run it."""
     given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
     names = [name for name, value in given.items() if value is not None]
     if not names:
@@ -100,7 +100,7 @@ def resolve_policy(
 def iterate_while_moving(
     model, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
 ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
-    """`LoopMDMModel.iterate` by a policy: after every loop, what is settled leaves the part that loops on."""
+    """`LoopMDMModel.iterate` with a policy: after every loop, what has settled leaves the part that loops on."""
     if policy.per_position and context.cache is None:
         # The positions' own keys and values, for this pass alone, numbered by column
         batch_size, length = states.shape[:2]
@@ -145,7 +145,7 @@ def iterate_while_moving(
         elif context.can_narrow:
             part, part_states, part_moving, place = context.narrow(rows), states[rows], moving[rows], (rows,)
     if policy.per_position:
-        for rest in range(index + 1, num_loops):  # for passes that look for them there
+        for rest in range(index + 1, num_loops):  # for later passes, which look for them there
             context.cache.carry(rest, states)
 
 

@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -35,6 +35,7 @@ from .loop_context import (
     take_positions,
 )
 from .loop_policies import LoopPolicy, iterate_while_moving, resolve_policy
+from .weight_files import CheckedPreTrainedModel
 
 
 @dataclass
@@ -43,11 +44,11 @@ class LoopMDMModelOutput(BaseModelOutput):
     Output of [`LoopMDMModel`]: `last_hidden_state`, behind the final norm, and
 
     Args:
-        loops (`torch.LongTensor` of shape `(batch_size,)`): Applications of mid that changed each row.
-        token_loops (the same, with an exit rule): Applications of mid to single positions, over the row's real ones.
-        past_key_values ([`LoopMDMCache`], with `use_cache=True` or where one was given): Every executed layer's.
+        loops (`torch.LongTensor` of shape `(batch_size,)`): Number of loops that changed each row.
+        token_loops (the same, with an exit rule): Number of loops of its positions, summed over the row's real ones.
+        past_key_values ([`LoopMDMCache`], with `use_cache=True` or if one was given): The keys and values.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, on request as in transformers):
-            Of every executed layer in order: head, mid of each loop, tail; hidden states begin with the embeddings.
+            One of each executed layer in order: head, mid of each loop, tail. Hidden states begin with the embeddings.
     """
 
     loops: torch.LongTensor | None = None
@@ -58,7 +59,7 @@ class LoopMDMModelOutput(BaseModelOutput):
 @dataclass
 class LoopMDMMaskedLMOutput(MaskedLMOutput):
     """
-    Output of [`LoopMDMForMaskedLM`]: what [`LoopMDMModelOutput`] has but `last_hidden_state`, and
+    Output of [`LoopMDMForMaskedLM`]: all of [`LoopMDMModelOutput`] except `last_hidden_state`, and
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, with `labels`): The masked diffusion loss in nats per label.
@@ -246,7 +247,7 @@ class LoopMDMLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class LoopMDMPreTrainedModel(PreTrainedModel):
+class LoopMDMPreTrainedModel(CheckedPreTrainedModel):
     config_class = LoopMDMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -258,27 +259,11 @@ class LoopMDMPreTrainedModel(PreTrainedModel):
     # Recorded call by call, so the loops appear unrolled.
     _can_record_outputs = {"hidden_states": LoopMDMLayer, "attentions": LoopMDMAttention}
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """
-        As in transformers, but missing or unexpected tensors raise a ValueError, and only safetensors files are read,
-        never pickles, unless `use_safetensors=False` asks for them.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        wrong = [f"{name} is {kind}" for kind in ("missing", "unexpected") for name in sorted(info[f"{kind}_keys"])]
-        if wrong:
-            raise ValueError(
-                f"The tensors of {pretrained_model_name_or_path} are not those of a {cls.__name__} with this "
-                f"configuration ({len(wrong)} differ: {', '.join(wrong[:5])}). Is config.json that of these weights?"
-            )
-        return (model, info) if output_loading_info else model
-
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
     """
-    The looped transformer without a head: head, `num_loops` times mid, tail, final norm. Its parts are methods, for
-    probes, objectives and tests:
+    The looped transformer without the output head: head, mid `num_loops` times, tail, final norm. Its parts are
+    methods that probes, objectives and tests can call:
 
     ```python
     >>> states, context = model.prelude(input_ids, attention_mask)  # embeddings and head
@@ -325,8 +310,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMModelOutput:
         """
-        See [`LoopMDMForMaskedLM`]. `positions_to_keep`, `(batch_size, num_positions)`, are those that
-        `last_hidden_state` is wanted of; the last layer computes no others.
+        See [`LoopMDMForMaskedLM`]. `last_hidden_state` has the positions in `positions_to_keep`, `(batch_size,
+        num_positions)`, and the last layer computes no others.
         """
         if num_loops is None:
             in_training = self.training and self.num_train_loops is not None
@@ -401,7 +386,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         Applies mid `num_loops` times and yields after every loop the states, `(batch_size, sequence_length,
         hidden_size)`, and the positions that it changed, `(batch_size, sequence_length)` (None: all). With a `policy`
         it ends when nothing goes on. In training, loops before the last `gradient_loops` pass the gradient on
-        unchanged, as if they were the identity: head and embeddings would get none without it.
+        unchanged, as if they were the identity; otherwise head and embeddings would get none.
         """
         if policy is not None:
             yield from iterate_while_moving(self, states, context, num_loops, policy)
@@ -428,14 +413,14 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             yield states, None
 
     def loop(self, states: torch.Tensor, context: LoopContext, index: int = 0, step_size: float = 1.0) -> torch.Tensor:
-        """`h <- h + step_size * (mid(h) - h)`, at 1 `mid(h)` itself; `index`, from 0, is the loop for a cache."""
+        """`h <- h + step_size * (mid(h) - h)`, so `mid(h)` if it is 1; a cache needs `index`, the loop from 0."""
         updated = self._run(self.config.loop_start, self.config.loop_end, states, context, index)
         return updated if step_size == 1.0 else torch.lerp(states, updated, step_size)
 
     def readout(
         self, states: torch.Tensor, context: LoopContext, positions: torch.LongTensor | None = None
     ) -> torch.Tensor:
-        """Tail and final norm, of all positions or of those given, `(batch_size, num_positions)`, alone."""
+        """Tail and final norm, of all positions or only of those given, `(batch_size, num_positions)`."""
         start, stop = self.config.loop_end, self.config.num_hidden_layers
         if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
@@ -458,7 +443,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         return states
 
     def _prepare_cache(self, cache, use_cache, batch_size, num_loops, policy, visible_loops) -> LoopMDMCache | None:
-        """The cache of a pass, made where `use_cache` asks for one."""
+        """The cache of a pass. One is made if `use_cache` asks for it."""
         if cache is None and not use_cache:
             return None
         wrong = None
@@ -467,9 +452,9 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         elif self.training and torch.is_grad_enabled():
             wrong = "A cache passes no gradients on; call `model.eval()`, or train without it."
         elif cache is None and self.config.attention_block_size is None:
-            wrong = "`use_cache=True` needs block-causal attention; pass a `LoopMDMCache` where stale values will do."
+            wrong = "`use_cache=True` needs block-causal attention; pass a `LoopMDMCache` if stale values will do."
         elif use_cache and policy is not None and not policy.per_position:
-            wrong = "`use_cache=True` stores every loop, and rows that stop leave some out; use one of the two."
+            wrong = "`use_cache=True` stores every loop, but rows that stop early have fewer; use one of the two."
         elif use_cache and cache is not None and cache.reach is not None:
             wrong = "`use_cache=True` is for all rows of a cache; a selection of rows stores nothing."
         if wrong is not None:
@@ -499,36 +484,37 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     """
     LoopMDM with its output head: `forward` gives logits and the diffusion loss, `generate` denoises [MASK]s.
 
-    Arguments of `forward`, all optional but one of the first two; B is the batch size and L the sequence length:
+    Arguments of `forward`. One of the first two is required; B is the batch size and L the sequence length:
         input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, those to predict replaced by `config.mask_token_id`.
         inputs_embeds (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Their embeddings.
         attention_mask (`torch.Tensor` of shape `(B, L)`):
-            0 on padding, which may stand anywhere, anything else on real tokens. A 4-D mask is passed on as it is, in
-            place of `config.attention_block_size` too.
+            0 on padding, which may stand anywhere; any other value marks a real token. A 4-D mask is passed on as it
+            is, and also replaces `config.attention_block_size`.
         position_ids (`torch.LongTensor` of shape `(1 or B, L)`):
-            By default real tokens are counted from 0 and padding takes no position.
-        labels (`torch.LongTensor` of shape `(B, L)`): Clean tokens; -100 where nothing is to be learned. With them
+            By default real tokens are counted from 0, and padding takes no position.
+        labels (`torch.LongTensor` of shape `(B, L)`): Clean tokens; -100 where there is nothing to learn. With them
             `loss` is `sum(loss_weights * cross_entropy) / number of labels`.
         loss_weights (`torch.FloatTensor` of shape `(B, L)`, defaults to ones):
-            Weight of every label, e.g. 0 on visible and L/k on masked tokens, which makes the loss the NELBO in nats
-            per token (`training.MaskedDiffusionCollator`). Positions of weight zero cost no head.
+            Weight of every label. 0 on visible and L/k on masked tokens makes the loss the NELBO in nats per token
+            (`training.MaskedDiffusionCollator`). Positions of weight zero skip the output head.
         document_ids (`torch.LongTensor` of shape `(B, L)`):
-            Several documents packed into a row: tokens of different ids do not see each other, and positions are
-            counted within each document, whose tokens stand together.
+            For several documents packed into a row. Tokens with different ids do not see each other, and positions
+            are counted within each document, whose tokens stand together.
         past_key_values ([`LoopMDMCache`]):
-            Keys and values of earlier positions, which the pass attends to; `input_ids` and `attention_mask` are those
-            of its own positions alone, by default those that follow. Exact with block-causal attention.
+            Keys and values of earlier positions, which the pass attends to. `input_ids` and `attention_mask` then
+            cover only its own positions, by default those that follow. It is exact with block-causal attention.
         use_cache (`bool`): Keep the keys and values of this pass in `past_key_values`, which the output then holds.
-        num_loops (`int`): Applications of mid; by default `config.num_loops`, or in training what was drawn.
+        num_loops (`int`): Number of loops; by default `config.num_loops`, and in training the number drawn.
         loop_tolerance (`float`): Adaptive loops of rows, see [`RowTolerance`].
-        visible_loops (`int`): Fewer loops of tokens that are not [MASK], see [`VisibleLoops`].
-        loop_policy ([`LoopPolicy`]): Another exit rule.
+        visible_loops (`int`): Fewer loops for tokens that are not [MASK], see [`VisibleLoops`].
+        loop_policy ([`LoopPolicy`]): An exit rule of your own.
         logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
-            Positions to compute logits of: the last so many (0: all), those given, `(num_positions,)`, or those chosen
-            for every row, `(B, num_positions)`, which alone the last layer then computes.
+            The positions to compute logits for: a number of last positions (0: all), the given ones,
+            `(num_positions,)`, or those chosen for every row, `(B, num_positions)`. With the last kind the last layer
+            computes no other positions.
         num_items_in_batch (`int` or `torch.Tensor`):
-            Divisor of the loss in place of the number of labels; transformers' Trainer passes the number of labels in
-            all micro-batches of an optimiser step.
+            Divides the loss in place of the number of labels. transformers' Trainer passes the number of labels in all
+            micro-batches of an optimiser step.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -561,8 +547,10 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMMaskedLMOutput:
         """See the class. Raises a ValueError for what it cannot do."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
         if loss_weights is not None and labels is None:
-            raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both, or neither.")
+            raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both or neither.")
         continues = isinstance(past_key_values, LoopMDMCache) and position_ids is None and past_key_values.length > 0
         if self.config.shift_logits and continues:
             fix = "Begin the input one position earlier and give `position_ids`"
@@ -573,10 +561,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             keep = None
+        loops = num_loops, loop_tolerance, visible_loops, loop_policy
+        if keep is not None or any(rule is not None for rule in loops[1:]):
+            self._check_adapters("A pass that leaves out positions or rows")
         sources = self._sources(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, document_ids)
         kept = keep if sources is None or keep is None else sources.gather(1, keep)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
-        loops = num_loops, loop_tolerance, visible_loops, loop_policy
         outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **kwargs))
         states, loss, logits = outputs.pop("last_hidden_state"), None, None
         if keep is None and sources is not None:
@@ -663,8 +653,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """
         Floating point operations of the matrix products in one forward pass (a multiply-add is two, as in torch's
         `FlopCounterMode`), padding included; a training step takes three times as many, four with gradient
-        checkpointing. By default `num_loops` is the config's, and all positions reach the head (`num_logits`), are
-        attended to (`num_keys`) and are computed by the `last_layer`; means per row where they differ.
+        checkpointing. By default `num_loops` is the config's, and all positions reach the output head (`num_logits`),
+        are attended to (`num_keys`) and are computed by the last layer (`last_layer`). Give means if rows differ.
         """
         num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
         counts = (sequence_length if count is None else count for count in (num_keys, last_layer, num_logits))

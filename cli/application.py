@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+# Characters of an error message: a file may name a tensor by a text of megabytes.
+MAX_MESSAGE = 1000
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 evaluation = typer.Typer(help="Measure a model, at any number of loops.", no_args_is_help=True)
 app.add_typer(evaluation, name="eval")
@@ -33,36 +36,48 @@ def loopmdm(
 
 def main(args: Sequence[str] | None = None) -> None:
     """
-    Entry point: runs the command that `args` (by default those of the process) name, and exits. An argument or a file
-    that is wrong ends in one line on stderr and exit status 2; the environment variable LOOPMDM_DEBUG=1 shows the
-    traceback before it. Other exceptions are bugs, and are raised.
+    Entry point: runs the command that `args` (by default those of the process) name, and exits. Whatever an argument,
+    a file or a disk can do ends here, in one line on stderr and exit status 2. The environment variable
+    LOOPMDM_DEBUG=1 shows the traceback before it, which the report of a fault should have.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a place that cannot show a character is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = app(args, prog_name="loopmdm", standalone_mode=False)
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # of all kinds: a panic of the tokenizers library is not even an Exception
+        if isinstance(error, typer.Abort) and error.__cause__ is not None:  # typer's word for the end of a file
+            error = error.__cause__
         if isinstance(error, typer.Abort):
             sys.exit(130)
         message = _explain(error)
-        if message is None:
-            raise
         if os.environ.get("LOOPMDM_DEBUG", "0") not in ("", "0"):
-            traceback.print_exc()
+            traceback.print_exception(error)
         print(f"loopmdm: error: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status)
 
 
-def _explain(error: Exception) -> str | None:
-    """One line on what is wrong with the input; None where nothing is, and the error is a bug."""
+def _explain(error: BaseException) -> str:
+    """One line on what is wrong."""
     if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
         sys.exit(2)
     if hasattr(error, "format_message"):  # the parser's own; click's classes moved between versions of typer
         context = getattr(error, "ctx", None)
         hint = "" if context is None else f" See `{context.command_path} --help`."
-        message = " ".join(error.format_message().split())
+        message = _one_line(error.format_message())
         return f"{message}{'' if message.endswith(('.', '?')) else '.'}{hint}"
     from huggingface_hub.errors import StrictDataclassError
 
-    if isinstance(error, ValueError | OSError | StrictDataclassError):
-        return " ".join(str(error).split())
-    return None
+    message, kind = _one_line(str(error)), type(error).__name__
+    if isinstance(error, ValueError | OSError | StrictDataclassError) and message:
+        return message
+    return f"{kind}{': ' if message else ''}{message.rstrip('.')}. LOOPMDM_DEBUG=1 shows where."
+
+
+def _one_line(text: str) -> str:
+    """What a terminal can show of a text that may quote anything: no control characters, and not too much."""
+    text = "".join(part if part.isprintable() else "\ufffd" for part in " ".join(text.split()))
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."

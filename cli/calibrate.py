@@ -1,14 +1,24 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """`loopmdm calibrate`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .application import app
-from .options import BlockLength, ConfidenceThreshold, Device, Dtype, MaxDenoisingSteps, given
-from .output import console, progress
+from .options import (
+    BlockLength,
+    ConfidenceThreshold,
+    Device,
+    Dtype,
+    MaxDenoisingSteps,
+    TrustRemoteCode,
+    at_least,
+    given,
+)
+from .output import console, plus_minus_sign, progress
 
 
 @app.command()
@@ -33,19 +43,26 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(help="Examples generated together.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Write all measurements to this JSON file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and leave the model as it is.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Find the cheapest loops that keep a model's quality, and make them its default."""
     from loopmdm.evaluation import calibrate_loops
-    from loopmdm.evaluation.loading import load_model, load_tokenizer
-    from loopmdm.evaluation.loop_budget import read_examples, write_budget
+    from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
+    from loopmdm.evaluation.loop_budget import read_examples
     from loopmdm.evaluation.protocol import write_json
 
-    if not (Path(model) / "config.json").is_file():
+    at_least(1, limit=limit, batch_size=batch_size)
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"{output} cannot be written: it is a folder, or in none; name a file.")
+    if not any((Path(model) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{model} is not the folder of a model; the result is written into it, so download it first.")
+    if not dry_run and not os.access(model, os.W_OK):
+        raise ValueError(f"The result cannot be written into {model}; copy the model, or give --dry-run.")
+    mask_token_id = read_model_config(model).mask_token_id
+    examples = read_examples(data, load_tokenizer(model, trust_remote_code), mask_token_id)[:limit]
     loaded = load_model(model, dtype, device)
-    examples = read_examples(data, load_tokenizer(model), loaded.config.mask_token_id)[:limit]
     with progress("settings") as bar:
         budget = calibrate_loops(
             loaded,
@@ -61,11 +78,27 @@ def calibrate(
                 confidence_threshold=confidence_threshold,
             ),
         )
-    _show(budget, f"Half of {len(examples)} examples of {data}")
     if output is not None:
         write_json(output, {"model": model, "data": str(data), **budget.record()})
-    if not dry_run:
-        console.print(f"{write_budget(model, budget.best.arguments)} is written.")
+    written = [] if dry_run else _write(Path(model), budget, data)
+    _show(budget, f"Half of {len(examples)} examples of {data}")
+    for line in written:
+        console.print(line)
+
+
+def _write(model: Path, budget: Any, data: Path) -> list[str]:
+    """Makes the chosen setting the default, and keeps what was measured and shows it in the card. Says what it did."""
+    from loopmdm.evaluation.loop_budget import write_budget
+    from loopmdm.evaluation.protocol import write_json
+    from loopmdm.hub import BUDGET, CARD, write_card
+
+    lines = [f"{write_budget(model, budget.best.arguments)} is written."]
+    write_json(model / BUDGET, {"data": data.name, **budget.record()})
+    if write_card(model) is None:
+        lines.append(f"{model / CARD} is yours, so it is left as it is; {model / BUDGET} has the figures.")
+    else:
+        lines.append(f"{model / CARD} shows what was measured.")
+    return lines
 
 
 def _show(budget: Any, title: str) -> None:
@@ -77,11 +110,13 @@ def _show(budget: Any, title: str) -> None:
     for column in ("setting", "quality, %", "loss, %", "loops", "passes", "GFLOP"):
         table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=True)
 
+    sign = plus_minus_sign()
+
     def add(result: Any, name: str) -> None:
         table.add_row(
             name,
-            f"{100 * result.quality:.1f} ± {100 * result.standard_error:.1f}",
-            f"{100 * result.loss:+.1f} ± {100 * result.loss_standard_error:.1f}",
+            f"{100 * result.quality:.1f}{sign}{100 * result.standard_error:.1f}",
+            f"{100 * result.loss:+.1f}{sign}{100 * result.loss_standard_error:.1f}",
             f"{result.mean_loops:.2f}",
             f"{result.forward_passes:.2f}",
             f"{result.flops / 1e9:,.3f}",

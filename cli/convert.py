@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from .application import app
-from .output import console, progress_bars, show_table
+from .options import TrustRemoteCode
+from .output import console, plus_minus_sign, progress_bars, show_table
 
 
 @app.command()
@@ -42,6 +43,7 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest file, and memory used.")] = "5GB",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights (tensors only).")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> None:
     """Turn a non-looped diffusion model into a looped one that computes the same at one loop."""
@@ -113,17 +115,15 @@ def _show_tensors(tensors: dict[str, Any]) -> None:
 
 
 def _show_result(record: dict[str, Any], output: Path) -> None:
-    from rich.markup import escape
-
-    calibration = record.get("calibration")
+    calibration, sign = record.get("calibration"), plus_minus_sign()
     if calibration:
         rows = []
         for score in [calibration["without_loops"], *calibration["windows"]]:
             bounds = [score.get("loop_start"), score.get("loop_end")]
-            window = "none" if bounds[0] is None else escape(f"layers[{bounds[0]}:{bounds[1]}]")
+            window = "none" if bounds[0] is None else f"layers[{bounds[0]}:{bounds[1]}]"
             chosen = " (chosen)" if bounds == calibration["best"] else ""
-            change = f"{score['change']:+.4f} ± {score['change_standard_error']:.4f}" if "change" in score else ""
-            rows.append([window + chosen, f"{score['nelbo']:.4f} ± {score['standard_error']:.4f}", change])
+            change = f"{score['change']:+.4f}{sign}{score['change_standard_error']:.4f}" if "change" in score else ""
+            rows.append([window + chosen, f"{score['nelbo']:.4f}{sign}{score['standard_error']:.4f}", change])
         loops, update = calibration["num_loops"], calibration["loop_update"]
         title = f"NELBO at {loops} loops ({update}) on {calibration['text']}"
         show_table(title, ["looped", "nats per token", "change"], rows)

@@ -7,7 +7,21 @@ import typer
 
 from .application import evaluation
 from .inputs import measured_texts, start
-from .options import Device, Documents, Dtype, Model, Output, Split, Subset, Task, Text, TextColumn, TextLimit
+from .options import (
+    Device,
+    Documents,
+    Dtype,
+    Model,
+    Output,
+    Split,
+    Subset,
+    Task,
+    Text,
+    TextColumn,
+    TextLimit,
+    TrustRemoteCode,
+    at_least,
+)
 from .output import progress, results_folder, show_table
 
 
@@ -19,9 +33,9 @@ def dynamics(
     num_loops: Annotated[int | None, typer.Option(help="Loops to follow (default: those of training).")] = None,
     timesteps: Annotated[str, typer.Option(help="Shares of masked tokens.")] = "0.1,0.3,0.5,0.7,0.9",
     task: Task = "texts",
-    text_column: TextColumn = "text",
-    documents: Documents = "file",
-    split: Split = "train",
+    text_column: TextColumn = None,
+    documents: Documents = None,
+    split: Split = None,
     subset: Subset = None,
     limit: TextLimit = None,
     window: Annotated[int | None, typer.Option(help="Tokens seen at once (default: at most 256).")] = None,
@@ -31,38 +45,36 @@ def dynamics(
     no_lens: Annotated[bool, typer.Option("--no-lens", help="Leave predictions by loop out.")] = False,
     batch_size: Annotated[int, typer.Option(help="Masked texts per forward pass.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """What happens in the loop: attention between masked and visible tokens, states, predictions."""
     settings = dict(locals())
-    from loopmdm.configuration_loopmdm import check_num_loops
     from loopmdm.evaluation import make_windows, measure_dynamics
+    from loopmdm.evaluation.dynamics import check_settings
     from loopmdm.evaluation.loading import load_model, load_tokenizer
     from loopmdm.evaluation.protocol import Stopwatch, protocol
     from loopmdm.evaluation.texts import pad_windows
+    from loopmdm.objective import input_device
 
     try:
         shares = [float(part) for part in timesteps.split(",")]
     except ValueError:
         raise ValueError(f"--timesteps is {timesteps!r}; give a list such as 0.1,0.5,0.9.") from None
     config = start(model, output)
-    if num_loops is not None:
-        check_num_loops(num_loops)
-    if windows < 1:
-        raise ValueError(f"--windows is {windows}; it must be at least 1.")
+    check_settings(config, num_loops, shares, masks, batch_size, not no_lens)
+    at_least(1, window=window, windows=windows)
     longest = config.max_position_embeddings
     length = min(256, longest) if window is None and task != "fill" else window or longest
     if length > longest:
         raise ValueError(f"--window is {length} tokens; the model takes 1 to {longest} positions.")
-    texts = measured_texts(
-        text, load_tokenizer(model), config, length, task, text_column, documents, split, subset, limit
-    )
+    texts = measured_texts(settings, load_tokenizer(model, trust_remote_code), config, length)
     parts = make_windows(texts, length)
     count = min(windows, len(parts))
     parts = [parts[i * len(parts) // count] for i in range(count)]
     loaded = load_model(model, dtype, device)
-    with progress("Dynamics") as bar, Stopwatch(loaded.device) as watch:
+    with progress("Dynamics") as bar, Stopwatch(input_device(loaded)) as watch:
         result = measure_dynamics(
             loaded,
             *pad_windows(parts),
@@ -83,12 +95,12 @@ def dynamics(
         "tokens": sum(len(part.input_ids) for part in parts),
         "results": result.summary(),
     }
-    title = f"Loops of {model} on {count} texts, mean of t = {timesteps}, {watch.seconds:.1f} s"
-    _show(title, record["results"])
     with results_folder(output, record) as folder:
         if folder is not None:
             result.save(folder / "dynamics.npz")
             result.plot(folder / "dynamics.png")
+    title = f"Loops of {model} on {count} texts, mean of t = {timesteps}, {watch.seconds:.1f} s"
+    _show(title, record["results"])
 
 
 def _show(title: str, rows: list[dict[str, Any]]) -> None:

@@ -7,8 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from .application import evaluation
-from .inputs import loop_numbers
-from .options import Device, Documents, Dtype, GenerateArguments, LoopList, Output, TextColumn, pairs
+from .inputs import check_text_options, loop_numbers
+from .options import (
+    Device,
+    Dtype,
+    GenerateArguments,
+    LoopList,
+    Output,
+    TextColumn,
+    TrustRemoteCode,
+    at_least,
+    check_idle,
+    pairs,
+)
 from .output import new_figure, plus_minus, progress, results_folder, show_table, write_lines
 
 
@@ -23,43 +34,50 @@ def generative_perplexity(
     ] = None,
     output: Output = None,
     num_loops: LoopList = None,
-    num_samples: Annotated[int, typer.Option(help="Samples for each number of loops.")] = 64,
+    num_samples: Annotated[int | None, typer.Option(help="Samples for each number of loops (default: 64).")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a sample (default: the model's positions, at most 256).")
     ] = None,
     prompts: Annotated[str | None, typer.Option(help="File of texts to continue; by default from nothing.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens that the judge sees at once.")] = None,
     stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window of a long sample.")] = None,
-    text_column: TextColumn = "text",
-    documents: Documents = "blank_line",
+    text_column: TextColumn = None,
+    documents: Annotated[
+        str | None, typer.Option(help="What separates samples in a .txt: file (none), blank_line (default) or line.")
+    ] = None,
     generate: GenerateArguments = None,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Perplexity of samples under a causal language model, and their entropy. Ancestral sampling by default."""
     settings = dict(locals())
-    from loopmdm.evaluation.loading import load_judge, load_model, load_tokenizer
+    from loopmdm.evaluation.loading import load_judge, load_model, load_tokenizer, read_model_config
+    from loopmdm.evaluation.perplexity import check_window
     from loopmdm.evaluation.protocol import check_output, protocol
 
     if (model is None) == (samples is None):
         raise ValueError("Give either a model that makes samples, or --samples, a file that holds them.")
-    for name, value in (("--num-samples", num_samples), ("--batch-size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    at_least(1, num_samples=num_samples, batch_size=batch_size, max_new_tokens=max_new_tokens, stride=stride)
+    at_least(2, window=window)
+    _check_options(model, samples, prompts, text_column, documents, num_loops, num_samples, max_new_tokens, generate)
     if output is not None:
         check_output(output)
     arguments = {"unmasking": "ancestral"} | pairs("--generate", generate)
     if model is None:
-        rows, kept = [{}], [_read_samples(samples, text_column, documents)]
+        rows, kept = [{}], [_read_samples(samples, text_column or "text", documents or "blank_line")]
     else:
-        plan = _plan(model, num_loops, num_samples, max_new_tokens, prompts, text_column, arguments)
-    judge_model, tokenizer = load_judge(judge, dtype, device)
+        config, model_tokenizer = read_model_config(model), load_tokenizer(model, trust_remote_code)
+        sizes = num_samples or 64, max_new_tokens
+        plan = _plan(config, model_tokenizer, num_loops, *sizes, prompts, text_column or "text", arguments)
+    judge_model, tokenizer = load_judge(judge, dtype, device, trust_remote_code)
+    check_window(judge_model, window, stride)
     loaded = None
     if model is not None:
         loaded = load_model(model, dtype, device)
-        rows, kept = _make_samples(loaded, load_tokenizer(model), *plan, batch_size, seed, arguments)
+        rows, kept = _make_samples(loaded, model_tokenizer, *plan, batch_size, seed, arguments)
     seconds = sum(row.get("generation_seconds", 0.0) for row in rows)
     seconds += _judge(rows, kept, judge_model, tokenizer, window, stride, batch_size)
     record = {
@@ -68,17 +86,41 @@ def generative_perplexity(
         "seconds": seconds,
         "results": rows,
     }
-    _show(f"Generative perplexity of {model or samples} under {judge}: {len(kept[0])} samples, {seconds:.1f} s", rows)
     with results_folder(output, record) as folder:
         if folder is not None and model is not None:
             found = zip(rows, kept, strict=True)
             lines = [{"num_loops": row["num_loops"], "text": text} for row, texts in found for text in texts]
             write_lines(folder / "samples.jsonl", lines)
             _plot(folder / "generative_perplexity.png", rows)
+    _show(f"Generative perplexity of {model or samples} under {judge}: {len(kept[0])} samples, {seconds:.1f} s", rows)
+
+
+def _check_options(
+    model: str | None,
+    samples: str | None,
+    prompts: str | None,
+    text_column: str | None,
+    documents: str | None,
+    num_loops: str | None,
+    num_samples: int | None,
+    max_new_tokens: int | None,
+    generate: list[str] | None,
+) -> None:
+    """Raises a ValueError for options that have no effect beside the others."""
+    if model is None:
+        options = {"num_loops": num_loops, "num_samples": num_samples, "max_new_tokens": max_new_tokens}
+        check_idle("--samples are judged as they are", **options, generate=generate, prompts=prompts)
+        check_text_options(samples, text_column=text_column, documents=documents)
+    else:
+        check_idle("it is for --samples", documents=documents)
+        check_idle("it is for --samples and --prompts", text_column=None if prompts else text_column)
+        if prompts is not None:
+            check_text_options(prompts, text_column=text_column)
 
 
 def _plan(
-    model: str,
+    config: Any,
+    tokenizer: Any,
     num_loops: str | None,
     num_samples: int,
     max_new_tokens: int | None,
@@ -89,16 +131,14 @@ def _plan(
     """The numbers of loops, the tokens that each sample starts with, and how many new ones it has, all checked."""
     from loopmdm import LoopMDMGenerationConfig
     from loopmdm.evaluation import read_texts
-    from loopmdm.evaluation.loading import load_tokenizer, read_model_config
 
-    config = read_model_config(model)
     loops = loop_numbers(num_loops, [config.num_loops])
     room = config.max_position_embeddings
     length = min(256, room) if max_new_tokens is None else max_new_tokens
     LoopMDMGenerationConfig(max_new_tokens=length, **arguments)  # checks
     starts: list[list[int]] = [[]]
     if prompts is not None:
-        texts = read_texts(prompts, load_tokenizer(model), config, "texts", text_column, "line")
+        texts = read_texts(prompts, tokenizer, config, "texts", text_column, "line")
         starts = [text.input_ids for text in texts]
     longest = max(map(len, starts))
     if longest + length > room:
@@ -138,10 +178,11 @@ def _make_samples(
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """For each number of loops, its time and its samples."""
     from loopmdm.evaluation.protocol import Stopwatch
+    from loopmdm.objective import input_device
 
     rows, kept = [], []
     for number in loops:
-        with progress(f"{number} loops: samples") as bar, Stopwatch(model.device) as watch:
+        with progress(f"{number} loops: samples") as bar, Stopwatch(input_device(model)) as watch:
             made = []
             for first in range(0, len(starts), batch_size):
                 batch = starts[first : first + batch_size]
@@ -157,12 +198,12 @@ def _generate(
 ) -> list[list[int]]:
     """New tokens of samples `first` and on; each has a generator of its own, so that batches make no difference."""
     from loopmdm.evaluation.texts import pad_left
-    from loopmdm.objective import seeded_generator
+    from loopmdm.objective import input_device, seeded_generator
 
-    input_ids, attention_mask = pad_left(starts)
+    input_ids, attention_mask = (tensor.to(input_device(model)) for tensor in pad_left(starts))
     sequences = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
         max_new_tokens=length,
         generator=[seeded_generator(seed, "sample", first + row) for row in range(len(starts))],
         **arguments,
@@ -182,10 +223,11 @@ def _judge(
     """Adds the judge's scores to the rows. Returns the seconds that it took."""
     from loopmdm.evaluation import generative_perplexity
     from loopmdm.evaluation.protocol import Stopwatch
+    from loopmdm.objective import input_device
 
     seconds = 0.0
     for row, texts in zip(rows, kept, strict=True):
-        with progress("Judge") as bar, Stopwatch(judge.device) as watch:
+        with progress("Judge") as bar, Stopwatch(input_device(judge)) as watch:
             score = generative_perplexity(texts, judge, tokenizer, window, stride, batch_size, bar)
         seconds += watch.seconds
         row |= score.summary()

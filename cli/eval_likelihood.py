@@ -23,6 +23,8 @@ from .options import (
     Text,
     TextColumn,
     TextLimit,
+    TrustRemoteCode,
+    at_least,
 )
 from .output import new_figure, plus_minus, progress, results_folder, show_table
 
@@ -34,9 +36,9 @@ def likelihood(
     output: Output = None,
     num_loops: LoopList = None,
     task: Task = "texts",
-    text_column: TextColumn = "text",
-    documents: Documents = "file",
-    split: Split = "train",
+    text_column: TextColumn = None,
+    documents: Documents = None,
+    split: Split = None,
     subset: Subset = None,
     limit: TextLimit = None,
     window: Annotated[int | None, typer.Option(help="Tokens seen at once (default: at most 1024).")] = None,
@@ -46,29 +48,31 @@ def likelihood(
     bins: Annotated[int, typer.Option(help="Bins of timesteps.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Masked texts per forward pass.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Bound of the likelihood of texts (NELBO), with error bars, at several numbers of loops and by timestep."""
     settings = dict(locals())
-    from loopmdm.evaluation import text_likelihood
+    from loopmdm.evaluation import make_windows, text_likelihood
     from loopmdm.evaluation.loading import load_model, load_tokenizer
     from loopmdm.evaluation.protocol import Stopwatch, protocol
-    from loopmdm.objective import check_settings
+    from loopmdm.objective import check_settings, input_device
 
     config = start(model, output)
     several = {1, 2, 4, config.num_loops} | ({config.max_train_loops} if config.loop_update == "replace" else set())
     most = max(config.num_loops, config.max_train_loops)
     loops = loop_numbers(num_loops, sorted(number for number in several if number <= most))
     check_settings(loops, num_samples)
-    if bins < 1:
-        raise ValueError(f"--bins is {bins}; it must be at least 1.")
-    length = window or config.max_position_embeddings
-    texts = measured_texts(
-        text, load_tokenizer(model), config, length, task, text_column, documents, split, subset, limit
-    )
+    at_least(1, bins=bins, window=window, stride=stride, windows=windows, batch_size=batch_size)
+    longest = config.max_position_embeddings
+    length = window or longest
+    if length > longest:
+        raise ValueError(f"The window is {length} tokens long; the model takes 1 to {longest} positions.")
+    make_windows([], window or min(1024, longest), stride)  # checks
+    texts = measured_texts(settings, load_tokenizer(model, trust_remote_code), config, length)
     loaded = load_model(model, dtype, device)
-    with progress("NELBO") as bar, Stopwatch(loaded.device) as watch:
+    with progress("NELBO") as bar, Stopwatch(input_device(loaded)) as watch:
         result = text_likelihood(loaded, texts, loops, window, stride, windows, num_samples, batch_size, seed, bar)
     rows = _rows(result)
     means, errors, counts = result.estimate.by_timestep(bins)
@@ -85,7 +89,6 @@ def likelihood(
         "by_timestep": {"edges": edges, "nats_per_masked_token": means, "standard_error": errors, "masks": counts},
         "by_text": result.by_text(),
     }
-    _show(f"NELBO of {text}: {record['texts']} texts, {result.num_tokens} tokens, {watch.seconds:.1f} s", rows)
     with results_folder(output, record) as folder:
         if folder is not None:
             import numpy
@@ -95,6 +98,7 @@ def likelihood(
                 folder / "tokens.npz", **{name: numpy.asarray(value) for name, value in arrays.items()}
             )
             _plot(folder / "likelihood.png", rows, means, errors, edges)
+    _show(f"NELBO of {text}: {record['texts']} texts, {result.num_tokens} tokens, {watch.seconds:.1f} s", rows)
 
 
 def _rows(result: Any) -> list[dict[str, Any]]:

@@ -10,7 +10,18 @@ import typer
 
 from .application import evaluation
 from .inputs import loop_numbers, start
-from .options import Device, Dtype, GenerateArguments, LoopList, Model, NumMasks, Output, pairs
+from .options import (
+    Device,
+    Dtype,
+    GenerateArguments,
+    LoopList,
+    Model,
+    NumMasks,
+    Output,
+    TrustRemoteCode,
+    at_least,
+    pairs,
+)
 from .output import new_figure, plus_minus, results_folder, show_table, write_lines
 
 
@@ -36,6 +47,7 @@ def lm_eval(
     generate: GenerateArguments = None,
     batch_size: Annotated[int, typer.Option(help="Masked texts, or prompts, per forward pass.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of masks, samples and few-shot examples.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -52,8 +64,8 @@ def lm_eval(
     loops = loop_numbers(num_loops, [config.num_loops])
     for number in loops:
         check_settings([number], num_samples)
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit is {limit} documents; it must be at least 1.")
+    at_least(1, limit=limit, max_gen_toks=max_gen_toks, max_length=max_length, stride=stride, batch_size=batch_size)
+    at_least(0, num_fewshot=num_fewshot)
     files = pairs("--data-files", [data_files] if data_files else None, read=str)
     manager, names = _find_tasks([task.strip() for task in tasks.split(",") if task.strip()], include_path, files)
     arguments = pairs("--generate", generate)
@@ -67,6 +79,7 @@ def lm_eval(
         stride=stride,
         dtype=dtype,
         device=device,
+        trust_remote_code=trust_remote_code,
         **arguments,
     )
     # What is asked for here wins over what the tasks say.
@@ -169,11 +182,6 @@ def _report(
         "lm_eval": {str(number): run for number, run in runs.items()},
     }
     shown = ("task", "metric", "filter", "num_loops")
-    show_table(
-        f"lm-eval: {', '.join(names)}, {seconds:.1f} s",
-        [*shown, "value"],
-        [[*(row[name] for name in shown), plus_minus(row["value"], row["standard_error"])] for row in rows],
-    )
     with results_folder(output, record) as folder:
         if folder is not None:
             lines = [
@@ -184,6 +192,11 @@ def _report(
             ]
             write_lines(folder / "samples.jsonl", lines)
             _plot(folder / "lm_eval.png", rows)
+    show_table(
+        f"lm-eval: {', '.join(names)}, {seconds:.1f} s",
+        [*shown, "value"],
+        [[*(row[name] for name in shown), plus_minus(row["value"], row["standard_error"])] for row in rows],
+    )
 
 
 def _rows(number: int, results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +18,21 @@ from .options import (
     Device,
     Dtype,
     MaxDenoisingSteps,
-    MaxNewTokens,
     Model,
+    TrustRemoteCode,
+    at_least,
+    check_idle,
     given,
     integers,
+)
+from .output import progress
+
+# New tokens where neither the command nor the model says how many, and no mask token is there to be filled in
+NEW_TOKENS = 128
+# Options that are arguments of `generate` as they stand
+ARGUMENTS = (
+    *("max_new_tokens", "loop_tolerance", "visible_loops", "cache_implementation", "block_length", "unmasking"),
+    *("max_denoising_steps", "confidence_threshold", "entropy_bound", "temperature", "top_p", "num_return_sequences"),
 )
 
 
@@ -28,9 +41,12 @@ def generate(
     model: Model,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts to continue, or to fill in where they hold mask tokens; `-` reads them as lines."),
+        typer.Argument(help="Texts to continue, or to fill in where they hold mask tokens; `-` reads lines."),
     ] = None,
-    max_new_tokens: MaxNewTokens = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to append; 0 only fills in (default: the model's, or 128 where nothing is masked)."),
+    ] = None,
     num_loops: Annotated[
         str | None,
         typer.Option(
@@ -52,84 +68,209 @@ def generate(
     do_sample: Annotated[bool, typer.Option("--do-sample", help="Draw tokens.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Temperature; needs --do-sample.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling; needs --do-sample.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of each row's random numbers.")] = 0,
+    num_return_sequences: Annotated[
+        int | None, typer.Option(help="Answers to each prompt; needs --do-sample.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed; every answer has random numbers of its own.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 32,
     stream: Annotated[bool, typer.Option("--stream", help="Show every denoising step (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with the cost of each row.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page that plays every denoising step.")] = None,
     html_columns: Annotated[int | None, typer.Option(help="With --html: show a board of so many columns.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Continue texts, or fill in their mask tokens. What it cost goes to stderr."""
-    texts = sys.stdin.read().splitlines() if prompts == ["-"] else prompts
-    if not texts:
-        raise ValueError("There is no prompt; give texts as arguments, or `-` to read lines from standard input.")
-    if stream and len(texts) != 1:
-        raise ValueError(f"--stream shows one prompt, and there are {len(texts)}; give one.")
-    check_html(html, html_columns)
-    loops = integers("--num-loops", num_loops)
-    options = given(
-        max_new_tokens=max_new_tokens,
-        num_loops=loops[0] if loops and len(loops) == 1 else loops,
-        loop_tolerance=loop_tolerance,
-        visible_loops=visible_loops,
-        cache_implementation=cache_implementation,
-        block_length=block_length,
-        max_denoising_steps=max_denoising_steps,
-        unmasking=unmasking,
-        confidence_threshold=confidence_threshold,
-        entropy_bound=entropy_bound,
-        do_sample=do_sample or None,
-        temperature=temperature,
-        top_p=top_p,
-        output_trace=html is not None or None,
-    )
-    tokenizer, output = _run(model, texts, options, seed, stream, dtype, device)
-    _show(texts, tokenizer, output, stream, as_json)
+    settings, texts = dict(locals()), _texts(prompts)
+    count = len(texts) * (num_return_sequences or 1)
+    if stream and count != 1:
+        raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
+    check_idle("a stream shows text", json=stream and as_json)
+    at_least(1, num_return_sequences=num_return_sequences, batch_size=batch_size)
+    check_html(html, html_columns, len(texts), batch_size)
+    options = _options(settings)
+    from loopmdm import LoopMDMGenerationConfig
+    from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
+
+    # Checks what can be without the model, whose own settings may be what makes it draw.
+    LoopMDMGenerationConfig(**options | {"do_sample": True})
+    read_model_config(model)
+    tokenizer = load_tokenizer(model, trust_remote_code)
+    rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
+    loaded = load_model(model, dtype, device)
+    _plan(loaded, rows, options)
     if html is not None:
-        write_trace(html, output, tokenizer, model, texts, html_columns)
+        _check_together(rows)
+    options["tokenizer"] = tokenizer  # for stop strings of the model's own settings
+    if stream:
+        from transformers import TextDiffusionStreamer
+
+        options["streamer"] = TextDiffusionStreamer(tokenizer, skip_special_tokens=False)
+    costs = _Costs()
+    with progress("prompts") as bar:
+        for start in range(0, len(rows), batch_size):
+            for row, answer in _generate(loaded, rows[start : start + batch_size], options, seed, costs):
+                if not stream:
+                    _show(row.text, tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.cost, as_json)
+            bar(min(start + batch_size, len(rows)), len(rows))
+    print(costs.line(), file=sys.stderr)
+    if html is not None:
+        write_trace(html, costs.output, tokenizer, model, texts, html_columns)
 
 
-def _run(
-    model: str, texts: list[str], options: dict[str, Any], seed: int, stream: bool, dtype: str, device: str | None
-) -> tuple[Any, Any]:
-    """The tokenizer, and what `generate` returns for the texts as one batch."""
-    import torch
-    from transformers import TextDiffusionStreamer
-
-    from loopmdm.evaluation.loading import load_model, load_tokenizer
-
-    loaded, tokenizer = load_model(model, dtype, device), load_tokenizer(model)
-    if tokenizer.pad_token_id is None and len(texts) > 1:
-        raise ValueError("The tokenizer has no padding token; give one prompt at a time.")
-    try:
-        inputs = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left").to(loaded.device)
-    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
-        raise ValueError(f"The tokenizer of {model} cannot read the prompt: {error}") from error
-    output = loaded.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        generator=[torch.Generator().manual_seed(seed) for _ in texts],
-        streamer=TextDiffusionStreamer(tokenizer, skip_special_tokens=False) if stream else None,
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`, from those of the command."""
+    loops = integers("--num-loops", settings["num_loops"])
+    return given(
+        **{name: settings[name] for name in ARGUMENTS},
+        do_sample=settings["do_sample"] or None,
+        num_loops=loops[0] if loops and len(loops) == 1 else loops,
         return_dict_in_generate=True,
-        **options,
+        output_trace=settings["html"] is not None or None,
     )
-    return tokenizer, output
 
 
-def _show(texts: list[str], tokenizer: Any, output: Any, stream: bool, as_json: bool) -> None:
-    """The texts, unless they were streamed, and a line on what they cost."""
-    costs = [
-        {name: output[name][i].item() for name in ("forward_passes", "loops", "flops")} for i in range(len(texts))
-    ]
-    if not stream:
-        made = tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
-        for prompt, text, cost in zip(texts, made, costs, strict=True):
-            print(json.dumps({"prompt": prompt, "text": text, **cost}) if as_json else text)
-    passes, loops, flops = (sum(cost[name] for cost in costs) / len(costs) for name in costs[0])
-    per_row = "" if len(texts) == 1 else f" a text, mean of {len(texts)}"
-    print(
-        f"{passes:g} forward passes, {loops:g} loops, {flops / 1e9:.3g} GFLOP{per_row}; {output.seconds:.2f} s, "
-        f"{output.tokens_per_second:.1f} tokens/s",
-        file=sys.stderr,
-    )
+def _texts(prompts: list[str] | None) -> list[str]:
+    if prompts == ["-"]:
+        try:
+            prompts = [line.rstrip("\r\n") for line in sys.stdin]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Standard input is not text in {sys.stdin.encoding}: {error}.") from error
+    if not prompts:
+        raise ValueError("There is no prompt; give texts as arguments, or `-` to read lines from standard input.")
+    return prompts
+
+
+@dataclass
+class _Row:
+    """A prompt: its place among all, its text and tokens, and how many new ones it gets."""
+
+    number: int
+    text: str
+    tokens: list[int]
+    new: int = 0
+    is_idle: bool = False  # nothing is masked, and nothing is to be appended
+
+
+@dataclass
+class _Answer:
+    """Tokens of prompt and answer, and what they cost."""
+
+    tokens: list[int]
+    cost: dict[str, int]
+
+
+@dataclass
+class _Costs:
+    """What all rows cost together."""
+
+    rows: list[dict[str, int]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: float = 0.0
+    output: Any = None  # of the rows that ran last; with --html these are all
+
+    def line(self) -> str:
+        count = len(self.rows)
+        passes, loops, flops = (sum(row[name] for row in self.rows) / count for name in self.rows[0])
+        per_row = "" if count == 1 else f" a text, mean of {count}"
+        speed = self.tokens / self.seconds if self.seconds > 0 else 0.0
+        return (
+            f"{passes:g} forward passes, {loops:g} loops, {flops / 1e9:.3g} GFLOP{per_row}; {self.seconds:.2f} s, "
+            f"{speed:.1f} tokens/s"
+        )
+
+
+def _encode(tokenizer: Any, text: str, number: int) -> _Row:
+    try:
+        return _Row(number, text, list(tokenizer(text)["input_ids"]))
+    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
+        raise ValueError(f"The tokenizer cannot read the prompt {text[:40]!r}: {error}") from error
+
+
+def _plan(model: Any, rows: list[_Row], options: dict[str, Any]) -> None:
+    """Sets how many new tokens each prompt gets: by the command, the model's settings, or as many as are usual."""
+    settings, room = model.generation_config, model.config.max_position_embeddings
+    asked = options.pop("max_new_tokens", settings.max_new_tokens)
+    for row in rows:
+        is_masked = model.config.mask_token_id in row.tokens
+        if asked is not None:
+            row.new = asked
+        elif settings.max_length is not None:
+            row.new = max(0, settings.max_length - len(row.tokens))
+        elif not is_masked:
+            row.new = max(1, min(NEW_TOKENS, room - len(row.tokens)))
+        row.is_idle = row.new == 0 and not is_masked
+        if len(row.tokens) + row.new > room:
+            raise ValueError(
+                f"Prompt {row.number + 1} has {len(row.tokens)} tokens, and {row.new} new ones are asked for; the "
+                f"model has {room} positions. Shorten the prompt, or give --max-new-tokens."
+            )
+    if all(row.is_idle for row in rows):
+        raise ValueError(
+            f"There is nothing to generate; give --max-new-tokens, or mask tokens ({model.config.mask_token_id}) in "
+            "the prompts to fill in."
+        )
+
+
+def _check_together(rows: list[_Row]) -> None:
+    """Raises a ValueError where prompts do not share denoising steps, which a page has one slider for."""
+    for row in rows:
+        if _kind(row) != _kind(rows[0]):
+            one, other = (
+                "nothing to denoise" if each.is_idle else f"{each.new} new tokens after {len(each.tokens)} of its own"
+                for each in (rows[0], row)
+            )
+            raise ValueError(
+                f"--html shows prompts that are denoised together; prompt 1 has {one}, and prompt {row.number + 1} "
+                f"has {other}. Give --max-new-tokens, or one prompt at a time."
+            )
+
+
+def _kind(row: _Row) -> tuple[int, bool, bool]:
+    """What prompts that run together share. An empty prompt and one of padding look alike, hence the second."""
+    return row.new, not row.tokens, row.is_idle
+
+
+def _generate(
+    model: Any, batch: list[_Row], options: dict[str, Any], seed: int, costs: _Costs
+) -> Iterator[tuple[_Row, _Answer]]:
+    """The answers to a batch of prompts in order. Prompts that want as many new tokens run together."""
+    from loopmdm.evaluation.texts import pad_left
+    from loopmdm.objective import input_device, seeded_generator
+
+    copies = options.get("num_return_sequences", model.generation_config.num_return_sequences)
+    free = dict.fromkeys(("forward_passes", "loops", "flops"), 0)
+    answers = {row.number: [_Answer(row.tokens, free)] * copies for row in batch}
+    kinds: dict[tuple[int, bool, bool], list[_Row]] = {}
+    for row in batch:
+        if not row.is_idle:
+            kinds.setdefault(_kind(row), []).append(row)
+    for (new, *_), rows in kinds.items():
+        input_ids, attention_mask = (
+            tensor.to(input_device(model)) for tensor in pad_left([row.tokens for row in rows])
+        )
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=new,
+            generator=[seeded_generator(seed, "generate", row.number, copy) for row in rows for copy in range(copies)],
+            **options,
+        )
+        costs.output = output
+        costs.seconds += output.seconds
+        costs.tokens += output.tokens_per_second * output.seconds
+        made = output.sequences.tolist()
+        for index, tokens in enumerate(made):
+            row = rows[index // copies]
+            cost = {name: output[name][index].item() for name in free}
+            start = input_ids.shape[1] - len(row.tokens)
+            answers[row.number] = [*answers[row.number][1:], _Answer(tokens[start:], cost)]
+    for row in batch:
+        for answer in answers[row.number]:
+            costs.rows.append(answer.cost)
+            yield row, answer
+
+
+def _show(prompt: str, text: str, cost: dict[str, int], as_json: bool) -> None:
+    print(json.dumps({"prompt": prompt, "text": text, **cost}) if as_json else text, flush=True)

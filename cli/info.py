@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .application import app
-from .options import Json, Model
+from .options import Json, Model, at_least, check_idle
 from .output import show_facts, show_table
 
 
@@ -18,16 +18,19 @@ def info(
     measure: Annotated[
         bool, typer.Option("--measure", help="Generate with the model's settings, and show what it took.")
     ] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(help="With --measure: tokens to generate.")] = None,
-    batch_size: Annotated[int, typer.Option(help="With --measure: rows.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="With --measure: tokens to generate (default: 128 at most).")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --measure: rows (default: 1).")] = None,
     as_json: Json = False,
 ) -> None:
     """Show a model's layers, loops, parameters and the cost of a forward pass by number of loops."""
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; it must be at least 1.")
+    at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if not measure:
+        check_idle("nothing is measured without --measure", max_new_tokens=max_new_tokens, batch_size=batch_size)
     facts = _facts(model, length)
     if measure:
-        facts["measured"] = _measure(model, max_new_tokens, batch_size)
+        facts["measured"] = _measure(model, max_new_tokens, batch_size or 1)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -50,7 +53,8 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
     import torch
 
     from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
-    from loopmdm.evaluation.loading import read_model_config
+    from loopmdm.data import adapter_base
+    from loopmdm.evaluation.loading import read_generation_config, read_model_config
 
     config = read_model_config(model)
     length = config.max_position_embeddings if length is None else length
@@ -58,13 +62,11 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
         raise ValueError(f"--length is {length}; the model takes 1 to {config.max_position_embeddings} positions.")
     with torch.device("meta"):
         empty = LoopMDMForMaskedLM(config)
-    try:
-        defaults = LoopMDMGenerationConfig.from_pretrained(model)
-    except OSError:
-        defaults = LoopMDMGenerationConfig()
+    defaults, base = read_generation_config(model) or LoopMDMGenerationConfig(), adapter_base(model)
     block_size = config.attention_block_size
     loops = sorted({1, 2, 4, 8, config.num_loops, config.max_train_loops, 2 * config.max_train_loops})
     return {
+        **({} if base is None else {"adapter of": base}),
         "parameters": empty.num_parameters(),
         "dtype": str(config.dtype).removeprefix("torch."),
         "layers": config.num_hidden_layers,
@@ -101,12 +103,19 @@ def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[st
     import torch
 
     from loopmdm.evaluation.loading import load_model
+    from loopmdm.objective import input_device
 
     loaded = load_model(model)
+    device = input_device(loaded)
     room = loaded.config.max_position_embeddings
     new_tokens = min(room, 128) if max_new_tokens is None else max_new_tokens
-    prompt = torch.full((batch_size, 1), loaded.config.mask_token_id, device=loaded.device)
-    arguments = {"max_new_tokens": new_tokens - 1, "eos_token_id": [], "return_dict_in_generate": True}
+    prompt = torch.full((batch_size, 1), loaded.config.mask_token_id, device=device)
+    arguments = {
+        "max_new_tokens": new_tokens - 1,
+        "eos_token_id": [],
+        "stop_strings": None,
+        "return_dict_in_generate": True,
+    }
     for _ in range(2):
         output = loaded.generate(prompt, **arguments)
     names = ("forward_passes", "loops", "flops")
@@ -118,5 +127,5 @@ def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[st
         "tokens_per_second": output.tokens_per_second,
         "GFLOP_per_second": output.flops.sum().item() / output.seconds / 1e9,
         "threads": torch.get_num_threads(),
-        "device": str(loaded.device),
+        "device": str(device),
     }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .options import given, integers
+from .options import check_idle, given, integers
 
 
 def start(model: str, output: Path | None) -> Any:
@@ -30,23 +30,23 @@ def loop_numbers(text: str | None, default: list[int]) -> list[int]:
     return loops
 
 
-def measured_texts(
-    text: str,
-    tokenizer: Any,
-    config: Any,
-    length: int,
-    task: str,
-    text_column: str,
-    documents: str,
-    split: str,
-    subset: str | None,
-    limit: int | None,
-) -> Sequence[Any]:
-    """The texts that the options of an evaluation name. Those to fill in must have at most `length` tokens."""
+def measured_texts(settings: dict[str, Any], tokenizer: Any, config: Any, length: int) -> Sequence[Any]:
+    """
+    The texts that the options of an evaluation, `settings`, name. Those to fill in must have at most `length` tokens.
+    """
     from loopmdm.evaluation.texts import read_texts
 
-    dataset = given(split=split, name=subset)
-    texts = read_texts(text, tokenizer, config, task, text_column, documents, dataset, limit)
+    names = ("text", "task", "text_column", "documents", "split", "subset", "limit")
+    text, task, text_column, documents, split, subset, limit = (settings[name] for name in names)
+    check_text_options(text, text_column=text_column, documents=documents, split=split, subset=subset)
+    if task == "fill":
+        check_idle("texts to fill in stand one on a line", documents=documents)
+    elif task == "answers":
+        check_idle("answers are read from their own fields", text_column=text_column)
+    dataset = given(split=split or "train", name=subset)
+    texts = read_texts(text, tokenizer, config, task, text_column or "text", documents or "file", dataset, limit)
+    if not any(any(entry.maskable) for entry in texts):
+        raise ValueError(f"{text} holds no token to score.")
     if task == "fill":  # what is given stands on both sides, so nothing can be cut off
         for entry in texts:
             if len(entry.input_ids) > length:
@@ -55,3 +55,15 @@ def measured_texts(
                     "once."
                 )
     return texts
+
+
+def check_text_options(text: str, **options: str | None) -> None:
+    """Raises a ValueError for options that mean nothing for texts of this kind, and for unknown `documents`."""
+    from loopmdm.data import SEPARATORS
+
+    documents = options.get("documents")
+    if documents is not None and documents not in SEPARATORS:
+        raise ValueError(f"--documents is {documents!r}; choose one of {', '.join(SEPARATORS)}.")
+    idle = {".txt": ("text_column", "split", "subset"), ".jsonl": ("documents", "split", "subset")}
+    names = idle.get(Path(text).suffix, ("documents",))
+    check_idle(f"{text} is not that kind of source", **{name: options.get(name) for name in names})

@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Options that several commands share, and the parsing of their values."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +13,12 @@ Model = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ... or auto.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a tokenizer brings along.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # Of `generate`
-MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens to append; 0 only fills in.")]
 MaxDenoisingSteps = Annotated[int | None, typer.Option(help="Forward passes per block at most.")]
 BlockLength = Annotated[int | None, typer.Option(help="Positions denoised together.")]
 ConfidenceThreshold = Annotated[float | None, typer.Option(help="Commit all tokens at least so likely.")]
@@ -36,9 +39,11 @@ Text = Annotated[
 Task = Annotated[
     str, typer.Option(help="Score all of texts, answers given prompts, or what mask tokens stand for (fill).")
 ]
-TextColumn = Annotated[str, typer.Option(help="Where texts are in JSON and data sets.")]
-Documents = Annotated[str, typer.Option(help="What separates the texts of a .txt: file (none), blank_line or line.")]
-Split = Annotated[str, typer.Option(help="Of a data set.")]
+TextColumn = Annotated[str | None, typer.Option(help="Where texts are in JSON and data sets (default: text).")]
+Documents = Annotated[
+    str | None, typer.Option(help="What separates the texts of a .txt: file (none, the default), blank_line or line.")
+]
+Split = Annotated[str | None, typer.Option(help="Of a data set (default: train).")]
 Subset = Annotated[str | None, typer.Option(help="Of a data set: the name of its configuration.")]
 TextLimit = Annotated[int | None, typer.Option(help="Read so many texts.")]
 
@@ -46,6 +51,21 @@ TextLimit = Annotated[int | None, typer.Option(help="Read so many texts.")]
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given, without those that are None."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_idle(why: str, **options: Any) -> None:
+    """Raises a ValueError for the first option that was given although it has no effect, which `why` explains."""
+    for name, value in options.items():
+        if value not in (None, False):
+            shown = "" if value is True else f" ({value})"
+            raise ValueError(f"--{name.replace('_', '-')}{shown} has no effect: {why}; leave it out.")
+
+
+def at_least(least: int, **options: int | None) -> None:
+    """Raises a ValueError for the first option that was given and is less than `least`."""
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}.")
 
 
 def integers(name: str, text: str | None) -> list[int] | None:
@@ -59,14 +79,25 @@ def integers(name: str, text: str | None) -> list[int] | None:
 
 
 def pairs(name: str, texts: list[str] | None, read: Callable[[str], Any] | None = None) -> dict[str, Any]:
-    """`key=value` pairs, separated by commas. Values are YAML unless `read` is given."""
+    """`key=value` pairs, separated by commas. Values are YAML unless `read` is given; commas may stand in `[...]`."""
+    found: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", ",".join(texts or [])):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if part and not (key and equals):
+            raise ValueError(f"{name} holds {part!r}, which is not `key=value`.")
+        if key in found:
+            raise ValueError(f"{name} gives {key!r} twice; give it once.")
+        if part:
+            found[key] = (read or _yaml)(value)
+    return found
+
+
+def _yaml(text: str) -> Any:
     import yaml
 
-    found = {}
-    for part in ",".join(texts or []).split(","):
-        key, equals, value = part.partition("=")
-        if part and not equals:
-            raise ValueError(f"{name} holds {part!r}, which is not `key=value`.")
-        if part:
-            found[key.strip()] = (read or yaml.safe_load)(value)
-    return found
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text):  # which YAML takes for a text
+        return float(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{text!r} is not a value: {error}") from error

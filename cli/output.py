@@ -4,6 +4,7 @@
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+# Names of files and data are shown as they are, whatever markup they hold.
+console = Console(markup=False, emoji=False)
 
 
 @contextlib.contextmanager
@@ -24,7 +26,10 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import Progress
 
     errors = Console(stderr=True)
-    bar, tasks = Progress(console=errors, transient=True, disable=not errors.is_terminal), {}
+    # Above the bar where both are on the screen; what is written elsewhere must not go through the bar's console.
+    redirect = sys.stdout.isatty()
+    bar = Progress(console=errors, transient=True, disable=not errors.is_terminal, redirect_stdout=redirect)
+    tasks: dict[str, Any] = {}
 
     def show(what: str, done: int, total: int) -> None:
         bar.start()
@@ -67,12 +72,17 @@ def show_facts(title: str, facts: dict[str, Any]) -> None:
     console.print(table)
 
 
+def plus_minus_sign() -> str:
+    """What stands between a value and its error, as far as the place that shows it has the character."""
+    return " ± " if console.encoding.startswith("utf") else " +/- "
+
+
 def plus_minus(value: float, error: float | None) -> str:
     """A value with its error, both to the second digit of the error."""
     if error is None or not 0 < error < math.inf:
         return f"{value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:.{digits}f}{plus_minus_sign()}{error:.{digits}f}"
 
 
 @contextlib.contextmanager
@@ -92,7 +102,7 @@ def results_folder(path: Path | None, record: dict[str, Any]) -> Iterator[Path |
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """JSON lines."""
     text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def new_figure(columns: int) -> tuple[Any, Any]:

@@ -50,11 +50,11 @@ class DiTFormat(Family):
             )
         if not settings["time_conditioning"] and source.sigma is not None:
             raise ValueError(f"`sigma` is {source.sigma}, but {source.name} is not conditioned on it; leave it out.")
-        vocab_size, hidden_size = source.shape(f"{self.root}vocab_embed.embedding")
+        vocab_size, hidden_size = source.matrix(f"{self.root}vocab_embed.embedding")
         return {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
-            "intermediate_size": source.shape(f"{block}mlp.0.weight".format(i=0))[0],
+            "intermediate_size": source.matrix(f"{block}mlp.0.weight".format(i=0))[0],
             "num_hidden_layers": source.num_layers(f"{block}attn_qkv.weight", settings.get("n_blocks")),
             "num_attention_heads": settings["n_heads"],
             "hidden_act": "gelu_pytorch_tanh",

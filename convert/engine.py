@@ -2,18 +2,20 @@
 """The conversion from beginning to end: a plan, the folder, and, on request, calibration and verification."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..hub import write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .loop_window import calibrate, plot_calibration, read_sequences
+from .loop_window import calibrate, check_width, plot_calibration, read_sequences
 from .plan import Plan, plan_conversion
 from .source import open_source
 from .tokenizer import write_tokenizer
-from .verify import verify_with_file, verify_with_transformers
+from .verify import read_reference, verify_with_file, verify_with_transformers
 from .write import check_output, check_shard_size, check_space, new_folder, write_code, write_weights
 
 
@@ -56,7 +58,8 @@ def convert_checkpoint(
         verify_against (*optional*): Compare with logits stored by `convert/write_reference.py`.
         on_plan (`Callable`): Called with the [`Plan`] before anything is written.
         progress (`Callable`): Called with what is being done, and how much is done of how much.
-        plan_options: Everything else that [`plan_conversion`] takes: `num_loops`, `loop_start`, `family`, `dtype`, ...
+        plan_options: Everything else that [`plan_conversion`] takes: `num_loops`, `loop_start`, `family`, `dtype`,
+            `trust_remote_code`, ...
 
     Returns:
         `dict`: What is also written to `conversion.json`: the mapping of tensors, parameter counts, the loop, and what
@@ -68,9 +71,13 @@ def convert_checkpoint(
     output = Path(output).expanduser()
     check_output(output)
     check_shard_size(max_shard_size)
-    _check_options(calibrate_on, calibration_width, verify_against, plan_options)
+    _check_options(calibrate_on, calibration_width, verify_against, sigma, plan_options)
     plan = plan_conversion(open_source(source, revision, allow_pickle, sigma), **plan_options)
-    _check_possible(plan, calibrate_on, verify)
+    _check_possible(plan, calibrate_on, calibration_width, verify, verify_against)
+    input_ids = None
+    if calibrate_on is not None:
+        length = min(calibration_length, plan.config.max_position_embeddings)
+        input_ids = read_sequences(plan.loaded_tokenizer, Path(calibrate_on), calibration_sequences, length)
     check_space(plan, output)
     on_plan(plan)
     with new_folder(output) as folder:
@@ -79,23 +86,25 @@ def convert_checkpoint(
         plan.generation.save_pretrained(folder)
         write_code(plan, folder)
         found: dict[str, Any] = {}
-        if calibrate_on is not None:
-            size = calibration_width, calibration_sequences, calibration_length
-            found["calibration"] = _calibrate(plan, folder, Path(calibrate_on), *size, progress)
+        if input_ids is not None:
+            found["calibration"] = _calibrate(plan, folder, Path(calibrate_on), input_ids, calibration_width, progress)
         model = load_written(plan, folder, torch.float32) if verify or verify_against is not None else None
         if verify:
             found["verification"] = verify_with_transformers(model, plan)
         if verify_against is not None:
             found["verification_against_file"] = verify_with_file(model, verify_against)
         record = {**plan.record(), "tokenizer_files": files, **found}
-        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_card(folder, output.name, config=plan.config, source=plan.source.card, conversion=record)
         # Last of all: a folder without it does not load.
         plan.config.save_pretrained(folder)
     return record
 
 
-def _check_options(calibrate_on, calibration_width, verify_against, plan_options: dict[str, Any]) -> None:
+def _check_options(calibrate_on, calibration_width, verify_against, sigma, plan_options: dict[str, Any]) -> None:
     """Raises a ValueError for arguments that do not go together, and files that are not there."""
+    if sigma is not None and not 0 <= sigma < math.inf:
+        raise ValueError(f"`sigma` is {sigma}; a noise level is at least 0, and finite.")
     if calibrate_on is not None and not {"loop_start", "loop_end"}.isdisjoint(
         name for name, value in plan_options.items() if value is not None
     ):
@@ -107,10 +116,19 @@ def _check_options(calibrate_on, calibration_width, verify_against, plan_options
             raise ValueError(f"{path} is not a file.")
 
 
-def _check_possible(plan: Plan, calibrate_on, verify: bool) -> None:
+def _check_possible(plan: Plan, calibrate_on, calibration_width: int | None, verify: bool, verify_against) -> None:
     """Raises a ValueError where calibration or verification lacks something."""
+    if calibration_width is not None:
+        check_width(calibration_width, plan.config.num_hidden_layers)
+    if verify_against is not None:
+        read_reference(verify_against, plan.config.vocab_size)
     if calibrate_on is not None and not plan.tokenizer:
         raise ValueError(f"{plan.source.name} has no tokenizer, which calibration needs to read {calibrate_on}.")
+    if calibrate_on is not None and plan.loaded_tokenizer is None:
+        raise ValueError(
+            f"The tokenizer of {plan.source.name} has code of its own, and calibration needs it; read the code, and "
+            "give --trust-remote-code (`trust_remote_code=True`) to run it."
+        )
     if verify and plan.family.reference is None:
         raise ValueError(
             f"transformers has no class of its own for {plan.family.name}; make reference logits where the source "
@@ -127,17 +145,12 @@ def _calibrate(
     plan: Plan,
     folder: Path,
     text: Path,
+    input_ids: torch.Tensor,
     width: int | None,
-    num_sequences: int,
-    length: int,
     progress: Callable[[str, int, int], Any],
 ) -> dict[str, Any]:
     """Puts the plan's loop where `text` says, and writes what was measured."""
-    from transformers import AutoTokenizer
-
     config = plan.config
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
-    input_ids = read_sequences(tokenizer, text, num_sequences, min(length, config.max_position_embeddings))
     record = calibrate(
         load_written(plan, folder, config.dtype),
         input_ids,

@@ -19,7 +19,7 @@ class GPT2Format(Family):
 
     def config(self, source: Source) -> dict[str, Any]:
         settings, (body, embedding) = source.config, self.names(source)
-        vocab_size, hidden_size = source.shape(embedding)
+        vocab_size, hidden_size = source.matrix(embedding)
         for name, supported in (
             ("scale_attn_by_inverse_layer_idx", False),
             ("reorder_and_upcast_attn", False),
@@ -30,13 +30,13 @@ class GPT2Format(Family):
         return {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
-            "intermediate_size": source.shape(f"{body}h.0.mlp.c_fc.weight")[1],
+            "intermediate_size": source.matrix(f"{body}h.0.mlp.c_fc.weight")[1],
             "num_hidden_layers": source.num_layers(f"{body}h.{{i}}.ln_1.weight", settings.get("n_layer")),
             "num_attention_heads": source.setting("n_head"),
             "hidden_act": settings.get("activation_function", "gelu_new"),
             "use_gated_mlp": False,
             "position_embedding_type": "learned",
-            "max_position_embeddings": source.shape(f"{body}wpe.weight")[0],
+            "max_position_embeddings": source.matrix(f"{body}wpe.weight")[0],
             "norm_type": "layernorm",
             "rms_norm_eps": settings.get("layer_norm_epsilon", 1e-5),
             "attention_bias": True,

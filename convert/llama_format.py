@@ -20,14 +20,18 @@ MODULES = [
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """transformers 5's `rope_parameters`, from either spelling (transformers 4: `rope_theta`, `rope_scaling`)."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"`rope_parameters` (`rope_scaling`) is {rope!r}; it must be an object.")
+    rope = dict(rope)
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError("`rope_parameters` differ between layers, which is not supported.")
     old_type = rope.pop("type", None)
     rope["rope_type"] = rope.get("rope_type") or old_type or "default"
     if "mrope_section" in rope or rope["rope_type"] == "mrope":
         raise ValueError("Multimodal rotary positions (mrope) are not supported.")
-    rope.setdefault("rope_theta", float(config.get("rope_theta") or 10000.0))
+    theta = config.get("rope_theta")
+    rope.setdefault("rope_theta", 10000.0 if theta is None else float(theta))
     return rope
 
 
@@ -47,9 +51,9 @@ class LlamaFormat(Family):
         for name in ("use_sliding_window", "use_mrope"):
             if settings.get(name):
                 raise ValueError(f"`{name}` is on, which is not supported.")
-        vocab_size, hidden_size = source.shape("model.embed_tokens.weight")
+        vocab_size, hidden_size = source.matrix("model.embed_tokens.weight")
         num_heads = source.setting("num_attention_heads")
-        head_dim, rest = divmod(source.shape(f"{first}self_attn.q_proj.weight")[0], num_heads)
+        head_dim, rest = divmod(source.matrix(f"{first}self_attn.q_proj.weight")[0], num_heads)
         if rest:
             raise ValueError(
                 f"The rows of the query projection are not a multiple of `num_attention_heads` ({num_heads})."
@@ -58,12 +62,12 @@ class LlamaFormat(Family):
         return {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
-            "intermediate_size": source.shape(f"{first}mlp.up_proj.weight")[0],
+            "intermediate_size": source.matrix(f"{first}mlp.up_proj.weight")[0],
             "num_hidden_layers": source.num_layers(
                 f"{LAYER}input_layernorm.weight", settings.get("num_hidden_layers")
             ),
             "num_attention_heads": num_heads,
-            "num_key_value_heads": source.shape(f"{first}self_attn.k_proj.weight")[0] // head_dim,
+            "num_key_value_heads": source.matrix(f"{first}self_attn.k_proj.weight")[0] // head_dim,
             "head_dim": head_dim,
             "hidden_act": settings.get("hidden_act", "silu"),
             "max_position_embeddings": source.setting("max_position_embeddings"),

@@ -36,6 +36,12 @@ def candidate_windows(num_layers: int, width: int) -> list[tuple[int, int]]:
     return [(start, start + width) for start in range(first, last - width + 1)]
 
 
+def check_width(width: int, num_layers: int) -> None:
+    """Raises a ValueError where no window of `width` layers fits."""
+    if not 1 <= width <= num_layers:
+        raise ValueError(f"The width of the loop is {width}; the model has {num_layers} layers.")
+
+
 def read_sequences(tokenizer: Any, text: Path, num_sequences: int, length: int) -> torch.LongTensor:
     """
     Up to `num_sequences` pieces of `length` tokens, spread over the whole text: `(num_sequences, length)`. Raises a
@@ -78,8 +84,7 @@ def calibrate(
         much smaller, as both see the same masks. `best` is the window of the lowest NELBO.
     """
     config = model.config
-    if not 1 <= width <= config.num_hidden_layers:
-        raise ValueError(f"The width of the loop is {width}; the model has {config.num_hidden_layers} layers.")
+    check_width(width, config.num_hidden_layers)
     before = config.loop_start, config.loop_end
     windows = candidate_windows(config.num_hidden_layers, width)
 

@@ -19,7 +19,16 @@ from .families import choose_family
 from .family import Family, Recipe
 from .loop_window import default_window
 from .source import Source
-from .tokenizer import SpecialTokens, TokenizerFiles, find_special_tokens
+from .tokenizer import (
+    SpecialTokens,
+    TokenizerFiles,
+    check_size,
+    find_special_tokens,
+    find_turn_end,
+    ids_without_token,
+    load_tokenizer,
+    token_ids,
+)
 
 
 @dataclass
@@ -29,6 +38,7 @@ class Plan:
 
     Args:
         source, family, config, tokens, tokenizer, generation: What is converted, as what, into what.
+        loaded_tokenizer: The result's tokenizer; None without one, and where it has code of its own, not admitted.
         recipes (`dict[str, Recipe]`): How every stored tensor of the result is made.
         ignored (`list[str]`): Tensors of the source that are not needed.
         copies (`dict[str, str]`): Tensors of the source that must equal another one, which is used in their place.
@@ -41,6 +51,7 @@ class Plan:
     config: LoopMDMConfig
     tokens: SpecialTokens
     tokenizer: TokenizerFiles
+    loaded_tokenizer: Any
     generation: LoopMDMGenerationConfig
     recipes: dict[str, Recipe]
     ignored: list[str]
@@ -94,6 +105,7 @@ def plan_conversion(
     loop_end: int | None = None,
     loop_update: str | None = None,
     max_train_loops: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """
     Plans a conversion, without reading weights.
@@ -112,6 +124,7 @@ def plan_conversion(
         loop_update (`"replace"` or `"damped"`, *optional*): By default `"damped"` where `num_loops` is above 1, as the
             loops of the result are not trained, and `"replace"`, for training, otherwise.
         max_train_loops (`int`, defaults to 12): S_max of a later training.
+        trust_remote_code (`bool`): Run the code that the tokenizer brings along, to check that it loads.
 
     Raises:
         `ValueError`: For anything about the source or the arguments that does not fit.
@@ -122,28 +135,28 @@ def plan_conversion(
         settings = family.config(source)
         tokenizer = TokenizerFiles(source.folder)
         tokens = find_special_tokens(source, family, tokenizer, settings, mask_token_id)
+        loaded_tokenizer = load_tokenizer(source, tokenizer, tokens, trust_remote_code)
+        tokens.add_end(find_turn_end(tokenizer, loaded_tokenizer))
     if shift_logits is not None:
         if not family.from_causal:
             raise ValueError("`shift_logits` is for --from-causal; the other families know theirs.")
         settings["shift_logits"] = shift_logits
-    recipes = family.recipes(source, settings)
+    with _in_words(source):
+        recipes = family.recipes(source, settings)
+        family_generation = family.generation(source)
     if tokens.mask_found == "new token" or tokens.mask_token_id == settings["vocab_size"]:
         recipes = _with_mask_row(recipes, tokens.mask_token_id)
         settings["vocab_size"] = max(settings["vocab_size"], tokens.mask_token_id + 1)
-    loop_update = loop_update or ("damped" if num_loops > 1 else "replace")
-    window_chosen = "by hand"
-    if loop_start is None and loop_end is None:
-        loop_start, loop_end = default_window(settings["num_hidden_layers"], loop_update)
-        window_chosen = "by depth"
-    elif loop_start is None or loop_end is None:
-        raise ValueError("`loop_start` and `loop_end` go together; give both, or none for the default by depth.")
-    loop = {"loop_start": loop_start, "loop_end": loop_end, "num_loops": num_loops, "loop_update": loop_update}
+    loop, window_chosen = _loop(settings["num_hidden_layers"], num_loops, loop_start, loop_end, loop_update)
     if max_train_loops is not None:
         loop["max_train_loops"] = max_train_loops
     settings |= {**tokens.ids(), **loop, "dtype": _result_dtype(source, recipes, dtype)}
     with _in_words(source):
         config = LoopMDMConfig(**settings, architectures=["LoopMDMForMaskedLM"])
+    ids = token_ids(tokenizer, loaded_tokenizer)
+    check_size(source, ids, config.vocab_size)
     ignored, copies = _account_for_all(source, family, recipes, config)
+    unused = ids_without_token(ids, tokens, config.vocab_size)
     special = {name: value for name, value in tokens.ids().items() if name != "mask_token_id"}
     return Plan(
         source=source,
@@ -151,13 +164,29 @@ def plan_conversion(
         config=config,
         tokens=tokens,
         tokenizer=tokenizer,
-        generation=LoopMDMGenerationConfig(**special | family.generation(source)),
+        loaded_tokenizer=loaded_tokenizer,
+        generation=LoopMDMGenerationConfig(**family_generation | special | {"suppress_tokens": unused}),
         recipes=recipes,
         ignored=ignored,
         copies=copies,
         shapes=_result_shapes(source, recipes, config),
         window_chosen=window_chosen,
     )
+
+
+def _loop(
+    num_layers: int, num_loops: int, loop_start: int | None, loop_end: int | None, loop_update: str | None
+) -> tuple[dict[str, Any], str]:
+    """The loop's settings, and how its place was decided."""
+    loop_update = loop_update or ("damped" if num_loops > 1 else "replace")
+    window_chosen = "by hand"
+    if loop_start is None and loop_end is None:
+        loop_start, loop_end = default_window(num_layers, loop_update)
+        window_chosen = "by depth"
+    elif loop_start is None or loop_end is None:
+        raise ValueError("`loop_start` and `loop_end` go together; give both, or none for the default by depth.")
+    loop = {"loop_start": loop_start, "loop_end": loop_end, "num_loops": num_loops, "loop_update": loop_update}
+    return loop, window_chosen
 
 
 @contextlib.contextmanager
@@ -167,7 +196,7 @@ def _in_words(source: Source) -> Iterator[None]:
         yield
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
-    except (TypeError, KeyError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"The config or tokenizer of {source.name} has a value that makes no sense ({type(error).__name__}: "
             f"{error})."

@@ -5,7 +5,6 @@ safetensors file, or, on request, pickled weights read without running anything 
 """
 
 import functools
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +15,10 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
+
+from ..data.pretrained import MERGE
+from ..hub import CARD_FILES, SourceCard, read_source_card
+from ..weight_files import read_header, read_index, read_json
 
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "tokenization*.py"]
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -58,9 +61,16 @@ class Source:
     def generation_config(self) -> dict[str, Any]:
         return read_json(self.folder / "generation_config.json")
 
+    @functools.cached_property
+    def card(self) -> SourceCard:
+        return read_source_card(self.name, self.folder)
+
     @property
     def architectures(self) -> list[str]:
-        return self.config.get("architectures") or []
+        names = self.config.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"`architectures` in the config of {self.name} is {names!r}; it must be a list of names.")
+        return names
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -69,6 +79,13 @@ class Source:
         if name not in self.tensors:
             raise ValueError(f"{self.name} has no tensor {name!r}; the checkpoint is incomplete, or another format.")
         return self.tensors[name].shape
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a tensor that has both."""
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise ValueError(f"{name!r} of {self.name} has shape {shape}; it must have rows and columns.")
+        return shape[0], shape[1]
 
     def setting(self, name: str) -> Any:
         """A value of config.json that a conversion cannot do without."""
@@ -98,21 +115,8 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         try:
             return self.tensors[name].read()
-        except SafetensorError as error:  # a file that has been damaged since it was opened
+        except (SafetensorError, OSError) as error:  # a file that has been damaged, or taken away, since it was opened
             raise ValueError(f"{name!r} of {self.name} cannot be read: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty dict where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
-    return content
 
 
 def open_source(
@@ -128,10 +132,17 @@ def open_source(
         sigma: See [`Source`].
     """
     path = Path(source).expanduser()
+    if path.exists() and revision is not None:
+        raise ValueError(f"A revision ({revision}) is of the Hub, and {source} is a path here; leave it out.")
     if not path.exists():
         path = _download(str(source), revision, allow_pickle)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") or read_json(folder / "lit_config.json")
+    if not config and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{source} is an adapter, not a whole model. Merge it into its base model, and convert the result: "
+            f"`{MERGE.format(source)}`."
+        )
     files = [path] if path.is_file() else _weight_files(path)
     pickled = [file.name for file in files if file.suffix in PICKLES]
     if pickled and not allow_pickle:
@@ -156,7 +167,9 @@ def open_source(
 
 
 def _download(source: str, revision: str | None, allow_pickle: bool) -> Path:
-    patterns = ["*.safetensors", *TOKENIZER_PATTERNS] + [f"*{suffix}" for suffix in PICKLES if allow_pickle]
+    patterns = ["*.safetensors", *TOKENIZER_PATTERNS, *CARD_FILES] + [
+        f"*{suffix}" for suffix in PICKLES if allow_pickle
+    ]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except HFValidationError:
@@ -168,21 +181,20 @@ def _download(source: str, revision: str | None, allow_pickle: bool) -> Path:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights: what an index names, or all of one kind."""
-    for pattern, index in (("*.safetensors", "*.safetensors.index.json"), ("*.bin", "*.bin.index.json")):
-        for index_file in sorted(folder.glob(index)):
-            files = [folder / name for name in sorted(set(read_json(index_file).get("weight_map", {}).values()))]
+    for suffix in (".safetensors", ".bin"):
+        for index_file in sorted(folder.glob(f"*{suffix}.index.json")):
+            files = [folder / name for name in sorted(set(read_index(index_file, suffix).values()))]
             absent = [file.name for file in files if not file.is_file()]
             if absent:
                 raise ValueError(
                     f"{index_file.name} names {absent[0]}, which is not in {folder}; the checkpoint is incomplete."
                 )
-            if files:
-                return files
-        files = sorted(folder.glob(pattern))
+            return files
+        files = sorted(file for file in folder.glob(f"*{suffix}") if file.is_file())
         if files:
             break
     if not files:
-        files = sorted(file for suffix in PICKLES for file in folder.glob(f"*{suffix}"))
+        files = sorted(file for suffix in PICKLES for file in folder.glob(f"*{suffix}") if file.is_file())
     if not files:
         raise ValueError(f"{folder} holds no weights (*.safetensors).")
     if len(files) > 1 and not any("-of-" in file.name for file in files):
@@ -191,11 +203,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTensor]) -> None:
-    for index_file in folder.glob("*.index.json"):
-        named = read_json(index_file).get("weight_map", {})
-        absent = sorted(name for name, file in named.items() if folder / file in files and name not in tensors)
-        if absent:
-            raise ValueError(f"{index_file.name} says that {named[absent[0]]} holds {absent[0]!r}, but it does not.")
+    for suffix in (".safetensors", ".bin"):
+        for index_file in folder.glob(f"*{suffix}.index.json"):
+            named = read_index(index_file, suffix)
+            absent = sorted(name for name, file in named.items() if folder / file in files and name not in tensors)
+            if absent:
+                raise ValueError(
+                    f"{index_file.name} says that {named[absent[0]]} holds {absent[0]!r}, but it does not."
+                )
 
 
 def _safetensors(file: Path) -> dict[str, StoredTensor]:
@@ -207,16 +222,11 @@ def _safetensors(file: Path) -> dict[str, StoredTensor]:
 
         return read
 
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-            stored = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    for name, (_, dtype) in stored.items():
+    stored = read_header(file)
+    for name, (dtype, _) in stored.items():
         if dtype not in DTYPES:
             raise _quantised(file, name, dtype)
-    return {name: StoredTensor(shape, DTYPES[dtype], reader(name)) for name, (shape, dtype) in stored.items()}
+    return {name: StoredTensor(shape, DTYPES[dtype], reader(name)) for name, (dtype, shape) in stored.items()}
 
 
 def _quantised(file: Path, name: str, dtype: Any) -> ValueError:

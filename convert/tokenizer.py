@@ -2,13 +2,20 @@
 """Special tokens and tokenizer files of a converted checkpoint."""
 
 import json
+import re
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedConfig
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..data import turn_end
+from ..weight_files import read_json
 from .family import Family
-from .source import Source, read_json
+from .source import Source
 
 FILES = (
     "tokenizer.json",
@@ -44,6 +51,19 @@ class SpecialTokens:
         """The ids that a configuration has."""
         return {name: value for name, value in asdict(self).items() if name.endswith("_id")}
 
+    def ends(self) -> list[int]:
+        """The end tokens."""
+        if self.eos_token_id is None:
+            return []
+        return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+
+    def add_end(self, index: int | None) -> None:
+        """Adds the token with which a chat template ends turns to those that end generation."""
+        ends = self.ends()
+        if index not in (None, self.mask_token_id, *ends):
+            self.eos_token_id = [*ends, index] if ends else index
+            self.pad_token_id = index if self.pad_token_id is None else self.pad_token_id
+
 
 class TokenizerFiles:
     """
@@ -61,12 +81,14 @@ class TokenizerFiles:
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
         added = (self.settings.get("added_tokens_decoder") or {}).items()
-        self.vocabulary: dict[str, int] = {
-            **vocabulary,
+        self.added: dict[str, int] = {
             **read_json(folder / "added_tokens.json"),
             **{token["content"]: int(index) for index, token in added},
-            **{token["content"]: token["id"] for token in model.get("added_tokens", [])},
+            **{token["content"]: token["id"] for token in model.get("added_tokens") or []},
         }
+        self.vocabulary: dict[str, int] = {**vocabulary, **self.added}
+        # Whether the files list all tokens; a slow tokenizer's own format is not read here.
+        self.is_complete = bool(vocabulary)
 
     def __bool__(self) -> bool:
         return any((self.folder / name).is_file() for name in FILES)
@@ -74,6 +96,38 @@ class TokenizerFiles:
     def __len__(self) -> int:
         """One more than the highest id."""
         return max(self.vocabulary.values(), default=-1) + 1
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of conversations, where there is one."""
+        file = self.folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        template = self.settings.get(
+            "chat_template", read_json(self.folder / "chat_template.json").get("chat_template")
+        )
+        if isinstance(template, list):  # several, by name
+            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        return template
+
+    def turn_end(self) -> str | None:
+        """
+        The token that the chat template puts behind an answer, as far as files tell: an added token, or one that is
+        written like `<this>`.
+        """
+        if self.chat_template is None:
+            return None
+        answer = "An answer."
+        messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+        special = {name: token or "" for name, token in self.special.items()}
+        try:
+            rendered = render_jinja_template([messages], chat_template=self.chat_template, **special)[0][0]
+        except Exception:  # of the template: a conversation cannot be had with it at all
+            return None
+        behind = rendered.rpartition(answer)[2].lstrip()
+        names = [*self.added, *self.special.values(), *re.findall(r"^<[^<>\s]+>", behind)]
+        fitting = [name for name in names if name in self.vocabulary and name and behind.startswith(name)]
+        return max(fitting, key=len, default=None)
 
     def id_of(self, token: str | None) -> int | None:
         return None if token is None else self.vocabulary.get(token)
@@ -141,30 +195,41 @@ def find_special_tokens(
     what the first of these names: the config, the tokenizer, the family. A causal source that has none gets the first
     id that its tokenizer leaves free.
 
-    Raises a ValueError where [MASK] cannot be determined, is contradicted, or lies outside the vocabulary.
+    Raises a ValueError where [MASK] cannot be determined or is contradicted, and for ids outside the vocabulary.
     """
     mask_token_id, found = _find_mask_token(source, family, tokenizer, settings, mask_token_id)
+    vocab_size = settings["vocab_size"]
 
-    def declared(name: str) -> Any:
-        for content in (source.generation_config, source.config):
-            if content.get(f"{name}_id") is not None:
-                return content[f"{name}_id"]
-        return tokenizer.id_of(tokenizer.special[name])
+    def declared(name: str) -> list[int]:
+        """The ids that the source's files give, but for the mask token, which no other may be."""
+        files = {"generation_config.json": source.generation_config, "config.json": source.config}
+        places = [(content.get(f"{name}_id"), file) for file, content in files.items()]
+        places.append((tokenizer.id_of(tokenizer.special[name]), "the tokenizer"))
+        value, place = next((entry for entry in places if entry[0] is not None), (None, None))
+        if value is None or (name == "pad_token" and value == -1):  # as Llama's early configs say that there is none
+            return []
+        ids = value if isinstance(value, list) and name == "eos_token" else [value]
+        for index in ids:
+            if (
+                isinstance(index, bool)
+                or not isinstance(index, int)
+                or not 0 <= index < max(vocab_size, mask_token_id + 1)
+            ):
+                raise ValueError(
+                    f"`{name}_id` is {value!r} in {place} of {source.name}, and the embedding has {vocab_size} rows; "
+                    "name the right token there, or none (null)."
+                )
+        return [index for index in ids if index != mask_token_id]
 
-    def usable(index: int | None) -> bool:
-        return index is not None and index != mask_token_id and 0 <= index < settings["vocab_size"]
-
-    ends = declared("eos_token")
-    ends = [end for end in (ends if isinstance(ends, list) else [ends]) if usable(end)]
-    pad, start = declared("pad_token"), declared("bos_token")
+    ends, pads, starts = declared("eos_token"), declared("pad_token"), declared("bos_token")
     return SpecialTokens(
         mask_token_id=mask_token_id,
         # A tokenizer gives a new token the first free id, so only that one can be added.
         mask_token=tokenizer.token_of(mask_token_id)
         or (NEW_MASK_TOKEN if tokenizer and mask_token_id == len(tokenizer) else None),
         mask_found=found,
-        pad_token_id=pad if usable(pad) else next(iter(ends), None),
-        bos_token_id=start if usable(start) else None,
+        pad_token_id=next(iter([*pads, *ends]), None),
+        bos_token_id=next(iter(starts), None),
         eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
     )
 
@@ -194,5 +259,63 @@ def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTo
         added[str(tokens.mask_token_id)] = {"content": tokens.mask_token, "special": True, **flags}
     if _content(settings.get("pad_token")) == tokens.mask_token:
         settings["pad_token"] = None if tokens.pad_token_id is None else tokenizer.token_of(tokens.pad_token_id)
-    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return sorted({*names, "tokenizer_config.json"})
+
+
+def load_tokenizer(
+    source: Source, tokenizer: TokenizerFiles, tokens: SpecialTokens, trust_remote_code: bool = False
+) -> Any:
+    """
+    The tokenizer as the result will have it. None where there is none, or where it has code of its own that
+    `trust_remote_code` does not admit. Raises a ValueError for one that does not load.
+    """
+    if not tokenizer:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(source, tokenizer, tokens, Path(folder))
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, config=PreTrainedConfig(), trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # transformers raises many kinds
+            reason = " ".join(str(error).replace(folder, str(source.folder)).split()) or type(error).__name__
+            if "trust_remote_code" in reason and not trust_remote_code:
+                return None
+            raise ValueError(
+                f"The tokenizer of {source.name} does not load ({reason}); mend its files, install what it needs, or "
+                "convert a copy of the checkpoint without them."
+            ) from error
+
+
+def find_turn_end(tokenizer: TokenizerFiles, loaded: Any) -> int | None:
+    """The token with which the chat template ends an answer, which training learns, too."""
+    if loaded is None:
+        return tokenizer.id_of(tokenizer.turn_end())
+    end = turn_end(loaded)
+    return None if end == loaded.unk_token_id else end
+
+
+def token_ids(tokenizer: TokenizerFiles, loaded: Any) -> set[int] | None:
+    """The ids that have a token; None where that is not known."""
+    if loaded is not None:
+        return set(loaded.get_vocab().values())
+    return set(tokenizer.vocabulary.values()) if tokenizer.is_complete else None
+
+
+def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: int) -> list[int] | None:
+    """The ids that mean nothing to the tokenizer, which `generate` must not produce; None where there are none."""
+    if ids is None:
+        return None
+    known = {*ids, *tokens.ends(), tokens.mask_token_id, tokens.pad_token_id, tokens.bos_token_id}
+    return [index for index in range(vocab_size) if index not in known] or None
+
+
+def check_size(source: Source, ids: set[int] | None, vocab_size: int) -> None:
+    """Raises a ValueError for a tokenizer that has more tokens than the embedding has rows."""
+    highest = max(ids or {0})
+    if highest >= vocab_size:
+        raise ValueError(
+            f"The tokenizer of {source.name} has the token {highest}, and the embedding {vocab_size} rows, so they do "
+            "not belong together; put the right tokenizer beside the weights."
+        )

@@ -34,7 +34,7 @@ def verify_with_transformers(
     length = min(length, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(seed)
     (embedding,) = plan.recipes["model.embed_tokens.weight"].sources
-    num_rows = plan.source.shape(embedding)[0]
+    num_rows = plan.source.matrix(embedding)[0]
     input_ids = torch.randint(min(config.vocab_size, num_rows), (batch_size, length), generator=generator)
     if plan.tokens.mask_found == "new token":  # its row is not the source's
         input_ids = input_ids.masked_fill(input_ids == config.mask_token_id, 0)
@@ -73,10 +73,10 @@ def _reference_model(plan: Plan, vocab_size: int, dtype: torch.dtype) -> nn.Modu
     return model.eval()
 
 
-def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, Any]:
+def read_reference(path: str | Path, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Compares with logits that `convert/write_reference.py` stored: arrays `input_ids` and `logits` as the source
-    returns them (not shifted). As [`verify_with_transformers`].
+    The arrays that `convert/write_reference.py` stored: `input_ids`, int64, and `logits` as the source returns them.
+    Raises a ValueError for a file that is damaged, or of another vocabulary.
     """
     import numpy
 
@@ -84,7 +84,8 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # A single array is no context manager, and what a file says of its size can be anything.
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     for name, kinds, what in (("input_ids", "iu", "integers"), ("logits", "f", "floating point numbers")):
         if name not in content:
@@ -93,14 +94,19 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
             found = f"{content[name].dtype} {content[name].shape}"
             raise ValueError(f"{name!r} in {path} is {found}; it must hold {what}.")
     input_ids, logits = torch.from_numpy(content["input_ids"]).long(), torch.from_numpy(content["logits"])
-    if not 0 <= input_ids.min() <= input_ids.max() < model.config.vocab_size:
-        raise ValueError(f"{path} holds tokens outside the vocabulary of {model.config.vocab_size}; another model's?")
+    if not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
+        raise ValueError(f"{path} holds tokens outside the vocabulary of {vocab_size}; another model's?")
     if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
         raise ValueError(
             f"{path} holds tokens {tuple(input_ids.shape)} and logits {tuple(logits.shape)}; they need shapes "
             "(batch_size, length) and (batch_size, length, vocab_size)."
         )
-    return {"against": path.name, **_compare(model, input_ids, logits)}
+    return input_ids, logits
+
+
+def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, Any]:
+    """Compares with what [`read_reference`] reads. As [`verify_with_transformers`]."""
+    return {"against": Path(path).name, **_compare(model, *read_reference(path, model.config.vocab_size))}
 
 
 def _compare(model: LoopMDMForMaskedLM, input_ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:

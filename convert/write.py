@@ -5,13 +5,13 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
@@ -21,6 +21,8 @@ from .plan import Plan
 
 # What a folder needs besides its weights, in bytes, by a generous guess
 SMALL_FILES = 64 * 2**20
+# Held by the process that fills a folder
+LOCK = ".conversion.lock"
 
 
 def check_output(output: Path) -> None:
@@ -39,6 +41,9 @@ def check_space(plan: Plan, output: Path) -> None:
     """Raises a ValueError where the disk has no room for the result."""
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     free, needed = shutil.disk_usage(existing).free, plan.num_bytes + SMALL_FILES
+    left = _partial(output)
+    if (left / LOCK).is_file():  # of a conversion that was killed, to be removed
+        free += sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
     if free < needed:
         raise ValueError(
             f"{output} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; make room, choose "
@@ -46,30 +51,49 @@ def check_space(plan: Plan, output: Path) -> None:
         )
 
 
+def _partial(output: Path) -> Path:
+    """Where `output` is filled until it is complete."""
+    return output.with_name(f".{output.name}.partial")
+
+
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """
     A folder to fill under another name, which becomes `output` at the end. If anything goes wrong before, nothing is
-    left; if the process is killed, a hidden folder without config.json.
+    left; if the process is killed, a hidden folder without config.json, which the next conversion to `output` empties
+    and takes. Raises a ValueError while another process fills it.
     """
     check_output(output)
     created = [parent for parent in output.absolute().parents if not parent.exists()]
-    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    folder = _partial(output)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).is_file():
+        raise ValueError(f"{folder} is in the way, and not of a conversion; move it.")
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"{output} cannot be made, as {error.filename} is a file; name another folder.") from error
+    lock = FileLock(folder / LOCK)
     try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"Another conversion is writing {output}; wait for it, or name another folder.") from None
+    try:
+        for path in folder.iterdir():
+            if path.name != LOCK:  # left by a conversion that was killed
+                path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
         yield folder
         if output.exists():
             raise ValueError(f"{output} has come into being during the conversion; remove it and convert again.")
         os.rename(folder, output)
+        (output / LOCK).unlink()
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in created:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+    finally:
+        lock.release()
 
 
 def write_weights(
@@ -101,7 +125,7 @@ def write_weights(
     if shards.is_sharded:
         total = {"total_parameters": sum(tensor.numel() for tensor in plan.shapes.values()), **shards.metadata}
         index = {"metadata": total, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def make_tensor(plan: Plan, name: str) -> torch.Tensor:

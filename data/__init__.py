@@ -1,24 +1,40 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Data: read from files, tokenised, packed into rows, put in the order of a run."""
 
-from .encode import check_tokens, encode, encode_answer, encode_with_bytes, first_text, text_of
-from .files import SEPARATORS, load_dataset_rows, read_documents, read_jsonl, read_rows
+from .chat import turn_end
+from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns
+from .encode import encode_answer, first_text, text_of
+from .examples import read_examples
+from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows
 from .pack import pack_documents
+from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
 from .stream import ExampleStream, StreamedExamples
+from .tokens import check_tokens, encode, encode_with_bytes
 
 __all__ = [
     "SEPARATORS",
+    "TOKEN_COLUMNS",
     "ExampleStream",
     "StreamedExamples",
+    "UnusedColumns",
+    "adapter_base",
+    "check_tokenizer",
     "check_tokens",
     "encode",
     "encode_answer",
     "encode_with_bytes",
     "first_text",
+    "json_lines",
     "load_dataset_rows",
+    "load_tokenizer",
+    "locate",
     "pack_documents",
+    "read_columns",
     "read_documents",
+    "read_examples",
     "read_jsonl",
     "read_rows",
     "text_of",
+    "turn_end",
+    "vocabulary_size",
 ]

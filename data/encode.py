@@ -1,50 +1,25 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Texts, prompts with answers, and conversations as tokens."""
+"""Rows of text as tokens: documents, prompts with answers, conversations."""
 
-from itertools import pairwise
+import json
 from typing import Any
+
+from .chat import encode_conversation
+from .tokens import encode, tokenize
 
 # What prompts and answers are called in examples
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
-
-
-def encode(tokenizer: Any, text: str, where: str) -> list[int]:
-    """Tokens of a text, without special ones; `where` is what to call it in errors."""
-    return list(_tokenize(tokenizer, text, where)["input_ids"])
-
-
-def encode_with_bytes(tokenizer: Any, text: str, where: str) -> tuple[list[int], list[int] | None]:
-    """
-    The same, and the bytes of UTF-8 that each token stands for: what comes before the next token's first character, so
-    that they add up to the bytes of the text, white space that the tokenizer drops included. None for a tokenizer
-    without offsets.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        return encode(tokenizer, text, where), None
-    encoded = _tokenize(tokenizer, text, where, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
-    # Tokens of a part of a character share its offsets; it counts where they begin.
-    starts = [0, *(start for start, _ in encoded["offset_mapping"][1:]), len(text)]
-    return ids, [len(text[a:b].encode()) for a, b in pairwise(starts)][: len(ids)]
-
-
-def _tokenize(tokenizer: Any, text: str, where: str, **options: Any) -> Any:
-    try:
-        return tokenizer(text, add_special_tokens=False, verbose=False, **options)
-    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
-        raise ValueError(f"The tokenizer cannot read {where}: {error}") from error
-
-
-def check_tokens(ids: list[int], vocab_size: int, where: str) -> list[int]:
-    """The tokens again. Raises a ValueError where one is outside a vocabulary of `vocab_size`."""
-    largest = max(ids, default=0)
-    if largest >= vocab_size:
-        raise ValueError(
-            f"{where} gives the token {largest}, outside the model's vocabulary of {vocab_size}; is it the right "
-            "tokenizer?"
-        )
-    return ids
+# What would be lost of a row, and what to do about it
+_BESIDE_PAIRS = dict.fromkeys(("input", "context", "system", "history"), "write it into the prompt")
+_BESIDE_MESSAGES = {
+    "chat_template_kwargs": "write the template so that it needs none",
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "the model reads text alone"),
+}
+_OTHER_FORMATS = {
+    **dict.fromkeys(("conversations", "conversation"), "`messages`, a list of objects with `role` and `content`"),
+    **dict.fromkeys(("chosen", "rejected"), "prompts with one answer each (`prompt` and `completion`)"),
+}
 
 
 def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An example") -> dict[str, Any]:
@@ -53,39 +28,77 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
 
     Args:
         tokenizer: With a chat template where examples are conversations; with an end token, which is put behind the
-            answer of a plain pair.
-        example: `{"prompt": str, "answer": str}` (`question`, `instruction` and `response`, `output`, `completion` are
-            understood too), or `{"messages": [{"role": ..., "content": ...}, ...]}`, whose last message is the answer.
+            answer of a plain pair that does not end with it.
+        example: `{"messages": [{"role": ..., "content": ...}, ...]}`, whose last message is the answer; or
+            `{"prompt": ..., "completion": ...}`, both texts, or both lists of messages. `question`, `instruction` and
+            `answer`, `response`, `output` are understood too. `tools` are given to the chat template. Of several, the
+            first in this order counts.
         where: What to call the example in errors.
+
+    Returns:
+        `dict`: `input_ids` (`list[int]`), and `prompt_length` (`int`), how many of them are the prompt.
+
+    Raises:
+        ValueError: What is not there, is another format, or would be lost.
     """
     if isinstance(example, str):
         raise ValueError(f"{where} is a text; what is needed are prompts and answers (.jsonl).")
-    if "messages" in example:
-        return _encode_conversation(tokenizer, example["messages"], where)
-    prompt = first_text(example, PROMPT_NAMES, where)
-    answer = first_text(example, ANSWER_NAMES, where)
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    messages = example.get("messages")
+    if messages is not None:
+        is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        if not is_list or not messages or messages[-1].get("role") != "assistant":
+            raise ValueError(f"{where}: `messages` must be a list that ends with one of the role `assistant`.")
+        return _encode_messages(tokenizer, example, messages[:-1], messages[-1:], where)
+    lists = [name for name in (*PROMPT_NAMES, *ANSWER_NAMES) if isinstance(example.get(name), list)]
+    if lists:
+        prompt = next((example[name] for name in lists if name in PROMPT_NAMES), None)
+        answer = next((example[name] for name in lists if name in ANSWER_NAMES), None)
+        if prompt is None or answer is None:
+            raise ValueError(f"{where}: `{lists[0]}` is a list of messages; the other part must be one too.")
+        return _encode_messages(tokenizer, example, prompt, answer, where)
+    for name, instead in _OTHER_FORMATS.items():
+        if example.get(name) is not None:
+            raise ValueError(f"{where} has `{name}`, a format that is not read; give {instead}.")
+    prompt, answer = first_text(example, PROMPT_NAMES, where), first_text(example, ANSWER_NAMES, where)
+    _refuse(example, _BESIDE_PAIRS, where)
+    return _encode_pair(tokenizer, prompt, answer, where)
+
+
+def columns_of_answer(example: dict[str, Any]) -> set[str]:
+    """The names of what [`encode_answer`] reads of an example."""
+    if example.get("messages") is not None:
+        return {"messages", "tools"}
+    kind = list if any(isinstance(example.get(name), list) for name in (*PROMPT_NAMES, *ANSWER_NAMES)) else str
+    read = (next((n for n in names if isinstance(example.get(n), kind)), "") for names in (PROMPT_NAMES, ANSWER_NAMES))
+    return {*read, *(("tools",) if kind is list else ())}
+
+
+def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[str, Any]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if prompt_ids and end and prompt_ids[-1] == end[0]:
-        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text
-    return {"input_ids": [*prompt_ids, *answer_ids, *end], "prompt_length": len(prompt_ids)}
+    given, text_ids = (
+        tokenize(tokenizer, prompt, where, add_special_tokens=add)["input_ids"] for add in (True, False)
+    )
+    if end and given[-1:] == end != text_ids[-1:]:
+        given = given[:-1]  # some tokenizers end every text
+    ids = encode(tokenizer, answer, where)
+    return {"input_ids": [*given, *ids, *([] if ids[-1:] == end else end)], "prompt_length": len(given)}
 
 
-def _encode_conversation(tokenizer: Any, messages: Any, where: str) -> dict[str, Any]:
-    is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-    if not is_list or not messages or messages[-1].get("role") != "assistant":
-        raise ValueError(f"{where}: `messages` must be a list that ends with one of the role `assistant`.")
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
+def _encode_messages(tokenizer: Any, example: dict, prompt: list, answer: list, where: str) -> dict[str, Any]:
+    _refuse(example, _BESIDE_MESSAGES, where)
+    tools = example.get("tools") or None
+    if isinstance(tools, str):  # as TRL's data sets hold them
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"{where}: `tools` is not a list, and not valid JSON: {error}.") from error
+    return encode_conversation(tokenizer, prompt, answer, where, tools)
 
-    def tokens(part: list[dict], **options: Any) -> list[int]:
-        return tokenizer.apply_chat_template(part, tokenize=True, return_dict=True, **options)["input_ids"]
 
-    whole, prompt = tokens(messages), tokens(messages[:-1], add_generation_prompt=True)
-    if whole[: len(prompt)] != prompt:
-        raise ValueError(f"{where}: the chat template does not put the answer behind the prompt.")
-    return {"input_ids": whole, "prompt_length": len(prompt)}
+def _refuse(example: dict[str, Any], lost: dict[str, str], where: str) -> None:
+    for name, fix in lost.items():
+        if example.get(name):
+            raise ValueError(f"{where} has `{name}`, which would be lost; {fix}.")
 
 
 def text_of(row: str | dict[str, Any], name: str, where: str) -> str:
@@ -94,7 +107,7 @@ def text_of(row: str | dict[str, Any], name: str, where: str) -> str:
         return row
     if isinstance(row.get(name), str):
         return row[name]
-    raise ValueError(f"{where} has no text in {name!r}; it has {', '.join(row) or 'nothing'}.")
+    raise ValueError(f"{where} has no text in {name!r}; it has {_names(row)}.")
 
 
 def first_text(example: dict[str, Any], names: tuple[str, ...], where: str) -> str:
@@ -102,4 +115,10 @@ def first_text(example: dict[str, Any], names: tuple[str, ...], where: str) -> s
     for name in names:
         if isinstance(example.get(name), str):
             return example[name]
-    raise ValueError(f"{where} has no text called {' or '.join(names)}; it has {', '.join(example) or 'nothing'}.")
+    raise ValueError(f"{where} has no text called {' or '.join(names)}; it has {_names(example)}.")
+
+
+def _names(row: dict[str, Any]) -> str:
+    """The fields of a row, and of those that are not texts what they are."""
+    kinds = (name if isinstance(value, str) else f"{name} ({type(value).__name__})" for name, value in row.items())
+    return ", ".join(kinds) or "nothing"

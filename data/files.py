@@ -1,6 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Documents and examples read from files and data sets."""
+"""Documents and examples read from files and data sets, each named by its place."""
 
+import codecs
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,13 +10,17 @@ from typing import Any
 
 # What stands between the documents of a text file
 SEPARATORS = {"blank_line": "\n\n", "line": "\n", "file": None}
+# Bytes of a line of JSON: more than any row needs, and little enough to be held in memory
+LONGEST_LINE = 2**28
+BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_rows(
     source: str | Path, documents: str = "blank_line", dataset: dict[str, Any] | None = None
 ) -> Iterator[tuple[str, str | dict[str, Any]]]:
     """
-    The texts of a `.txt` or the objects of anything else, each with what to call it in errors.
+    The texts of a `.txt` or the objects of anything else, each with what to call it in errors: file and line, or data
+    set and number.
 
     Args:
         source: A text file (`.txt`), a file of one JSON object a line (`.jsonl`), or the name or folder of a data set
@@ -23,58 +29,100 @@ def read_rows(
             `.txt`.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
     """
-    path, unit = Path(source).expanduser(), "example"
+    path = Path(source).expanduser()
     if path.suffix in (".txt", ".jsonl") and not path.is_file():
         raise ValueError(f"{source} is not a file.")
+    if documents not in SEPARATORS:
+        raise ValueError(f"The documents are separated by {documents!r}; choose one of {', '.join(SEPARATORS)}.")
+    unit = "line"
+    rows: Iterator[tuple[int, Any]]
     if path.suffix == ".txt":
-        if documents not in SEPARATORS:
-            raise ValueError(f"The documents are separated by {documents!r}; choose one of {', '.join(SEPARATORS)}.")
-        unit = "line" if documents == "line" else "document"
-        rows: Iterable[Any] = read_documents(path, SEPARATORS[documents])
+        rows = _documents(path, SEPARATORS[documents])
+    elif path.suffix == ".jsonl":
+        rows = json_lines(path)
+    elif path.is_file():
+        raise ValueError(
+            f"{source} is neither a .txt nor a .jsonl file. The `datasets` library reads other kinds: name the kind "
+            f"in place of the file (json, csv, parquet), and the file as its `data_files`."
+        )
     else:
-        rows = read_jsonl(path) if path.suffix == ".jsonl" else load_dataset_rows(str(source), dataset or {})
-    for number, row in enumerate(rows, start=1):
+        unit, rows = "example", _numbered(load_dataset_rows(str(source), dataset or {}), source)
+    for number, row in rows:
         yield f"{source}, {unit} {number}", row
 
 
 def read_documents(path: str | Path, separator: str | None = "\n\n") -> Iterator[str]:
     """
-    The documents of a text file in UTF-8.
+    The documents of a text file in UTF-8, with or without a byte-order mark.
 
     Args:
         path: The file.
         separator (`str`, *optional*, defaults to a blank line): What stands between documents; None: the whole file
             is one.
     """
-    path = Path(path)
+    return (document for _, document in _documents(Path(path), separator))
+
+
+def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
+    """The documents, each with the number of its first line. Empty ones are left out."""
+    raw = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
-    documents = [text] if separator is None else text.split(separator)
-    documents = [document.strip() for document in documents if document.strip()]
-    if not documents:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line} is not text in UTF-8: {error}. Save the file as UTF-8.") from error
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    line, is_empty = 1, True
+    for part in [text] if separator is None else text.split(separator):
+        # Files that were joined have byte-order marks in their middle.
+        begun = part.lstrip().removeprefix(BYTE_ORDER_MARK).lstrip()
+        if begun:
+            yield line + part.count("\n", 0, len(part) - len(begun)), begun.rstrip()
+            is_empty = False
+        line += part.count("\n") + (0 if separator is None else separator.count("\n"))
+    if is_empty:
         raise ValueError(f"{path} holds no text.")
-    yield from documents
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line. Empty lines are skipped; a bad one is named by number."""
-    path, rows = Path(path), []
+    return [row for _, row in json_lines(Path(path))]
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a file with one JSON object a line, each with the number of its line, see [`read_jsonl`]."""
+    is_empty = True
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number in itertools.count(1):
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                break
+            where = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"{where} has more than {LONGEST_LINE >> 20} MiB; split it into several rows.")
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)  # bytes, so that text in another encoding is an error of its line too
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is not valid JSON: {error}.") from error
+                # Decoded here, as `json` guesses at the encoding of bytes.
+                row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_name_twice)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{where} is not valid JSON: {error}.") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is a {type(row).__name__}; it must be an object.")
-            rows.append(row)
-    if not rows:
+                raise ValueError(f"{where} is a {type(row).__name__}; it must be an object.")
+            yield number, row
+            is_empty = False
+    if is_empty:
         raise ValueError(f"{path} holds no examples.")
-    return rows
+
+
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return row
 
 
 def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -87,3 +135,16 @@ def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, 
         return load_dataset(name, **{"split": "train", **options})
     except Exception as error:  # of the network, the Hub, the data set's files
         raise ValueError(f"The data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def _numbered(rows: Iterable[dict[str, Any]], source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows with their numbers; a streamed one that cannot be read is named by its."""
+    rows = iter(rows)
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # of the network or the files, many kinds
+            raise ValueError(f"{source}, example {number} cannot be read: {error}") from error
+        yield number, row

@@ -15,9 +15,10 @@ def pack_documents(
     row.
 
     Args:
-        documents: Lists of token ids.
-        length (`int`): Tokens per row.
-        end_token_id (`int`, *optional*): Put behind every document.
+        documents: Lists of token ids. Empty ones are left out.
+        length (`int`): Tokens per row. A document that is longer, or does not fit into what is left of a row, goes on
+            in the next one.
+        end_token_id (`int`, *optional*): Put behind every document that does not end with it.
         isolate (`bool`, defaults to `False`):
             Whether documents in one row are kept from seeing each other (`document_ids`). Otherwise attention runs
             over the whole row, as is usual in pretraining.
@@ -26,18 +27,20 @@ def pack_documents(
         raise ValueError(f"`length` is {length}; it must be at least 1.")
     tokens, ids = [], []
 
-    def row(count: int) -> dict[str, Any]:
-        packed = {"input_ids": torch.tensor(tokens[:count])}
+    def row(start: int) -> dict[str, Any]:
+        packed = {"input_ids": torch.tensor(tokens[start : start + length])}
         if isolate:
-            packed["document_ids"] = torch.tensor(ids[:count])
-        del tokens[:count], ids[:count]
+            packed["document_ids"] = torch.tensor(ids[start : start + length])
         return packed
 
     for document, part in enumerate(documents):
-        part = part if end_token_id is None else [*part, end_token_id]
+        if part and end_token_id is not None and part[-1] != end_token_id:
+            part = [*part, end_token_id]
         tokens.extend(part)
         ids.extend([document] * len(part))
-        while len(tokens) >= length:
-            yield row(length)
+        whole = len(tokens) // length * length
+        for start in range(0, whole, length):
+            yield row(start)
+        del tokens[:whole], ids[:whole]  # at once: a document may be a book
     if tokens:
-        yield row(len(tokens))
+        yield row(0)

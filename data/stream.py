@@ -24,7 +24,7 @@ class ExampleStream(Dataset):
         transform (*optional*): `transform(example, generator) -> example`, a random augmentation with its own
             generator.
 
-    Items are copies of the examples with `"index"`, their place in the run.
+    Items are copies of the examples with `"index"`, their place in the run, and `"row"`, that in `examples`.
     """
 
     def __init__(
@@ -52,10 +52,11 @@ class ExampleStream(Dataset):
         if epoch != self._epoch:
             generator = seeded_generator(self.seed, "order", epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.examples), generator=generator).tolist()
-        example = dict(self.examples[self._order[position]])
+        row = self._order[position]
+        example = dict(self.examples[row])
         if self.transform is not None:
             example = self.transform(example, seeded_generator(self.seed, "transform", index))
-        return {**example, "index": index}
+        return {**example, "index": index, "row": row}
 
 
 class StreamedExamples(IterableDataset):

@@ -1,8 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What happens inside the loop: attention between masked and visible tokens, states, and predictions by loop."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from ..objective import CleanRows, clean_rows, draw_share, evaluating, find_mode
 
 # Distances are looked at to the states of so many loops before.
 MAX_PERIOD = 4
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass
@@ -189,6 +192,25 @@ def measure_dynamics(
     """
     model = find_model(model)
     config = model.config
+    timesteps = list(timesteps)
+    num_loops = check_settings(config, num_loops, timesteps, masks_per_text, batch_size, lens)
+    rows = clean_rows(config, input_ids, attention_mask, maskable)
+    numbers = itertools.product(range(len(timesteps)), range(len(input_ids)), range(masks_per_text))
+    jobs = [_draw(rows, step, timesteps[step], text, mask, seed) for step, text, mask in numbers]
+    recorder = _Recorder(config, timesteps, num_loops, attention, lens)
+    with evaluating(model), _eager_attention(model) if attention else contextlib.nullcontext():
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            recorder.add(model, rows, batch)
+            if progress is not None:
+                progress(start + len(batch), len(jobs))
+    return recorder.result(len(input_ids) * masks_per_text)
+
+
+def check_settings(
+    config: Any, num_loops: int | None, timesteps: list[float], masks_per_text: int, batch_size: int, lens: bool
+) -> int:
+    """Raises a ValueError for what [`measure_dynamics`] cannot do with a model of this config; returns the loops."""
     num_loops = check_num_loops(config.max_train_loops if num_loops is None else num_loops)
     if lens and config.loop_update == "damped":
         raise ValueError(
@@ -196,30 +218,24 @@ def measure_dynamics(
             "earlier loop is not the result of fewer loops and there is nothing to read out. Leave the logit lens out "
             "(`lens=False`, --no-lens)."
         )
-    timesteps = list(timesteps)
     if not timesteps or not all(0 < timestep <= 1 for timestep in timesteps):
         raise ValueError(f"`timesteps` is {timesteps}; it must list shares of masked tokens, above 0 and at most 1.")
     for name, value in (("masks_per_text", masks_per_text), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
-    rows = clean_rows(config, input_ids, attention_mask, maskable)
-    numbers = itertools.product(range(len(timesteps)), range(len(input_ids)), range(masks_per_text))
-    jobs = [_draw(rows, step, timesteps[step], text, mask, seed) for step, text, mask in numbers]
-    recorder = _Recorder(config, timesteps, num_loops, attention, lens)
-    implementation = config._attn_implementation
-    if attention:
+    return num_loops
+
+
+@contextlib.contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[None]:
+    """Eager attention meanwhile. It is a setting of the model, so that threads that measure wait for one another."""
+    with _ONE_AT_A_TIME:
+        implementation = model.config._attn_implementation
         model.set_attn_implementation("eager")
-    try:
-        with evaluating(model):
-            for start in range(0, len(jobs), batch_size):
-                batch = jobs[start : start + batch_size]
-                recorder.add(model, rows, batch)
-                if progress is not None:
-                    progress(start + len(batch), len(jobs))
-    finally:
-        if attention:
+        try:
+            yield
+        finally:
             model.set_attn_implementation(implementation)
-    return recorder.result(len(input_ids) * masks_per_text)
 
 
 class _Job(NamedTuple):

@@ -20,13 +20,14 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, StoppingCriteria
+from transformers import StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
 from ..data import encode
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
+from .loading import check_device, load_model, load_tokenizer, read_model_config
 from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,7 @@ class _Processes(TemplateLM):
     def start_processes(self, device: str | None) -> None:
         """Sets the device, the rank and their number."""
         self.accelerator = None
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._device = torch.device(device)
+        self._device = check_device(device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
 
@@ -87,7 +86,7 @@ class LoopMDMEvalModel(_Processes):
       with a `block_length` a row ends after the block that holds a stop string.
 
     Args:
-        pretrained (`str`): Folder of the model, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
+        pretrained (`str`): Folder of the model or of an adapter, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
         tokenizer (*optional*, defaults to `pretrained`'s): Folder, Hub id or object.
         num_loops (`int`, *optional*, defaults to `config.num_loops`): Loops of every pass.
         num_samples (`int`, defaults to 32): Masks per continuation or window; even.
@@ -100,7 +99,8 @@ class LoopMDMEvalModel(_Processes):
             task does not say.
         add_bos_token (`bool`, defaults to `False`): Put the tokenizer's start token before every text.
         dtype (`str`, defaults to `"auto"`), device (`str`, *optional*, by default a GPU if there is one),
-            revision (`str`, *optional*): As in transformers. Under `accelerate launch` or `torchrun` every process
+            revision (`str`, *optional*), trust_remote_code (`bool`, defaults to `False`, for tokenizers with code of
+            their own): As in transformers. Under `accelerate launch` or `torchrun` every process
             takes its own device and its share of the requests.
         generation: Any argument of [`LoopMDMGenerationConfig`] (`unmasking`, `block_length`, `max_denoising_steps`,
             `confidence_threshold`, ...). What a task's `generation_kwargs` name wins.
@@ -122,7 +122,7 @@ class LoopMDMEvalModel(_Processes):
         dtype: str = "auto",
         device: str | None = None,
         revision: str = "main",
-        trust_remote_code: bool = False,  # not needed; lm-eval's users are used to give it
+        trust_remote_code: bool = False,
         **generation: Any,
     ):
         super().__init__()
@@ -133,22 +133,16 @@ class LoopMDMEvalModel(_Processes):
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
         if isinstance(pretrained, str):
-            kind = AutoConfig.from_pretrained(pretrained, revision=revision).model_type
-            if kind != "loopmdm":
-                raise ValueError(
-                    f"{pretrained} is a {kind!r} model, not a LoopMDM. Convert it (`loopmdm convert`), or use "
-                    "lm-eval's `--model hf` if it is a causal language model."
-                )
+            read_model_config(pretrained, revision)  # checks
         self.start_processes(device)
         if isinstance(pretrained, str):
-            self.model = LoopMDMForMaskedLM.from_pretrained(pretrained, revision=revision, dtype=dtype)
-            self.model.to(self._device)
+            self.model = load_model(pretrained, dtype, str(self._device), revision)
         else:
             self.model, self._device = pretrained, input_device(pretrained)
         self.model.eval()
         self.pretrained, self.revision = pretrained if isinstance(pretrained, str) else None, revision
         if tokenizer is None or isinstance(tokenizer, str):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained, revision=revision)
+            tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, revision=revision)
         self.tokenizer = tokenizer
         config = self.model.config
         self.num_loops = num_loops
@@ -219,7 +213,9 @@ class LoopMDMEvalModel(_Processes):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        windows = []
+        results = [(0.0, True)] * len(requests)  # of an empty continuation, which is certain
+        places = [place for place, ((_, text), _, ids) in enumerate(requests) if ids or text.strip()]
+        requests, windows = [requests[place] for place in places], []
         for (_, text), _, continuation in requests:
             if not 1 <= len(continuation) <= self.max_length:
                 raise ValueError(
@@ -232,12 +228,11 @@ class LoopMDMEvalModel(_Processes):
             ids, given = context + continuation, len(context)
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
         scores = self._score(windows, disable_tqdm)
-        results: list[tuple[float, bool]] = [None] * len(windows)
         for chosen in batches_by_length([window.input_ids for window in windows], self.batch_size):
             greedy = fills_in(self.model, [windows[index] for index in chosen], self.num_loops)
             for index, is_greedy in zip(chosen, greedy, strict=True):
-                results[index] = (scores[index], is_greedy)
-                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
+                results[places[index]] = (scores[index], is_greedy)
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], results[places[index]])
         return results
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -245,8 +240,6 @@ class LoopMDMEvalModel(_Processes):
         for (text,) in (request.args for request in requests):
             ids = self.tok_encode(text)
             start = len(ids) - len(self.tok_encode(text, False))
-            if len(ids) == start:
-                raise ValueError(f"The text {text[:40]!r} has no token to score.")
             texts.append(Text(text[:40], ids, [position >= start for position in range(len(ids))]))
         windows = make_windows(texts, self.max_length, self.stride)
         totals = [0.0] * len(texts)
@@ -350,9 +343,10 @@ class LoopMDMEvalModel(_Processes):
             attention_mask=attention_mask.to(self._device),
             generator=generators,
             stopping_criteria=stop,
+            tokenizer=self.tokenizer,
             **arguments,
         )
-        return [answer(self.tokenizer, self.model.config, row[width:].tolist(), until) for row in sequences]
+        return [answer(self.tokenizer, self.model, row[width:].tolist(), until) for row in sequences]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval adds to its results."""
@@ -409,13 +403,14 @@ def shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
     return [ids[max(0, len(ids) - room) :] for ids, room in zip(contexts, rooms, strict=True)]
 
 
-def answer(tokenizer: Any, config: Any, ids: list[int], until: Iterable[str]) -> str:
+def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Iterable[str]) -> str:
     """The text of new tokens, up to the first end token or string of `until`, which may be a special token."""
     special = set(tokenizer.all_special_tokens)
-    of_model = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    of_model = [model.config.eos_token_id, model.generation_config.eos_token_id]  # the latter with learnt turn ends
+    of_model = [end for part in of_model for end in (part if isinstance(part, list | tuple) else [part])]
     ends = {tokenizer.eos_token_id, *of_model, *(tokenizer.convert_tokens_to_ids(w) for w in until if w in special)}
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
-    kept = [token for token in ids[:end] if token != config.mask_token_id]
+    kept = [token for token in ids[:end] if token != model.config.mask_token_id]
     text = tokenizer.decode(kept, skip_special_tokens=True)
     places = [place for place in (text.find(word) for word in until if word) if place >= 0]
     return text[: min(places)] if places else text

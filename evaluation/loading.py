@@ -1,21 +1,39 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Models and tokenizers as commands and metrics load them: quietly, in eval mode, with errors that name what to do."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from ..configuration_loopmdm import LoopMDMConfig
+from ..data import adapter_base, load_tokenizer, locate
+from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..weight_files import check_folder, read_json
 from .perplexity import check_judge
 
+__all__ = [
+    "check_device",
+    "load_judge",
+    "load_model",
+    "load_tokenizer",
+    "read_generation_config",
+    "read_model_config",
+]
 
-def read_model_config(model: str) -> LoopMDMConfig:
-    """The configuration of the LoopMDM in a folder or on the Hub. Raises a ValueError for other models."""
-    config = _read_config(model)
+
+def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:
+    """
+    The configuration of the LoopMDM in a folder or on the Hub, or of the base model of a PEFT adapter there. Raises a
+    ValueError for other models.
+    """
+    config = _read_config(model, revision=revision)
     if config.model_type != "loopmdm":
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a LoopMDM; `loopmdm convert` makes one of a masked "
@@ -24,50 +42,130 @@ def read_model_config(model: str) -> LoopMDMConfig:
     return config
 
 
-def load_model(model: str, dtype: str = "auto", device: str | None = None) -> LoopMDMForMaskedLM:
-    """A LoopMDM in eval mode, on a GPU if there is one and no `device` is named."""
-    dtype, place = _check_dtype(dtype), _check_device(device)
-    read_model_config(model)
-    return LoopMDMForMaskedLM.from_pretrained(model, dtype=dtype).to(place).eval()
+def read_generation_config(model: str) -> LoopMDMGenerationConfig | None:
+    """The settings of `generate` saved with a model, or with an adapter, or else with its base; None without any."""
+    for place in (model, adapter_base(model)):
+        folder = Path(place or "").expanduser()
+        if place is None or (folder.is_dir() and not (folder / "generation_config.json").is_file()):
+            continue
+        if folder.is_dir():
+            return LoopMDMGenerationConfig.from_pretrained(folder)
+        with contextlib.suppress(OSError):  # nothing on the Hub
+            return LoopMDMGenerationConfig.from_pretrained(place)
+    return None
 
 
-def load_judge(judge: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
-    """A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked."""
-    dtype, place = _check_dtype(dtype), _check_device(device)
-    if _read_config(judge).model_type == "loopmdm":
+def load_model(
+    model: str, dtype: str = "auto", device: str | None = None, revision: str | None = None
+) -> LoopMDMForMaskedLM:
+    """
+    A LoopMDM in eval mode, on a GPU if there is one and no `device` is named; with its adapter, where `model` is the
+    folder or id of one.
+    """
+    dtype, place = _check_dtype(dtype), check_device(device)
+    read_model_config(model, revision)
+    source, base = locate(model, "a model"), adapter_base(model, revision)
+    if base is not None:
+        _check_adapter(model, source)
+    options = {"dtype": dtype, "revision": revision or "main", "ignore_mismatched_sizes": True}
+    with _in_words(source):
+        loaded, info = LoopMDMForMaskedLM.from_pretrained(source, output_loading_info=True, **options)
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name!r} of {model} has shape {tuple(found)}; its config.json asks for {tuple(needed)}.")
+    settings = read_generation_config(model) if base is not None else None
+    if settings is not None:
+        loaded.generation_config = settings
+    return loaded.to(place).eval()
+
+
+def _check_adapter(model: str, source: str) -> None:
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"{model} is an adapter; `pip install peft` to load it.") from error
+    settings = PeftConfig.from_pretrained(source)
+    if settings.is_prompt_learning:
+        raise ValueError(
+            f"{model} is an adapter of soft prompts ({settings.peft_type.value}), which commands do not apply; train "
+            "one of the weights (LoRA, DoRA, IA3)."
+        )
+
+
+def load_judge(
+    judge: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """
+    A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked. Code that
+    they bring along runs with `trust_remote_code` alone.
+    """
+    dtype, place = _check_dtype(dtype), check_device(device)
+    if _read_config(judge, trust_remote_code).model_type == "loopmdm":
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
-    tokenizer = load_tokenizer(judge)
-    model = AutoModelForCausalLM.from_pretrained(judge, dtype=dtype, use_safetensors=True).to(place).eval()
+    tokenizer = load_tokenizer(judge, trust_remote_code)
+    options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    check_folder(judge)
+    with _in_words(judge):
+        model = AutoModelForCausalLM.from_pretrained(judge, **options).to(place).eval()
     check_judge(model, tokenizer)
     return model, tokenizer
 
 
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a folder or Hub id. Raises a ValueError where there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # transformers raises many kinds, and speaks of backends
-        raise ValueError(f"{model} does not have a tokenizer that loads; put its files beside the weights.") from error
-
-
-def _read_config(model: str) -> Any:
+def _read_config(model: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     logging.disable_progress_bar()
+    place = locate(model, "a model: there is no config.json in it")
+    base = adapter_base(place, revision)
+    if base is not None:
+        place, revision = base, None
     # transformers would take the path of a missing folder for a misspelt Hub id.
-    if model.startswith((".", "/", "~")) and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"{model} does not hold a model: there is no config.json in it.")
-    return AutoConfig.from_pretrained(model)
+    if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
+        of_adapter = "" if base is None else f", the base model of the adapter {model},"
+        raise ValueError(f"{place}{of_adapter} does not hold a model: there is no config.json in it.")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json") if Path(place).is_dir() else ():
+        read_json(Path(place) / name)  # checks
+    with _in_words(place):
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+
+
+@contextlib.contextmanager
+def _in_words(model: str) -> Iterator[None]:
+    """
+    Makes a ValueError of what transformers raises where it reads a model's files as if they were right, without the
+    reports that it shows before.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except (ValueError, StrictDataclassError):
+        raise
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_dtype(name: str) -> str:
-    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f"`dtype` is {name!r}; use float32, bfloat16, float16 or auto.")
     return name
 
 
-def _check_device(name: str | None) -> torch.device:
+def check_device(name: str | None) -> torch.device:
+    """The device called `name`, by default a GPU if there is one. Raises a ValueError where it does not work."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(name).type == "meta":
+            raise NotImplementedError("nothing is computed there")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by kind of device
         reason = str(error).strip().partition("\n")[0]

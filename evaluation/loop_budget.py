@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from ..configuration_loopmdm import check_num_loops
-from ..data import encode_answer, read_jsonl
+from ..data import encode_answer, json_lines
 from ..generation_utils import LoopMDMGenerationConfig
 from ..objective import input_device
+from .loading import read_generation_config
 from .texts import batches_by_length, pad_left
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
@@ -193,19 +194,22 @@ def _check(
 
 def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     """
-    Makes `arguments`, as [`calibrate_loops`] chose them, the defaults of the model in `folder`: writes its
+    Makes `arguments`, as [`calibrate_loops`] chose them, the defaults of the model or adapter in `folder`: writes its
     generation_config.json anew. Returns the file.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} does not hold a model: there is no config.json in it.")
     file = folder / "generation_config.json"
-    config = LoopMDMGenerationConfig.from_pretrained(folder) if file.is_file() else LoopMDMGenerationConfig()
+    config = read_generation_config(str(folder)) or LoopMDMGenerationConfig()
     config.update(**_complete(arguments))
     config.validate()
     part = folder / ".generation_config.json.part"
-    part.write_text(config.to_json_string(use_diff=False))
-    os.replace(part, file)
+    try:
+        part.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
     return file
 
 
@@ -216,10 +220,12 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
     mask tokens itself, the answer is the whole text and they are filled in.
     """
     examples = []
-    for number, item in enumerate(read_jsonl(path)):
-        where = f"Example {number} of {path}"
+    for number, item in json_lines(Path(path)):
+        where = f"{path}, line {number}"
         encoded = encode_answer(tokenizer, item, where)
         tokens, prompt_length = encoded["input_ids"], encoded["prompt_length"]
+        if prompt_length == len(tokens):
+            raise ValueError(f"{where} has an answer without tokens, so there is nothing to fill in.")
         if mask_token_id in tokens[:prompt_length]:
             input_ids = tokens[:prompt_length]
             tokens = tokens[prompt_length:]

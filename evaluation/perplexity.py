@@ -260,14 +260,7 @@ def generative_perplexity(
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
     check_judge(judge, tokenizer)
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    longest = getattr(judge.config, "max_position_embeddings", None) or 1024
-    length = min(1024, longest) if length is None else length
-    if not 2 <= length <= longest:
-        raise ValueError(f"The window is {length} tokens long; the judge takes 2 to {longest}.")
-    # A window's first token is context alone.
-    stride = max(1, length // 2) if stride is None else stride
-    if not 1 <= stride < length:
-        raise ValueError(f"The stride is {stride}; it must be at least 1 and under the window's length ({length}).")
+    length, stride = check_window(judge, length, stride)
     texts = []
     for number, sample in enumerate(samples, start=1):
         ids = prefix + encode(tokenizer, sample, f"sample {number}")
@@ -304,6 +297,19 @@ def generative_perplexity(
         torch.tensor([_repetition(part) for part in tokens], dtype=torch.float64),
         {n: _distinct(tokens, n) for n in (1, 2, 3)},
     )
+
+
+def check_window(judge: nn.Module, length: int | None, stride: int | None) -> tuple[int, int]:
+    """`length` and `stride` of [`generative_perplexity`], by default the usual ones; a ValueError for others."""
+    longest = getattr(judge.config, "max_position_embeddings", None) or 1024
+    length = min(1024, longest) if length is None else length
+    if not 2 <= length <= longest:
+        raise ValueError(f"The window is {length} tokens long; the judge takes 2 to {longest}.")
+    # A window's first token is context alone.
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride < length:
+        raise ValueError(f"The stride is {stride}; it must be at least 1 and under the window's length ({length}).")
+    return length, stride
 
 
 def check_judge(judge: nn.Module, tokenizer: Any) -> None:

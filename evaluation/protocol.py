@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from ..data import adapter_base
 from ..objective import input_device
 
 # What decides a model's results; generation_config.json holds defaults of `generate`.
-MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SETTINGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = ("*.safetensors", *SETTINGS)
 TIMING = (
     "seconds of wall time (time.perf_counter) of the evaluation alone: without imports, loading of models and data, "
     "and writing; without warm-up; the device is waited for at both ends"
@@ -78,6 +80,7 @@ def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = N
             "attention": model.config._attn_implementation,
             "sha256": {} if folder is None else hash_files(_local(folder), MODEL_FILES),
         }
+    files["base_model"] = None if folder is None else adapter_base(folder)
     for name, path in files.items():
         if path is not None:
             local = _local(str(path))
@@ -131,7 +134,9 @@ def check_output(path: str | os.PathLike) -> Path:
     if path.exists():
         raise ValueError(f"{path} exists already; name another folder for the results.")
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is no folder; make it, or put the results elsewhere.")
+        raise ValueError(f"{path.parent} is not a folder; make it, or put the results elsewhere.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"Nothing can be written into {path.parent}; put the results elsewhere.")
     return path
 
 
@@ -152,8 +157,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Strict JSON, all or nothing: numbers that are none (NaN, infinities) become null."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        # Arguments may hold what is not text (a file's name in another encoding).
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

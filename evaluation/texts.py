@@ -104,9 +104,14 @@ def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of `rows` in batches of similar length, the shortest first, since batches are filled up."""
+    """
+    Indices of `rows` in batches of similar length, the shortest first, since batches are filled up. Empty rows have
+    batches of their own: beside others they would be nothing but padding.
+    """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    empty = sum(len(row) == 0 for row in rows)
+    for part in (order[:empty], order[empty:]):
+        yield from (part[start : start + batch_size] for start in range(0, len(part), batch_size))
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,8 +153,8 @@ def read_texts(
         limit (`int`, *optional*): Take the first so many texts.
 
     Raises:
-        ValueError: Nothing to score, a bad line or example (named by its number), tokens that the model does not have,
-            mask tokens where clean ones are needed.
+        ValueError: Nothing to score (but for empty ones among `"texts"`), a bad line or example (named by its number),
+            tokens that the model does not have, mask tokens where clean ones are needed.
     """
     if task not in TASKS:
         raise ValueError(f"The task is {task!r}; choose one of {', '.join(TASKS)}.")
@@ -160,7 +165,7 @@ def read_texts(
     texts = []
     for where, row in islice(rows, limit):
         text = read(where, row, tokenizer, config, text_column)
-        if not any(text.maskable):
+        if not any(text.maskable) and task != "texts":  # data sets of texts hold empty ones, which add nothing
             raise ValueError(f"{where} has no token to score; it is too short.")
         check_tokens(text.input_ids, config.vocab_size, where)
         if config.mask_token_id in text.input_ids:
@@ -179,7 +184,7 @@ def _read_answer(where: str, row: Any, tokenizer: Any, config: Any, text_column:
     example = encode_answer(tokenizer, row, where)
     ids, prompt_length = example["input_ids"], example["prompt_length"]
     num_bytes = None
-    if "messages" not in row:
+    if row.get("messages") is None and not any(isinstance(row.get(name), list) for name in ANSWER_NAMES):
         _, num_bytes = encode_with_bytes(tokenizer, first_text(row, ANSWER_NAMES, where), where)
     if num_bytes is not None:  # a prompt's are never asked for; an end token stands for none
         num_bytes = [0] * prompt_length + num_bytes

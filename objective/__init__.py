@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """The masked diffusion objective: what is masked, how it is weighed, and the bound that follows."""
 
+from .log_probs import nelbo_log_probs, trace_log_probs
 from .masking import CleanRows, Mask, block_ids, clean_rows, draw_mask, draw_share, split_blocks
 from .nelbo import NelboEstimate, check_settings, evaluating, find_model, input_device, nelbo
 from .seeds import seeded_generator
@@ -18,6 +19,8 @@ __all__ = [
     "find_model",
     "input_device",
     "nelbo",
+    "nelbo_log_probs",
     "seeded_generator",
     "split_blocks",
+    "trace_log_probs",
 ]

@@ -162,7 +162,7 @@ def nelbo(
     with evaluating(model):
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            losses = _weighted_losses(model, rows, [(row, masks[row][sample]) for row, sample in batch], wanted)
+            losses = weighted_losses(model, rows, [(row, masks[row][sample]) for row, sample in batch], wanted)
             token_nats.index_add_(1, torch.tensor([row for row, _ in batch]), losses, alpha=1 / num_samples)
             for i, (row, sample) in enumerate(batch):
                 samples[:, row, sample] = losses[:, i].sum(-1)
@@ -182,18 +182,35 @@ def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
 
 
 def find_model(model: nn.Module) -> nn.Module:
-    """The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none."""
+    """
+    The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none, and
+    where a wrapper adds soft prompts, which the model within knows nothing of.
+    """
     for module in model.modules():
+        soft = getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
+        if soft and not module._adapters_disabled:
+            raise ValueError(
+                f"The adapter {module.active_adapter!r} is {module.active_peft_config.peft_type.value}: its soft "
+                "prompts act on the forward pass of the wrapper alone, and would be left out here. Use an adapter of "
+                "the weights (LoRA, DoRA, IA3), or leave this one out (`with model.disable_adapter(): ...`)."
+            )
         if hasattr(type(module), "align"):
+            adapters = getattr(module, "peft_config", {}).values()
+            if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+                raise ValueError("The wrapper alone knows where activated LoRA begins in a row; use LoRA.")
             return module
     raise ValueError(f"{type(model).__name__} holds no LoopMDMForMaskedLM.")
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its inputs. Offloaded weights are on `meta`, and accelerate's hooks name the device."""
+    """
+    Where a model takes its inputs. Weights that are elsewhere are on `meta`: accelerate's hooks name the device, and
+    without such a hook it is that of the others, or the CPU.
+    """
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((device for device in devices if device is not None), next(model.parameters()).device))
+    named = [getattr(hook, "execution_device", None) for hook in hooks]
+    devices = [parameter.device for parameter in model.parameters() if parameter.device.type != "meta"]
+    return torch.device(next(device for device in [*named, *devices, "cpu"] if device is not None))
 
 
 @contextlib.contextmanager
@@ -217,10 +234,13 @@ def _draw(blocks: list[torch.Tensor], num_samples: int, generator: torch.Generat
     return masks
 
 
-def _weighted_losses(
-    model: nn.Module, rows: CleanRows, masks: list[tuple[int, Mask]], wanted: list[int]
+def weighted_losses(
+    model: nn.Module, rows: CleanRows, masks: list[tuple[int, Mask]], wanted: list[int], by_parts: bool = True
 ) -> torch.Tensor:
-    """Weight times -log p of masked tokens, 0 elsewhere: `(len(wanted), len(masks), length)` float64 on the CPU."""
+    """
+    Weight times -log p of masked tokens, 0 elsewhere: `(len(wanted), len(masks), length)` float64 on the CPU.
+    `by_parts` shares the loops among the numbers `wanted`, and does without the wrappers of the model.
+    """
     chosen = torch.tensor([row for row, _ in masks])
     ids, real = rows.input_ids[chosen], rows.real[chosen]
     weights = torch.zeros(ids.shape, dtype=torch.float64)
@@ -234,12 +254,10 @@ def _weighted_losses(
     }
     # FSDP gathers the weights of a module in its forward method alone, so the parts cannot be called one by one.
     is_sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
-    score = _losses_by_forward if is_sharded else _losses_by_parts
+    score = _losses_by_parts if by_parts and not is_sharded else _losses_by_forward
     found = score(model, inputs, masked.to(device), ids[masked].to(device), wanted)
-    losses = torch.zeros(len(wanted), *ids.shape, dtype=torch.float64)
-    for i, loops in enumerate(wanted):
-        losses[i][masked] = found[loops].double().cpu()
-    return losses * weights
+    empty = torch.zeros(ids.shape, dtype=torch.float64)
+    return torch.stack([empty.masked_scatter(masked, found[loops].double().cpu()) for loops in wanted]) * weights
 
 
 def _losses_by_parts(

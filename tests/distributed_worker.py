@@ -19,13 +19,14 @@ from accelerate.utils import DistributedType
 from tiny import tiny_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-from transformers import TrainerCallback, TrainingArguments
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from loopmdm.evaluation import nelbo
 from loopmdm.training import (
     ExampleStream,
     LoopMDMTrainer,
+    LoopSamplingCallback,
     MaskedDiffusionCollator,
     StreamedExamples,
     set_num_train_loops,
@@ -98,14 +99,20 @@ def trainer_args(folder: Path, world_size: int, **overrides) -> TrainingArgument
     return TrainingArguments(**values | overrides)
 
 
-def make_trainer(args: TrainingArguments, stream: list[dict] | None = None, **kwargs) -> LoopMDMTrainer:
+def make_trainer(
+    args: TrainingArguments, stream: list[dict] | None = None, plain: bool = False, callbacks: Any = (), **kwargs
+) -> Trainer:
+    """A LoopMDMTrainer; `plain`: transformers' own with the callback that draws loops."""
+    if plain:
+        callbacks = [*callbacks, LoopSamplingCallback(4)]
     data = ExampleStream(examples(), STEPS * ACCUMULATION * RANKS * BATCH, seed=0)
-    return LoopMDMTrainer(
+    return (Trainer if plain else LoopMDMTrainer)(
         make_model(),
         args,
         train_dataset=data if stream is None else StreamedExamples(lambda: stream),
         eval_dataset=examples(3, seed=1),
         data_collator=MaskedDiffusionCollator(MASK, PAD),
+        callbacks=list(callbacks),
         **kwargs,
     )
 
@@ -138,6 +145,7 @@ def train(
         "weights": full_weights(trainer.model),
         "log": log,
         "wrapper": type(trainer.model_wrapped).__name__,
+        "is_sharded": isinstance(trainer.model_wrapped, FSDPModule),
         "steps": trainer.state.global_step,
     }
 
@@ -166,12 +174,10 @@ DDP_RUNS = {
         "accelerator_config": {"dispatch_batches": False},
     },
 }
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LoopMDMLayer"]}}
 FSDP_RUNS = {
-    "saved": {
-        **SAVED,
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LoopMDMLayer"]},
-    },
+    "saved": {**SAVED, **FSDP},
+    "plain": {**FSDP, "trainer_kwargs": {"plain": True}, "save_strategy": "steps", "save_steps": 1, "max_steps": 1},
 }
 
 

@@ -8,6 +8,7 @@ transformer written out from the weights, which keeps keys and values by hand.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.modeling_loopmdm import LoopMDMMaskedLMOutput
 
+CLOSE = 1e-6  # what float32 may get wrong of a number of about 1
 BLOCK = 4  # of the attention of block-causal models
 # Every row has a known token: positions that see nothing but [MASK] are ties, which rounding breaks.
 ROWS = [[5, 3, 8, 1, 9, 2], [7, MASK, 6], [4, MASK, 11, 8, MASK, 2, 9, 1, 3]]
@@ -126,7 +128,8 @@ def plain(model, length, **exits):
     size, mask = model.config.attention_block_size, None
     if size is not None:
         blocks = torch.arange(length) // size
-        mask = (blocks[:, None] >= blocks)[None, None]
+        hidden = (blocks[:, None] < blocks)[None, None]
+        mask = torch.zeros(hidden.shape, dtype=model.dtype).masked_fill(hidden, torch.finfo(model.dtype).min)
 
     def predict(tokens, start, stop, step, num_loops, copy):
         output = model(torch.tensor([tokens]), attention_mask=mask, num_loops=num_loops, **exits)
@@ -135,10 +138,11 @@ def plain(model, length, **exits):
     return predict
 
 
-def block_exits(model, length, **exits):
+def block_exits(model, length, keeps=True, **exits):
     """
     Block-causal models with an exit rule: what stands before a block is computed in a pass of its own, with all loops
-    but what `visible_loops` takes. The block may stop earlier.
+    but what `visible_loops` takes; once a block, or at every step where nothing `keeps` it. The block may stop
+    earlier.
     """
     visible = {"visible_loops": exits["visible_loops"]} if "visible_loops" in exits else {}
 
@@ -146,7 +150,7 @@ def block_exits(model, length, **exits):
         ids, cache, source, filled = torch.tensor([tokens[:stop]]), None, start, []
         if start > 0:
             output = model(ids[:, :start], num_loops=num_loops, use_cache=True, **visible)
-            cache, filled = output.past_key_values, [int(output.loops)] if step == 0 else []  # once a block
+            cache, filled = output.past_key_values, [int(output.loops)] if step == 0 or not keeps else []
             source = start - int(model.config.shift_logits)  # whose state predicts the block's first token
         output = model(
             ids[:, source:],
@@ -199,12 +203,11 @@ class Stored:
         )
         query, key = attention.q_norm(query), attention.k_norm(key)
         if config.position_embedding_type == "rope":
-            half = config.head_dim // 2
-            angles = positions[:, None].double() / 10000.0 ** (torch.arange(half).double() / half)
-            turn = torch.polar(torch.ones_like(angles), angles)
+            cos, sin = self.model.model.rotary_emb(hidden[None], positions[None], torch.tensor([self.length]))
+            turn = torch.complex(cos, sin)[0, :, : config.head_dim // 2]
 
             def rotate(x):
-                turned = torch.complex(x[..., :half], x[..., half:]) * turn
+                turned = torch.complex(*x.chunk(2, dim=-1)) * turn
                 return torch.cat((turned.real, turned.imag), dim=-1)
 
             query, key = rotate(query), rotate(key)
@@ -234,7 +237,7 @@ class Stored:
             if self.tolerance is not None and (after - before).norm() < self.tolerance * before.norm():
                 break
             if self.visible_loops is not None and loops >= self.visible_loops:
-                moving = ids == MASK
+                moving = ids == config.mask_token_id
                 if config.shift_logits:
                     moving = moving | torch.nn.functional.pad(moving[1:], (0, 1))
         hidden = self.layers(config.loop_end, config.num_hidden_layers, hidden, positions, copy)
@@ -261,25 +264,48 @@ class Step:
 
 @dataclass
 class Sample:
-    """Result of [`sample_row`]: the tokens, the loops of every forward pass, and the steps."""
+    """
+    Result of [`sample_row`]: the tokens, the loops of every forward pass, the steps, and whether two numbers that were
+    compared lie so close that `generate`, which computes them in float32, may have decided otherwise.
+    """
 
     tokens: list[int]
     passes: list[int] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    is_close: bool = False
 
+    def note(self, *distances):
+        """Of numbers that are compared; what is equal to the last bit stays so."""
+        self.is_close |= any(0 < abs(distance) < CLOSE for distance in distances)
 
-def warped(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """Scores `(vocab_size,)` after the sampling arguments, in transformers' order."""
-    logits = logits / temperature
-    if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -math.inf)
-    if top_p is not None:
-        probs, order = logits.softmax(-1).sort(descending=True)
-        logits = logits.index_fill(0, order[probs.cumsum(-1) - probs >= top_p], -math.inf)
-    if min_p is not None:
-        probs = logits.softmax(-1)
-        logits = logits.masked_fill(probs < min_p * probs.max(), -math.inf)
-    return logits
+    def ranked(self, score: dict[int, float], highest: dict[int, float]) -> list[int]:
+        """
+        Positions, highest score first; from the left where neighbours differ by no more than rounding does, given the
+        `highest` probability at each.
+        """
+        order = sorted(score, key=lambda place: (-score[place], place))
+        group, groups = 0, dict.fromkeys(order[:1], 0)
+        for before, place in pairwise(order):
+            gap, tie = score[before] - score[place], 1e-5 * (abs(score[before]) + highest[before])
+            self.note(*([] if gap == 0 else [gap - tie]))
+            group += gap > tie
+            groups[place] = group
+        return sorted(order, key=lambda place: (groups[place], place))
+
+    def warped(self, logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
+        """Scores `(vocab_size,)` after the sampling arguments, in transformers' order."""
+        logits = logits / temperature
+        if top_k is not None:
+            logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -math.inf)
+        if top_p is not None:
+            probs, order = logits.softmax(-1).sort(descending=True, stable=True)
+            self.note(*(probs.cumsum(-1) - top_p).tolist())
+            logits = logits.index_fill(0, order[probs.cumsum(-1) - probs >= top_p], -math.inf)
+        if min_p is not None:
+            probs = logits.softmax(-1)
+            self.note(*(probs - min_p * probs.max()).tolist())
+            logits = logits.masked_fill(probs < min_p * probs.max(), -math.inf)
+        return logits
 
 
 @torch.no_grad()
@@ -298,16 +324,18 @@ def sample_row(
     remask_probability=0.0,
     eos_token_id=(),
     eos_penalty=0.0,
+    pad_token_id=PAD,
     do_sample=False,
     guidance_scale=None,
     **sampling,
 ) -> Sample:
     """One row, step by step. Numbers are drawn for all positions of the block: tokens, then order, then remasking."""
-    tokens, block_size = [*prompt, *[MASK] * max_new_tokens], model.config.attention_block_size
-    given, sample = [token != MASK for token in tokens], Sample(tokens)
+    mask, block_size = model.config.mask_token_id, model.config.attention_block_size
+    tokens = [*prompt, *[mask] * max_new_tokens]
+    given, sample = [token != mask for token in tokens], Sample(tokens)
     loops_of = num_loops if isinstance(num_loops, list) else [num_loops or model.config.num_loops]
     block_length = block_length or block_size or len(tokens)
-    origin = next((place for place, token in enumerate(tokens) if token == MASK), len(tokens))
+    origin = next((place for place, token in enumerate(tokens) if token == mask), len(tokens))
     origin = origin if block_size is None else origin // block_length * block_length
     last_given = max((place for place in range(len(tokens)) if given[place]), default=-1)
     is_ancestral = unmasking == "ancestral"
@@ -324,7 +352,7 @@ def sample_row(
             return dict(zip(members, torch.rand(len(members), generator=generator).tolist(), strict=True))
 
         for step in range(num_steps if members else 0):
-            masked = [place for place in members if tokens[place] == MASK]
+            masked = [place for place in members if tokens[place] == mask]
             if not masked and not remask_probability:
                 break
             loops, spent = loops_of[min(step, len(loops_of) - 1)], []
@@ -332,29 +360,33 @@ def sample_row(
             if seen != (tokens, loops) or (isinstance(predict, Stored) and predict.refreshes(step)):
                 logits, spent = predict(tokens, start, stop, step, loops, 0)
                 if guidance_scale not in (None, 1):
-                    hidden = [MASK if given[place] else token for place, token in enumerate(tokens)]
+                    hidden = [mask if given[place] else token for place, token in enumerate(tokens)]
                     unconditional, more = predict(hidden, start, stop, step, loops, 1)
-                    logits, spent = unconditional + guidance_scale * (logits - unconditional), spent + more
-                    logits[:, MASK] = -math.inf
+                    unconditional, spent = unconditional.float(), spent + more
+                    logits = unconditional + guidance_scale * (logits.float() - unconditional)
+                    logits[:, mask] = -math.inf
             seen = ([*tokens], loops)
             sample.passes += spent
 
             noise = draw() if do_sample or is_ancestral else None
-            choice, confidence, log_prob, score = {}, {}, {}, {}
+            choice, confidence, log_prob, score, highest = {}, {}, {}, {}, {}
             order = draw() if unmasking == "random" else None
             for place in masked:
-                raw, scores = logits[place].double(), warped(logits[place].double(), **sampling)
+                raw = logits[place].float().double()
+                scores = sample.warped(raw, **sampling)
                 choice[place] = int(scores.argmax())
                 if noise is not None:
-                    choice[place] = int((scores.softmax(-1).cumsum(-1) <= noise[place]).sum())
+                    cumulative = scores.softmax(-1).cumsum(-1)
+                    sample.note(*(cumulative[:-1] - noise[place]).tolist())
+                    choice[place] = int((cumulative <= noise[place]).sum().clamp(max=len(cumulative) - 1))
                 probs, penalty = raw.softmax(-1), eos_penalty * (choice[place] in eos_token_id)
                 confidence[place] = float(probs[choice[place]]) - penalty
                 log_prob[place] = confidence[place] + penalty, float(scores.log_softmax(-1)[choice[place]])
-                first, second = probs.topk(2).values.tolist()
+                highest[place], second = probs.topk(2).values.tolist()
                 entropy = -float(torch.xlogy(probs, probs).sum()) + penalty
                 score[place] = {
                     "confidence": confidence[place],
-                    "margin": first - second - penalty,
+                    "margin": highest[place] - second - penalty,
                     "entropy": -entropy,
                     "left_to_right": -place,
                     "random": order and order[place],
@@ -367,32 +399,33 @@ def sample_row(
                 chance = draw()
                 commits = {place for place in masked if chance[place] < (1 + rate * step) / (num_steps - step)}
             chance = draw() if remask_probability else {}
-            remasked = [place for place in chance if tokens[place] != MASK and chance[place] < rate]
+            remasked = [place for place in chance if tokens[place] != mask and chance[place] < rate]
             if not is_ancestral:
                 share = len(members) // num_steps * (step + 1) + min(len(members) % num_steps, step + 1)
                 if remask_probability:
                     share = len(members) * (step + 1) // num_steps + len(remasked)
                 quota = share - (len(members) - len(masked))
                 quota = max(quota, 0 if remask_probability else 1)
-                commits = set(sorted(masked, key=score.get, reverse=True)[:quota])
+                commits = set(sample.ranked(score, highest)[:quota])
             if confidence_threshold is not None:
+                sample.note(*(confidence[place][0] - confidence_threshold for place in masked))
                 commits |= {place for place in masked if confidence[place][0] >= confidence_threshold}
             if entropy_bound is not None:
-                total = 0.0
-                for place in sorted(masked, key=lambda place: confidence[place][1]):
-                    commits |= {place} if total <= entropy_bound else set()
-                    total += confidence[place][1]
+                totals = [0.0, *accumulate(sorted(confidence[place][1] for place in masked))][: len(masked)]
+                sample.note(*(total - entropy_bound for total in totals))
+                within = sum(total <= entropy_bound for total in totals)
+                commits |= set(sample.ranked({place: -confidence[place][1] for place in masked}, highest)[:within])
 
             for place in commits:
                 tokens[place] = choice[place]
             for place in remasked:
-                tokens[place] = MASK
+                tokens[place] = mask
             committed = {place: log_prob[place] for place in sorted(commits)}
             sample.steps.append(Step(block, step, sum(spent), committed, remasked, [*tokens]))
-            first_mask = tokens.index(MASK) if MASK in tokens else len(tokens)
+            first_mask = tokens.index(mask) if mask in tokens else len(tokens)
             ends = [p for p in range(last_given + 1, first_mask) if not given[p] and tokens[p] in eos_token_id]
             if ends:
-                tokens[ends[0] + 1 :] = [PAD] * (len(tokens) - ends[0] - 1)
+                tokens[ends[0] + 1 :] = [pad_token_id] * (len(tokens) - ends[0] - 1)
                 return sample
     return sample
 

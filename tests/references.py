@@ -7,7 +7,6 @@ from collections.abc import Callable
 from itertools import groupby, pairwise
 
 import torch
-from tiny import MASK
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM, Qwen3ForCausalLM
 
@@ -132,11 +131,12 @@ def run_layers(model: LoopMDMForMaskedLM, indices, states: torch.Tensor, context
 
 def masks_and_their_sources(model: LoopMDMForMaskedLM, ids: torch.Tensor, mask, documents=None) -> torch.Tensor:
     """Positions that are [MASK], and with `shift_logits` those whose states predict one."""
-    found = (ids == MASK) & mask.bool()
+    masked = ids == model.config.mask_token_id
+    found = masked & mask.bool()
     for row, parts in enumerate(groups(mask, documents) if model.config.shift_logits else []):
         for part in parts:
             for before, column in pairwise(part):
-                found[row, before] |= bool(ids[row, column] == MASK)
+                found[row, before] |= bool(masked[row, column])
     return found
 
 

@@ -266,6 +266,10 @@ def test_bad_options_are_named(options, message):
         MaskedDiffusionCollator(MASK, **{"pad_token_id": PAD, **options})
 
 
-def test_rows_of_different_lengths_need_padding():
-    with pytest.raises(ValueError, match="Rows of different lengths need a `pad_token_id`"):
-        MaskedDiffusionCollator(MASK)([{"input_ids": [1, 2], "index": 0}, {"input_ids": [1], "index": 1}])
+@pytest.mark.parametrize("mask", [MASK, 0])
+def test_rows_of_different_lengths_need_no_padding_token(mask):
+    rows = [{"input_ids": [3, 2], "index": 0}, {"input_ids": [3], "index": 1}]
+    batch = MaskedDiffusionCollator(mask)(rows)
+    assert batch["labels"].tolist() == [[3, 2], [3, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert batch["input_ids"][1, 1] != mask

@@ -21,7 +21,9 @@ COMMANDS = {
     ("info",): ["--length", "--measure", "--json"],
     ("generate",): ["--num-loops", "--stream", "--json", "--html"],
     ("convert",): ["--num-loops", "--dry-run", "--verify", "--calibrate"],
-    ("train",): ["--resume"],
+    ("chat",): ["--system", "--num-loops"],
+    ("train",): ["--resume", "--dry-run", "--init"],
+    ("push",): ["--private", "--message", "--dry-run"],
     ("web",): ["--port", "--no-open"],
     ("calibrate",): ["--data", "--max-loss"],
     ("eval", "likelihood"): ["--text", "--num-samples", "--output"],
@@ -82,6 +84,7 @@ def test_modules_run(module, tmp_path):
         (["eval", "likelihood", "."], "Missing option '--text'. See `loopmdm eval likelihood --help`."),
         (["generate", ".", PUZZLE, "--seed", "x"], "Invalid value for '--seed'"),
         (["info", "./nowhere"], "./nowhere does not hold a model: there is no config.json in it"),
+        (["info", "a/b/c"], "a/b/c does not hold a model: there is no config.json in it; it is not a folder"),
         (["info", ".", "--length", "82"], "--length is 82; the model takes 1 to 81"),
         (["info", ".", "--measure", "--batch-size", "0"], "--batch-size is 0"),
         (["generate", "./nowhere", "1"], "there is no config.json"),
@@ -91,8 +94,9 @@ def test_modules_run(module, tmp_path):
         (["generate", ".", PUZZLE, "--unmasking", "best"], "`unmasking` is 'best'"),
         (["generate", ".", PUZZLE, "--temperature", "0.5"], "add `do_sample=True`"),
         (["generate", ".", PUZZLE, "--dtype", "float12"], "`dtype` is 'float12'"),
+        (["generate", ".", PUZZLE, "--device", "meta"], "`device` is 'meta', which does not work here"),
         (["generate", ".", PUZZLE, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
-        (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one prompt"),
+        (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one row, and there are 2"),
         (["generate", ".", SOLUTION], "nothing to generate"),
         (["generate", ".", "sudoku"], "cannot read the prompt"),
     ],
@@ -112,10 +116,14 @@ def test_errors_show_their_traceback_on_request(monkeypatch, capsys):
     assert lines[0].startswith("Traceback") and lines[-1].startswith("loopmdm: error: ./nowhere")
 
 
-def test_bugs_are_not_taken_for_bad_input(monkeypatch):
+def test_faults_of_our_own_are_one_line_too_and_show_their_traceback_on_request(monkeypatch, capsys):
     monkeypatch.setattr("loopmdm_cli.info._facts", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    shown = refusal("info", ROOT)
+    assert shown == "loopmdm: error: ZeroDivisionError: division by zero. LOOPMDM_DEBUG=1 shows where."
+    monkeypatch.setenv("LOOPMDM_DEBUG", "1")
+    with pytest.raises(SystemExit):
         loopmdm_cli.main(["info", str(ROOT)])
+    assert "Traceback" in (shown := capsys.readouterr().err) and "1 / 0" in shown
 
 
 def test_other_models_are_refused(tmp_path):

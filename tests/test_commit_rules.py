@@ -178,8 +178,9 @@ def test_a_rule_must_say_what_it_commits():
 def test_quota_commits_everything_in_time_for_any_size_and_number_of_steps():
     sizes, steps = torch.tensor(list(itertools.product(range(1, 13), range(1, 16)))).unbind(-1)
     masked, counts = torch.arange(12) < sizes[:, None], []
+    step = replace(make_step(), logits=torch.zeros(*masked.shape, 3))
     for index in range(15):
-        commit = LeftToRightRule()(replace(make_step(), masked=masked, size=sizes, index=index, num_steps=steps))
+        commit = LeftToRightRule()(replace(step, masked=masked, size=sizes, index=index, num_steps=steps))
         assert not (commit & ~masked).any()
         counts.append(commit.sum(-1) * (index < steps))
         masked = masked & ~commit

@@ -485,8 +485,9 @@ def test_what_is_fetched_from_the_hub(out, hub, allow_pickle):
 
     needed = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     needed += ["chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json"]
+    needed += ["README.md", "LICENSE", "NOTICE.txt"]
     assert all(fetched(name) for name in needed)
-    assert not any(fetched(name) for name in ("modeling_llada.py", "configuration_llada.py", "README.md", "x.onnx"))
+    assert not any(fetched(name) for name in ("modeling_llada.py", "configuration_llada.py", "x.onnx"))
     assert [fetched(name) for name in ("pytorch_model.bin", "last.ckpt", "x.pt", "x.pth")] == [allow_pickle] * 4
 
 

@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conversion import FIXTURES, REMOVED, convert, edited, load, refuse, save_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loopmdm.convert import convert_checkpoint
@@ -79,7 +82,8 @@ def test_mask_in_added_tokens_alone(src, out):
 def test_mask_in_a_vocabulary_with_scores(src, out):
     """Unigram tokenizers list pairs of token and score."""
     edited("llada", src, config=NO_MASK)
-    (src / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["<unk>", 0.0], ["[MASK]", -1.5]]}}))
+    tokenizer = Tokenizer(Unigram([("<unk>", 0.0), ("[MASK]", -1.5), ("w1", -2.0)], unk_id=0))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(src)
     assert convert_checkpoint(src, out)["special_tokens"]["mask_token_id"] == 1
 
 
@@ -112,8 +116,8 @@ def test_pad_equal_to_mask(src, out, in_config):
         (dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id")), {}, (7, 8, 9)),
         # The generation config's before the config's
         ({"eos_token_id": 120}, {"eos_token_id": [3, 4], "pad_token_id": 5}, (5, [3, 4], 9)),
-        # Ids outside the vocabulary, and [MASK], are dropped; padding is then an end token.
-        ({"pad_token_id": 500, "eos_token_id": [600, 3, 125], "bos_token_id": 700}, {}, (3, 3, None)),
+        # [MASK] is dropped, and -1, by which Llama's early configs mean none; padding is then an end token.
+        ({"pad_token_id": -1, "eos_token_id": [3, 125], "bos_token_id": 125}, {}, (3, 3, None)),
     ],
 )
 def test_other_special_tokens(src, out, config, generation, expected):
@@ -174,3 +178,24 @@ def test_a_tokenizer_that_is_shorter_by_more_than_the_mask(src, out):
     convert_checkpoint(src, out)
     assert AutoTokenizer.from_pretrained(out).mask_token_id is None
     assert load(out).config.mask_token_id == 125
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_ids_that_the_tokenizer_lacks_are_never_generated(src, out, from_files):
+    """The embedding has 128 rows; the config's own special tokens count although the tokenizer lacks them."""
+    edited("llada", src, config={"mask_token_id": 125, "eos_token_id": 126, "pad_token_id": 127})
+    save_tokenizer(src, 110)
+    if from_files:  # code of its own is not run, and the files say as much
+        edit_json(src / "tokenizer_config.json", lambda content: content.update(EVIL_TOKENIZER))
+    convert_checkpoint(src, out)
+    model = load(out)
+    assert model.generation_config.suppress_tokens == list(range(110, 125))
+    drawn = model.generate(torch.tensor([[1, 2]] * 8), max_new_tokens=24, do_sample=True, temperature=50.0)
+    assert not set(range(110, 125)) & set(drawn.flatten().tolist())
+    assert (drawn >= 126).any() or (drawn >= 100).any()
+    plain = edited("llada", src.with_name("without"))
+    convert_checkpoint(plain, out.with_name("without"))
+    assert load(out.with_name("without")).generation_config.suppress_tokens is None
+
+
+EVIL_TOKENIZER = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}

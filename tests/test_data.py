@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from training_runs import MASK, PAD
 
-from loopmdm.data import encode_with_bytes, read_rows
+from loopmdm.data import encode, encode_with_bytes, read_examples, read_rows
 from loopmdm.evaluation import read_texts
 from loopmdm.training import (
     ExampleStream,
@@ -119,7 +119,10 @@ def test_read_documents(tmp_path):
     assert list(read_documents(path)) == ["first\nstill first", "second ü", "third"]
     assert list(read_documents(str(path), separator="still")) == ["first", "first\n\n\n  second ü \n\nthird"]
     assert list(read_documents(path, separator=None)) == ["first\nstill first\n\n\n  second ü \n\nthird"]
-    for content, message in ((b" \n\n \n", r"text\.txt holds no text"), (b"\xfc", r"text\.txt is not text in UTF-8")):
+    for content, message in (
+        (b" \n\n \n", r"text\.txt holds no text"),
+        (b"a\n\n\xfc", r"text\.txt, line 3 is not text in UTF-8"),
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             list(read_documents(path))
@@ -127,18 +130,68 @@ def test_read_documents(tmp_path):
 
 def test_rows_are_named_by_their_place(tmp_path):
     (tmp_path / "t.txt").write_text("a b\nc\n\n\nd\n")
-    (tmp_path / "t.jsonl").write_text('{"x": 1}\n{"x": 2}\n')
+    (tmp_path / "t.jsonl").write_text('{"x": 1}\n\n \n{"x": 2}\n')
 
     def read(name: str, **options) -> list[tuple]:
         return [(where.split(", ")[1], row) for where, row in read_rows(tmp_path / name, **options)]
 
-    assert read("t.txt") == [("document 1", "a b\nc"), ("document 2", "d")]
-    assert read("t.txt", documents="line") == [("line 1", "a b"), ("line 2", "c"), ("line 3", "d")]
-    assert read("t.txt", documents="file") == [("document 1", "a b\nc\n\n\nd")]
-    assert read("t.jsonl") == [("example 1", {"x": 1}), ("example 2", {"x": 2})]
+    assert read("t.txt") == [("line 1", "a b\nc"), ("line 5", "d")]
+    assert read("t.txt", documents="line") == [("line 1", "a b"), ("line 2", "c"), ("line 5", "d")]
+    assert read("t.txt", documents="file") == [("line 1", "a b\nc\n\n\nd")]
+    assert read("t.jsonl") == [("line 1", {"x": 1}), ("line 4", {"x": 2})]
     for name in ("none.txt", "none.jsonl"):
         with pytest.raises(ValueError, match=f"{name} is not a file"):
             read(name)
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""], ids=["byte-order mark", "none"])
+def test_byte_order_marks_are_not_text(tmp_path, mark):
+    (tmp_path / "t.txt").write_bytes(mark + b"w1 w2\r\n\r\n" + mark + b"w3\r\n")
+    (tmp_path / "t.jsonl").write_bytes(mark + b'{"text": "w1"}\r\n')
+    assert [row for _, row in read_rows(tmp_path / "t.txt")] == ["w1 w2", "w3"]
+    assert next(read_rows(tmp_path / "t.txt", "file"))[1].startswith("w1")
+    assert read_jsonl(tmp_path / "t.jsonl") == [{"text": "w1"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "line 2 is not valid JSON: 'a' is there twice"),
+        ("t.jsonl", b"[" * 100_000 + b"\n", "line 1 is not valid JSON"),
+        ("t.jsonl", '{"a": "ü"}'.encode("utf-16"), "line 1 is not valid JSON"),
+        ("t.txt", "ü".encode("utf-16"), "line 1 is not text in UTF-8"),
+        (
+            "t.csv",
+            b"a,b\n1,2\n",
+            "t.csv is neither a .txt nor a .jsonl file. The `datasets` library reads other kinds",
+        ),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        list(read_rows(tmp_path / name))
+    assert message in str(error.value)
+
+
+def test_lines_without_end_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("loopmdm.data.files.LONGEST_LINE", 2**20)
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "' + "w" * 900_000 + '"}\n{"text": "' + "w" * 2_000_000 + '"}\n')
+    rows = read_rows(path)
+    assert len(next(rows)[1]["text"]) == 900_000
+    with pytest.raises(ValueError, match=r"line 2 has more than 1 MiB; split it into several rows"):
+        next(rows)
+
+
+def test_a_streamed_row_that_cannot_be_read_is_named(monkeypatch):
+    def rows():
+        yield {"text": "w1"}
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr("loopmdm.data.files.load_dataset_rows", lambda name, options: rows())
+    with pytest.raises(ValueError, match="owner/rows, example 2 cannot be read: the network is gone"):
+        list(read_rows("owner/rows"))
 
 
 def test_data_sets_are_read(tmp_path, monkeypatch):
@@ -151,6 +204,10 @@ def test_data_sets_are_read(tmp_path, monkeypatch):
     assert [text.input_ids for text in texts] == [[4, 5], [6]]
     with pytest.raises(ValueError, match="cannot be loaded"):
         read_texts(folder, word_tokenizer(), CONFIG, dataset={"split": "nowhere"})
+    (tmp_path / "t.csv").write_text("body,id\nw1 w2,1\n")
+    assert list(read_rows("csv", dataset={"data_files": str(tmp_path / "t.csv")})) == [
+        ("csv, example 1", {"body": "w1 w2", "id": 1})
+    ]
 
 
 # Packing
@@ -162,7 +219,8 @@ def test_data_sets_are_read(tmp_path, monkeypatch):
 def test_packed_rows_hold_all_tokens_in_order(length, end_token_id, isolate):
     documents = [[5, 6, 7], [8], [], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
     rows = list(pack_documents(iter(documents), length, end_token_id, isolate))
-    ended = [document + ([] if end_token_id is None else [end_token_id]) for document in documents]
+    ends = [] if end_token_id is None else [end_token_id]
+    ended = [document and document + ends for document in documents]
     assert [token for row in rows for token in row["input_ids"].tolist()] == [*itertools.chain(*ended)]
     assert all(len(row["input_ids"]) == length for row in rows[:-1]) and 1 <= len(rows[-1]["input_ids"]) <= length
     assert all(set(row) == ({"input_ids", "document_ids"} if isolate else {"input_ids"}) for row in rows)
@@ -260,6 +318,7 @@ def test_conversations():
         ({"messages": ["two", "six"]}, TEMPLATE, "Row 3: `messages` must be a list"),
         ({"messages": [{"role": "user", "content": "two"}]}, TEMPLATE, "ends with one of the role `assistant`"),
         ({"messages": [{"role": "assistant", "content": "two"}]}, None, "has no chat template"),
+        ({"messages": [{"role": "assistant", "content": "two"}]}, TEMPLATE, "Row 3 has no message before the answer"),
         (
             {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "six"}]},
             "{% for m in messages|reverse %}{{ m['content'] + ' ' }}{% endfor %}",
@@ -271,6 +330,57 @@ def test_conversations():
 def test_bad_answers_are_named(example, template, message):
     with pytest.raises(ValueError, match=message):
         encode_answer(chat_tokenizer(template), example, "Row 3")
+
+
+# Texts
+
+
+@pytest.mark.parametrize("separator", [" ", "\n", "  ", "\n\n ", ""])
+def test_long_texts_are_tokenised_in_pieces(monkeypatch, separator):
+    words = word_tokenizer(["<pad>", "<end>", "<mask>", *(f"{i}日" for i in range(10))])
+    if not separator:  # nothing to cut at: every character is a token
+        words.backend_tokenizer.pre_tokenizer = Split("", "isolated")
+    text = separator.join(f"{i % 10}日" for i in range(200))
+    whole, sizes = encode_with_bytes(words, text, "a text")
+    monkeypatch.setattr("loopmdm.data.tokens._PIECE", 64)
+    assert encode(words, text, "a text") == whole
+    assert encode_with_bytes(words, text, "a text")[0] == whole
+    found = encode_with_bytes(words, text, "a text")[1]
+    assert sum(found) == sum(sizes) == len(text.encode()) and len(found) == len(whole)
+
+
+def test_empty_texts_of_training_are_left_out(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "w1"}\n{"text": ""}\n{"text": " \\n"}\n{"text": "w2"}\n')
+    rows = list(read_examples([str(path)], word_tokenizer(), CONFIG, "pretrain", 8, isolate_documents=True))
+    assert [row["input_ids"].tolist() for row in rows] == [[4, 1, 5, 1]]
+
+
+def test_documents_longer_than_a_row_go_on_in_the_next(tmp_path):
+    (tmp_path / "t.txt").write_text("w1 w2 w3 w4 w5\n\nw6 w7")
+    rows = read_examples([str(tmp_path / "t.txt")], word_tokenizer(), CONFIG, "pretrain", 4, isolate_documents=True)
+    rows = [(row["input_ids"].tolist(), row["document_ids"].tolist()) for row in rows]
+    assert rows == [([4, 5, 6, 7], [0] * 4), ([8, 1, 9, 10], [0, 0, 1, 1]), ([1], [1])]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "w1 <mask>"}', "line 3 holds the mask token (2); give clean text"),
+        ('{"text": "\\ud800"}', "The tokenizer cannot read {path}, line 3"),
+        ('{"text": null}', "line 3 has no text in 'text'; it has text (NoneType)"),
+        ('{"prompt": "w1"}', "line 3 has no text in 'text', but a prompt and its answer; use `task: answers`"),
+    ],
+)
+def test_bad_texts_of_training_are_named_by_file_and_line(tmp_path, line, message):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "w1"}\n\n' + line + "\n")
+    with pytest.raises(ValueError) as error:
+        list(read_examples([str(path)], word_tokenizer(), CONFIG, "pretrain", 8))
+    assert message.format(path=path) in str(error.value)
+    (tmp_path / "t.txt").write_text("w1\n\nw2\n\n\n\nw3 <mask>")
+    with pytest.raises(ValueError, match=r"t\.txt, line 7 holds the mask token \(2\)"):
+        list(read_examples([str(tmp_path / "t.txt")], word_tokenizer(), CONFIG, "pretrain", 8))
 
 
 # Texts to score
@@ -327,9 +437,8 @@ def test_what_mask_tokens_stand_for_is_scored(tmp_path, suffix):
         ("t.txt", "w1 w2", {"task": "fill"}, "line 1: token 1 is 4 in the text with mask tokens, else 5"),
         ("t.txt", "w1 w1", {"task": "fill"}, "holds no mask token (2), so there is nothing to fill in"),
         ("t.txt", "w28", {"config": tiny_config()}, "gives the token 31, outside the model's vocabulary of 23"),
-        ("t.jsonl", '{"text": 3}\n', {}, "example 1 has no text in 'text'; it has text"),
-        ("t.jsonl", '{"body": "w1"}\n', {}, "example 1 has no text in 'text'; it has body"),
-        ("t.jsonl", '{"text": ""}\n', {}, "example 1 has no token to score; it is too short"),
+        ("t.jsonl", '{"text": 3}\n', {}, "line 1 has no text in 'text'; it has text (int)"),
+        ("t.jsonl", '{"body": "w1"}\n', {}, "line 1 has no text in 'text'; it has body"),
         ("t.jsonl", '{"masked": "<mask> w1", "text": "w1"}\n', {"task": "fill"}, "has 2 tokens with mask"),
         ("t.jsonl", "{\n", {}, "line 1 is not valid JSON"),
     ],

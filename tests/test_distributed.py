@@ -181,7 +181,7 @@ def test_weights_gathered_from_two_ranks_load(ranks, folder):
 
 
 def test_fsdp_trainer_trains_as_one_process_does(fsdp, alone):
-    assert {rank["saved"]["wrapper"] for rank in fsdp} == {"FSDPLoopMDMForMaskedLM"}
+    assert all(rank["saved"]["is_sharded"] for rank in fsdp)
     assert_same_run([rank["saved"] for rank in fsdp], alone["saved"])
 
 
@@ -191,13 +191,14 @@ def test_fsdp_trainer_resumes_exactly(fsdp):
         assert_same_tensors(rank["resumed"]["weights"], rank["saved"]["weights"], rtol=0, atol=0)
 
 
-def test_checkpoint_of_fsdp_loads(fsdp, folder):
-    model = LoopMDMForMaskedLM.from_pretrained(folder / "fsdp" / "saved" / "checkpoint-4")
-    assert_same_tensors(dict(model.named_parameters()), fsdp[0]["saved"]["weights"], rtol=0, atol=0)
-
-
-def test_checkpoint_of_fsdp_names_the_class_of_the_model(fsdp, folder):
-    checkpoint = folder / "fsdp" / "saved" / "checkpoint-4"
-    auto_map = json.loads((checkpoint / "config.json").read_text()).get("auto_map", {})
+@pytest.mark.parametrize(("run", "step"), [("saved", 4), ("plain", 1)])
+def test_checkpoint_of_fsdp_loads(fsdp, folder, run, step):
+    """A plain Trainer's too, which draws loops by the callback."""
+    assert fsdp[0][run]["is_sharded"]
+    checkpoint = folder / "fsdp" / run / f"checkpoint-{step}"
+    model = LoopMDMForMaskedLM.from_pretrained(checkpoint)
+    assert_same_tensors(dict(model.named_parameters()), fsdp[0][run]["weights"], rtol=0, atol=0)
+    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert not [name for name in auto_map.values() if "fsdp" in name.lower()]
+    assert (checkpoint / "modeling_loopmdm.py").is_file(), "the code of the model's own class"
     assert not [path.name for path in checkpoint.glob("_fsdp*.py")]

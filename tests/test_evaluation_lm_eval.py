@@ -111,6 +111,14 @@ def test_likelihood_is_minus_the_nelbo(lm):
     assert scores(lm, pairs[3])[0][0] == pytest.approx(found[3][0], rel=1e-5)
 
 
+def test_an_empty_continuation_is_certain_and_stops_nothing(lm):
+    pairs = [("w1 w2", ""), ("w1 w2", "w3 w4"), ("", ""), ("", "w3")]
+    found = scores(lm, *pairs)
+    assert found[0] == found[2] == (0.0, True)
+    assert [found[1], found[3]] == scores(lm, pairs[1], pairs[3])
+    assert scores(lm, ("w1", "")) == [(0.0, True)]
+
+
 def test_one_token_is_scored_exactly(lm):
     ((score, _),) = scores(lm, ("w1 w2", "w3"))
     ids = torch.tensor([[4, 5, 2]])
@@ -171,6 +179,14 @@ def test_generation_is_that_of_generate(lm):
         row = row[: row.index(1)] if 1 in row else row
         assert text == lm.tokenizer.decode(row, skip_special_tokens=True)
         assert text
+
+
+def test_a_learnt_turn_end_is_not_part_of_an_answer(lm, monkeypatch):
+    whole = generated(lm, "w1 w2", max_gen_toks=8)[0].split()
+    end = next(i for i, word in enumerate(whole) if word not in whole[:i] and i > 0)
+    turn_end = lm.tokenizer.convert_tokens_to_ids(whole[end])
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [1, turn_end])
+    assert generated(lm, "w1 w2", max_gen_toks=8)[0].split() == whole[:end]
 
 
 def test_generation_stops_at_until(lm):

@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch._dynamo as dynamo
 from generation_reference import (
     BLOCK,
     ROWS,
@@ -220,7 +219,7 @@ def test_exit_rules_equal_those_of_forward(shift_logits, exits, arguments):
         ({}, {"visible_loops": 1}, plain),
         ({"shift_logits": True}, {"visible_loops": 1}, block_exits),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 @pytest.mark.parametrize("arguments", [{}, {"unmasking": "ancestral", "max_denoising_steps": 9}], ids=str)
 def test_exit_rules_of_block_causal_models_leave_finished_blocks_alone(overrides, exits, predictor, arguments):
@@ -392,26 +391,3 @@ def test_foreign_caches_are_refused_before_anything_runs(monkeypatch, causal, ch
 def test_models_of_whole_sequence_attention_take_no_cache(model):
     with pytest.raises(ValueError, match="serves block-causal models"):
         model.generate(PROMPT, max_new_tokens=2, past_key_values=LoopMDMCache(model.config, 2, 1))
-
-
-# Compiled layers
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, in torch
-@pytest.mark.parametrize("overrides", [{}, {"attention_block_size": BLOCK}], ids=["whole", "block"])
-def test_compiled_layers_give_the_same_tokens_and_are_not_compiled_again(overrides):
-    stats = dynamo.utils.counters["stats"]
-    dynamo.reset()
-    stats.clear()
-    plain, model, graphs = tiny_model(**overrides), tiny_model(**overrides), []
-    for layer in model.model.layers:
-        layer.compile(backend="eager", dynamic=True)
-    # Behind its limit dynamo would run the layers as they are.
-    with dynamo.config.patch(recompile_limit=16):
-        for length, block_length, num_loops in ((14, 8, 2), (13, 4, 1), (11, 12, 3), (16, 4, 2)):
-            arguments = {"max_new_tokens": length, "block_length": block_length, "num_loops": num_loops}
-            assert torch.equal(model.generate(PROMPT, **arguments), plain.generate(PROMPT, **arguments))
-            graphs.append(stats["unique_graphs"])
-    dynamo.reset()
-    stats.clear()
-    assert 0 < graphs[0] <= graphs[1] == graphs[2] == graphs[3] < 16

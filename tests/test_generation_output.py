@@ -371,7 +371,7 @@ def test_policies_are_checked():
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("unmasking", MarginRule()), ("loop_policy", Always()), ("cache_implementation", DualCache)],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_rules_and_policies_in_a_config_are_shown_and_never_saved(tmp_path, argument, value):
     config = LoopMDMGenerationConfig(**{argument: value})

@@ -38,7 +38,7 @@ from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMGenerationConfig, 
 ROOT = Path(__file__).parents[1]
 LOOPMDM_FILES = {"configuration_loopmdm.py", "modeling_loopmdm.py"}
 HUB_FILES = {"cache_utils.py", "commit_rules.py", "generation_outputs.py", "generation_utils.py", "loop_policies.py"}
-HUB_FILES |= {"loop_context.py", *LOOPMDM_FILES}
+HUB_FILES |= {"loop_context.py", "weight_files.py", *LOOPMDM_FILES}
 SAVED_FILES = {"config.json", "generation_config.json", "model.safetensors", *HUB_FILES}
 AUTO_CLASSES = [AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM]
 

@@ -49,7 +49,7 @@ def assert_frequencies(draws: list[int], probabilities: torch.Tensor):
         ("late", {"start": 0.2, "min_loops": 5, "plain": 0.0}),
         (EvenLoops(7), {}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, str | dict) else type(value).__name__,
 )
 def test_draws_follow_the_probabilities(schedule, options):
     made = make_loop_schedule(schedule, tiny_config(), 7, **options)

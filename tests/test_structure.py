@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_FILES = [path for path in sorted(ROOT.glob("*.py")) if not path.name.startswith("__")]
-FOLDERS = ("cli", "convert", "data", "evaluation", "objective", "training", "web")
+FOLDERS = ("cli", "convert", "data", "evaluation", "hub", "objective", "training", "web")
 FOUND = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 FILES = [*HUB_FILES, *sorted(path for path in FOUND if "node_modules" not in path.parts)]
 PUBLIC = ("loopmdm", *(f"loopmdm.{name}" for name in FOLDERS if name != "cli"))
@@ -29,7 +29,7 @@ def test_nothing_is_too_long(path):
 
 def test_what_the_hub_loads_stays_small():
     assert len(HUB_FILES) > 1
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in HUB_FILES) <= 2900
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in HUB_FILES) <= 3100
 
 
 def is_inherited(owner: type, name: str) -> bool:

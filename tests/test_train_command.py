@@ -2,7 +2,10 @@
 """`loopmdm train`: runs described by a file, from texts, answers or data sets, to a model that loads."""
 
 import json
+import multiprocessing
 import re
+import shutil
+from os import replace as os_replace
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.training import LoopMDMTrainer
+from loopmdm.training.checkpoints import locked
 from loopmdm.training.run import read_config, train
 
 TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
@@ -118,12 +123,14 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(run, tmp_path, optimizer):
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_finished_folder_is_left_alone(run, tmp_path):
+def test_a_finished_folder_is_left_alone(run, tmp_path, monkeypatch):
     path = run()
     go(path)
     for resume in (False, True):
         with pytest.raises(ValueError, match="holds a finished model already"):
             go(path, resume=resume)
+    monkeypatch.setenv("RANK", "1")
+    assert go(path) == {}, "the first process speaks for all"
 
 
 def test_another_data_set_cannot_be_resumed(run, tmp_path):
@@ -133,6 +140,208 @@ def test_another_data_set_cannot_be_resumed(run, tmp_path):
     (tmp_path / "text.txt").write_text(TEXT.replace("w1 ", "w2 "))
     with pytest.raises(ValueError, match="is of another run: its data is"):
         go(path, "trainer.max_steps=6", resume=True)
+
+
+def test_what_changes_the_result_cannot_change_on_resume(begun):
+    path, _ = begun
+    for change, message in {
+        "trainer.learning_rate=0.02": "its learning_rate is 0.01, here 0.02",
+        "loops={schedule: growing}": "its loop schedule is UniformLoops",
+        "dtype=bfloat16": "its dtype is",
+        "optimizer=muon": "its optimizer is None, here MuonAdamW",
+        "collator={mask_ratio: [0.1, 0.9]}": "its noise is",
+    }.items():
+        with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
+            go(path, change, resume=True)
+        assert message in str(error.value)
+
+
+@pytest.fixture
+def begun(run, tmp_path):
+    """A run that was killed in its third step of four."""
+
+    def step(trainer, *args):
+        if trainer.state.global_step == 2:
+            raise ZeroDivisionError
+        return train_step(trainer, *args)
+
+    path, train_step = run(), LoopMDMTrainer.training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoopMDMTrainer, "training_step", step)
+        with pytest.raises(ZeroDivisionError):
+            go(path)
+    return path, tmp_path / "out"
+
+
+def test_a_longer_run_says_what_it_was_before(begun):
+    path, output = begun
+    record = go(path, "trainer.max_steps=5", resume=True)
+    assert record["steps"] == 5 and record["resumed"] == [{"step": 2, "max_steps_before": 4}]
+    before = json.loads((output / "checkpoints" / "checkpoint-5" / "complete.json").read_text())
+    assert record["seconds"] > before["seconds"] > 0
+
+
+# The output folder
+
+
+def test_a_folder_that_holds_anything_else_is_refused(run, tmp_path):
+    path, output = run(), tmp_path / "out"
+    output.mkdir()
+    (output / "README.md").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"out holds README.md, which no training wrote; name a new or an empty"):
+            go(path, resume=resume)
+    assert [path.name for path in output.iterdir()] == ["README.md"], "nothing is left behind"
+    with pytest.raises(ValueError, match=r"text.txt/run/checkpoints cannot be made, as a file is in its way"):
+        go(path, f"output={tmp_path / 'text.txt' / 'run'}")
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(begun):
+    path, output = begun
+
+    def save_model(trainer, *args, **kwargs):
+        (output / "tokenizer.json").write_text("mine")
+        save(trainer, *args, **kwargs)
+
+    save = LoopMDMTrainer.save_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoopMDMTrainer, "save_model", save_model)
+        message = r"holds tokenizer.json, which this training did not write.*is complete in .*give --resume"
+        with pytest.raises(ValueError, match=message):
+            go(path, resume=True)
+    assert (output / "tokenizer.json").read_text() == "mine"
+    assert not (output / "config.json").exists()
+    (output / "tokenizer.json").rename(output.parent / "mine.json")
+    assert go(path, resume=True)["steps"] == 4
+    LoopMDMForMaskedLM.from_pretrained(output)
+
+
+def test_killed_while_it_moves_the_model(begun, tmp_path, monkeypatch):
+    path, output = begun
+    whole = shutil.copytree(output, tmp_path / "whole")
+    files = go(path, f"output={whole}", resume=True)["files"]
+
+    def resume_killed_after(count: int) -> None:
+        done = []
+
+        def replace(source, target):
+            if ".saving" in str(source) and not str(source).endswith(".tmp"):
+                done.append(source)
+                assert len(done) <= count, "killed"
+            os_replace(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(AssertionError, match="killed"):
+            patch.setattr("loopmdm.training.run.os.replace", replace)
+            go(path, resume=True)
+
+    resume_killed_after(0)
+    saved = shutil.copytree(output, tmp_path / "saved")
+    for count in (0, 3, len(files) - 1, len(files)):
+        shutil.rmtree(output)
+        shutil.copytree(saved, output)
+        resume_killed_after(count)
+        assert (output / "config.json").exists() == (count == len(files)), "loads only when complete"
+        with pytest.raises(ValueError, match=r"holds checkpoints of a run; give --resume|holds a finished model"):
+            go(path)
+        assert go(path, resume=True)["steps"] == 4
+        assert json.loads((output / "training.json").read_text())["files"] == files
+        found, expected = weights(output), weights(whole)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert not (output / ".saving").exists()
+
+
+def test_two_runs_into_one_folder(run, tmp_path):
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+
+    def hold():
+        with locked(tmp_path / "out" / "checkpoints"):
+            held.set()
+            done.wait(60)
+
+    other = context.Process(target=hold)
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(ValueError, match=r"Another run is writing to .*out/checkpoints; wait for it"):
+        go(run())
+    other.kill()  # and the lock ends with it
+    other.join()
+    assert go(run())["steps"] == 4
+
+
+def test_a_run_that_diverges_leaves_no_model(run, tmp_path):
+    path = run(trainer={"learning_rate": 1e30, "max_grad_norm": 0, "max_steps": 8})
+    with pytest.raises(ValueError, match=r"in step \d+: training has diverged"):
+        go(path)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+# The model and its tokenizer
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    tiny_model(vocab_size=32, mask_token_id=2, num_loops=2, max_position_embeddings=32).save_pretrained(
+        tmp_path / "base"
+    )
+    return str(tmp_path / "base")
+
+
+def extended(tokenizer: str, folder, **special) -> str:
+    larger = AutoTokenizer.from_pretrained(tokenizer)
+    larger.add_tokens(["new1", "new2"])
+    larger.add_special_tokens(special)
+    larger.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_larger_vocabulary_resizes_the_model(run, tmp_path, tokenizer, base):
+    larger = extended(tokenizer, tmp_path / "larger")
+    path = run(model=base, model_config=None, tokenizer=larger)
+    with pytest.raises(
+        ValueError, match=r"tokenizer has 34 tokens, and the model 32.*`model_config: {vocab_size: 34}`"
+    ):
+        go(path)
+    (tmp_path / "text.txt").write_text(TEXT + " new1 new2")
+    go(path, "model_config={vocab_size: 34}", "trainer.learning_rate=1e-9", "trainer.max_steps=1")
+    model = LoopMDMForMaskedLM.from_pretrained(tmp_path / "out")
+    before = LoopMDMForMaskedLM.from_pretrained(base)
+    assert model.config.vocab_size == 34 and model(torch.tensor([[33]])).logits.shape == (1, 1, 34)
+    torch.testing.assert_close(
+        model.model.embed_tokens.weight[:32], before.model.embed_tokens.weight, rtol=0, atol=1e-6
+    )
+    assert model.model.embed_tokens.weight[32:].std() > 0.01
+
+
+def test_a_tokenizer_with_another_mask_token_is_refused(run, tmp_path, tokenizer, base):
+    other = extended(tokenizer, tmp_path / "other", mask_token="new1")
+    with pytest.raises(ValueError, match=r"mask token is 'new1' \(32\), and the model's is 2; is it the right"):
+        go(run(model=base, model_config={"vocab_size": 34}, tokenizer=other))
+
+
+def test_a_mask_token_of_a_larger_vocabulary_is_trained(run, tmp_path, tokenizer, base):
+    other = extended(tokenizer, tmp_path / "other", mask_token="new1")
+    changes = {"vocab_size": 34, "mask_token_id": 32}
+    go(run(model=base, model_config=changes, tokenizer=other), "trainer.max_steps=1")
+    model = LoopMDMForMaskedLM.from_pretrained(tmp_path / "out")
+    assert (model.config.vocab_size, model.config.mask_token_id) == (34, 32)
+    assert (model(torch.tensor([[3, 32]])).logits[..., 32] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_hidden_layers": 6}, {"hidden_size": 64}, {"tie_word_embeddings": False}, {"use_qk_norm": True}],
+    ids=str,
+)
+def test_weights_that_the_model_lacks_are_not_made_up(run, base, change):
+    with pytest.raises(ValueError, match=r"`model_config` needs other weights than .*base has \("):
+        go(run(model=base, model_config=None), *(f"model_config.{name}={value}" for name, value in change.items()))
+
+
+def test_a_model_of_another_kind_is_refused(run, tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"llama does not hold a LoopMDM, but llama; `loopmdm convert`"):
+        go(run(model=str(tmp_path / "llama"), model_config=None))
 
 
 def test_epochs_count_the_examples(run):
@@ -225,6 +434,13 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
     assert record["steps"] == 4
 
 
+def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("loopmdm.training.run.LoopMDMTrainer", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr("loopmdm.data.files.load_dataset_rows", lambda name, options: iter([{"text": "w1"}]))
+    with pytest.raises(ValueError, match="owner/rows, example 1 has no text called prompt"):
+        go(run(task="answers", data="owner/rows", dataset={"streaming": True}))
+
+
 # Bad input
 
 
@@ -240,8 +456,8 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is (0.9, 0.1)"]),
         ({"loops": {"schedule": "often"}}, ["loop schedule is 'often'", "uniform"]),
         ({"distillation": 0.5}, ["`distillation`, which does not exist"]),
-        ({"loops": {"speed": 2}}, ["'uniform' does not take these options", "speed"]),
-        ({"loops": {"max_loops": 0}}, ["`max_loops` is 0"]),
+        ({"loops": {"speed": 2}}, ["`loops` has a key `speed`, which does not exist"]),
+        ({"loops": {"max_loops": 0}}, ["`loops.max_loops` is 0"]),
         ({"gradient_loops": 4}, ["`gradient_loops` is 4", "(3)"]),
         ({"task": "chat"}, ["`task` is 'chat'", "answers"]),
         ({"optimizer": "sgd"}, ["`optimizer` is 'sgd'"]),
@@ -253,18 +469,26 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
         ({"ema_decay": 1.5}, ["`ema_decay` is 1.5"]),
         ({"trainer": {"save_total_limit": 1}}, ["`save_total_limit` is 1"]),
         ({"trainer": 3}, ["`trainer` is 3"]),
-        ({"model_config": {"vocab_size": 20}}, ["the token", "vocabulary of 20"]),
+        ({"trainer": {"label_smoothing_factor": 0.1}}, ["`label_smoothing_factor` is 0.1, which does not work here"]),
+        ({"trainer": {"resume_from_checkpoint": "x"}}, ["`resume_from_checkpoint`, which this command sets itself"]),
+        ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` says when to evaluate", "`eval_data`"]),
+        ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, ["`trainer`: ", "min_lr"]),
+        ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
+        ({"tokenizer": "./nowhere"}, ["./nowhere does not hold a tokenizer; it is not a folder"]),
+        ({"model_config": {"vocab_size": 20}}, ["The tokenizer has 32 tokens, and the model 20", "{vocab_size: 32}"]),
         ({"lora": {"layers": "middle"}}, ["'middle'", "mid"]),
-        ({"lora": {"rank": 3}}, ["LoRA does not take", "rank"]),
+        ({"lora": {"rank": 3}}, ["`lora` has a key `rank`, which does not exist"]),
     ],
     ids=str,
 )
 def test_bad_runs_are_refused_before_training(run, tmp_path, monkeypatch, changes, parts):
     monkeypatch.setattr("transformers.Trainer._inner_training_loop", lambda *a, **k: pytest.fail("trained"))
+    monkeypatch.setattr(LoopMDMForMaskedLM, "__init__", lambda *a, **k: pytest.fail("made a model"))
     with pytest.raises(ValueError) as error:
         go(run(**changes))
     for part in parts:
         assert part in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -273,9 +497,9 @@ def test_bad_runs_are_refused_before_training(run, tmp_path, monkeypatch, change
         ('{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1"\n', ["answers.jsonl, line 2 is not valid JSON"]),
         ("[1]\n", ["line 1 is a list"]),
         ("\n", ["holds no examples"]),
-        ('{"prompt": "w1"}\n', ["answers.jsonl, example 1 has no text called answer"]),
-        ('{"messages": [{"role": "user", "content": "w1"}]}\n', ["example 1: `messages` must be a list that ends"]),
-        ('{"prompt": "' + "w1 " * 20 + '", "answer": "w2"}\n', ["example 1 has 22 tokens", "skip_long"]),
+        ('{"prompt": "w1"}\n', ["answers.jsonl, line 1 has no text called answer"]),
+        ('{"messages": [{"role": "user", "content": "w1"}]}\n', ["line 1: `messages` must be a list that ends"]),
+        ('{"prompt": "' + "w1 " * 20 + '", "answer": "w2"}\n', ["line 1 has 22 tokens", "skip_long"]),
     ],
 )
 def test_bad_answers_are_named(run, tmp_path, content, parts):

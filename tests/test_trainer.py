@@ -284,7 +284,12 @@ def test_accumulated_steps_equal_whole_ones(tmp_path, adapted):
         ({"ema_decay": math.nan}, {}, "`ema_decay` is nan"),
         ({"loop_schedule": "exact"}, {}, "The loop schedule is 'exact'; choose one of uniform"),
         ({"max_loops": 0}, {}, "`max_loops` is 0"),
-        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, which deletes a checkpoint"),
+        (
+            {"eval_loops": [1, 2]},
+            {"metric_for_best_model": "nelbo_4"},
+            "nelbo_4.*choose one of eval_loss, eval_nel",
+        ),
+        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, which leaves nothing"),
     ],
     ids=str,
 )

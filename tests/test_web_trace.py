@@ -17,7 +17,7 @@ from tiny import MASK, PAD, tiny_model
 
 from loopmdm.generation_outputs import LoopMDMGenerationOutput, LoopMDMTraceStep
 from loopmdm.web import trace_to_html
-from loopmdm.web.trace import COMMITTED, GIVEN, GUESSED, KEPT, REMASKED, WAITING
+from loopmdm.web.trace import COMMITTED, GIVEN, GUESSED, KEPT, REMASKED, WAITING, write_html
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -243,6 +243,36 @@ def test_generate_writes_the_page(tmp_path):
     assert len(data["steps"]) == 3
     assert "".join(data["tokens"][number] for number in data["rows"][0]["final"]) == shown.splitlines()[0]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_answer_has_its_name_and_the_tokens_of_a_run_without_a_page(tmp_path):
+    drawn = ("generate", ROOT, PUZZLE, "1" + "." * 80, "--do-sample", "--num-return-sequences", 2)
+    drawn += ("--max-denoising-steps", 2, "--max-new-tokens", 0)
+    plain = run(*drawn).splitlines()
+    assert run(*drawn, "--html", tmp_path / "trace.html").splitlines() == plain
+    page = Parser((tmp_path / "trace.html").read_text(encoding="utf-8"))
+    texts = ["".join(page.data["tokens"][number] for number in row["final"]) for row in page.data["rows"]]
+    assert texts == plain and len(set(plain)) > 2
+    places = [page.text.index(f"{text} ({copy} of 2)") for text in (PUZZLE, "1" + "." * 80) for copy in (1, 2)]
+    assert places == sorted(places)
+
+
+def test_prompts_that_are_not_denoised_together_have_no_common_page(tmp_path):
+    path = tmp_path / "trace.html"
+    wrong = refusal("generate", tmp_path / "missing", *["x"] * 3, "--batch-size", 2, "--html", path)
+    assert "there are 3 at a --batch-size of 2; give --batch-size 3, or fewer prompts" in wrong
+    wrong = refusal("generate", ROOT, PUZZLE, "12", "--html", path)
+    assert "prompt 1 has 0 new tokens after 81 of its own, and prompt 2 has nothing to denoise" in wrong
+    wrong = refusal("generate", ROOT, "12", "", "--max-new-tokens", 3, "--html", path)
+    assert "prompt 1 has 3 new tokens after 2 of its own, and prompt 2 has 3 new tokens after 0" in wrong
+    assert not path.exists()
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "trace.html").mkdir()
+    with pytest.raises(OSError):
+        write_html(tmp_path / "trace.html", "page")
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.html"]
 
 
 def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path):

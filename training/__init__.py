@@ -4,6 +4,7 @@
 from ..data import ExampleStream, StreamedExamples, encode_answer, pack_documents, read_documents, read_jsonl
 from ..objective.seeds import seeded_generator
 from .adapters import layers_of, lora_config
+from .checkpoints import last_complete_checkpoint
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import (
     LOOP_SCHEDULES,
@@ -14,7 +15,7 @@ from .loop_schedules import (
     set_num_train_loops,
 )
 from .optimizer import MuonAdamW
-from .trainer import LoopMDMTrainer, last_complete_checkpoint, training_flops
+from .trainer import LoopMDMTrainer, training_flops
 
 __all__ = [
     "LOOP_SCHEDULES",

@@ -1,14 +1,23 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """PEFT on models with loops: which layers an adapter sits on."""
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from ..configuration_loopmdm import LoopMDMConfig
+from ..data.pretrained import MERGE, adapter_base, locate
+from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Options of LoraConfig that hold names of modules
+_NAMES = ("target_modules", "modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
 def layers_of(config: LoopMDMConfig, part: str) -> list[int]:
@@ -17,7 +26,7 @@ def layers_of(config: LoopMDMConfig, part: str) -> list[int]:
     mid = list(range(config.loop_start, config.loop_end))
     tail = list(range(config.loop_end, config.num_hidden_layers))
     parts = {"all": head + mid + tail, "head": head, "mid": mid, "tail": tail, "head_tail": head + tail}
-    if part not in parts:
+    if not isinstance(part, str) or part not in parts:
         raise ValueError(f"The layers to adapt are {part!r}; choose one of {', '.join(parts)}.")
     if not parts[part]:
         raise ValueError(f"The model has no layers in {part}, so there is nothing to adapt.")
@@ -35,16 +44,112 @@ def lora_config(
         layers (`str`, defaults to `"all"`): Part of the model to adapt, see [`layers_of`].
         target_modules (defaults to `"all-linear"`): As in peft: names of projections, or all of them.
         options: Other arguments of `LoraConfig` (`r`, `lora_alpha`, `use_dora`, ...).
+
+    Raises:
+        ValueError: An option that does not exist, or a name or layer that the model does not have; peft would leave it
+            out without a word.
     """
     from peft import LoraConfig
 
+    chosen = layers_of(config, layers)
+    if not target_modules and not options.get("target_parameters"):
+        raise ValueError(f"`target_modules` is {target_modules!r}; name projections, or say all-linear.")
     if layers != "all":
+        if options.get("layers_to_transform") is not None:
+            raise ValueError(f"`layers` is {layers!r}, and `layers_to_transform` names layers too; give one of them.")
         # peft takes layers by index only together with names.
         if target_modules == "all-linear":
             target_modules = [name for name in PROJECTIONS if name != "gate_proj" or config.use_gated_mlp]
-        options = {**options, "layers_to_transform": layers_of(config, layers), "layers_pattern": "layers"}
+        options = {**options, "layers_to_transform": chosen, "layers_pattern": "layers"}
     try:
         # The task type under which `AutoPeftModelForCausalLM` and `generate` work.
-        return LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, **options)
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules=target_modules, **options)
     except TypeError as error:
         raise ValueError(f"LoRA does not take these options: {error}.") from error
+    _check_names(config, lora)
+    return lora
+
+
+def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
+    """Raises a ValueError where a name or layer of a `LoraConfig` is none of the model's."""
+    with torch.device("meta"):
+        model = LoopMDMForMaskedLM(config)
+    modules = [name for name, _ in model.named_modules() if name]
+    linear = sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
+    wanted = lora.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted or [])
+    wrong = [layer for layer in wanted if not 0 <= layer < config.num_hidden_layers]
+    if wrong:
+        raise ValueError(f"`layers_to_transform` names layer {wrong[0]}; the model has {config.num_hidden_layers}.")
+    for option in _NAMES:
+        names = getattr(lora, option) or []
+        if names == "all-linear":
+            continue
+        is_pattern = isinstance(names, str) or option.endswith("_pattern")
+        # Layers are looked for among the targets alone.
+        places = modules
+        if option == "target_modules" and wanted:
+            places = [name for name in modules if any(f".layers.{layer}." in name for layer in wanted)]
+        for name in [names] if isinstance(names, str) else sorted(names):
+            # A pattern stands for the end of a name too, except where it is all of the targets.
+            pattern = name if isinstance(names, str) else rf"(.*\.)?({name if is_pattern else re.escape(name)})"
+            if not any(re.fullmatch(pattern, place) for place in places):
+                where = f"layers {wanted}" if places is not modules else "the model"
+                raise ValueError(
+                    f"`{option}` has {name!r}, which is nothing in {where}; its projections are {', '.join(linear)}."
+                )
+
+
+def adapter_to_continue(model: str | None, changes: dict[str, Any], lora: dict[str, Any] | None) -> str | None:
+    """
+    The folder or Hub id of the adapter that a training goes on from, or None. Checks what can be before weights are
+    loaded.
+
+    Args:
+        model (`str`, *optional*): What the training starts from.
+        changes (`dict`): What it changes of the model's configuration.
+        lora (`dict`, *optional*): Arguments of [`lora_config`] for a new adapter.
+
+    Raises:
+        ValueError: The adapter would be trained under another one, on a model that is not saved, or on one that is
+            changed and does not hold the change; it is of soft prompts; it stands beside a whole model.
+    """
+    adapter = None if model is None or adapter_base(model) is None else locate(model, "an adapter")
+    if adapter is None and lora is None:
+        if model is not None and (Path(model).expanduser() / "adapter_config.json").is_file():
+            raise ValueError(f"{model} holds an adapter beside a whole model; merge them: `{MERGE.format(model)}`.")
+        return None
+    if model is None:
+        raise ValueError("`lora` needs a `model`: an adapter is saved without the weights that it adapts.")
+    if adapter is not None and lora is not None:
+        raise ValueError(
+            f"{model} is an adapter, and `lora` asks for another one on top. Leave `lora` out to go on training "
+            f"{model}, or merge it into its base model first: `{MERGE.format(model)}`."
+        )
+    if changes:
+        raise ValueError(
+            f"`model_config` changes {', '.join(changes)}, which the folder of an adapter does not hold; change "
+            "config.json of the base model itself (`loops: {max_loops: ...}` sets the loops of the training alone)."
+        )
+    if adapter is not None:
+        from peft import PeftConfig
+
+        if PeftConfig.from_pretrained(adapter).is_prompt_learning:
+            raise ValueError(f"{model} holds soft prompts, which the masked diffusion objective does not train.")
+    return adapter
+
+
+def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: "LoraConfig | None") -> nn.Module:
+    """
+    What a training trains: the `model` with the `adapter` (folder or Hub id) that it goes on from, or with a new
+    `lora`, in a `PeftModel`; the `model` itself where there is neither.
+    """
+    if adapter is None and lora is None:
+        return model
+    from peft import PeftModel, get_peft_model
+
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return get_peft_model(model, lora)

@@ -1,19 +1,65 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """The file that describes a training run."""
 
-import dataclasses
 import difflib
+import inspect
+import json
+import re
+import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
+from pydantic.dataclasses import dataclass
+from transformers import TrainingArguments
 
-from ..data import SEPARATORS
+from ..configuration_loopmdm import LoopMDMConfig
+from .loop_schedules import LOOP_SCHEDULES
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+Share = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Rows = Annotated[int, Field(gt=0, le=2**15)]
+Level = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+# Of `TrainingArguments`: ranges that it does not check itself, and a type that says too little
+LIMITS: dict[str, Any] = {
+    "max_steps": Annotated[int, Field(gt=0, lt=2**31)] | Literal[-1],
+    "num_train_epochs": PositiveFloat,
+    **dict.fromkeys(
+        ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"], Rows
+    ),
+    **dict.fromkeys(["learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"], NonNegativeFloat),
+    **dict.fromkeys(["warmup_steps", "eval_delay"], NonNegativeFloat),
+    **dict.fromkeys(["adam_beta1", "adam_beta2"], Share),
+    **dict.fromkeys(["logging_steps", "save_steps"], PositiveFloat),
+    **dict.fromkeys(["eval_steps", "neftune_noise_alpha"], PositiveFloat | None),
+    "save_total_limit": PositiveInt | None,
+    "dataloader_num_workers": NonNegativeInt,
+    "seed": Seed,
+    "data_seed": Seed | None,
+    "fsdp": bool | str | list[str] | None,
+    **dict.fromkeys(["log_level", "log_level_replica"], Level),
+    "parallelism_config": None,  # an object, which YAML does not hold
+}
+LORA = {"layers": str, "r": PositiveInt, "lora_alpha": PositiveFloat, "lora_dropout": Share}
+COLLATOR = {"mask_ratio": tuple[float, float], "complementary": bool, "learn_padding": bool}
 
 
-@dataclass
+@dataclass(config=STRICT)
 class TrainConfig:
     """
     A training run. Every key of the YAML file is one of these; unknown ones raise.
@@ -50,64 +96,163 @@ class TrainConfig:
         trainer (`dict`): Arguments of transformers' `TrainingArguments`.
     """
 
-    output: str
-    data: str | list[str]
-    model: str | None = None
+    output: Text
+    data: Text | Annotated[list[Text], Field(min_length=1)]
+    model: Text | None = None
     model_config: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
-    task: str = "pretrain"
-    eval_data: str | list[str] | None = None
+    tokenizer: Text | None = None
+    task: Literal["pretrain", "answers"] = "pretrain"
+    eval_data: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     dataset: dict[str, Any] = field(default_factory=dict)
     text_column: str = "text"
-    documents: str = "blank_line"
-    sequence_length: int | None = None
+    documents: Literal["blank_line", "line", "file"] = "blank_line"
+    sequence_length: PositiveInt | None = None
     isolate_documents: bool = False
     skip_long: bool = False
     loops: dict[str, Any] = field(default_factory=dict)
-    gradient_loops: int | None = None
+    gradient_loops: PositiveInt | None = None
     checkpoint_loops: bool = False
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     collator: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
-    optimizer: str = "adamw"
-    dtype: str = "float32"
-    eval_loops: list[int] | None = None
-    eval_sequences: int = 64
-    eval_samples: int = 8
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    eval_loops: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
+    eval_sequences: PositiveInt = 64
+    eval_samples: PositiveInt = 8
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name, choices in (
-            ("task", ("pretrain", "answers")),
-            ("documents", tuple(SEPARATORS)),
-            ("optimizer", ("adamw", "muon")),
-            ("dtype", ("float32", "bfloat16", "float16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(choices)}.")
         if self.model is None and not self.model_config:
             raise ValueError(
                 "There is no `model` to start from and no `model_config` to make one of; give one of them."
             )
         if self.model is None and self.tokenizer is None:
             raise ValueError("`tokenizer` is missing; a fresh model needs one (a folder, or an id on the Hub).")
-        for name in ("model_config", "dataset", "loops", "collator", "trainer"):
-            if not isinstance(getattr(self, name), dict):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must hold names and values.")
+        if self.dtype == "float16" and self.lora is None:
+            raise ValueError(
+                "`dtype` is 'float16', in which small updates of the weights are lost; use float32 with `trainer: "
+                "{fp16: true}`, which computes in float16, or bfloat16."
+            )
+        self._check_effect()
+        for name, value in self.trainer.items():
+            if name.endswith("_strategy") and value is False:
+                self.trainer[name] = "no"  # as YAML reads `no`
+        check_section("model_config", self.model_config, inspect.get_annotations(LoopMDMConfig))
+        check_section("trainer", self.trainer, {**_arguments_of(TrainingArguments), **LIMITS})
+        check_section("collator", self.collator, COLLATOR)
+        name = self.loops.get("schedule", "uniform")
+        if not isinstance(name, str) or name not in LOOP_SCHEDULES:
+            raise ValueError(f"The loop schedule is {name!r}; choose one of {', '.join(LOOP_SCHEDULES)}.")
+        options = _arguments_of(LOOP_SCHEDULES[name])
+        check_section("loops", self.loops, {**options, "schedule": str, "max_loops": PositiveInt | None})
+        if self.lora is not None:
+            try:
+                from peft import LoraConfig
+            except ImportError as error:
+                raise ValueError("`lora` needs peft; `pip install peft`.") from error
+            check_section("lora", self.lora, {**_arguments_of(LoraConfig), **LORA})
+
+    def _check_effect(self) -> None:
+        """Raises a ValueError where a setting would be ignored."""
+        sources = [self.data, self.eval_data]
+        paths = [path for one in sources if one is not None for path in ([one] if isinstance(one, str) else one)]
+        texts, answers = any(path.endswith(".txt") for path in paths), self.task == "answers"
+        for name, works, why in (
+            ("eval_loops", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_sequences", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_samples", self.eval_data is not None, "there is no `eval_data`"),
+            ("text_column", not answers, "`task: answers` reads prompts and answers"),
+            ("isolate_documents", not answers, "`task: answers` gives every row one example"),
+            ("skip_long", answers, "`task: pretrain` goes on with a long text in the next row"),
+            ("documents", texts, "`data` holds no .txt files"),
+            ("dataset", not all(path.endswith((".txt", ".jsonl")) for path in paths), "`data` names files"),
+        ):
+            if not works and getattr(self, name) not in ({}, TrainConfig.__dataclass_fields__[name].default):
+                raise ValueError(f"`{name}` has no effect, as {why}; leave it out.")
+        for name in self.trainer if self.optimizer == "muon" else ():
+            if name.startswith(("adam_", "optim")):
+                raise ValueError(f"`trainer.{name}` has no effect with `optimizer: muon`; leave one of them out.")
+
+
+def _arguments_of(takes: Any) -> dict[str, Any]:
+    """The arguments of a class, with their types."""
+    hints = typing.get_type_hints(takes if "__annotations__" in vars(takes) else takes.__init__)
+    return {name: hints.get(name, Any) for name in inspect.signature(takes).parameters}
+
+
+def check_section(name: str, values: dict[str, Any], types: dict[str, Any]) -> None:
+    """Raises a ValueError where a key of `values` is not one of `types`, or its value is not of that type."""
+    settings: dict[str, Any] = {one: (hint, None) for one, hint in types.items()}
+    schema = create_model(name, __config__=ConfigDict(**STRICT, protected_namespaces=()), **settings)
+    _validate(schema, values, f"`{name}`", settings, f"{name}.")
+
+
+def _validate(schema: Any, values: dict[str, Any], where: str, known: Iterable[str], prefix: str = "") -> Any:
+    """Reads values by a schema. The ValueError names every value that is wrong, and what it should be."""
+    text = json.dumps(values, default=str)
+    try:
+        return TypeAdapter(schema).validate_json(text)
+    except ValidationError as error:
+        reasons: dict[str, list[str]] = {}
+        for one in error.errors():
+            path: list[str] = []
+            value = json.loads(text)
+            for part in one["loc"]:  # ends with the member of a union that was tried
+                known_parts = (
+                    value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+                )
+                if part in known_parts:
+                    value = value[part]
+                    path.append(str(part))
+            place, what = f"`{prefix}{'.'.join(path)}` is {value!r}; it should ", one["msg"]
+            if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                close = difflib.get_close_matches(path[-1], list(known), n=1)
+                place = f"{where} has a key `{path[-1]}`, which does not exist"
+                what = f"; `{close[0]}`?" if close else ""
+            elif one["type"] in ("missing", "missing_argument") and isinstance(one["loc"][-1], str):
+                place, what = f"{where} has no `{one['loc'][-1]}`", ""
+            elif one["type"] == "value_error":
+                place, what = "", str(one["ctx"]["error"]).removesuffix(".")
+            what = re.sub(r"^\w+ should ", "", what).partition(" after validation")[0]
+            what = what.replace("Field required", "have a value more").replace("a valid array", "a list")
+            reasons.setdefault(place, []).append(what.replace("an object", "names and values"))
+        found = ". ".join(place + " or ".join(dict.fromkeys(whats)) for place, whats in reasons.items())
+        raise ValueError(found if found.endswith("?") else f"{found}.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-3` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the block at line {node.start_mark.line + 1} has `{twice}` twice; leave one of them")
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node):
+        value = float(node.value.replace("_", ""))
+        return int(value) if value.is_integer() else value  # 1e4 steps
+
+
+_Loader.add_implicit_resolver("number", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+_Loader.add_constructor("number", _Loader.construct_number)
 
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """
     Reads a run from a YAML file. `overrides` are `key=value`, with dots into nested keys (`trainer.max_steps=100`) and
-    YAML values.
+    YAML values. Raises a ValueError that names every key and value that is wrong.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
+    values = _read_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; it must hold names and values.")
     for override in overrides:
@@ -117,21 +262,19 @@ def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
         *parents, last = name.split(".")
         place = values
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:  # a block may be left empty in the file
+                place[parent] = {}
+            place = place[parent]
             if not isinstance(place, dict):
                 raise ValueError(f"{override!r}: `{parent}` holds a single value, which has no {last!r}.")
-        place[last] = yaml.safe_load(value)
-    known = {one.name for one in dataclasses.fields(TrainConfig)}
-    for name in values:
-        check_key(name, known, f"{path}")
-    for name in ("output", "data"):
-        if name not in values:
-            raise ValueError(f"{path} has no `{name}`.")
-    return TrainConfig(**values)
+        place[last] = _read_yaml(value, repr(override))
+    return _validate(TrainConfig, values, str(path), inspect.signature(TrainConfig).parameters)
 
 
-def check_key(name: str, known: Iterable[str], where: str) -> None:
-    """Raises a ValueError that names the nearest one where `name` is none of the `known` keys of `where`."""
-    if name not in known:
-        close = difflib.get_close_matches(str(name), list(known), n=1)
-        raise ValueError(f"{where} has a key `{name}`, which does not exist{f'; `{close[0]}`?' if close else '.'}")
+def _read_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..data import TOKEN_COLUMNS, UnusedColumns, read_columns
 from ..objective.masking import Mask, block_ids, draw_mask, split_documents
 from ..objective.seeds import seeded_generator
 
@@ -25,7 +26,8 @@ class MaskedDiffusionCollator:
 
     Args:
         mask_token_id (`int`): Id of [MASK].
-        pad_token_id (`int`, *optional*): Id that fills short rows; needed when lengths differ.
+        pad_token_id (`int`, *optional*): Id that fills short rows, an end token's too, or by default any: what fills
+            is neither seen nor learnt.
         seed (`int`, defaults to 0): Seed of the noise.
         block_size (`int`, *optional*): The model's `config.attention_block_size`.
         mask_ratio (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
@@ -39,10 +41,13 @@ class MaskedDiffusionCollator:
         max_length (`int`, *optional*): Longest sequence allowed, e.g. `config.max_position_embeddings`.
 
     Features are dicts with `input_ids` (the clean tokens), `index` (place in the run, see [`ExampleStream`]; the noise
-    derives from it and the seed), optionally `maskable` (bools of the same length) or `prompt_length` (the tokens at
-    the start that stay visible and are not learnt), and `document_ids` (ids of packed documents). Other keys are left
-    out. Returns `input_ids`, `labels`, `attention_mask` and, of packed rows, `document_ids`, int64, and
-    `loss_weights`, float32, each of shape `(batch_size, sequence_length)`.
+    derives from it and the seed), and optionally what tells padding (`attention_mask`, 0) and what is learnt from the
+    rest: `labels` (-100 elsewhere), `maskable`, `assistant_masks`, `completion_mask` (0 elsewhere), `prompt_length`
+    (the tokens at the start that stay visible and are not learnt), and `document_ids` (ids of packed documents); see
+    [`~loopmdm.data.read_columns`]. Padding is taken away, and batches are padded anew. Other columns that would change
+    what is learnt raise a ValueError, and the log says once which have no effect. Returns `input_ids`, `labels`,
+    `attention_mask` and, of packed rows, `document_ids`, int64, and `loss_weights`, float32, each of shape
+    `(batch_size, sequence_length)`.
     """
 
     def __init__(
@@ -71,11 +76,11 @@ class MaskedDiffusionCollator:
         self.complementary = complementary
         self.learn_padding = learn_padding
         self.max_length = max_length
+        self._filler = int(mask_token_id == 0) if pad_token_id is None else pad_token_id
+        self._unused = UnusedColumns()
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = self._read_all(features)
-        if self.pad_token_id is None and len({row["length"] for row in rows}) > 1:
-            raise ValueError("Rows of different lengths need a `pad_token_id`.")
         batch = self._stack(rows, ("input_ids", "labels", "attention_mask", "document_ids"))
         offset = torch.rand((), generator=seeded_generator(self.seed, "mask rate", rows[0]["index"])).item()
         masks = [self._draw(row, (offset + i / len(rows)) % 1.0) for i, row in enumerate(rows)]
@@ -118,29 +123,15 @@ class MaskedDiffusionCollator:
                 "`ExampleStream` (or `StreamedExamples`), and set `remove_unused_columns=False`."
             )
         index = int(feature["index"])
-        tokens = torch.as_tensor(feature["input_ids"], dtype=torch.long)
-        if self.max_length is not None and len(tokens) > self.max_length:
-            raise ValueError(f"Example {index} has {len(tokens)} tokens, more than the {self.max_length} allowed.")
-        if (tokens == self.mask_token_id).any():
-            raise ValueError(f"Example {index} holds the mask token ({self.mask_token_id}); give clean tokens.")
-        maskable = torch.ones(len(tokens), dtype=torch.bool)
-        if feature.get("maskable") is not None:
-            maskable = self._same_length("maskable", feature, index, len(tokens)).bool()
-        if feature.get("prompt_length") is not None:
-            maskable = maskable & (torch.arange(len(tokens)) >= int(feature["prompt_length"]))
-        if not maskable.any():
-            raise ValueError(f"Example {index} has no maskable token, so there is nothing to learn.")
-        row = {"index": index, "input_ids": tokens, "maskable": maskable}
-        if feature.get("document_ids") is not None:
-            row["document_ids"] = self._same_length("document_ids", feature, index, len(tokens)).long()
-        return row
-
-    @staticmethod
-    def _same_length(name: str, feature: dict[str, Any], index: int, length: int) -> torch.Tensor:
-        values = torch.as_tensor(feature[name])
-        if values.shape != (length,):
-            raise ValueError(f"Example {index} has {length} tokens and `{name}` of shape {tuple(values.shape)}.")
-        return values
+        where = f"Example {index}" + (
+            f" (row {feature['row'] + 1} of the data)" if isinstance(feature.get("row"), int) else ""
+        )
+        self._unused.note(feature, ("index", "row", *TOKEN_COLUMNS), "Columns of the examples")
+        row = read_columns(feature, where, self.mask_token_id)
+        length = len(row["input_ids"])
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(f"{where} has {length} tokens, more than the {self.max_length} allowed.")
+        return {"index": index, **row}
 
     def _fill(self, row: dict[str, Any], length: int) -> dict[str, Any]:
         """Brings a row to the batch's length, and labels what is maskable."""
@@ -149,11 +140,10 @@ class MaskedDiffusionCollator:
         def fill(tensor: torch.Tensor, value: int | bool) -> torch.Tensor:
             return torch.nn.functional.pad(tensor, (0, missing), value=value)
 
-        tokens = fill(row["input_ids"], self.mask_token_id if self.pad_token_id is None else self.pad_token_id)
+        tokens = fill(row["input_ids"], self._filler)
         maskable = fill(row["maskable"], self.learn_padding)
         filled = {
             "index": row["index"],
-            "length": length - missing,
             "input_ids": tokens,
             "maskable": maskable,
             "labels": tokens.masked_fill(~maskable, -100),

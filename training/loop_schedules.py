@@ -179,7 +179,8 @@ def set_num_train_loops(model: nn.Module, num_loops: int | None) -> None:
 
 class LoopSamplingCallback(TrainerCallback):
     """
-    Lets a plain transformers `Trainer` train with loops: S is drawn once for each optimiser step.
+    Lets a plain transformers `Trainer` train with loops: S is drawn once for each optimiser step. What it saves under
+    FSDP holds the model's own code.
 
     Args:
         schedule (`int` or [`LoopSchedule`]): S_max of the uniform distribution (e.g. `model.config.max_train_loops`),
@@ -188,6 +189,13 @@ class LoopSamplingCallback(TrainerCallback):
 
     def __init__(self, schedule: int | LoopSchedule):
         self.schedule = schedule if isinstance(schedule, LoopSchedule) else UniformLoops(schedule)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # FSDP puts a class of its own in place of the model's, whose code would be saved with the weights.
+        for cls in {type(module) for module in model.modules() if hasattr(module, "save_pretrained")}:
+            if cls.__module__.startswith("torch."):
+                own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+                cls.__module__, cls.__name__ = own.__module__, own.__name__
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         set_num_train_loops(model, self.schedule.draw(args.seed, state.global_step, state.max_steps))

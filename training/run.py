@@ -3,37 +3,48 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, TrainingArguments
+from torch import nn
+from transformers import TrainingArguments, get_scheduler
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import (
     ExampleStream,
     StreamedExamples,
-    check_tokens,
-    encode,
-    encode_answer,
-    pack_documents,
-    read_rows,
-    text_of,
+    adapter_base,
+    check_tokenizer,
+    load_tokenizer,
+    locate,
+    read_examples,
+    turn_end,
+    vocabulary_size,
 )
+from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .adapters import lora_config
-from .arguments import TrainConfig, check_key, read_config
+from .adapters import adapter_to_continue, attach_adapter, lora_config
+from .arguments import TrainConfig, read_config
+from .checkpoints import COMPLETE, checkpoints_in, locked
+from .checks import check_options
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSchedule, make_loop_schedule
 from .optimizer import MuonAdamW
-from .trainer import LoopMDMTrainer, last_complete_checkpoint
+from .trainer import LoopMDMTrainer
 
 __all__ = ["TrainConfig", "read_config", "train"]
+
+# Of an output folder: checkpoints, and the final model until it is complete
+CHECKPOINTS, SAVING = "checkpoints", ".saving"
+# Written last, with the names of the model's files: what is in SAVING is then complete, and only has to be moved.
+RECORD = "training.json"
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
@@ -48,21 +59,31 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
         `dict`: What `training.json` holds: the run, its cost, and the last evaluation.
     """
     output = Path(config.output).expanduser()
-    checkpoints = output / "checkpoints"
-    if (output / "config.json").exists() or (output / "adapter_config.json").exists():
-        raise ValueError(f"{output} holds a finished model already; name another folder.")
-    checkpoint = last_complete_checkpoint(checkpoints)
-    if checkpoint is not None and not resume:
-        raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or config.model)
-    trainer = _make_trainer(config, tokenizer, checkpoints)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    _check_files(config)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    with locked(output / CHECKPOINTS) if is_main else contextlib.nullcontext():
+        return _train(config, output, resume, is_main)
+
+
+def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> dict[str, Any]:
+    is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
+    if is_main:
+        _check_output(output, is_begun, resume)
+        if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
+            _move(output)
+            return json.loads((output / RECORD).read_text())
+    elif (output / SAVING / RECORD).exists() or _is_finished(output):
+        return {}  # the main process moves the files, or says what is wrong
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
+    trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = {
         "run": dataclasses.asdict(config),
         "steps": trainer.state.global_step,
         "training_flops": trainer.state.total_flos,
-        "seconds": result.metrics["train_runtime"],
+        "seconds": trainer.seconds,
+        "resumed": trainer.resumed,
         "evaluation": metrics,
         "log": trainer.state.log_history,
     }
@@ -70,75 +91,205 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     return record
 
 
-def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
-    """The model, the data and all settings of a run; everything is checked that can be before the first step."""
-    model = _make_model(config, tokenizer)
-    schedule = _make_schedule(config, model.config)
-    length = config.sequence_length or min(1024, model.config.max_position_embeddings)
-    if not 1 <= length <= model.config.max_position_embeddings:
+def check_run(config: TrainConfig, resume: bool) -> None:
+    """Raises a ValueError where a run lacks a file, or its output is in use; writes nothing."""
+    output = Path(config.output).expanduser()
+    _check_files(config)
+    if output.is_dir():
+        _check_output(output, any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS)), resume)
+
+
+def _check_files(config: TrainConfig) -> None:
+    """Raises a ValueError where a file or folder that the run names is absent."""
+    for name in ("data", "eval_data"):
+        given = getattr(config, name) or []
+        for path in [given] if isinstance(given, str) else given:
+            # Other names may be those of the Hub.
+            is_path = path.endswith((".txt", ".jsonl")) or path.startswith((".", "/", "~"))
+            if is_path and not Path(path).expanduser().exists():
+                raise ValueError(f"`{name}`: {path} is not a file.")
+    for name in ("model", "tokenizer"):
+        if getattr(config, name) is not None:
+            locate(getattr(config, name), f"a {name}")
+
+
+def _is_finished(output: Path) -> bool:
+    return (output / "config.json").exists() or (output / "adapter_config.json").exists()
+
+
+def _check_output(output: Path, is_begun: bool, resume: bool) -> None:
+    """Raises a ValueError where the folder cannot be trained into. `is_begun`: it holds checkpoints to go on from."""
+    is_saved = (output / SAVING / RECORD).exists()
+    if _is_finished(output) and not (is_saved and resume):
+        raise ValueError(f"{output} holds a finished model already; name another folder.")
+    if (is_begun or is_saved) and not resume:
+        raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
+    own = {CHECKPOINTS, SAVING, *(_own_files(output) if resume else ())}
+    foreign = sorted({path.name for path in output.iterdir()} - own) if not is_saved else []
+    if foreign:
+        raise ValueError(f"{output} holds {foreign[0]}, which no training wrote; name a new or an empty folder.")
+
+
+def _own_files(output: Path) -> set[str]:
+    """What a finished training wrote."""
+    try:
+        return {RECORD, *json.loads((output / RECORD).read_text())["files"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+@dataclasses.dataclass
+class RunParts:
+    """What a run consists of, all of it checked, before weights are loaded."""
+
+    source: str | None  # of the weights
+    model_config: LoopMDMConfig
+    arguments: TrainingArguments
+    schedule: LoopSchedule
+    collator: MaskedDiffusionCollator
+    examples: list[dict] | StreamedExamples
+    stream: ExampleStream | StreamedExamples  # the examples in the order of the run
+    eval_examples: list[dict] | None
+    lora: Any  # of a new adapter
+    adapter: Any  # to go on from
+    options: dict[str, Any]  # of LoopMDMTrainer
+
+
+def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunParts:
+    """The parts of a run. Raises a ValueError where anything does not fit, as far as that shows without weights."""
+    source = None if config.model is None else adapter_base(config.model) or locate(config.model, "a model")
+    model_config = _make_model_config(config, source, tokenizer)
+    schedule = _make_schedule(config, model_config)
+    arguments = _make_arguments(config, checkpoints)
+    length = config.sequence_length or min(1024, model_config.max_position_embeddings)
+    if length > model_config.max_position_embeddings:
         raise ValueError(
-            f"`sequence_length` is {length}; the model takes 1 to {model.config.max_position_embeddings} positions."
+            f"`sequence_length` is {length}; the model takes 1 to {model_config.max_position_embeddings} positions."
         )
-    examples = _read_examples(config, config.data, tokenizer, length, model.config.vocab_size)
+    eval_loops = None
+    if config.eval_data is not None:
+        usual = [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
+        eval_loops = config.eval_loops or usual
+    options: dict[str, Any] = {"gradient_loops": config.gradient_loops, "ema_decay": config.ema_decay}
+    options |= {"eval_loops": eval_loops, "eval_samples": config.eval_samples}
+    check_options(arguments, schedule, **options)
+    if config.optimizer == "muon" and arguments.fsdp:
+        raise ValueError(
+            "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
+        )
+    collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
+    lora = None if config.lora is None else lora_config(model_config, **config.lora)
+    adapter = adapter_to_continue(config.model, config.model_config, config.lora)
+    examples = _read_examples(config, config.data, tokenizer, length, model_config)
     eval_examples = None
     if config.eval_data is not None:
-        whole = dataclasses.replace(config, dataset={**config.dataset, "streaming": False})
-        rows = _read_examples(whole, config.eval_data, tokenizer, length, model.config.vocab_size)
+        rows = _read_examples(config, config.eval_data, tokenizer, length, model_config, whole=True)
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
-    arguments = _make_arguments(config, checkpoints, eval_examples is not None)
     stream, arguments = _make_stream(examples, arguments)
-    eval_loops = config.eval_loops or [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
-    if config.lora is not None:
-        from peft import get_peft_model
+    parts = source, model_config, arguments, schedule, collator, examples, stream, eval_examples, lora, adapter
+    return RunParts(*parts, options)
 
-        adapted = get_peft_model(model, lora_config(model.config, **config.lora))
-    trained = model if config.lora is None else adapted
-    optimizer = None
-    if config.optimizer == "muon":
-        if arguments.fsdp:
-            raise ValueError(
-                "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
-            )
-        optimizer = MuonAdamW(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+
+def load_trainable(config: TrainConfig, tokenizer: Any, parts: RunParts) -> nn.Module:
+    """What is trained: a fresh model or a loaded one, with its adapter where the run trains one."""
+    base = _make_model(config, parts.source, parts.model_config)
+    if config.task == "answers":
+        add_end_tokens(base, tokenizer)
+    return attach_adapter(base, parts.adapter, parts.lora)
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArguments) -> MuonAdamW | None:
+    """The optimiser where it is not the Trainer's own."""
+    if config.optimizer != "muon":
+        return None
+    return MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+
+
+def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
+    parts = make_parts(config, tokenizer, checkpoints)
+    model = load_trainable(config, tokenizer, parts)
     return LoopMDMTrainer(
-        model=trained,
-        args=arguments,
-        train_dataset=stream,
-        eval_dataset=eval_examples,
-        data_collator=_make_collator(config, model.config, tokenizer, length, arguments.seed),
+        model=model,
+        args=parts.arguments,
+        train_dataset=parts.stream,
+        eval_dataset=parts.eval_examples,
+        data_collator=parts.collator,
         processing_class=tokenizer,
-        optimizers=(optimizer, None),
-        loop_schedule=schedule,
-        gradient_loops=config.gradient_loops,
+        optimizers=(make_optimizer(config, model, parts.arguments), None),
+        loop_schedule=parts.schedule,
         checkpoint_loops=config.checkpoint_loops,
-        eval_loops=eval_loops if eval_examples is not None else None,
-        eval_samples=config.eval_samples,
-        ema_decay=config.ema_decay,
+        **parts.options,
     )
 
 
-def _make_model(config: TrainConfig, tokenizer: Any) -> LoopMDMForMaskedLM:
-    known = {one.name for one in dataclasses.fields(LoopMDMConfig)}
-    for name in config.model_config:
-        check_key(name, known, "`model_config`")
+def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
+    """The configuration of the `source` or of a fresh model, with the run's changes, and fit for the tokenizer."""
     try:
-        if config.model is not None:
-            return LoopMDMForMaskedLM.from_pretrained(
-                config.model, dtype=getattr(torch, config.dtype), **config.model_config
-            )
-        special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
-        special |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        values = {"vocab_size": len(tokenizer), **special, **config.model_config}
-        if values["mask_token_id"] is None:
-            raise ValueError(
-                f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name an id that is free "
-                "(`model_config: {mask_token_id: ...}`)."
-            )
-        torch.manual_seed(config.trainer.get("seed", 42))
-        return LoopMDMForMaskedLM(LoopMDMConfig(**values)).to(getattr(torch, config.dtype))
+        if source is not None:
+            values, _ = LoopMDMConfig.get_config_dict(source)
+            if values.get("model_type") != "loopmdm":
+                raise ValueError(
+                    f"{source} does not hold a LoopMDM, but {values.get('model_type') or 'no model'}; `loopmdm "
+                    "convert` makes one of a masked diffusion model."
+                )
+            made = LoopMDMConfig.from_pretrained(source, **config.model_config)
+            _check_weights_fit(source, LoopMDMConfig.from_pretrained(source), made)
+        else:
+            special = {
+                f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "pad", "bos", "eos")
+            }
+            values = {"vocab_size": vocabulary_size(tokenizer), **special, **config.model_config}
+            if values["mask_token_id"] is None:
+                raise ValueError(
+                    f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name an id that is free "
+                    "(`model_config: {mask_token_id: ...}`)."
+                )
+            made = LoopMDMConfig(**values)
     except StrictDataclassError as error:
         raise ValueError(f"`model_config`: {error.__cause__ or error}") from error
+    size = vocabulary_size(tokenizer)
+    if size > made.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {size} tokens, and the model {made.vocab_size}; if it is the right tokenizer, "
+            f"`model_config: {{vocab_size: {size}}}` gives the model more."
+        )
+    check_tokenizer(tokenizer, made)
+    return made
+
+
+def _check_weights_fit(model: str, before: LoopMDMConfig, after: LoopMDMConfig) -> None:
+    """Raises a ValueError where a change of the configuration needs weights that the model does not have."""
+    shapes = []
+    for one in (before, after):
+        with torch.device("meta"):
+            made = LoopMDMForMaskedLM(one)
+        # More or fewer tokens are rows of these, and `_make_model` adds or takes them away.
+        rows = ("model.embed_tokens.", "lm_head.")
+        shapes.append({name: part.shape[name.startswith(rows) :] for name, part in made.named_parameters()})
+    differing = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+    if differing:
+        raise ValueError(
+            f"`model_config` needs other weights than {model} has ({differing[0]}), and training does not make them "
+            "up; change what keeps the weights (loops, limits, tokens), or leave out `model` to train a fresh one."
+        )
+
+
+def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
+    dtype = getattr(torch, config.dtype)
+    torch.manual_seed(config.trainer.get("seed", 42))
+    if source is None:
+        return LoopMDMForMaskedLM(model_config).to(dtype)
+    # Tokens may be those of a vocabulary that the weights do not have yet.
+    tokens = {name: value for name, value in config.model_config.items() if name.endswith("_token_id")}
+    others = {name: value for name, value in config.model_config.items() if name not in {"vocab_size", *tokens}}
+    model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **others)
+    if model.config.vocab_size != model_config.vocab_size:
+        model.resize_token_embeddings(model_config.vocab_size)
+    for name, value in tokens.items():
+        setattr(model.config, name, value)
+    model.config.validate()
+    return model
 
 
 def _make_schedule(config: TrainConfig, model_config: LoopMDMConfig) -> LoopSchedule:
@@ -147,8 +298,6 @@ def _make_schedule(config: TrainConfig, model_config: LoopMDMConfig) -> LoopSche
 
 
 def _make_collator(config: TrainConfig, model_config: LoopMDMConfig, tokenizer: Any, length: int, seed: int):
-    for name in config.collator:
-        check_key(name, ("mask_ratio", "complementary", "learn_padding"), "`collator`")
     candidates = (model_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in candidates if token not in (None, model_config.mask_token_id)), None)
     options = dict(config.collator)
@@ -164,7 +313,7 @@ def _make_collator(config: TrainConfig, model_config: LoopMDMConfig, tokenizer: 
     )
 
 
-def _make_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> TrainingArguments:
+def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments:
     """transformers' arguments, with defaults that suit; what the run needs cannot be changed."""
     needed = {
         "output_dir": str(checkpoints),
@@ -172,11 +321,10 @@ def _make_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> 
         "train_sampling_strategy": "sequential",
         "prediction_loss_only": True,
     }
-    known = {one.name for one in dataclasses.fields(TrainingArguments)}
     for name in config.trainer:
-        check_key(name, known, "`trainer`")
-        if name in needed:
+        if name in needed or name in ("do_train", "do_eval", "do_predict", "resume_from_checkpoint"):
             raise ValueError(f"`trainer` has a key `{name}`, which this command sets itself; leave it out.")
+    evaluates = config.eval_data is not None
     defaults = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.02,
@@ -193,9 +341,14 @@ def _make_arguments(config: TrainConfig, checkpoints: Path, evaluates: bool) -> 
     if evaluates:
         defaults["eval_steps"] = config.trainer.get("save_steps", defaults["save_steps"])
     try:
-        return TrainingArguments(**{**defaults, **config.trainer, **needed})
-    except (TypeError, ValueError) as error:
+        made = TrainingArguments(**{**defaults, **config.trainer, **needed})
+        tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(made.lr_scheduler_type, tried, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
+    except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"`trainer`: {error}") from error
+    if made.eval_strategy != "no" and not evaluates:
+        raise ValueError("`trainer.eval_strategy` says when to evaluate, and there is no `eval_data`; give some.")
+    return made
 
 
 def _make_stream(examples: Any, arguments: TrainingArguments):
@@ -214,48 +367,51 @@ def _make_stream(examples: Any, arguments: TrainingArguments):
 
 
 def _read_examples(
-    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, vocab_size: int
+    config: TrainConfig,
+    data: str | list[str],
+    tokenizer: Any,
+    length: int,
+    model_config: LoopMDMConfig,
+    whole: bool = False,
 ) -> list[dict] | StreamedExamples:
-    """Tokenised examples: a list, or a stream where the data set is streamed."""
-    sources = [data] if isinstance(data, str) else data
+    """Tokenised examples: a list, or, unless it is wanted `whole`, a stream where the data set is streamed."""
+    options = {**config.dataset, **({"streaming": False} if whole else {})}
 
     def encoded() -> Iterator[dict[str, Any]]:
-        rows = (row for source in sources for row in read_rows(source, config.documents, config.dataset))
-        if config.task == "answers":
-            yield from _encode_answers(config, rows, tokenizer, length, vocab_size)
-            return
-        documents = (
-            check_tokens(encode(tokenizer, text_of(row, config.text_column, where), where), vocab_size, where)
-            for where, row in rows
+        return read_examples(
+            [data] if isinstance(data, str) else data,
+            tokenizer,
+            model_config,
+            config.task,
+            length,
+            text_column=config.text_column,
+            documents=config.documents,
+            isolate_documents=config.isolate_documents,
+            skip_long=config.skip_long,
+            dataset=options,
         )
-        yield from pack_documents(documents, length, tokenizer.eos_token_id, config.isolate_documents)
 
-    if config.dataset.get("streaming"):
-        return StreamedExamples(encoded)
-    examples = list(encoded())
+    is_stream = options.get("streaming")
+    examples = list(itertools.islice(encoded(), 1 if is_stream else None))
     if not examples:
         raise ValueError(f"{data} holds no examples of at most {length} tokens.")
-    return examples
+    # Of a stream the first example is made here: what is wrong with all rows is said before training.
+    return StreamedExamples(encoded) if is_stream else examples
 
 
-def _encode_answers(
-    config: TrainConfig, rows: Iterable[tuple[str, Any]], tokenizer: Any, length: int, vocab_size: int
-) -> Iterator[dict[str, Any]]:
-    for where, row in rows:
-        example = encode_answer(tokenizer, row, where)
-        size = len(check_tokens(example["input_ids"], vocab_size, where))
-        if size <= length:
-            yield example
-        elif not config.skip_long:
-            raise ValueError(
-                f"{where} has {size} tokens, more than `sequence_length` ({length}); raise it, or set "
-                "`skip_long: true`."
-            )
+def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
+    """Adds the tokens with which answers end, as they are learnt, to those that end `generate`."""
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    learnt = (tokenizer.eos_token_id, turn_end(tokenizer))
+    ends += [token for token in dict.fromkeys(learnt) if token is not None and token not in ends]
+    if ends:
+        model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[str, Any]) -> None:
-    """Saves beside the output and moves over, the file without which nothing loads at the end."""
-    folder = output / ".saving"
+    """Saves beside the output, and moves over what is complete."""
+    folder = output / SAVING
     if trainer.is_world_process_zero():
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -263,10 +419,35 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    # With an adapter too, which has learnt where to end
+    trainer.looped_model.generation_config.save_pretrained(folder)
     with contextlib.suppress(FileNotFoundError):
         (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
-    last = ("adapter_config.json", "config.json")
-    for path in sorted(folder.iterdir(), key=lambda path: path.name in last):
+    (folder / CARD).unlink(missing_ok=True)  # peft's, which tells nothing
+    base = record["run"]["model"]
+    source = None if base is None else read_source_card(base)
+    write_card(folder, output.absolute().name, config=trainer.looped_model.config, source=source, training=record)
+    record["files"] = sorted(path.name for path in folder.iterdir())
+    temporary = folder / f"{RECORD}.tmp"
+    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    os.replace(temporary, folder / RECORD)
+    _move(output)
+
+
+def _move(output: Path) -> None:
+    """
+    Moves a saved model to the output, its record last, and before that the file without which nothing loads. It can be
+    killed and called again. Raises a ValueError where it would write over a file of another.
+    """
+    folder, own = output / SAVING, _own_files(output)
+    last = ("adapter_config.json", "config.json", RECORD)
+    paths = sorted(folder.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1)
+    foreign = [path.name for path in paths if (output / path.name).exists() and path.name not in own]
+    if foreign:
+        raise ValueError(
+            f"{output} holds {foreign[0]}, which this training did not write; the trained model is complete in "
+            f"{folder}. Move that file away, and give --resume."
+        )
+    for path in paths:
         os.replace(path, output / path.name)
     folder.rmdir()

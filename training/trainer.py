@@ -2,9 +2,7 @@
 """transformers' Trainer with what loops and masked diffusion need: draws of S, honest FLOPs, NELBO, exact resume."""
 
 import contextlib
-import hashlib
-import json
-import os
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,17 +13,26 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from ..data import ExampleStream
-from ..objective import check_settings, find_model, nelbo
+from ..data import StreamedExamples
+from ..objective import find_model, nelbo
+from .checkpoints import (
+    complete_checkpoint,
+    differences,
+    last_complete_checkpoint,
+    locked,
+    optimizer_identity,
+    read_checkpoint,
+    remove_checkpoint,
+    rotate_checkpoints,
+    run_identity,
+)
+from .checks import ENDLESS, check_options, check_parts, check_weights, diverged
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSamplingCallback, LoopSchedule, make_loop_schedule
 
-# Written last into a checkpoint; one without it was not finished.
-COMPLETE = "complete.json"
 EMA_FILE = "ema.safetensors"
-# Of a configuration, what two runs may differ in all the same
-_FREE = {"_name_or_path", "transformers_version", "dtype", "architectures", "auto_map", "num_loops"}
 
 
 class _OwnCallback(TrainerCallback):
@@ -35,7 +42,7 @@ class _OwnCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._reset_counters()  # now that the state of a resumed run is loaded
+        self.trainer._begin()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema is not None:
@@ -53,7 +60,9 @@ class LoopMDMTrainer(Trainer):
     - With `eval_loops`, evaluation is the NELBO at those numbers of loops (`eval_nelbo_1`, ...), each rank computing
       all of it; `eval_loss` is that of the last one.
     - A checkpoint is complete when it has complete.json, which is written last; `resume_from_checkpoint=True` takes
-      the last complete one, and refuses one of another model, data set or batch size.
+      the last complete one that is undamaged, and refuses one of another run: everything that changes the result has
+      to be the same, but for the length of the run. `output_dir` is locked meanwhile.
+    - A loss, a gradient or a weight that is not finite stops the run with a ValueError, and is never saved.
 
     Args:
         loop_schedule (`str` or [`LoopSchedule`], defaults to `"uniform"`): Distribution of S, see
@@ -86,24 +95,10 @@ class LoopMDMTrainer(Trainer):
         self.looped_model = find_model(self.model)
         config = self.looped_model.config
         self.loop_schedule = make_loop_schedule(loop_schedule, config, max_loops)
-        largest = self.loop_schedule.max_loops
-        if gradient_loops is not None and not 1 <= gradient_loops <= largest:
-            raise ValueError(
-                f"`gradient_loops` is {gradient_loops}; it must be from 1 to the most loops of training ({largest})."
-            )
-        if ema_decay is not None and not 0 < ema_decay < 1:
-            raise ValueError(f"`ema_decay` is {ema_decay}; it must be between 0 and 1, e.g. 0.999.")
+        eval_loops = None if eval_loops is None else list(eval_loops)
+        check_options(self.args, self.loop_schedule, gradient_loops, ema_decay, eval_loops, eval_samples)
         if ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError("`ema_decay` does not work with FSDP, whose ranks hold parts of the weights.")
-        if ema_decay is not None and self.args.load_best_model_at_end:
-            raise ValueError("`ema_decay` averages the whole run, so it does not work with `load_best_model_at_end`.")
-        if eval_loops is not None:
-            eval_loops = list(eval_loops)
-            check_settings(eval_loops, eval_samples)
-        if self.args.save_strategy != "no" and self.args.save_total_limit == 1:
-            raise ValueError(
-                "`save_total_limit` is 1, which deletes a checkpoint before the next one is complete; use 2 or more."
-            )
         self.gradient_loops = gradient_loops
         self.checkpoint_loops = checkpoint_loops
         self.eval_loops = eval_loops
@@ -112,8 +107,12 @@ class LoopMDMTrainer(Trainer):
         self.ema = None
         if ema_decay is not None:
             self.ema = AveragedModel(self.looped_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        check_parts(self)
+        self.given_optimizer = optimizer_identity(self.optimizer, self.lr_scheduler)
         self.add_callback(LoopSamplingCallback(self.loop_schedule))
         self.add_callback(_OwnCallback(self))
+        self._history: dict[str, Any] = {}
+        self.resumed: list[dict[str, int]] = []  # the steps it was resumed at, and how many it was to have before
         self._reset_counters()
 
     def _reset_counters(self) -> None:
@@ -124,26 +123,94 @@ class LoopMDMTrainer(Trainer):
     # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
-        if resume_from_checkpoint:
-            self._check_same_run(Path(resume_from_checkpoint))
-            if self.ema is not None:
-                averages = load_file(Path(resume_from_checkpoint) / EMA_FILE)
-                self.ema.load_state_dict(averages, strict=False)
-        transformer = self.looped_model.model
-        transformer.gradient_loops, transformer.checkpoint_loops = self.gradient_loops, self.checkpoint_loops
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-        finally:
-            transformer.gradient_loops, transformer.checkpoint_loops = None, False
+        saves = self.args.save_strategy != "no" and self.is_world_process_zero()
+        with locked(Path(self.args.output_dir)) if saves else contextlib.nullcontext():
+            self._run, self._history = run_identity(self), {}
+            verify = resume_from_checkpoint is not True  # what is looked for below is verified there
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+                if resume_from_checkpoint is None:
+                    raise ValueError(f"{self.args.output_dir} holds no complete checkpoint to resume from.")
+            if resume_from_checkpoint:
+                self._history = self._read_history(Path(resume_from_checkpoint), verify)
+                if self.ema is not None:
+                    averages = load_file(Path(resume_from_checkpoint) / EMA_FILE)
+                    self.ema.load_state_dict(averages, strict=False)
+            transformer = self.looped_model.model
+            transformer.gradient_loops, transformer.checkpoint_loops = self.gradient_loops, self.checkpoint_loops
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            finally:
+                transformer.gradient_loops, transformer.checkpoint_loops = None, False
+            check_weights(self)
+            return output
+
+    def _read_history(self, checkpoint: Path, verify: bool) -> dict[str, Any]:
+        """What complete.json says of the run so far. Raises a ValueError where that is another run."""
+        record = read_checkpoint(checkpoint, verify)
+        if "scheduler.pt" not in record["files"] and not self.is_deepspeed_enabled:
+            raise ValueError(
+                f"{checkpoint} holds the model alone (`save_only_model`), so that a run cannot go on from it. Start "
+                "anew in another folder, from its weights if you like."
+            )
+        stateful = [one for one in self.callback_handler.callbacks if isinstance(one, ExportableState)]
+        if stateful and not self.args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                f"{type(stateful[0]).__name__} has a state, which would begin anew; set "
+                "`restore_callback_states_from_checkpoint=True`, or leave it out."
+            )
+        found = differences(record["run"], self._run)
+        if found:
+            raise ValueError(f"{checkpoint} is of another run: {'; '.join(found)}. Start anew in another folder.")
+        return record
+
+    def set_initial_training_values(self, args, dataloader):
+        epochs, steps_per_epoch, *others = super().set_initial_training_values(args, dataloader)
+        step, max_steps = self._history.get("step", 0), others[-1]
+        if step > max_steps:
+            raise ValueError(f"The checkpoint is of step {step}, and the run has {max_steps}; train at least so long.")
+        if step == max_steps:  # Epochs over a stream have no end, so that one more step would be trained.
+            epochs = step // steps_per_epoch
+        return epochs, steps_per_epoch, *others
+
+    def _begin(self) -> None:
+        """Now that the state of a resumed run is loaded."""
+        self._reset_counters()
+        self._began = time.perf_counter()
+        check_weights(self, before=True)
+        self.resumed = list(self._history.get("resumed", []))
+        if self._history:
+            self.resumed.append({"step": self._history["step"], "max_steps_before": self._history["max_steps"]})
+        best = self.state.best_global_step
+        if self._history and best:  # named by its path in the state, and folders move
+            folder = Path(self.args.output_dir) / f"checkpoint-{best}"
+            if not folder.is_dir() and self.args.load_best_model_at_end:
+                raise ValueError(
+                    f"{folder}, the best checkpoint so far, is missing, so it cannot be loaded at the end."
+                )
+            self.state.best_model_checkpoint = str(folder) if folder.is_dir() else None
+
+    @property
+    def seconds(self) -> float:
+        """Time of training so far, with the parts of the run before it was resumed, as far as they count."""
+        return self._history.get("seconds", 0.0) + time.perf_counter() - self._began
 
     def training_step(self, model, inputs, *args, **kwargs):
         self._tokens += inputs["input_ids"].numel()
         self._loops.append(self.looped_model.model.num_train_loops)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not loss.isfinite().all():
+            raise diverged(self, f"The loss is {loss.tolist()}", self.state.global_step + 1)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = 0.0 if norm is None else float(norm)
+        if not math.isfinite(value):
+            scaler = self.accelerator.scaler  # of float16: lowers its scale, and skips the step
+            if scaler is None or scaler.get_scale() < 1:
+                raise diverged(self, f"The norm of the gradient is {value}", self.state.global_step + 1)
+        return norm
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         batch_size, length = inputs["input_ids"].shape
@@ -169,18 +236,6 @@ class LoopMDMTrainer(Trainer):
         self._head_positions = 0
         super().store_flos()
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # FSDP puts a class of its own in place of the model's, and that is not the one whose code is to be saved.
-        cls = type(self.looped_model)
-        names = cls.__module__, cls.__name__
-        if cls.__module__.startswith("torch."):
-            own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
-            cls.__module__, cls.__name__ = own.__module__, own.__name__
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            cls.__module__, cls.__name__ = names
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._loops:
             seconds = time.perf_counter() - self._since
@@ -190,6 +245,8 @@ class LoopMDMTrainer(Trainer):
             logs["training_flops"] = flops
             logs["flops_per_second"] = (flops - self._flops_before) / seconds
             self._reset_counters()
+        if self.state.global_step == self._history.get("step"):
+            logs.pop("train_loss", None)  # the mean of no step
         super().log(logs, start_time)
 
     # Evaluation
@@ -225,12 +282,16 @@ class LoopMDMTrainer(Trainer):
         return metrics
 
     def _clean_rows(self, dataset) -> dict[str, torch.Tensor]:
-        if dataset is None or len(dataset) == 0:
+        if isinstance(dataset, StreamedExamples):
+            raise ValueError(ENDLESS)
+        # Data sets without a length are streams of the `datasets` library, which end.
+        rows = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset or ())
+        if not rows:
             raise ValueError("`eval_loops` needs an `eval_dataset` with examples.")
         collator = self.data_collator
         if not isinstance(collator, MaskedDiffusionCollator):
             raise ValueError("`eval_loops` needs a MaskedDiffusionCollator, which reads the examples.")
-        return collator.clean([{"index": index, **dataset[index]} for index in range(len(dataset))])
+        return collator.clean([{"index": index, **row} for index, row in enumerate(rows)])
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -255,13 +316,20 @@ class LoopMDMTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         # Checkpoints (internal calls) hold the weights that training goes on from.
         with contextlib.nullcontext() if _internal_call else self.averaged_weights():
+            check_weights(self)
             super().save_model(output_dir, _internal_call)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (folder / COMPLETE).unlink(missing_ok=True)  # of a run that was here before
-        super()._save_checkpoint(model, trial)
+            remove_checkpoint(folder)  # of a run that was here before
+        self.accelerator.wait_for_everyone()
+        # The Trainer would delete old checkpoints now, before this one is complete.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         if self.ema is not None and self.args.should_save:
             # Tied weights are one tensor under two names; one of them is enough.
             averages = {name: tensor.contiguous() for name, tensor in self.ema.module.named_parameters()}
@@ -269,68 +337,10 @@ class LoopMDMTrainer(Trainer):
             save_file({**averages, "n_averaged": self.ema.n_averaged.reshape(1)}, folder / EMA_FILE)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            record = {"step": self.state.global_step, "run": self._identity()}
-            temporary = folder / f"{COMPLETE}.tmp"
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-            os.replace(temporary, folder / COMPLETE)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to repeat an uninterrupted one."""
-        config = {name: value for name, value in self.looped_model.config.to_dict().items() if name not in _FREE}
-        return {
-            "model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
-            "data": data_fingerprint(self.train_dataset),
-            "order": getattr(self.train_dataset, "seed", None),
-            "noise": _settings(self.data_collator),
-            "seed": self.args.seed,
-            "batch_size": self.args.per_device_train_batch_size * self.args.world_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "loop_schedule": _settings(self.loop_schedule),
-            "gradient_loops": self.gradient_loops,
-            "ema_decay": self.ema_decay,
-        }
-
-    def _check_same_run(self, checkpoint: Path) -> None:
-        if not (checkpoint / COMPLETE).is_file():
-            raise ValueError(
-                f"{checkpoint} has no {COMPLETE}: it was not finished, or not written by this trainer. Resume from an "
-                "earlier one (`resume_from_checkpoint=True` takes the last complete one)."
-            )
-        before, now = json.loads((checkpoint / COMPLETE).read_text())["run"], self._identity()
-        for name, value in now.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{checkpoint} is of another run: its {name.replace('_', ' ')} is {before.get(name)}, here "
-                    f"{value}. Start anew in another folder."
-                )
-
-
-def _settings(thing: Any) -> str:
-    """The class and the plain attributes of an object, as text."""
-    plain = {name: value for name, value in vars(thing).items() if isinstance(value, bool | int | float | str | tuple)}
-    return f"{type(thing).__name__} {json.dumps(plain, sort_keys=True)}"
-
-
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The checkpoint of the most steps in `folder` that is complete, or None."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{COMPLETE}")]
-    found = [path for path in found if path.name.rpartition("-")[2].isdigit()]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
-
-
-def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
-    """A hash of a data set's length and of examples spread over it; of a stream, "stream"."""
-    examples = dataset.examples if isinstance(dataset, ExampleStream) else dataset
-    if not hasattr(examples, "__len__") or not hasattr(examples, "__getitem__"):
-        return "stream"
-    digest = hashlib.sha256(str(len(examples)).encode())
-    count = min(num_examples, len(examples))
-    for i in range(count):
-        example = examples[i * len(examples) // count]
-        for name in ("input_ids", "maskable", "prompt_length", "document_ids"):
-            if example.get(name) is not None:
-                digest.update(torch.as_tensor(example[name]).to(torch.int64).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            progress = {"step": self.state.global_step, "max_steps": self.state.max_steps, "seconds": self.seconds}
+            complete_checkpoint(folder, {**progress, "resumed": self.resumed, "run": self._run})
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder.parent, limit, {folder, *([] if best is None else [Path(best)])})
 
 
 def training_flops(

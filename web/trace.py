@@ -206,8 +206,12 @@ def write_html(path: str | Path, html: str) -> None:
     """Writes a page, all or nothing, in place of one that is there."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        # Names may hold what is not text (a file's name in another encoding).
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 __all__ = ["trace_to_html", "write_html"]

@@ -37,6 +37,8 @@ def choose_family(source: Source, name: str | Family | None = None, from_causal:
     """
     if isinstance(name, Family):
         return name
+    if name is not None and from_causal:
+        raise ValueError(f"--family {name} is a diffusion model; leave it out, or --from-causal.")
     if name is not None:
         families = {family.name: family for family in FAMILIES if not family.from_causal}
         if name not in families:

@@ -79,14 +79,14 @@ class LLaDA(Family):
     def config(self, source):
         self.check(source)
         settings, first = source.config, LAYER.format(i=0)
-        vocab_size, hidden_size = source.shape(f"{ROOT}wte.weight")
+        vocab_size, hidden_size = source.matrix(f"{ROOT}wte.weight")
         num_heads, activation = source.setting("n_heads"), settings.get("activation_type", "silu")
         # Scaling the embedding or the logits breaks the tie of the two weights.
         is_scaled = settings.get("input_emb_norm") or settings.get("scale_logits")
         return {
             "vocab_size": vocab_size,
             "hidden_size": hidden_size,
-            "intermediate_size": source.shape(f"{first}ff_out.weight")[1],
+            "intermediate_size": source.matrix(f"{first}ff_out.weight")[1],
             "num_hidden_layers": source.num_layers(f"{LAYER}ff_out.weight", settings.get("n_layers")),
             "num_attention_heads": num_heads,
             "num_key_value_heads": (

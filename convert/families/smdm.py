@@ -51,12 +51,12 @@ class SMDM(Family):
 
     def config(self, source):
         num_heads, first = _num_heads(source), LAYER.format(i=0)
-        rows, hidden_size = source.shape(f"{first}attn.attn.weight")
+        rows, hidden_size = source.matrix(f"{first}attn.attn.weight")
         head_dim = hidden_size // num_heads
         return {
-            "vocab_size": source.shape("transformer.wte.weight")[0],
+            "vocab_size": source.matrix("transformer.wte.weight")[0],
             "hidden_size": hidden_size,
-            "intermediate_size": source.shape(f"{first}mlp.swiglu.w1.weight")[0],
+            "intermediate_size": source.matrix(f"{first}mlp.swiglu.w1.weight")[0],
             "num_hidden_layers": source.num_layers(f"{LAYER}norm_1.weight", source.config.get("n_layer")),
             "num_attention_heads": num_heads,
             "num_key_value_heads": (rows // head_dim - num_heads) // 2,
@@ -66,7 +66,7 @@ class SMDM(Family):
             "rope_precision": "bfloat16",
             "rms_norm_eps": source.config.get("norm_eps", 1e-5),
             "tie_word_embeddings": False,
-            "mask_token_id": source.shape("lm_head.weight")[0],
+            "mask_token_id": source.matrix("lm_head.weight")[0],
         }
 
     def recipes(self, source, config):

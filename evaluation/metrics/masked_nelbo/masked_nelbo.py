@@ -3,11 +3,10 @@
 
 import datasets
 import evaluate
-from transformers import AutoTokenizer
 
 from loopmdm.data import encode_with_bytes
 from loopmdm.evaluation import Text, text_likelihood
-from loopmdm.evaluation.loading import load_model
+from loopmdm.evaluation.loading import load_model, load_tokenizer
 
 _DESCRIPTION = """Negative evidence lower bound of texts under a masked diffusion model with loops, an upper bound on
 their negative log-likelihood, estimated by masking (arXiv 2502.09992)."""
@@ -36,7 +35,7 @@ class MaskedNelbo(evaluate.Metric):
         )
 
     def _compute(self, predictions, model_id, num_loops=None, num_samples=32, batch_size=16, seed=0, device=None):
-        model, tokenizer = load_model(model_id, device=device), AutoTokenizer.from_pretrained(model_id)
+        model, tokenizer = load_model(model_id, device=device), load_tokenizer(model_id)
         texts = []
         for number, prediction in enumerate(predictions, start=1):
             ids, num_bytes = encode_with_bytes(tokenizer, prediction, f"text {number}")

@@ -1,0 +1,132 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Conversations as tokens: where a chat template puts the answer, and with which token it ends a turn."""
+
+import contextlib
+import re
+from typing import Any
+
+from .tokens import encode
+
+# Stands for an answer where what a template puts behind it is looked for
+_ANSWER = "LOOPMDM-ANSWER"
+
+
+def encode_conversation(
+    tokenizer: Any, prompt: list[dict], answer: list[dict], where: str, tools: list | None = None
+) -> dict[str, Any]:
+    """
+    Tokens of a conversation: `input_ids`, of which the first `prompt_length` are the prompt, up to and with the
+    opening of the assistant's turn. The rest is the answer up to and with its turn end. What a template puts behind
+    that, such as the opening of another turn, is left out.
+
+    Args:
+        tokenizer: With a chat template. It may open an assistant's turn whether it is asked or not, end turns with any
+            token, and needs no `{% generation %}`.
+        prompt, answer: Messages `{"role": ..., "content": ...}`; the last one is the assistant's.
+        where: What to call the conversation in errors.
+        tools (*optional*): As the template takes them.
+    """
+    if not all(
+        isinstance(one, list) and all(isinstance(message, dict) for message in one) for one in (prompt, answer)
+    ):
+        raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
+    if not answer or answer[-1].get("role") != "assistant":
+        raise ValueError(f"{where}: the answer must be a list of messages that ends with one of the role `assistant`.")
+    for number, message in enumerate([*prompt, *answer], start=1):
+        if message.get("role") is None or (message.get("content") is None and not message.get("tool_calls")):
+            raise ValueError(
+                f"{where}: message {number} needs `role` and `content`; it has {', '.join(message) or 'nothing'}."
+            )
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
+    if not prompt:
+        raise ValueError(f"{where} has no message before the answer.")
+    # Data sets fill up messages with None, which templates take for a value.
+    prompt, answer = ([{k: v for k, v in one.items() if v is not None} for one in part] for part in (prompt, answer))
+    opened = _render(tokenizer, prompt, where, tools, opens=True)
+    whole = _render(tokenizer, [*prompt, *answer], where, tools)
+    if not whole.startswith(opened):
+        start = next((i for i, (a, b) in enumerate(zip(opened, whole, strict=False)) if a != b), len(whole))
+        raise ValueError(
+            f"{where}: the chat template does not put the answer behind the prompt: it ends a prompt with "
+            f"{opened[start:]!r}, and goes on with {whole[start:][:40]!r} where there is an answer. The "
+            "tokenizer needs a template that does the same in both."
+        )
+    end, rest = _behind_answer(tokenizer, prompt, answer, where, tools)
+    if whole.endswith(end + rest):
+        whole = whole[: len(whole) - len(rest)]
+    elif rest.strip():
+        raise ValueError(
+            f"{where}: the chat template puts {rest!r} behind the turn end of other answers, and ends this one in "
+            f"{whole[-40:]!r}; what belongs to the answer cannot be told."
+        )
+    given, ids = encode(tokenizer, opened, where), encode(tokenizer, whole, where)
+    if ids[: len(given)] != given:  # a token spans the border; in generation none does
+        ids = given + encode(tokenizer, whole[len(opened) :], where)
+    return {"input_ids": ids, "prompt_length": len(given)}
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The token with which the chat template ends an assistant's turn; None without a template, or such a token."""
+    if tokenizer.chat_template is None:
+        return None
+    end = ""
+    for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        with contextlib.suppress(ValueError):  # the template wants the other kind, or more than this
+            end = end or _behind_answer(tokenizer, messages[:1], messages[1:], "A conversation", None)[0]
+    end = end.strip()  # white space ends no turn: it stands within answers too
+    ids = encode(tokenizer, end, "A turn end")
+    if not ids:
+        return None
+    last = tokenizer.decode(ids[-1:]).strip()
+    return ids[-1] if last in _special_tokens(tokenizer) or last == end else None
+
+
+def _behind_answer(
+    tokenizer: Any, prompt: list[dict], answer: list[dict], where: str, tools: list | None
+) -> tuple[str, str]:
+    """What the template puts behind an answer: the end of the turn, and what comes after that."""
+    content = answer[-1].get("content")
+    mark = [{"type": "text", "text": _ANSWER}] if isinstance(content, list) else _ANSWER
+    # Calls of tools end like texts.
+    last = {"role": "assistant"} if content is None else answer[-1]
+    marked = _render(tokenizer, [*prompt, *answer[:-1], {**last, "content": mark}], where, tools)
+    _, found, end = marked.rpartition(_ANSWER)
+    if not found:
+        kind = "a list of parts" if isinstance(content, list) else "a text"
+        raise ValueError(f"{where}: the chat template leaves out the answer, whose `content` is {kind}.")
+    behind = end
+    heeds = _render(tokenizer, prompt, where, tools) != _render(tokenizer, prompt, where, tools, opens=True)
+    opening = "" if heeds else _opening(tokenizer)
+    if opening and end.rstrip().endswith(opening):
+        end = end.rstrip()[: -len(opening)]
+    special = "|".join(map(re.escape, sorted(_special_tokens(tokenizer), key=len, reverse=True)))
+    # Several in a row end a turn together, unless the last ones may open the next turn.
+    first = re.search(rf"({special})+" if heeds else special, end) if special else None
+    if first is not None:
+        end = end[: first.end()]
+    end = end.rstrip() or end  # white space behind a turn end is not part of it
+    return end, behind[len(end) :]
+
+
+def _opening(tokenizer: Any) -> str:
+    """What the template puts before an answer; an empty text where it does not begin with one."""
+    try:
+        text = _render(tokenizer, [{"role": "assistant", "content": _ANSWER}], "A conversation")
+    except ValueError:  # some want the user's turn first
+        return ""
+    before, found, _ = text.partition(_ANSWER)
+    return before.strip().removeprefix(tokenizer.bos_token or "").strip() if found else ""
+
+
+def _render(tokenizer: Any, messages: list[dict], where: str, tools: list | None = None, opens: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, tools=tools)
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"{where}: the chat template does not take these messages: {error}.") from error
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}

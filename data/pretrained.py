@@ -1,0 +1,118 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What folders and the Hub hold: tokenizers, and adapters with the models that they belong to."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# How to make one model of an adapter and its base
+MERGE = 'AutoPeftModelForCausalLM.from_pretrained("{}").merge_and_unload().save_pretrained("merged")'
+
+
+def locate(name: str, what: str) -> str:
+    """
+    A folder, as a path without `~`, or a Hub id. Raises a ValueError, which says `what` is looked for ("a model"), for
+    the path of a folder that is missing.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    try:
+        validate_repo_id(name)
+        is_id = not name.startswith((".", "/", "~")) and not folder.exists()
+    except HFValidationError:
+        is_id = False
+    if not is_id:
+        raise ValueError(f"{name} does not hold {what}; it is not a folder, nor an id on the Hub (`owner/name`).")
+    return name
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -> Any:
+    """
+    The tokenizer of a folder or Hub id; of an adapter without one, that of its base model.
+
+    Args:
+        name: The folder or id.
+        trust_remote_code (`bool`, defaults to `False`): Let a tokenizer run code of its own.
+        options: Other arguments of `AutoTokenizer.from_pretrained`, such as `revision`.
+
+    Raises:
+        ValueError: There is none, or it does not load.
+    """
+    place = locate(name, "a tokenizer")
+    base = adapter_base(place, options.get("revision"))
+    if base is not None and not any((Path(place) / file).is_file() for file in TOKENIZER_FILES):
+        return load_tokenizer(base, trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:  # transformers raises many kinds, and speaks of backends
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in reason and not trust_remote_code:
+            raise ValueError(
+                f"The tokenizer of {name} has code of its own, which runs on request alone; read it, and give "
+                "--trust-remote-code (`trust_remote_code=True`)."
+            ) from error
+        fix = (
+            "put its files beside the weights" if Path(place).is_dir() else "as it is not a folder, the Hub was asked"
+        )
+        raise ValueError(f"{name} does not have a tokenizer that loads ({reason}); {fix}.") from error
+
+
+def adapter_base(name: str, revision: str | None = None) -> str | None:
+    """
+    The model that a PEFT adapter belongs to, given the adapter's folder or Hub id; None where it is not an adapter, or
+    holds the whole model beside it.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return None
+    file = folder / "adapter_config.json" if folder.is_dir() else _adapter_file_of_hub(name, revision)
+    if file is None or not Path(file).is_file():
+        return None
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        base = settings["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError("`base_model_name_or_path` is not a text")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} does not name the model of the adapter (`base_model_name_or_path`): {error}."
+        ) from error
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{name} is an adapter without adapter_model.safetensors; only safetensors files are read.")
+    return locate(base, f"the base model of the adapter {name}")
+
+
+@functools.lru_cache
+def _adapter_file_of_hub(name: str, revision: str | None) -> str | None:
+    return find_adapter_config_file(name, revision=revision)  # asks the Hub every time
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Rows that an embedding of all tokens needs: ids may have gaps, so they can be more than there are tokens."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Raises a ValueError where the special tokens of a tokenizer are not those of a model with this `config`."""
+    mask = tokenizer.mask_token_id
+    if mask is not None and mask != config.mask_token_id:
+        raise ValueError(
+            f"The tokenizer's mask token is {tokenizer.mask_token!r} ({mask}), and the model's is "
+            f"{config.mask_token_id}; is it the right tokenizer? (`model_config: {{mask_token_id: ...}}` changes the "
+            "model's.)"
+        )
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        token = getattr(tokenizer, name)
+        if token is not None and token >= config.vocab_size:
+            raise ValueError(
+                f"The tokenizer's `{name}` is {token}, outside the model's vocabulary of {config.vocab_size}; is it "
+                "the right one? If tokens were added, call `model.resize_token_embeddings(len(tokenizer))` first."
+            )

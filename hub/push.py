@@ -1,0 +1,210 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""A model's folder on its way to the Hub: what is checked, what goes, and what stays."""
+
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import validate_repo_id
+
+from ..data import adapter_base
+from .card import CARD, write_card
+
+# Checkpoints, states of optimisers, pickles of trainers, hidden files: of no use to who loads the model
+IGNORED = (
+    ".*",
+    "*/.*",
+    "checkpoints/*",
+    "checkpoint-*",
+    "optimizer.*",
+    "scheduler.pt",
+    "rng_state*",
+    "training_args.bin",
+)
+_IGNORED_NAMES = ("__pycache__/*", "*.pyc")
+LICENSE_FIX = (
+    f"write it into {CARD}, between the lines of `---` at the top (`license: apache-2.0`, or that of the model and "
+    "data it is made of; https://huggingface.co/docs/hub/repositories-licenses lists them)"
+)
+# Run where nothing but the folder defines the model: the package counts as not installed.
+_LOAD = """
+import json, sys
+sys.modules["loopmdm"] = None
+import torch
+from transformers import AutoModel, AutoTokenizer
+folder, is_adapter, has_tokenizer = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
+if is_adapter:
+    from peft import AutoPeftModelForCausalLM as Auto
+else:
+    Auto = AutoModel
+model = Auto.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+config = model.config
+tokens = torch.full((1, min(8, config.max_position_embeddings)), config.mask_token_id)
+with torch.no_grad():
+    logits = model(input_ids=tokens, num_loops=2).logits.float()
+logits[..., config.mask_token_id] = 0
+if not logits.isfinite().all():
+    raise SystemExit("ValueError: its logits are not finite")
+if has_tokenizer:
+    size = max(AutoTokenizer.from_pretrained(folder, trust_remote_code=True).get_vocab().values()) + 1
+    if size > config.vocab_size:
+        raise SystemExit(f"ValueError: its tokenizer has {size} tokens, and the model {config.vocab_size}")
+print(json.dumps({"class": type(model).__name__, "parameters": model.num_parameters()}))
+"""
+
+
+@dataclass
+class Upload:
+    """
+    A folder that may go to the Hub.
+
+    Args:
+        folder (`Path`), repo (`str`): From where, to where.
+        files (`dict[str, int]`): What goes, by path, in bytes.
+        license (`str` or `list[str]`): What the card says.
+        is_adapter (`bool`): Whether it holds an adapter alone.
+    """
+
+    folder: Path
+    repo: str
+    files: dict[str, int]
+    license: str | list[str]
+    is_adapter: bool
+
+
+def check_upload(folder: str | Path, repo: str) -> Upload:
+    """
+    Checks a model's folder as far as that goes without loading it, and changes nothing.
+
+    Raises:
+        ValueError: It does not hold a model, its card does not name a licence, or its adapter belongs to a folder.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        raise ValueError(f"{repo} is not an id on the Hub; give `owner/name`.") from None
+    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    if not is_adapter and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} does not hold a model: there is no config.json in it.")
+    license = _check_card(folder)
+    base = adapter_base(str(folder)) if is_adapter else None
+    if base is not None and Path(base).exists():
+        raise ValueError(
+            f"{folder} is an adapter of {base}, a folder that nobody else has; push that first, and write its id into "
+            "adapter_config.json (`base_model_name_or_path`)."
+        )
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _is_ignored(path.relative_to(folder).as_posix())
+    }
+    return Upload(folder, repo, files, license, is_adapter)
+
+
+def _is_ignored(path: str) -> bool:
+    return any(fnmatch.fnmatch(path, pattern) for pattern in (*IGNORED, *_IGNORED_NAMES))
+
+
+def _check_card(folder: Path) -> str | list[str]:
+    """The licence that the card names."""
+    file = folder / CARD
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {CARD}; `loopmdm.hub.write_card({str(folder)!r})` writes one, to which you add the "
+            "licence."
+        )
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = ModelCard(text, ignore_metadata_errors=True).data if REGEX_YAML_BLOCK.search(text) else ModelCardData()
+    except Exception as error:  # of YAML, of the encoding
+        raise ValueError(f"The metadata of {file} cannot be read: {' '.join(str(error).split())}") from error
+    license = data.license
+    if not license or not isinstance(license, str | list):
+        raise ValueError(f"{file} names no licence, without which nobody may use the model; {LICENSE_FIX}.")
+    if license == "other" and not data.license_name:
+        raise ValueError(f"The licence in {file} is `other`; say which with `license_name` and `license_link`.")
+    link = data.license_link
+    if isinstance(link, str) and "://" not in link and not (folder / link).is_file():
+        raise ValueError(f"{file} links its licence to {link}, which is not in {folder}; put it there.")
+    return license
+
+
+def load_in_fresh_process(folder: str | Path) -> dict[str, Any]:
+    """
+    Loads a folder as a user of the Hub does, who does not have this package, and makes a forward pass.
+
+    Returns:
+        `dict`: The `class` and the number of `parameters`.
+
+    Raises:
+        ValueError: It does not load there, gives values that are not finite, or its tokenizer does not fit.
+    """
+    folder = Path(folder).expanduser().absolute()
+    is_adapter = not (folder / "config.json").is_file()
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    with tempfile.TemporaryDirectory() as place:  # code of an earlier state of the folder is kept elsewhere
+        result = subprocess.run(
+            [sys.executable, "-c", _LOAD, str(folder), str(is_adapter), str(has_tokenizer)],
+            cwd=place,
+            env={**os.environ, "HF_MODULES_CACHE": place, "TRANSFORMERS_VERBOSITY": "error"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    if result.returncode != 0:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"the process ended with status {result.returncode}"
+        raise ValueError(f"{folder} does not load in a process without the package loopmdm: {reason}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def upload(checked: Upload, private: bool = False, message: str | None = None) -> str:
+    """
+    Creates the repository where it does not exist, and uploads the folder in one commit. A card that loopmdm wrote is
+    written anew before, with the repository's id in place of the folder.
+
+    Args:
+        checked: What [`check_upload`] gave.
+        private (`bool`, defaults to `False`): Only those whom you admit see it.
+        message (`str`, *optional*): Of the commit.
+
+    Returns:
+        `str`: The address of the model.
+
+    Raises:
+        ValueError: Nobody is logged in, the Hub refuses, or the repository is public already.
+    """
+    if get_token() is None:
+        raise ValueError(
+            "You are not logged in to the Hub; `hf auth login`, or set HF_TOKEN to a token that can write."
+        )
+    api = HfApi()
+    try:
+        repo = api.create_repo(checked.repo, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo).private:
+            raise ValueError(f"{repo} exists already, and is public; leave out --private, or name another repository.")
+        write_card(checked.folder, repo)
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=checked.folder,
+            commit_message=message or "Upload model",
+            ignore_patterns=[*IGNORED, *_IGNORED_NAMES],
+        )
+    except HfHubHTTPError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"The Hub refuses to take {checked.repo} ({reason}); does `hf auth whoami` own it?"
+        ) from error
+    return str(commit.repo_url) if getattr(commit, "repo_url", None) else f"https://huggingface.co/{repo}"

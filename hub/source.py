@@ -1,0 +1,98 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What the card of a model says of its licence and origin, for the cards of models that are made of it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import validate_repo_id
+
+LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+# Of a repository, what a card needs of it
+CARD_FILES = ("README.md", *LICENSES)
+# Longer cards, and licences, are not read.
+MAX_CARD = 2**20
+# Metadata that hold for what is made of a model too
+KEPT = ("license", "license_name", "license_link", "language")
+
+
+@dataclass
+class SourceCard:
+    """
+    The card of the model that another one is made of.
+
+    Args:
+        hub_id (`str`, *optional*): The model on the Hub: itself, or what its own card names as its base.
+        metadata (`dict`): What passes on: `license`, `license_name`, `license_link`, `language`.
+        text (`str`, *optional*): All of README.md.
+        license_files (`list[Path]`): LICENSE, NOTICE and their like.
+    """
+
+    hub_id: str | list[str] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+    license_files: list[Path] = field(default_factory=list)
+
+
+def read_source_card(name: str | Path, folder: str | Path | None = None) -> SourceCard:
+    """
+    The card of a model. A missing or damaged one, or a Hub that cannot be reached, gives an empty card.
+
+    Args:
+        name: A folder, a file in one, or an id on the Hub.
+        folder (*optional*): Where the files of a Hub id have been downloaded to.
+    """
+    place = Path(folder or name).expanduser()
+    is_id = not Path(name).expanduser().exists() and _is_id(str(name))
+    if folder is None and is_id:
+        try:
+            place = Path(snapshot_download(str(name), allow_patterns=list(CARD_FILES)))
+        except Exception:  # of the network, the file system, the Hub
+            return SourceCard(hub_id=str(name))
+    place = place.parent if place.is_file() else place
+    if not place.is_dir():
+        return SourceCard(hub_id=str(name) if is_id else None)
+    text = _read(place / "README.md")
+    metadata = {} if text is None else read_metadata(text)
+    kept = {key: metadata[key] for key in KEPT if _is_plain(metadata.get(key))}
+    files = sorted({path for pattern in LICENSES for path in place.glob(pattern) if _read(path) is not None})
+    link = kept.get("license_link")
+    if is_id and isinstance(link, str) and "://" not in link and link not in [path.name for path in files]:
+        kept["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
+    base = metadata.get("base_model") if _is_plain(metadata.get("base_model")) else None
+    return SourceCard(str(name) if is_id else base, kept, text, files)
+
+
+def read_metadata(text: str) -> dict[str, Any]:
+    """The metadata of a card, as they stand there; none of a damaged one."""
+    if not REGEX_YAML_BLOCK.search(text):
+        return {}
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
+def _is_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith((".", "/", "~"))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a text, or a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(one, str) and 0 < len(one) < 1000 for one in values)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8") if path.stat().st_size <= MAX_CARD else None
+    except (OSError, UnicodeDecodeError):
+        return None

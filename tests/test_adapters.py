@@ -1,0 +1,332 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Adapters in place of models: loaded, measured, calibrated, trained on; and which layers a new one sits on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import refusal, run
+from evaluation_models import save_looped, word_tokenizer
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from tiny import tiny_config, tiny_model
+from transformers.utils import logging
+
+from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
+from loopmdm.data import load_tokenizer
+from loopmdm.data.pretrained import MERGE
+from loopmdm.evaluation import measure_dynamics, nelbo
+from loopmdm.evaluation.loading import load_model, read_generation_config, read_model_config
+from loopmdm.training import LoopMDMTrainer, lora_config
+from loopmdm.training.run import read_config, train
+
+IDS = torch.tensor([[4, 5, 2, 7]])
+
+
+def save_adapter(base: str, folder: Path, **options) -> str:
+    """A LoRA that changes the base model, as peft saves it: without config, tokenizer and settings."""
+    model = LoopMDMForMaskedLM.from_pretrained(base)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        get_peft_model(model, config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    logging.disable_progress_bar()  # on stderr, where refusals are looked for
+    return save_looped(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> str:
+    return save_adapter(base, tmp_path_factory.mktemp("models") / "adapter")
+
+
+@torch.no_grad()
+def expected_logits(base: str, adapter: str) -> torch.Tensor:
+    model = PeftModel.from_pretrained(LoopMDMForMaskedLM.from_pretrained(base), adapter).eval()
+    return model(IDS).logits
+
+
+@torch.no_grad()
+def test_an_adapter_is_loaded_with_its_base(base, adapter):
+    model = load_model(adapter)
+    assert torch.equal(model(IDS).logits, expected_logits(base, adapter)) and not model.training
+    assert not torch.equal(model(IDS).logits, load_model(base)(IDS).logits)
+    assert read_model_config(adapter).to_dict() == read_model_config(base).to_dict()
+    assert load_tokenizer(adapter).get_vocab() == load_tokenizer(base).get_vocab(), "that of the base"
+
+
+def test_settings_saved_with_an_adapter_win(base, adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "own")
+    assert read_generation_config(adapter).eos_token_id == 1 == load_model(adapter).generation_config.eos_token_id
+    LoopMDMGenerationConfig(eos_token_id=[1, 9], num_loops=2).save_pretrained(own)
+    for settings in (read_generation_config(str(own)), load_model(str(own)).generation_config):
+        assert (settings.eos_token_id, settings.num_loops) == ([1, 9], 2)
+
+
+def test_commands_take_adapters(base, adapter, tmp_path):
+    def tokens(model: str) -> str:
+        return run("generate", model, "w1 w2", "--max-new-tokens", 6, "--num-loops", 2)
+
+    assert tokens(adapter) != tokens(base)
+    facts = json.loads(run("info", adapter, "--json"))
+    assert facts["adapter of"] == base and facts["layers"] == 4
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5\n")
+    options = ("--text", tmp_path / "text.txt", "--num-loops", 2, "--num-samples", 4)
+    run("eval", "likelihood", adapter, *options, "--output", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    with torch.no_grad():
+        estimate = nelbo(load_model(adapter), torch.tensor([[4, 5, 6, 7, 8]]), num_loops=2, num_samples=4)
+    assert record["results"][0]["nats_per_token"] == pytest.approx(estimate.per_token()[0].item(), rel=1e-4)
+    protocol = record["protocol"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= protocol["model"]["sha256"].keys()
+    assert protocol["base_model"]["source"] == base and "model.safetensors" in protocol["base_model"]["sha256"]
+
+
+def test_calibration_writes_into_the_folder_of_an_adapter(adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "own")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "w1", "answer": "w2 w3"}\n' * 8)
+    run("calibrate", own, "--data", tmp_path / "data.jsonl", "--num-loops", 2, "--max-loss", 1)
+    settings = json.loads((own / "generation_config.json").read_text())
+    assert settings["num_loops"] == 1 and settings["eos_token_id"] == 1, "those of the base, with the loops chosen"
+    assert load_model(str(own)).generation_config.num_loops == 1
+
+
+def test_lm_eval_takes_adapters(base, adapter):
+    lm_eval_model = pytest.importorskip("loopmdm.evaluation.lm_eval_model")
+    lm = lm_eval_model.LoopMDMEvalModel(adapter, num_samples=2, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(lm.model(IDS).logits, expected_logits(base, adapter))
+    assert lm.tok_encode("w1 w2") == [4, 5]
+
+
+def test_adapters_are_not_converted_but_merged(base, adapter, tmp_path):
+    message = refusal("convert", adapter, tmp_path / "out")
+    assert "is an adapter, not a whole model" in message and "merge_and_unload()" in message
+    assert not (tmp_path / "out").exists()
+    merged = tmp_path / "merged"
+    exec(MERGE.format(adapter).replace("merged", str(merged)), {"AutoPeftModelForCausalLM": AutoPeftModelForCausalLM})
+    with torch.no_grad():
+        found = LoopMDMForMaskedLM.from_pretrained(merged)(IDS).logits
+    torch.testing.assert_close(found, expected_logits(base, adapter))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base_model_name_or_path": "./nowhere"}, "./nowhere does not hold the base model of the adapter"),
+        ({"base_model_name_or_path": None}, "does not name the model of the adapter"),
+        ("weights", "is an adapter without adapter_model.safetensors; only safetensors files are read"),
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_load_are_named(adapter, tmp_path, change, message):
+    bad = shutil.copytree(adapter, tmp_path / "bad")
+    if change == "weights":
+        (bad / "adapter_model.safetensors").unlink()
+    else:
+        settings = json.loads((bad / "adapter_config.json").read_text())
+        (bad / "adapter_config.json").write_text(json.dumps(settings | change))
+    for command in (("info", bad), ("generate", bad, "w1")):
+        assert message in refusal(*command)
+
+
+# Soft prompts
+
+SOFT = [
+    PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+]
+
+
+@pytest.mark.parametrize("config", SOFT, ids=lambda config: config.peft_type.value)
+def test_soft_prompts_are_not_left_out(config):
+    clean, plain = torch.tensor([[4, 5, 6]]), tiny_model()
+    expected = nelbo(plain, clean, num_samples=2).nats
+    model = get_peft_model(tiny_model(), config)
+    for call in (
+        lambda: nelbo(model, clean, num_samples=2),
+        lambda: measure_dynamics(model, clean),
+        lambda: LoopMDMTrainer(model),
+    ):
+        with pytest.raises(ValueError, match=f"is {config.peft_type.value}: its soft prompts act on the forward pass"):
+            call()
+    with model.disable_adapter():
+        assert torch.equal(nelbo(model, clean, num_samples=2).nats, expected)
+
+
+def test_commands_refuse_soft_prompts(base, tmp_path):
+    get_peft_model(LoopMDMForMaskedLM.from_pretrained(base), SOFT[0]).save_pretrained(tmp_path / "soft")
+    assert "is an adapter of soft prompts (PROMPT_TUNING)" in refusal("generate", tmp_path / "soft", "w1")
+
+
+# Training
+
+
+@pytest.fixture
+def run_file(tmp_path, base):
+    """Writes a run on answers; `run_file(key=value)` changes it and returns its path."""
+
+    def write(**changes) -> str:
+        (tmp_path / "a.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n' * 8)
+        trainer = {"max_steps": 2, "learning_rate": 0.05, "save_strategy": "no", "disable_tqdm": True}
+        values = {"output": str(tmp_path / "out"), "model": base, "data": str(tmp_path / "a.jsonl"), "task": "answers"}
+        values = {**values, "sequence_length": 16, "trainer": trainer} | changes
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+        return str(tmp_path / "run.yaml")
+
+    return write
+
+
+def test_training_goes_on_from_an_adapter(run_file, base, adapter, tmp_path):
+    before = expected_logits(base, adapter)
+    train(read_config(run_file(model=adapter), ["trainer.learning_rate=1.0e-12"]))
+    kept = expected_logits(base, str(tmp_path / "out"))
+    torch.testing.assert_close(kept, before, msg="what was learnt is lost")
+    train(read_config(run_file(model=adapter, output=str(tmp_path / "more"))))
+    after = expected_logits(base, str(tmp_path / "more"))
+    assert not torch.equal(after, before)
+    assert json.loads((tmp_path / "more" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    assert not (tmp_path / "more" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"r": 2}}, "`lora` asks for another one on top. Leave `lora` out to go on training"),
+        (
+            {"model_config": {"loop_update": "damped"}},
+            "`model_config` changes loop_update, which the folder of an adap",
+        ),
+        ({"tokenizer": "./nowhere"}, "./nowhere"),
+        ({"tokenizer": "runs/of/mine"}, "runs/of/mine does not hold a tokenizer; it is not a folder"),
+    ],
+    ids=str,
+)
+def test_what_training_cannot_go_on_from_is_refused(run_file, adapter, tmp_path, changes, message):
+    assert message in refusal("train", run_file(model=adapter, **changes))
+    assert not (tmp_path / "out" / "training.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config": {"max_train_loops": 2}}, "`model_config` changes max_train_loops, which the folder of an"),
+        (
+            {"model": None, "model_config": {"hidden_size": 32, "num_attention_heads": 4}},
+            "`lora` needs a `model`: an adapter is saved without",
+        ),
+    ],
+    ids=str,
+)
+def test_what_an_adapter_would_not_hold_is_refused(run_file, base, changes, message):
+    assert message in refusal("train", run_file(tokenizer=base, lora={"r": 2}, **changes))
+
+
+def test_an_adapter_beside_a_whole_model_is_merged_first(run_file, base, adapter, tmp_path):
+    both = shutil.copytree(base, tmp_path / "both")
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    assert "holds an adapter beside a whole model; merge them" in refusal("train", run_file(model=str(both)))
+    with torch.no_grad():
+        assert torch.equal(load_model(str(both))(IDS).logits, expected_logits(base, adapter))
+
+
+def test_soft_prompts_are_not_trained(run_file, base, tmp_path):
+    get_peft_model(LoopMDMForMaskedLM.from_pretrained(base), SOFT[0]).save_pretrained(tmp_path / "soft")
+    assert "holds soft prompts, which the masked" in refusal("train", run_file(model=str(tmp_path / "soft")))
+
+
+# Which tokens end an answer
+
+CHAT = "{% for m in messages %} w{{ 7 if m['role'] == 'user' else 8 }} {{ m['content'] }} w9{% endfor %} w8"
+
+
+@pytest.mark.parametrize(("lora", "steps"), [(None, 60), ({"r": 2}, 1)], ids=["all weights", "adapter"])
+def test_a_turn_end_that_was_learnt_ends_generation(run_file, base, tmp_path, lora, steps):
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    path = run_file(tokenizer=str(tmp_path / "tokenizer"), lora=lora)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
+    train(read_config(path, [f"trainer.max_steps={steps}", "trainer.learning_rate=0.02", "loops.max_loops=3"]))
+    end = tokenizer.convert_tokens_to_ids("w9")
+    model = load_model(str(tmp_path / "out"))
+    assert model.generation_config.eos_token_id == [1, end], "that of the model, and what was learnt"
+    if lora is not None:  # one step does not teach the answer
+        return
+    prompt = torch.tensor([tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]])
+    made = model.generate(prompt, max_new_tokens=6)[0, prompt.shape[1] :]
+    assert tokenizer.convert_ids_to_tokens(made) == ["w2", "w9", "<pad>", "<pad>", "<pad>", "<pad>"]
+
+
+def test_the_end_of_plain_answers_is_an_end_token(run_file, tmp_path):
+    base = save_looped(tmp_path / "endless", eos_token_id=None)
+    assert load_model(base).generation_config.eos_token_id is None
+    train(read_config(run_file(model=base), ["trainer.max_steps=1"]))
+    assert LoopMDMForMaskedLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id in (1, [1])
+
+
+# Which layers an adapter sits on
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "attn_out", "ff_proj"]},
+            "`target_modules` has 'attn_out', which is nothing in",
+        ),
+        ({"target_modules": ["lm_head", "q_proj"], "layers": "mid"}, "'lm_head', which is nothing in layers [1, 2]"),
+        ({"target_modules": ".*attn_out.*"}, "'.*attn_out.*', which is nothing in the model; its projections are"),
+        ({"target_modules": []}, "`target_modules` is []"),
+        ({"modules_to_save": ["head"]}, "`modules_to_save` has 'head'"),
+        ({"exclude_modules": ["out_proj"]}, "`exclude_modules` has 'out_proj'"),
+        ({"rank_pattern": {"query": 4}}, "`rank_pattern` has 'query'"),
+        ({"alpha_pattern": {"layers.9.*": 4}}, "`alpha_pattern` has 'layers.9.*'"),
+        (
+            {"layers_to_transform": [0, 9], "target_modules": ["q_proj"]},
+            "`layers_to_transform` names layer 9; the model",
+        ),
+        ({"layers": "mid", "layers_to_transform": [0]}, "give one of them"),
+        ({"layers": [0, 1]}, "The layers to adapt are [0, 1]; choose one of all, head, mid"),
+    ],
+    ids=str,
+)
+def test_names_that_match_nothing_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        lora_config(tiny_config(), **options)
+    assert message in str(error.value)
+    if "which is nothing" in message:
+        assert "down_proj, gate_proj, k_proj, lm_head" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": r".*\.self_attn\.[qv]_proj", "rank_pattern": {"layers.1.*q_proj": 2, "v_proj": 3}},
+        {"target_modules": ["mlp.up_proj"], "layers": "mid", "exclude_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 2},
+    ],
+    ids=str,
+)
+def test_names_that_the_model_has_are_taken(options):
+    model = tiny_model()
+    adapted = get_peft_model(model, lora_config(model.config, **options))
+    assert any("lora_A" in name for name, _ in adapted.named_parameters())

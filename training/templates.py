@@ -1,0 +1,120 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Files of runs to begin with, which `loopmdm train --init` writes."""
+
+from pathlib import Path
+
+_HEAD = """\
+# {what}
+# Fill in the paths, look at the run before it runs, and start it:
+#   loopmdm train {file} --dry-run
+#   loopmdm train {file}
+# Values can be changed on the command line (trainer.max_steps=100). docs/training.md explains all keys.
+
+output: {output}   # a new folder; the model, its card and checkpoints go there
+"""
+_TRAINER = """\
+trainer:                # transformers' TrainingArguments
+  {length}
+  per_device_train_batch_size: {rows}
+  gradient_accumulation_steps: 1   # raise it for larger steps than fit into memory
+  learning_rate: {rate}
+  # bf16: true          # on GPUs that have it: faster, and half of the activations' memory
+  logging_steps: 10
+  save_steps: 500       # and evaluate as often
+  seed: 42
+"""
+_PRETRAINING = """\
+tokenizer: ./tokenizer  # a folder, or an id on the Hub; it needs a mask token
+data: [train.txt]       # .txt, .jsonl with "text", or the name of a data set on the Hub
+eval_data: valid.txt    # text that is not in `data`: its NELBO is measured, by loops
+# documents: line       # what separates texts in .txt files: blank_line (the default), line or file
+sequence_length: 256    # tokens of a row; texts are packed into rows
+
+model_config:           # arguments of LoopMDMConfig; special tokens come from the tokenizer
+  hidden_size: 384
+  intermediate_size: 1024
+  num_hidden_layers: 12
+  num_attention_heads: 6
+  max_position_embeddings: 256
+  loop_start: 2         # layers 2 to 4, of 0 to 11, are looped
+  loop_end: 5
+  num_loops: 4          # where nobody says otherwise
+  max_train_loops: 6    # S_max: every step draws its loops from 1 to it
+
+loops:
+  schedule: uniform     # late, growing or fixed are others
+# gradient_loops: 2     # backpropagate through the last loops alone: less memory and time
+# checkpoint_loops: true   # compute loops again in the backward pass: less memory, more time
+optimizer: adamw        # or muon
+# ema_decay: 0.999      # save an average of the weights over the run
+"""
+_DATA = """\
+model: ./model          # a folder or Hub id: a LoopMDM, such as `loopmdm convert` makes
+task: answers           # learn answers given prompts; pretrain learns whole texts
+data: [train.jsonl]     # lines of {"prompt": ..., "completion": ...} or {"messages": [...]}
+eval_data: valid.jsonl  # examples that are not in `data`: their NELBO is measured, by loops
+# sequence_length: 512  # tokens of an example at most; by default what the model takes, up to 1024
+# skip_long: true       # leave out longer examples instead of refusing them
+"""
+_ANSWERS = (
+    _DATA
+    + """\
+
+# model_config: {loop_update: replace, max_train_loops: 6}   # for a converted model: heal it (docs/training.md)
+loops:
+  schedule: uniform     # growing, for a model that has never looped
+# gradient_loops: 2     # backpropagate through the last loops alone: less memory and time
+# checkpoint_loops: true   # compute loops again in the backward pass: less memory, more time
+"""
+)
+_ADAPTER = (
+    _DATA
+    + """\
+
+lora:                   # arguments of peft's LoraConfig, and:
+  layers: all           # which layers: all, head, mid (the looped ones), tail or head_tail
+  r: 16
+  lora_alpha: 32
+  lora_dropout: 0.0
+"""
+)
+_KINDS = {
+    "pretraining": (
+        ("A model from scratch, trained on texts.", "runs/pretrained"),
+        _PRETRAINING,
+        {"length": "max_steps: 10000", "rows": 16, "rate": "1.0e-3"},
+    ),
+    "answers": (
+        ("A model, fine-tuned on answers to prompts.", "runs/answers"),
+        _ANSWERS,
+        {"length": "num_train_epochs: 3", "rows": 8, "rate": "1.0e-5"},
+    ),
+    "adapter": (
+        ("A LoRA adapter of a model, trained on answers to prompts.", "runs/adapter"),
+        _ADAPTER,
+        {"length": "num_train_epochs: 3", "rows": 8, "rate": "2.0e-4"},
+    ),
+}
+
+
+def write_template(kind: str, path: str | Path) -> None:
+    """
+    Writes a commented file of a run.
+
+    Args:
+        kind (`"pretraining"`, `"answers"` or `"adapter"`): What it trains.
+        path: The file, which must not exist.
+
+    Raises:
+        ValueError: There is no such kind, or there is something at `path`.
+    """
+    path = Path(path)
+    if kind not in _KINDS:
+        raise ValueError(f"There is no run of the kind {kind!r}; choose one of {', '.join(_KINDS)}.")
+    (what, output), body, trainer = _KINDS[kind]
+    text = f"{_HEAD.format(what=what, file=path, output=output)}{body}\n{_TRAINER.format(**trainer)}"
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ValueError(f"{path} exists already, and is left as it is; name a new file.") from None

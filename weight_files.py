@@ -1,0 +1,154 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Files of weights, checked before anything else reads them: safetensors alone, complete, in the model's folder."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+# What no honest file reaches: tokenizers have some 40 MB of JSON; the safetensors library has the second limit too.
+MAX_JSON, MAX_HEADER = 2**27, 100_000_000
+# Bytes of a value by safetensors' names; of those that are packed more tightly the library knows.
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
+FLOATS = ("F64", "F32", "F16", "BF16")
+SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object, or an empty dict where there is no such file. Raises a ValueError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    size = path.stat().st_size
+    if size > MAX_JSON:
+        raise ValueError(f"{path} has {size:,} bytes; no file of JSON beside a model has more than {MAX_JSON:,}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
+    return content
+
+
+def read_index(path: str | os.PathLike, suffix: str = ".safetensors") -> dict[str, str]:
+    """
+    By tensor the name of the file that holds it, as an index says. Raises a ValueError for an index that is damaged,
+    or that names anything but files in its own folder whose names end in `suffix`.
+    """
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} has no `weight_map` that gives the file of every tensor.")
+    for name in names.values():
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{path} names {name!r}, which leads out of its folder; shards lie beside their index.")
+        if not name.endswith(suffix):
+            raise ValueError(f"{path} names {name!r}, which is not a {suffix} file.")
+    return names
+
+
+def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """
+    By tensor the dtype (safetensors' name, such as `"BF16"`) and the shape, as a safetensors file says. Raises a
+    ValueError for a file that is not complete, or longer than its tensors are.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if not 2 <= length <= min(MAX_HEADER, size - 8):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            found, ends = {}, []
+            for name, entry in header.items():
+                (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
+                count = math.prod(shape)  # of what is not a number a TypeError
+                fits = entry["dtype"] not in SIZES or end - start == count * SIZES[entry["dtype"]]
+                if not fits or not isinstance(entry["dtype"], str) or start < 0 or min(shape, default=0) < 0:
+                    raise ValueError(f"{name!r} does not fit the place that it is said to have")
+                found[name] = (entry["dtype"], shape)
+                ends.append((start, end))
+            if [0, *(end for _, end in sorted(ends))] != [*(start for start, _ in sorted(ends)), size - 8 - length]:
+                raise ValueError("its tensors do not fill it from end to end")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+            raise ValueError(f"{path} is not a complete safetensors file: {reason}.") from error
+    return found
+
+
+class CheckedPreTrainedModel(PreTrainedModel):
+    """
+    Reads what is checked: safetensors files alone, complete, of floating point numbers, and with exactly the tensors
+    that the model has.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """
+        As in transformers, but damaged files, and missing or unexpected tensors, raise a ValueError, and only
+        safetensors files are read, never pickles, unless `use_safetensors=False` asks for them.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        if kwargs["use_safetensors"] and pretrained_model_name_or_path is not None:
+            check_folder(pretrained_model_name_or_path, **kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        wrong = [f"{name} is {kind}" for kind in ("missing", "unexpected") for name in sorted(info[f"{kind}_keys"])]
+        if wrong:
+            raise ValueError(
+                f"The tensors of {pretrained_model_name_or_path} are not those of a {cls.__name__} with this "
+                f"configuration ({len(wrong)} differ: {', '.join(wrong[:5])}). Is config.json that of these weights?"
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        if state_dict is None and load_config.use_safetensors:
+            is_quantised = getattr(model.config, "quantization_config", None) is not None
+            for file in checkpoint_files or []:
+                check_file(file, is_quantised)
+        return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+
+def check_folder(name: str | os.PathLike, variant: str | None = None, **kwargs: Any) -> None:
+    """
+    Raises a ValueError for damaged files of a folder, and for an index, of the Hub too, that misleads. Files of the
+    Hub are checked when they are there.
+    """
+    names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+    options = {key: kwargs[key] for key in names if key in kwargs}
+    for error in ("missing_entries", "gated_repo", "connection_errors"):  # transformers itself says what is wrong
+        options[f"_raise_exceptions_for_{error}"] = False
+    index, files = SAFE_WEIGHTS_INDEX_NAME, ["model.safetensors"]
+    if variant is not None:
+        index = index.replace(".index.json", f".index.{variant}.json")
+    path = cached_file(name, index, **options)
+    if path is not None:
+        files += sorted(set(read_index(path).values()))
+        if not isinstance(read_json(path).get("metadata"), dict):
+            raise ValueError(f"{path} has no `metadata`; write the model anew with `save_pretrained`.")
+    if os.path.isdir(name):
+        folder = Path(name, kwargs.get("subfolder") or "")
+        read_json(folder / "config.json")
+        for file in (folder / one for one in files):
+            if file.is_file():
+                read_header(file)
+
+
+def check_file(path: str, is_quantised: bool) -> None:
+    """Raises a ValueError for a file of weights that is not complete, or of numbers that mean nothing as they are."""
+    if not path.endswith(".safetensors"):
+        raise ValueError(f"{path} is not a safetensors file; give `use_safetensors=False` if you trust it.")
+    for name, (dtype, _) in read_header(path).items():
+        if dtype not in FLOATS and not is_quantised:
+            raise ValueError(
+                f"{name!r} in {path} is {dtype}, and config.json has no `quantization_config` that says what that "
+                "means; load the original weights."
+            )
+
+
+__all__ = ["CheckedPreTrainedModel", "read_header", "read_index", "read_json"]
