@@ -197,12 +197,16 @@ def clashes(cells: str) -> int:
     return sum(any(cells[a] == cells[b] and units(a) & units(b) for b in range(81) if a != b) for a in range(81))
 
 
+@pytest.mark.parametrize("kind", ["random", "close"])
 @pytest.mark.parametrize("name", ["confidence", "margin", "entropy", "left_to_right", "threshold", "bound"])
-def test_commit_rules_choose_as_those_of_the_library(page, name):
-    """On random logits with ties, for the first, a middle and the last step."""
+def test_commit_rules_choose_as_those_of_the_library(page, name, kind):
+    """On random logits with ties, and on margins that differ by rounding; for the first, a middle and the last step."""
     generator = torch.Generator().manual_seed(len(name))
     logits = 2 * torch.randn(1, 12, 7, generator=generator)
     logits[0, 4] = logits[0, 1]  # a tie
+    if kind == "close":
+        logits[:] = torch.tensor([0.0, 5, 4.98, 0, 0, 0, 0])
+        logits[..., 2] -= 4e-6 * torch.arange(12)  # larger margins on the right
     logits[..., 0] = -torch.inf
     rule = {
         "threshold": PARALLEL_RULES["confidence_threshold"](0.9, COMMIT_RULES["confidence"]()),

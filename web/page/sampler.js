@@ -1,7 +1,7 @@
 // Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 // What a denoising step commits, as in commit_rules.py: the same tokens in the same order.
 
-const TIE = 1e-5; // relative difference of scores up to which the leftmost position comes first
+const TIE = 1e-5; // difference of scores, relative to them and to the probabilities they come from, that is none
 
 // The ways to commit that the page offers, by the arguments of `generate`.
 export const RULES = {
@@ -49,13 +49,17 @@ export function quota(size, left, index, steps) {
   return Math.min(Math.max(due - (size - left), 1), left);
 }
 
-/** The indices of the `count` highest scores. Scores that differ by rounding tie, and the leftmost comes first. */
-export function best(scores, count) {
+/**
+ * The indices of the `count` highest scores, which come from probabilities of the size of `confidence`. Scores that
+ * differ by rounding tie, and the leftmost comes first.
+ */
+function best(scores, confidence, count) {
   const order = Array.from(scores, (_, i) => i).sort((a, b) => scores[b] - scores[a] || a - b);
   const group = new Int32Array(scores.length);
   for (let k = 1; k < order.length; k++) {
-    const [before, score] = [scores[order[k - 1]], scores[order[k]]];
-    group[order[k]] = group[order[k - 1]] + (before - score > TIE * Math.abs(before) ? 1 : 0);
+    const [before, after] = [order[k - 1], order[k]];
+    const size = confidence[before] + Math.abs(scores[before]);
+    group[after] = group[before] + (scores[before] - scores[after] > TIE * size ? 1 : 0);
   }
   return order.sort((a, b) => group[a] - group[b] || a - b).slice(0, count);
 }
@@ -69,7 +73,7 @@ export function choose(rule, prediction, count) {
     entropy: () => entropy.map((value) => -value),
     left_to_right: () => entropy.map((_, i) => -i),
   }[rule.unmasking]();
-  const chosen = new Set(best(scores, count));
+  const chosen = new Set(best(scores, confidence, count));
   if (rule.confidence_threshold !== undefined) {
     confidence.forEach((value, i) => value >= rule.confidence_threshold && chosen.add(i));
   }
@@ -81,7 +85,7 @@ export function choose(rule, prediction, count) {
       within++;
       sum += value;
     }
-    best(entropy.map((value) => -value), within).forEach((i) => chosen.add(i));
+    best(entropy.map((value) => -value), confidence, within).forEach((i) => chosen.add(i));
   }
   return [...chosen].sort((a, b) => a - b);
 }
