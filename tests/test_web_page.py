@@ -200,7 +200,7 @@ def clashes(cells: str) -> int:
 @pytest.mark.parametrize("kind", ["random", "close"])
 @pytest.mark.parametrize("name", ["confidence", "margin", "entropy", "left_to_right", "threshold", "bound"])
 def test_commit_rules_choose_as_those_of_the_library(page, name, kind):
-    """On random logits with ties, and on margins that differ by rounding; for the first, a middle and the last step."""
+    """On random logits with ties, and on margins that differ by rounding; for first, middle and last steps."""
     generator = torch.Generator().manual_seed(len(name))
     logits = 2 * torch.randn(1, 12, 7, generator=generator)
     logits[0, 4] = logits[0, 1]  # a tie
