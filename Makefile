@@ -3,7 +3,7 @@ BIN := .venv/bin
 # setuptools shows a warning at every editable install of a package whose folder has another name.
 QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
-.PHONY: demo test fuzz lint docs test-common test-floor clean
+.PHONY: demo web test fuzz lint docs test-common test-floor clean
 
 # The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
 # of torch into .venv beforehand; it is kept.
@@ -24,6 +24,15 @@ QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
 demo: .venv/.installed
 	$(BIN)/python examples/sudoku/demo.py
+
+# The page, from the bundled model: web/dist. It takes node's npm.
+.venv/.web: .venv/.installed
+	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[web,web-test]"
+	touch $@
+
+web: .venv/.web
+	cd web && npm ci --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -W ignore -m loopmdm.web.build
 
 # A test file is one process's; every process computes on one thread.
 test: .venv/.installed
@@ -66,4 +75,4 @@ test-floor: .venv-floor/.installed
 	.venv-floor/bin/python tests/common_model_tests.py
 
 clean:
-	rm -rf .venv .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache
+	rm -rf web/dist web/node_modules .venv .venv-floor build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .mypy_cache .import_linter_cache

@@ -5,11 +5,13 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .application import app
+from .html import check_html, write_trace
 from .options import (
     BlockLength,
     ConfidenceThreshold,
@@ -73,6 +75,8 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 32,
     stream: Annotated[bool, typer.Option("--stream", help="Show every denoising step (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with the cost of each row.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page that plays every denoising step.")] = None,
+    html_columns: Annotated[int | None, typer.Option(help="With --html: show a board of so many columns.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -84,12 +88,8 @@ def generate(
         raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
     check_idle("a stream shows text", json=stream and as_json)
     at_least(1, num_return_sequences=num_return_sequences, batch_size=batch_size)
-    loops = integers("--num-loops", num_loops)
-    options = given(
-        **{name: settings[name] for name in ARGUMENTS},
-        do_sample=do_sample or None,
-        num_loops=loops[0] if loops and len(loops) == 1 else loops,
-    )
+    check_html(html, html_columns, len(texts), batch_size)
+    options = _options(settings)
     from loopmdm import LoopMDMGenerationConfig
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
 
@@ -100,6 +100,8 @@ def generate(
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
     loaded = load_model(model, dtype, device)
     _plan(loaded, rows, options)
+    if html is not None:
+        _check_together(rows)
     options["tokenizer"] = tokenizer  # for stop strings of the model's own settings
     if stream:
         from transformers import TextDiffusionStreamer
@@ -113,6 +115,20 @@ def generate(
                     _show(row.text, tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.cost, as_json)
             bar(min(start + batch_size, len(rows)), len(rows))
     print(costs.line(), file=sys.stderr)
+    if html is not None:
+        write_trace(html, costs.output, tokenizer, model, texts, html_columns)
+
+
+def _options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`, from those of the command."""
+    loops = integers("--num-loops", settings["num_loops"])
+    return given(
+        **{name: settings[name] for name in ARGUMENTS},
+        do_sample=settings["do_sample"] or None,
+        num_loops=loops[0] if loops and len(loops) == 1 else loops,
+        return_dict_in_generate=True,
+        output_trace=settings["html"] is not None or None,
+    )
 
 
 def _texts(prompts: list[str] | None) -> list[str]:
@@ -152,6 +168,7 @@ class _Costs:
     rows: list[dict[str, int]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: float = 0.0
+    output: Any = None  # of the rows that ran last; with --html these are all
 
     def line(self) -> str:
         count = len(self.rows)
@@ -196,6 +213,25 @@ def _plan(model: Any, rows: list[_Row], options: dict[str, Any]) -> None:
         )
 
 
+def _check_together(rows: list[_Row]) -> None:
+    """Raises a ValueError where prompts do not share denoising steps, which a page has one slider for."""
+    for row in rows:
+        if _kind(row) != _kind(rows[0]):
+            one, other = (
+                "nothing to denoise" if each.is_idle else f"{each.new} new tokens after {len(each.tokens)} of its own"
+                for each in (rows[0], row)
+            )
+            raise ValueError(
+                f"--html shows prompts that are denoised together; prompt 1 has {one}, and prompt {row.number + 1} "
+                f"has {other}. Give --max-new-tokens, or one prompt at a time."
+            )
+
+
+def _kind(row: _Row) -> tuple[int, bool, bool]:
+    """What prompts that run together share. An empty prompt and one of padding look alike, hence the second."""
+    return row.new, not row.tokens, row.is_idle
+
+
 def _generate(
     model: Any, batch: list[_Row], options: dict[str, Any], seed: int, costs: _Costs
 ) -> Iterator[tuple[_Row, _Answer]]:
@@ -206,11 +242,11 @@ def _generate(
     copies = options.get("num_return_sequences", model.generation_config.num_return_sequences)
     free = dict.fromkeys(("forward_passes", "loops", "flops"), 0)
     answers = {row.number: [_Answer(row.tokens, free)] * copies for row in batch}
-    kinds: dict[tuple[int, bool], list[_Row]] = {}
+    kinds: dict[tuple[int, bool, bool], list[_Row]] = {}
     for row in batch:
-        if not row.is_idle:  # an empty prompt and one of padding look alike, so the former are on their own
-            kinds.setdefault((row.new, not row.tokens), []).append(row)
-    for (new, _), rows in kinds.items():
+        if not row.is_idle:
+            kinds.setdefault(_kind(row), []).append(row)
+    for (new, *_), rows in kinds.items():
         input_ids, attention_mask = (
             tensor.to(input_device(model)) for tensor in pad_left([row.tokens for row in rows])
         )
@@ -219,9 +255,9 @@ def _generate(
             attention_mask=attention_mask,
             max_new_tokens=new,
             generator=[seeded_generator(seed, "generate", row.number, copy) for row in rows for copy in range(copies)],
-            return_dict_in_generate=True,
             **options,
         )
+        costs.output = output
         costs.seconds += output.seconds
         costs.tokens += output.tokens_per_second * output.seconds
         made = output.sequences.tolist()

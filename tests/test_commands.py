@@ -19,11 +19,12 @@ SOLUTION = "29745831668539124734176285913497658292813576475682419351324967887961
 
 COMMANDS = {
     ("info",): ["--length", "--measure", "--json"],
-    ("generate",): ["--num-loops", "--stream", "--json"],
+    ("generate",): ["--num-loops", "--stream", "--json", "--html"],
     ("convert",): ["--num-loops", "--dry-run", "--verify", "--calibrate"],
     ("chat",): ["--system", "--num-loops"],
     ("train",): ["--resume", "--dry-run", "--init"],
     ("push",): ["--private", "--message", "--dry-run"],
+    ("web",): ["--port", "--no-open"],
     ("calibrate",): ["--data", "--max-loss"],
     ("eval", "likelihood"): ["--text", "--num-samples", "--output"],
     ("eval", "generative-perplexity"): ["--judge", "--samples", "--output"],

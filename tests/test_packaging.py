@@ -73,8 +73,9 @@ def test_the_wheel_holds_the_packages_and_nothing_twice(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")} - BESIDE
-    assert folders == {"cli", "convert", "data", "evaluation", "hub", "objective", "training"}
+    assert folders == {"cli", "convert", "data", "evaluation", "hub", "objective", "training", "web"}
     expected = {f"loopmdm/{path.name}" for path in ROOT.glob("*.py")} | {"loopmdm/py.typed"}
+    expected |= {"loopmdm/web/trace.css", "loopmdm/web/trace.js"}
     for folder in folders:
         package = "loopmdm_cli" if folder == "cli" else f"loopmdm/{folder}"
         expected |= {f"{package}/{name}" for name in files(ROOT / folder, "*.py")}
@@ -94,7 +95,7 @@ def test_the_wheel_works_alone(wheel, tmp_path):
         "try: loopmdm_cli.main(['--help'])\n"
         "except SystemExit as exit_: assert not exit_.code\n"
         "import loopmdm, loopmdm.convert, loopmdm.data, loopmdm.evaluation, loopmdm.hub\n"
-        "import loopmdm.objective, loopmdm.training\n"
+        "import loopmdm.objective, loopmdm.training, loopmdm.web\n"
         "print(loopmdm_cli.__file__, loopmdm.__file__, loopmdm.convert.FAMILIES[0].name)\n"
     )
     result = run(sys.executable, "-c", code, cwd=tmp_path)

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HUB_FILES = [path for path in sorted(ROOT.glob("*.py")) if not path.name.startswith("__")]
-FOLDERS = ("cli", "convert", "data", "evaluation", "objective", "training")
-FILES = [*HUB_FILES, *sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+FOLDERS = ("cli", "convert", "data", "evaluation", "hub", "objective", "training", "web")
+FOUND = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+FILES = [*HUB_FILES, *sorted(path for path in FOUND if "node_modules" not in path.parts)]
 PUBLIC = ("loopmdm", *(f"loopmdm.{name}" for name in FOLDERS if name != "cli"))
 
 

@@ -1,0 +1,6 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""Things to look at in a browser: a generation as one HTML file, and a page that runs a model (web/README.md)."""
+
+from .trace import trace_to_html
+
+__all__ = ["trace_to_html"]
