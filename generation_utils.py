@@ -27,6 +27,7 @@ from .commit_rules import COMMIT_RULES, PARALLEL_RULES, Block, Canvas, CommitRul
 from .configuration_loopmdm import check_num_loops
 from .generation_outputs import LoopMDMGenerationOutput, make_watchers
 from .loop_policies import LoopPolicy, resolve_policy
+from .weight_files import HUB_OPTIONS
 
 # What other samplers call our arguments, and arguments of autoregressive generation that cannot work here.
 OTHER_NAMES = {
@@ -708,12 +709,11 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_diff_dict())
         elif pretrained_model_name_or_path is not None:
-            names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
             # Without the file, the config made from the model's config stays. `kwargs` override the model's config.
             # Of a damaged one our `from_pretrained` says so.
             with contextlib.suppress(OSError):
                 self.generation_config = self.generation_config_class.from_pretrained(
-                    pretrained_model_name_or_path, **dict(zip(names, args, strict=False))
+                    pretrained_model_name_or_path, **dict(zip(HUB_OPTIONS, args, strict=False))
                 )
 
 

@@ -15,6 +15,8 @@ MAX_JSON, MAX_HEADER = 2**27, 100_000_000
 # Bytes of a value by safetensors' names; of those that are packed more tightly the library knows.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
 FLOATS = ("F64", "F32", "F16", "BF16")
+# Arguments of `from_pretrained` that say where files come from, in transformers' order
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 
@@ -117,10 +119,9 @@ class CheckedPreTrainedModel(PreTrainedModel):
 def check_folder(name: str | os.PathLike, variant: str | None = None, **kwargs: Any) -> None:
     """
     Raises a ValueError for damaged files of a folder, and for an index, of the Hub too, that misleads. Files of the
-    Hub are checked when they are there.
+    Hub are checked when they are there. transformers opens a folder's files to find the dtype before it loads them.
     """
-    names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-    options = {key: kwargs[key] for key in names if key in kwargs}
+    options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     for error in ("missing_entries", "gated_repo", "connection_errors"):  # transformers itself says what is wrong
         options[f"_raise_exceptions_for_{error}"] = False
     index, files = SAFE_WEIGHTS_INDEX_NAME, ["model.safetensors"]
