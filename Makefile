@@ -5,8 +5,8 @@ QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 
 .PHONY: demo web test fuzz lint docs test-common test-floor clean
 
-# The environment: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU build
-# of torch into .venv beforehand; it is kept.
+# The environment of a user: rebuilt when the pins or the package's metadata change. CPU-only machines may install a CPU
+# build of torch into .venv beforehand; it is kept.
 #
 # Editable installs find the package by an import hook, as its folder has another name. Type checkers and editors run no
 # hooks. setuptools' editable_mode=strict would make them a folder of links to every file, as of the install: a new file
@@ -16,10 +16,15 @@ QUIET := PYTHONWARNINGS=ignore::Warning:setuptools.command.editable_wheel
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	mkdir -p .venv/links
 	ln -sfn ../.. .venv/links/loopmdm
 	ln -sfn ../../cli .venv/links/loopmdm_cli
+	touch $@
+
+# What tests and lint need besides
+.venv/.dev: .venv/.installed
+	$(QUIET) $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: .venv/.installed
@@ -35,15 +40,15 @@ web: .venv/.web
 	$(BIN)/python -W ignore -m loopmdm.web.build
 
 # A test file is one process's; every process computes on one thread.
-test: .venv/.installed
+test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Random configurations and arguments, others each time, behind those that failed before (kept in .hypothesis)
 FUZZ_MINUTES ?= 60
-fuzz: .venv/.installed
+fuzz: .venv/.dev
 	FUZZ_MINUTES=$(FUZZ_MINUTES) $(BIN)/python -m pytest tests/test_fuzz.py
 
-lint: .venv/.installed
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
@@ -58,7 +63,7 @@ docs: .venv/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # transformers' own tests of a model and PEFT's of decoder models, fetched from their source distributions
-test-common: .venv/.installed
+test-common: .venv/.dev
 	$(BIN)/python tests/common_model_tests.py
 	$(BIN)/python tests/peft_tests.py
 

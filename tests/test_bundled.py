@@ -3,6 +3,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_bundled_files_are_small_and_complete(model, tokenizer):
     assert json.loads((ROOT / "config.json").read_text())["auto_map"]["AutoModel"].endswith("LoopMDMForMaskedLM")
 
 
+@pytest.fixture
+def script(monkeypatch):
+    """Runs a script of the example as a command would, in this process."""
+
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.syspath_prepend(SUDOKU)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(SUDOKU / name), run_name="__main__")
+
+    return run
+
+
 def test_demo_shows_loops_at_work():
     command = [sys.executable, str(SUDOKU / "demo.py"), "--count", "20"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -95,32 +108,26 @@ def test_demo_shows_loops_at_work():
 # Training it
 
 
-def test_training_script_resumes_and_writes_a_model(tmp_path):
+def test_training_script_resumes_and_writes_a_model(tmp_path, script):
     """An interrupted run that is started again ends with the weights of an uninterrupted one."""
     data = tmp_path / "puzzles.txt"
-    subprocess.run(
-        [sys.executable, str(SUDOKU / "puzzles.py"), "--count", "300", "--output", str(data)],
-        check=True,
-        capture_output=True,
-    )
+    script("puzzles.py", "--count", 300, "--output", data)
 
     def train(folder):
-        settings = {"puzzles": data, "hidden-size": 16, "intermediate-size": 16, "batch-size": 4, "tflop": 0.0016}
-        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command = [sys.executable, str(SUDOKU / "train.py"), *flags, "--output", str(folder), "--save-steps", "2"]
-        return subprocess.run(command, capture_output=True, text=True)
+        settings = {"puzzles": data, "hidden-size": 16, "intermediate-size": 16, "batch-size": 4, "tflop": 0.0006}
+        flags = [part for name, value in settings.items() for part in (f"--{name}", value)]
+        script("train.py", *flags, "--output", folder, "--save-steps", 2)
 
-    whole = train(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    train(tmp_path / "whole")
     record = json.loads((tmp_path / "whole" / "training.json").read_text())
-    assert record["steps"] >= 4
-    assert record["training_tflop"] == pytest.approx(0.0016, rel=0.5)
+    assert record["steps"] >= 4, record
+    assert record["training_tflop"] == pytest.approx(0.0006, rel=0.5)
 
     checkpoints = sorted((tmp_path / "whole" / "checkpoints").iterdir(), key=lambda path: int(path.name[11:]))
     interrupted = tmp_path / "interrupted" / "checkpoints"
     interrupted.mkdir(parents=True)
     checkpoints[0].rename(interrupted / checkpoints[0].name)
-    assert train(tmp_path / "interrupted").returncode == 0
+    train(tmp_path / "interrupted")
     first, second = (LoopMDMForMaskedLM.from_pretrained(tmp_path / name) for name in ("whole", "interrupted"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert first.generation_config.max_new_tokens == 0
