@@ -1,0 +1,177 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+What more computation at inference buys on minimal Sudokus: more denoising steps, more loops, remasking, or several
+candidates, sampled or from symmetric copies of the puzzle, and how to choose among them with and without the rules.
+
+    python benchmarks/sudoku_search.py --model . --count 200 --output benchmarks/results/sudoku_search.json
+
+Every row gives the percentage of puzzles solved and the FLOPs per puzzle in units of one trajectory at the model's own
+loops and 16 steps. Candidates are nested: the first of eight are the four. The first is the plain greedy trajectory.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from loopmdm import LoopMDMForMaskedLM
+from loopmdm.evaluation import nelbo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
+import puzzles
+
+STEPS, DIGITS = 16, 9
+
+
+class Symmetry:
+    """A symmetry of the board for every puzzle, `(num_puzzles, 81)` of cells and `(num_puzzles, 9)` of digits."""
+
+    def __init__(self, num_puzzles: int, seed: int, first_digit: int):
+        generator = torch.Generator().manual_seed(seed)
+
+        def lines() -> torch.Tensor:
+            bands = torch.rand(num_puzzles, 3, generator=generator).argsort(-1)
+            within = torch.rand(num_puzzles, 3, 3, generator=generator).argsort(-1)
+            return (3 * bands[..., None] + within.gather(1, bands[..., None].expand(-1, -1, 3))).flatten(1)
+
+        cells = DIGITS * lines()[:, :, None] + lines()[:, None, :]
+        is_transposed = torch.rand(num_puzzles, generator=generator) < 0.5
+        self.cells = torch.where(is_transposed[:, None, None], cells.transpose(1, 2), cells).flatten(1)
+        self.digits = torch.rand(num_puzzles, DIGITS, generator=generator).argsort(-1)
+        self.first = first_digit
+
+    def _relabel(self, boards: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
+        number = boards - self.first
+        return torch.where(number >= 0, digits.gather(1, number.clamp(min=0)) + self.first, boards)
+
+    def apply(self, boards: torch.Tensor) -> torch.Tensor:
+        return self._relabel(boards.gather(1, self.cells), self.digits)
+
+    def undo(self, boards: torch.Tensor) -> torch.Tensor:
+        return self._relabel(boards, self.digits.argsort(-1)).gather(1, self.cells.argsort(-1))
+
+
+class Search:
+    """Runs arms over the same puzzles and keeps a table."""
+
+    def __init__(self, model, tokenizer, pairs: list[tuple[str, str]], batch_size: int):
+        self.model, self.batch_size, self.rows = model, batch_size, []
+        self.boards, self.solutions = (
+            tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs, strict=True)
+        )
+        self.blank = self.boards == model.config.mask_token_id
+        self.first_digit = tokenizer.convert_tokens_to_ids("1")
+        # The longest of the puzzles takes as many steps as all others.
+        self.unit = self.flops(STEPS)
+
+    def flops(self, passes: float) -> float:
+        return passes * self.model.flops(1, self.boards.shape[1])
+
+    def generate(
+        self, boards: torch.Tensor, seed: int | None = None, **settings
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Answers, the log-probability of their trajectories, and FLOPs per puzzle."""
+        answers, log_probs, flops = [], [], 0
+        settings = {"max_denoising_steps": STEPS, "num_loops": self.model.config.num_loops, **settings}
+        for start in range(0, len(boards), self.batch_size):
+            part = boards[start : start + self.batch_size]
+            generators = None
+            if seed is not None:
+                generators = [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(len(part))]
+            output = self.model.generate(
+                part, generator=generators, return_dict_in_generate=True, output_trace=True, **settings
+            )
+            answers.append(output.sequences)
+            steps = (step.confidence.log().nan_to_num() * step.committed for step in output.trace)
+            log_probs.append(sum(step.sum(-1) for step in steps))
+            flops += int(output.flops.sum())
+        return torch.cat(answers), torch.cat(log_probs), flops / len(boards)
+
+    def add(self, arm: str, solved: torch.Tensor, flops: float, **more) -> None:
+        rate = float(solved.double().mean())
+        error = (rate * (1 - rate) / len(solved)) ** 0.5
+        row = {"arm": arm, **more, "cost": round(flops / self.unit, 2), "solved": round(100 * rate, 1)}
+        self.rows.append(row | {"standard_error": round(100 * error, 1)})
+        print(json.dumps(self.rows[-1]), flush=True)
+
+    def single(self, arm: str, seed: int | None = None, **settings) -> None:
+        answers, _, flops = self.generate(self.boards, seed, **settings)
+        self.add(arm, self.right(answers), flops, **settings)
+
+    def right(self, answers: torch.Tensor) -> torch.Tensor:
+        """The only solution is the only board that keeps the rules and the clues."""
+        return (answers == self.solutions).all(-1)
+
+    def candidates(self, arm: str, count: int, masks: int) -> None:
+        """Several answers to every puzzle, and every way to choose one of the first 1, 2, 4, ... of them."""
+        found = []
+        for index in range(count):
+            if arm == "symmetric copies" and index > 0:
+                symmetry = Symmetry(len(self.boards), index, self.first_digit)
+                answers, log_probs, flops = self.generate(symmetry.apply(self.boards))
+                answers = symmetry.undo(answers)
+            elif index > 0:
+                answers, log_probs, flops = self.generate(self.boards, seed=index, do_sample=True)
+            else:
+                answers, log_probs, flops = self.generate(self.boards)
+            bound = nelbo(self.model, answers, maskable=self.blank, num_samples=masks, batch_size=self.batch_size)
+            found.append((answers, log_probs, -bound.nats[0].to(log_probs.dtype), flops))
+        answers, log_probs, bounds = (torch.stack(parts) for parts in list(zip(*found, strict=True))[:3])
+        right = torch.stack([self.right(part) for part in answers])
+        size = 2
+        while size <= count:
+            flops = sum(flops for *_, flops in found[:size])
+            same = answers[:size, None] == answers[None, :size]  # (size, size, num_puzzles, 81)
+            scores = {
+                "trajectory": log_probs[:size],
+                "majority": same.all(-1).sum(1).double(),
+                "agreement": same.sum((1, -1)).double(),
+                "nelbo": bounds[:size],
+                "majority, then nelbo": same.all(-1).sum(1).double() + bounds[:size].double().sigmoid(),
+            }
+            self.add(arm, right[:size].any(0), flops, candidates=size, choice="rules")
+            for choice, score in scores.items():
+                extra = self.flops(size * masks) if "nelbo" in choice else 0
+                best = score.argmax(0, keepdim=True)
+                self.add(arm, right[:size].gather(0, best)[0], flops + extra, candidates=size, choice=choice)
+            size *= 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(Path(__file__).resolve().parents[1]))
+    parser.add_argument("--count", type=int, default=200, help="minimal puzzles (default: 200)")
+    parser.add_argument("--seed", type=int, default=3, help="of the puzzles; training has 0, held-out scores 1")
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--masks", type=int, default=4, help="masks per NELBO of an answer (default: 4)")
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    pairs = puzzles.generate_minimal_puzzles(args.count, args.seed)
+    search, started, loops = (
+        Search(model, tokenizer, pairs, args.batch_size),
+        time.perf_counter(),
+        model.config.num_loops,
+    )
+    for steps in (1, 4, STEPS, 2 * STEPS, 4 * STEPS):
+        search.single("steps", max_denoising_steps=steps)
+    for number in (loops // 2, loops + loops // 2, 2 * loops):
+        search.single("loops", num_loops=number)
+    for steps in (2 * STEPS, 4 * STEPS):
+        search.single("remasking", seed=0, max_denoising_steps=steps, remask_probability=0.05)
+    for arm in ("symmetric copies", "samples"):
+        search.candidates(arm, args.candidates, args.masks)
+    if args.output is not None:
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        record = {"settings": settings, "seconds": round(time.perf_counter() - started), "rows": search.rows}
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
