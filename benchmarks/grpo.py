@@ -7,7 +7,7 @@ rules alone, without a solution, to fill a whole board in one denoising step.
 
 The 288 boards are split into three parts. A model first learns to fill in blank cells from the solutions of one part.
 Every update then draws several answers to each of some puzzles of the second part, rewards those that keep the rules,
-and makes what was better than the puzzle's other answers likelier. The solve rate is that of puzzles of the third part.
+and makes what was better than the others likelier. The solve rate is that of puzzles of the third part.
 A puzzle may have several solutions, and one step chooses every cell by itself, so that a model of the likelihood alone
 mixes them.
 """

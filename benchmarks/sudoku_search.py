@@ -65,7 +65,6 @@ class Search:
         )
         self.blank = self.boards == model.config.mask_token_id
         self.first_digit = tokenizer.convert_tokens_to_ids("1")
-        # The longest of the puzzles takes as many steps as all others.
         self.unit = self.flops(STEPS)
 
     def flops(self, passes: float) -> float:
@@ -163,10 +162,9 @@ def main() -> None:
         search.single("steps", max_denoising_steps=steps)
     for number in (loops // 2, loops + loops // 2, 2 * loops):
         search.single("loops", num_loops=number)
-    for steps in (2 * STEPS, 4 * STEPS):
-        search.single("remasking", seed=0, max_denoising_steps=steps, remask_probability=0.05)
-    for arm in ("symmetric copies", "samples"):
-        search.candidates(arm, args.candidates, args.masks)
+    search.single("remasking", seed=0, max_denoising_steps=2 * STEPS, remask_probability=0.05)
+    for arm, count in (("symmetric copies", args.candidates), ("samples", args.candidates // 2)):
+        search.candidates(arm, count, args.masks)
     if args.output is not None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         record = {"settings": settings, "seconds": round(time.perf_counter() - started), "rows": search.rows}

@@ -2,7 +2,7 @@
 """
 One training run on minimal Sudoku puzzles, resumable, with variants that the library does not have.
 
-    python benchmarks/flagship/trial.py --settings '{"name": "base", "tflop": 60}' --data DATA --output RUNS
+    python benchmarks/flagship/train.py --settings '{"name": "base", "tflop": 60}' --data DATA --output RUNS
 
 The model is the library's and its checkpoints load with it; the forward pass here computes the same in bfloat16 from
 compiled layers, 2 to 2.5 times as fast on a CPU with AVX512-BF16. One run is one folder of RUNS: `state.pt` (the last
