@@ -4,8 +4,8 @@ Answers to any number of rows, by one process or many: planned by length, resume
 
 Windows of some thousand rows are read one after the other. The rows of a window are sorted by length into batches,
 which depend on the data alone, so that every process makes the same plan. Of `n` processes each generates every n-th
-batch, and appends it to a file of its own in a folder beside the output; nothing else passes between them. Whoever finds
-that no batch is missing puts the lines in order.
+batch, and appends it to a file of its own in a folder beside the output; nothing else passes between them. Whoever
+finds that no batch is missing puts the lines in order.
 """
 
 import contextlib
