@@ -1,13 +1,14 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 `loopmdm generate --data` on many rows: is the file the same for any number of processes, batch size and kill, and how
-fast are batches beside single rows? A random model continues texts of random words and lengths, as the command does it,
-in processes of its own. It takes about half an hour on two cores.
+fast are batches beside a loop over single rows? A random model continues texts of random words and lengths, as the
+command does it, in processes of its own. It takes about half an hour on two cores.
 
     python benchmarks/rows.py --output benchmarks/results/rows.json
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -16,28 +17,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import begin, make_parser, write_result
+from common import begin, in_turn, make_parser, write_result
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.evaluation import generate_rows
 
 WORDS = ["<pad>", "<end>", "<mask>", *(f"w{number}" for number in range(253))]
-# Greedy, so that ties matter; and drawn
+SIZES = {"greedy": (64, 7, 1), "drawn": (64, 7)}
 SETTINGS = {
-    "greedy": ["--max-new-tokens", "16", "--max-denoising-steps", "8"],
-    "drawn": ["--max-new-tokens", "16", "--max-denoising-steps", "8", "--do-sample"],
+    "greedy": ["--max-new-tokens", "8", "--max-denoising-steps", "4"],
+    "drawn": ["--max-new-tokens", "8", "--max-denoising-steps", "4", "--do-sample"],
 }
 
 
 def save_model(folder: Path) -> None:
-    """A random model of about 0.3 million parameters whose logits are far enough apart to be a language model's."""
+    """A random model of about 0.4 million parameters."""
     config = LoopMDMConfig(
         vocab_size=len(WORDS),
         hidden_size=96,
@@ -90,7 +93,7 @@ class Command:
         )
 
     def run(self, output: str, *options: str, processes: int = 1) -> dict[str, Any]:
-        """Runs it to its end: the wall time from the first plan, which begins the run's folder, and the file's hash."""
+        """Runs it to its end: the wall time from the start of the run, with loading, and the file's hash."""
         process = self.start(output, *options, processes=processes)
         self.wait_for_plan(process, output)
         started = time.perf_counter()
@@ -123,6 +126,35 @@ class Command:
         return {"kills": len(done), "after_seconds": done, **self.run(output, *options)}
 
 
+def throughput(folder: Path, count: int, repeats: int) -> dict[str, Any]:
+    """CPU seconds on one thread, in turns, for the first rows: the fastest round of each, loading included."""
+    lines = (folder / "in.jsonl").read_text().splitlines()[:count]
+    (folder / "few.jsonl").write_text("\n".join(lines))
+    options, numbers = {"max_new_tokens": 8, "max_denoising_steps": 4}, itertools.count()
+
+    def in_batches(size: int) -> None:
+        generate_rows(
+            str(folder / "model"), folder / "few.jsonl", folder / f"few-{next(numbers)}", batch_size=size, **options
+        )
+
+    def one_by_one() -> None:
+        model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        for text in (json.loads(line)["text"] for line in lines if line != "{"):
+            tokens = model.generate(tokenizer(text, return_tensors="pt")["input_ids"], **options)
+            tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+    runs = {
+        "loop over single rows": one_by_one,
+        **{f"batches of {size}": partial(in_batches, size) for size in (1, 7, 64)},
+    }
+    torch.set_num_threads(1)
+    seconds, _ = in_turn(runs, repeats, clock="cpu", what="throughput")
+    best = {name: min(taken) for name, taken in seconds.items()}
+    loop = best["loop over single rows"]
+    return {name: {"cpu_seconds": taken, "times_the_loop": loop / taken} for name, taken in best.items()}
+
+
 def differing(one: Path, other: Path) -> int:
     """How many lines of two files differ."""
     pairs = zip(one.read_bytes().splitlines(), other.read_bytes().splitlines(), strict=True)
@@ -131,8 +163,10 @@ def differing(one: Path, other: Path) -> int:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=3000)
+    parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--throughput-rows", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     begin(args)
     results: dict[str, Any] = {}
@@ -144,11 +178,10 @@ def main() -> None:
         for setting, options in SETTINGS.items():
             print(setting, flush=True)
             sizes = {}
-            for size in (64, 7, 1):
+            for size in SIZES[setting]:
                 output = f"{setting}-batches-of-{size}"
                 sizes[size] = command.run(output, *options, "--batch-size", str(size))
                 sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
-                sizes[size]["rows_per_second"] = args.rows / sizes[size]["seconds"]
             results[setting] = {"batch_sizes": sizes}
         options = [*SETTINGS["drawn"], "--batch-size", "64"]
         processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
@@ -156,6 +189,7 @@ def main() -> None:
         killed = command.run_killed("killed", whole["seconds"], args.kills, args.seed, *options)
         for run in (*processes.values(), killed):
             run["is_same"] = run["sha256"] == whole["sha256"]
+        results["throughput"] = throughput(folder, args.throughput_rows, args.repeats)
         results["drawn"] |= {"processes": processes, "killed": killed}
     print(json.dumps(results, indent=2))
     write_result(args, results=results, torch_threads=torch.get_num_threads())
