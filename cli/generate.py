@@ -98,9 +98,17 @@ def generate(
     settings = dict(locals())
     at_least(1, num_return_sequences=num_return_sequences, batch_size=batch_size, max_batch_tokens=max_batch_tokens)
     if data is not None:
-        return write_rows(settings, _options(settings))
-    check_idle("it is for --data", **{name: settings[name] for name in OF_ROWS})
-    texts, batch_size = _texts(prompts), batch_size or 32
+        write_rows(settings, _options(settings))
+    else:
+        check_idle("it is for --data", **{name: settings[name] for name in OF_ROWS})
+        _answer_prompts(settings)
+
+
+def _answer_prompts(settings: dict[str, Any]) -> None:
+    """Prints the answers to the prompts. `settings` are the options of the command."""
+    names = ("model", "num_return_sequences", "seed", "stream", "as_json", "html", "html_columns", "dtype", "device")
+    model, num_return_sequences, seed, stream, as_json, html, html_columns, dtype, device = map(settings.get, names)
+    texts, batch_size = _texts(settings["prompts"]), settings["batch_size"] or 32
     count = len(texts) * (num_return_sequences or 1)
     if stream and count != 1:
         raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
@@ -113,7 +121,7 @@ def generate(
     # Checks what can be without the model, whose own settings may be what makes it draw.
     LoopMDMGenerationConfig(**options | {"do_sample": True})
     read_model_config(model)
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, settings["trust_remote_code"])
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
     loaded = load_model(model, dtype, device)
     _plan(loaded, rows, options)

@@ -97,7 +97,7 @@ def generate_rows(
     Args:
         model (`str`): Folder of a model or adapter, or its Hub id.
         data: A `.jsonl` or `.parquet` file, or the name or folder of a data set, of what
-            [`~loopmdm.data.encode_prompt`] reads: texts (`prompt`, `text`) or conversations (`messages`).
+            [`~loopmdm.data.encode_prompt`] reads: texts or conversations.
         output: The file to write.
         batch_size (`int`, *optional*): Rows of a batch at most; 32 where `max_batch_tokens` is not given either.
         max_batch_tokens (`int`, *optional*): Tokens of a batch at most, with padding and new ones; a longer row is
@@ -107,8 +107,7 @@ def generate_rows(
         text_column (`str`, *optional*): Where the texts are, if they are called otherwise.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
         window (`int`, defaults to 4096): Rows that are held in memory and planned together.
-        dtype, device, trust_remote_code: See [`~loopmdm.evaluation.loading.load_model`]. Each of several processes
-            takes a GPU of its own, if there are any.
+        dtype, device, trust_remote_code: As in transformers. Each of several processes takes a GPU of its own.
         report (*optional*): Called as `report(rows passed, rows, tokens per second)`.
         options: Arguments of `generate`, as JSON holds them.
 
@@ -116,14 +115,12 @@ def generate_rows(
         [`RowsReport`]. A line of the output holds the row's `index`, from 0, and
         - `text`, input and answer as one (not for conversations), and `answer`, the new tokens, if there are any;
         - `finish_reason`: `stop` (an end token or stop string), `length` (all new tokens are used), or `filled` (mask
-          tokens of the input, and nothing else);
-        - `tokens`, how many were denoised, and `forward_passes`, `loops` and `flops`.
+          tokens of the input, and nothing else), `tokens` (how many were denoised), `forward_passes`, `loops`, `flops`;
         - or `error` alone, where the row cannot be read or used. With `num_return_sequences`, every row has as many
           lines, with `answer_index` from 0.
 
     Raises:
-        ValueError: Arguments or data that cannot be used at all; an output of another input or of other settings, or
-            one that another process of the same rank is writing.
+        ValueError: Arguments or data that cannot be used; an output of other ones; another process of the same rank.
     """
     if batch_size is not None and max_batch_tokens is not None:
         raise ValueError("`batch_size` and `max_batch_tokens` both say how large a batch is; give one.")
@@ -133,13 +130,12 @@ def generate_rows(
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
     # Checks what can be without the model, whose own settings may be what makes it draw.
     LoopMDMGenerationConfig(**options | {"do_sample": True})
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = _Run(Path(output).expanduser(), rank)
+    run = _Run(Path(output).expanduser())
     read_model_config(model)  # checks
     tokenizer = load_tokenizer(model, trust_remote_code)
-    place = check_device(device or _own_gpu(processes))
-    is_here = Path(model).expanduser().is_dir()
-    loaded = None if is_here else load_model(model, dtype, str(place))  # whose files are in the cache then
+    place = check_device(device or _own_gpu(run.processes))
+    # The files of a model on the Hub are in the cache then.
+    loaded = None if Path(model).expanduser().is_dir() else load_model(model, dtype, str(place))
     source = _Source(data, dataset)
     settings = {"seed": seed, "text_column": text_column, "window": window, "dtype": dtype, "device": place.type}
     settings |= {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens, **options}
@@ -151,10 +147,8 @@ def generate_rows(
         if is_finished:
             return result
         loaded = loaded or load_model(model, dtype, str(place))
-        sizes = batch_size, max_batch_tokens
-        writer = _Writer(loaded, tokenizer, options, seed, text_column, sizes, rank, processes)
-        writer.write(source, run, window, result, report)
-        source.check()
+        writer = _Writer(loaded, tokenizer, options, seed, text_column, (batch_size, max_batch_tokens), run)
+        writer.write(source, window, result, report)
         return run.assemble(result, window)
 
 
@@ -225,8 +219,9 @@ class _Source:
 class _Run:
     """The folder beside the output. In it are `run.json`, what the run is made of, and files of finished batches."""
 
-    def __init__(self, output: Path, rank: int):
-        self.output, self.rank = output, rank
+    def __init__(self, output: Path):
+        self.output = output
+        self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.folder = output.with_name(f"{output.name}.run")
         self.record = self.folder / "run.json"
         if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
@@ -333,20 +328,14 @@ class _Writer:
     seed: int
     text_column: str | None
     sizes: tuple[int | None, int | None]
-    rank: int
-    processes: int
+    run: _Run
     unused: UnusedColumns = field(default_factory=UnusedColumns)
 
     def write(
-        self,
-        source: _Source,
-        run: _Run,
-        window: int,
-        result: RowsReport,
-        report: Callable[[int, int, float], None] | None,
+        self, source: _Source, window: int, result: RowsReport, report: Callable[[int, int, float], None] | None
     ) -> None:
         """Appends every batch that is this process's, and not finished, to its files."""
-        started, passed, rows = time.perf_counter(), 0, enumerate(source)
+        run, started, passed, rows = self.run, time.perf_counter(), 0, enumerate(source)
         for number in range(-(-source.rows // window)):
             finished, count = run.finished(number)
             chunk = itertools.islice(rows, window)
@@ -357,7 +346,7 @@ class _Writer:
             with run.part(number).open("ab") as file:
                 file.write(b"\n" if file.tell() else b"")  # ends a line that a kill cut off
                 for index, batch in enumerate(batches):
-                    if index not in finished and (number + index) % self.processes == self.rank:
+                    if index not in finished and (number + index) % run.processes == run.rank:
                         lines = self.answer(batch)
                         text = _dump({"batch": index, "of": len(batches), "lines": lines})
                         file.write(text.encode("utf-8", errors="backslashreplace"))
@@ -369,6 +358,7 @@ class _Writer:
                         report(passed, source.rows, result.tokens / result.seconds)
         for _ in rows:  # none, unless the input has grown
             pass
+        source.check()
 
     def read(self, number: int, where: str, row: Any) -> _Row:
         """A row as tokens, or what is wrong with it."""
@@ -377,7 +367,7 @@ class _Writer:
             if isinstance(row, ValueError):
                 raise row
             column = prompt_column(row, self.text_column)
-            if self.rank == 0:
+            if self.run.rank == 0:
                 self.unused.note(row, (column, "tools"), where.rpartition(", ")[0])
             least = least_tokens(row, (column,))
             if least > config.max_position_embeddings:  # tokenising takes a hundred times the memory
