@@ -197,18 +197,17 @@ def _generate(
     model: Any, starts: list[list[int]], first: int, length: int, seed: int, arguments: dict[str, Any]
 ) -> list[list[int]]:
     """New tokens of samples `first` and on; each has a generator of its own, so that batches make no difference."""
-    from loopmdm.evaluation.texts import pad_left
-    from loopmdm.objective import input_device, seeded_generator
+    from loopmdm.evaluation.rows import generate_together
+    from loopmdm.objective import seeded_generator
 
-    input_ids, attention_mask = (tensor.to(input_device(model)) for tensor in pad_left(starts))
-    sequences = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+    output, start = generate_together(
+        model,
+        starts,
         max_new_tokens=length,
         generator=[seeded_generator(seed, "sample", first + row) for row in range(len(starts))],
         **arguments,
     )
-    return sequences[:, input_ids.shape[1] :].tolist()
+    return output.sequences[:, start:].tolist()
 
 
 def _judge(

@@ -19,6 +19,8 @@ from .options import (
     Dtype,
     MaxDenoisingSteps,
     Model,
+    Split,
+    Subset,
     TrustRemoteCode,
     at_least,
     check_idle,
@@ -26,9 +28,8 @@ from .options import (
     integers,
 )
 from .output import progress
+from .rows import OF_ROWS, write_rows
 
-# New tokens where neither the command nor the model says how many, and no mask token is there to be filled in
-NEW_TOKENS = 128
 # Options that are arguments of `generate` as they stand
 ARGUMENTS = (
     *("max_new_tokens", "loop_tolerance", "visible_loops", "cache_implementation", "block_length", "unmasking"),
@@ -72,7 +73,19 @@ def generate(
         int | None, typer.Option(help="Answers to each prompt; needs --do-sample.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; every answer has random numbers of its own.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 32,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts generated together (default: 32).")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Answer many rows (.jsonl, .parquet or a data set), on any number of processes.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --data: the file to write, as JSON lines.")] = None,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(help="With --data: tokens of a batch at most, in place of --batch-size.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="With --data: where texts are (default: prompt, text).")
+    ] = None,
+    split: Split = None,
+    subset: Subset = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show every denoising step (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with the cost of each row.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page that plays every denoising step.")] = None,
@@ -82,12 +95,24 @@ def generate(
     device: Device = None,
 ) -> None:
     """Continue texts, or fill in their mask tokens. What it cost goes to stderr."""
-    settings, texts = dict(locals()), _texts(prompts)
+    settings = dict(locals())
+    at_least(1, num_return_sequences=num_return_sequences, batch_size=batch_size, max_batch_tokens=max_batch_tokens)
+    if data is not None:
+        write_rows(settings, _options(settings))
+    else:
+        check_idle("it is for --data", **{name: settings[name] for name in OF_ROWS})
+        _answer_prompts(settings)
+
+
+def _answer_prompts(settings: dict[str, Any]) -> None:
+    """Prints the answers to the prompts. `settings` are the options of the command."""
+    names = ("model", "num_return_sequences", "seed", "stream", "as_json", "html", "html_columns", "dtype", "device")
+    model, num_return_sequences, seed, stream, as_json, html, html_columns, dtype, device = map(settings.get, names)
+    texts, batch_size = _texts(settings["prompts"]), settings["batch_size"] or 32
     count = len(texts) * (num_return_sequences or 1)
     if stream and count != 1:
         raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
     check_idle("a stream shows text", json=stream and as_json)
-    at_least(1, num_return_sequences=num_return_sequences, batch_size=batch_size)
     check_html(html, html_columns, len(texts), batch_size)
     options = _options(settings)
     from loopmdm import LoopMDMGenerationConfig
@@ -96,7 +121,7 @@ def generate(
     # Checks what can be without the model, whose own settings may be what makes it draw.
     LoopMDMGenerationConfig(**options | {"do_sample": True})
     read_model_config(model)
-    tokenizer = load_tokenizer(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, settings["trust_remote_code"])
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
     loaded = load_model(model, dtype, device)
     _plan(loaded, rows, options)
@@ -126,7 +151,6 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
         **{name: settings[name] for name in ARGUMENTS},
         do_sample=settings["do_sample"] or None,
         num_loops=loops[0] if loops and len(loops) == 1 else loops,
-        return_dict_in_generate=True,
         output_trace=settings["html"] is not None or None,
     )
 
@@ -190,22 +214,12 @@ def _encode(tokenizer: Any, text: str, number: int) -> _Row:
 
 def _plan(model: Any, rows: list[_Row], options: dict[str, Any]) -> None:
     """Sets how many new tokens each prompt gets: by the command, the model's settings, or as many as are usual."""
-    settings, room = model.generation_config, model.config.max_position_embeddings
-    asked = options.pop("max_new_tokens", settings.max_new_tokens)
+    from loopmdm.evaluation.rows import new_tokens
+
+    asked = options.pop("max_new_tokens", None)
     for row in rows:
-        is_masked = model.config.mask_token_id in row.tokens
-        if asked is not None:
-            row.new = asked
-        elif settings.max_length is not None:
-            row.new = max(0, settings.max_length - len(row.tokens))
-        elif not is_masked:
-            row.new = max(1, min(NEW_TOKENS, room - len(row.tokens)))
-        row.is_idle = row.new == 0 and not is_masked
-        if len(row.tokens) + row.new > room:
-            raise ValueError(
-                f"Prompt {row.number + 1} has {len(row.tokens)} tokens, and {row.new} new ones are asked for; the "
-                f"model has {room} positions. Shorten the prompt, or give --max-new-tokens."
-            )
+        row.new = new_tokens(model, row.tokens, asked, f"Prompt {row.number + 1}")
+        row.is_idle = row.new == 0 and model.config.mask_token_id not in row.tokens
     if all(row.is_idle for row in rows):
         raise ValueError(
             f"There is nothing to generate; give --max-new-tokens, or mask tokens ({model.config.mask_token_id}) in "
@@ -236,8 +250,8 @@ def _generate(
     model: Any, batch: list[_Row], options: dict[str, Any], seed: int, costs: _Costs
 ) -> Iterator[tuple[_Row, _Answer]]:
     """The answers to a batch of prompts in order. Prompts that want as many new tokens run together."""
-    from loopmdm.evaluation.texts import pad_left
-    from loopmdm.objective import input_device, seeded_generator
+    from loopmdm.evaluation.rows import generate_together
+    from loopmdm.objective import seeded_generator
 
     copies = options.get("num_return_sequences", model.generation_config.num_return_sequences)
     free = dict.fromkeys(("forward_passes", "loops", "flops"), 0)
@@ -247,12 +261,9 @@ def _generate(
         if not row.is_idle:
             kinds.setdefault(_kind(row), []).append(row)
     for (new, *_), rows in kinds.items():
-        input_ids, attention_mask = (
-            tensor.to(input_device(model)) for tensor in pad_left([row.tokens for row in rows])
-        )
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+        output, start = generate_together(
+            model,
+            [row.tokens for row in rows],
             max_new_tokens=new,
             generator=[seeded_generator(seed, "generate", row.number, copy) for row in rows for copy in range(copies)],
             **options,
@@ -264,8 +275,8 @@ def _generate(
         for index, tokens in enumerate(made):
             row = rows[index // copies]
             cost = {name: output[name][index].item() for name in free}
-            start = input_ids.shape[1] - len(row.tokens)
-            answers[row.number] = [*answers[row.number][1:], _Answer(tokens[start:], cost)]
+            answer = _Answer(tokens[start - len(row.tokens) :], cost)
+            answers[row.number] = [*answers[row.number][1:], answer]
     for row in batch:
         for answer in answers[row.number]:
             costs.rows.append(answer.cost)

@@ -18,10 +18,11 @@ console = Console(markup=False, emoji=False)
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[..., None]]:
     """
-    A function that shows how much is done: `show(what, done, total)`, one bar on stderr for each `what`. The bars
-    vanish at the end, and do not appear where stderr is not a terminal.
+    A function that shows how much is done: `show(what, done, total, note)`, one bar on stderr for each `what`, with
+    the note (none by default) behind its name. The bars vanish at the end, and do not appear where stderr is not a
+    terminal.
     """
     from rich.progress import Progress
 
@@ -31,11 +32,11 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     bar = Progress(console=errors, transient=True, disable=not errors.is_terminal, redirect_stdout=redirect)
     tasks: dict[str, Any] = {}
 
-    def show(what: str, done: int, total: int) -> None:
+    def show(what: str, done: int, total: int, note: str = "") -> None:
         bar.start()
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done, total=total)
+        bar.update(tasks[what], completed=done, total=total, description=what + note)
 
     try:
         yield show
@@ -44,8 +45,8 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """One bar: a function of what is done and the total."""
+def progress(what: str) -> Iterator[Callable[..., None]]:
+    """One bar: a function of what is done, the total, and a note."""
     with progress_bars() as show:
         yield partial(show, what)
 

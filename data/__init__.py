@@ -3,8 +3,8 @@
 
 from .chat import turn_end
 from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns
-from .encode import encode_answer, first_text, text_of
-from .examples import read_examples
+from .encode import encode_answer, encode_prompt, first_text, prompt_column, text_of
+from .examples import least_tokens, read_examples
 from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
@@ -22,13 +22,16 @@ __all__ = [
     "check_tokens",
     "encode",
     "encode_answer",
+    "encode_prompt",
     "encode_with_bytes",
     "first_text",
     "json_lines",
+    "least_tokens",
     "load_dataset_rows",
     "load_tokenizer",
     "locate",
     "pack_documents",
+    "prompt_column",
     "read_columns",
     "read_documents",
     "read_examples",

@@ -26,23 +26,12 @@ def encode_conversation(
         where: What to call the conversation in errors.
         tools (*optional*): As the template takes them.
     """
-    if not all(
-        isinstance(one, list) and all(isinstance(message, dict) for message in one) for one in (prompt, answer)
-    ):
-        raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
-    if not answer or answer[-1].get("role") != "assistant":
+    if not isinstance(answer, list) or not answer or not _is_by_assistant(answer[-1]):
         raise ValueError(f"{where}: the answer must be a list of messages that ends with one of the role `assistant`.")
-    for number, message in enumerate([*prompt, *answer], start=1):
-        if message.get("role") is None or (message.get("content") is None and not message.get("tool_calls")):
-            raise ValueError(
-                f"{where}: message {number} needs `role` and `content`; it has {', '.join(message) or 'nothing'}."
-            )
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
+    messages = _check_messages(tokenizer, [*prompt, *answer] if isinstance(prompt, list) else None, where)
     if not prompt:
         raise ValueError(f"{where} has no message before the answer.")
-    # Data sets fill up messages with None, which templates take for a value.
-    prompt, answer = ([{k: v for k, v in one.items() if v is not None} for one in part] for part in (prompt, answer))
+    prompt, answer = messages[: len(prompt)], messages[len(prompt) :]
     opened = _render(tokenizer, prompt, where, tools, opens=True)
     whole = _render(tokenizer, [*prompt, *answer], where, tools)
     if not whole.startswith(opened):
@@ -64,6 +53,36 @@ def encode_conversation(
     if ids[: len(given)] != given:  # a token spans the border; in generation none does
         ids = given + encode(tokenizer, whole[len(opened) :], where)
     return {"input_ids": ids, "prompt_length": len(given)}
+
+
+def encode_question(tokenizer: Any, messages: Any, where: str, tools: list | None = None) -> list[int]:
+    """
+    Tokens of a conversation up to and with the opening of the assistant's next turn. An answer at its end is left out,
+    so that a conversation to learn from is a question too. Arguments are those of [`encode_conversation`].
+    """
+    messages = _check_messages(tokenizer, messages, where)
+    messages = messages[:-1] if messages and _is_by_assistant(messages[-1]) else messages
+    if not messages:
+        raise ValueError(f"{where} has no message to answer.")
+    return encode(tokenizer, _render(tokenizer, messages, where, tools, opens=True), where)
+
+
+def _is_by_assistant(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
+    """The messages without fields that are None: data sets fill them up so, and templates take it for a value."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
+    for number, message in enumerate(messages, start=1):
+        if message.get("role") is None or (message.get("content") is None and not message.get("tool_calls")):
+            raise ValueError(
+                f"{where}: message {number} needs `role` and `content`; it has {', '.join(message) or 'nothing'}."
+            )
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
 
 
 def turn_end(tokenizer: Any) -> int | None:

@@ -4,7 +4,7 @@
 import json
 from typing import Any
 
-from .chat import encode_conversation
+from .chat import encode_conversation, encode_question
 from .tokens import encode, tokenize
 
 # What prompts and answers are called in examples
@@ -56,9 +56,7 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
         if prompt is None or answer is None:
             raise ValueError(f"{where}: `{lists[0]}` is a list of messages; the other part must be one too.")
         return _encode_messages(tokenizer, example, prompt, answer, where)
-    for name, instead in _OTHER_FORMATS.items():
-        if example.get(name) is not None:
-            raise ValueError(f"{where} has `{name}`, a format that is not read; give {instead}.")
+    _refuse_formats(example, where)
     prompt, answer = first_text(example, PROMPT_NAMES, where), first_text(example, ANSWER_NAMES, where)
     _refuse(example, _BESIDE_PAIRS, where)
     return _encode_pair(tokenizer, prompt, answer, where)
@@ -71,6 +69,42 @@ def columns_of_answer(example: dict[str, Any]) -> set[str]:
     kind = list if any(isinstance(example.get(name), list) for name in (*PROMPT_NAMES, *ANSWER_NAMES)) else str
     read = (next((n for n in names if isinstance(example.get(n), kind)), "") for names in (PROMPT_NAMES, ANSWER_NAMES))
     return {*read, *(("tools",) if kind is list else ())}
+
+
+def encode_prompt(
+    tokenizer: Any, example: dict[str, Any], where: str = "An example", text_column: str | None = None
+) -> list[int]:
+    """
+    Tokens of a text to continue or to fill in, with the special ones that the tokenizer puts around it; or of a
+    conversation to answer, see [`~loopmdm.data.chat.encode_question`].
+
+    Args:
+        tokenizer: With a chat template where examples are conversations.
+        example: What [`encode_answer`] reads, with or without an answer, or `{"text": ...}`; the prompt counts first.
+        where: What to call the example in errors.
+        text_column (`str`, *optional*): Where the text is, whatever else there is.
+
+    Raises:
+        ValueError: What is not there, is another format, or would be lost.
+    """
+    name = prompt_column(example, text_column)
+    if name == "messages" or isinstance(example.get(name), list):
+        _refuse(example, _BESIDE_MESSAGES, where)
+        return encode_question(tokenizer, example[name], where, _tools(example, where))
+    if name == "":
+        _refuse_formats(example, where)
+    if name in PROMPT_NAMES:
+        _refuse(example, _BESIDE_PAIRS, where)
+    text = first_text(example, (text_column,) if text_column else (*PROMPT_NAMES, "text"), where)
+    return list(tokenize(tokenizer, text, where, add_special_tokens=True)["input_ids"])
+
+
+def prompt_column(example: dict[str, Any], text_column: str | None = None) -> str:
+    """The name of what [`encode_prompt`] reads of an example; empty where there is nothing."""
+    if text_column is not None:
+        return text_column
+    names = ("messages", *PROMPT_NAMES, "text")
+    return next((n for n in names if isinstance(example.get(n), list if n == "messages" else str | list)), "")
 
 
 def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[str, Any]:
@@ -86,13 +120,23 @@ def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[s
 
 def _encode_messages(tokenizer: Any, example: dict, prompt: list, answer: list, where: str) -> dict[str, Any]:
     _refuse(example, _BESIDE_MESSAGES, where)
+    return encode_conversation(tokenizer, prompt, answer, where, _tools(example, where))
+
+
+def _tools(example: dict[str, Any], where: str) -> Any:
     tools = example.get("tools") or None
-    if isinstance(tools, str):  # as TRL's data sets hold them
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ValueError(f"{where}: `tools` is not a list, and not valid JSON: {error}.") from error
-    return encode_conversation(tokenizer, prompt, answer, where, tools)
+    if not isinstance(tools, str):
+        return tools
+    try:  # as TRL's data sets hold them
+        return json.loads(tools)
+    except ValueError as error:
+        raise ValueError(f"{where}: `tools` is not a list, and not valid JSON: {error}.") from error
+
+
+def _refuse_formats(example: dict[str, Any], where: str) -> None:
+    for name, instead in _OTHER_FORMATS.items():
+        if example.get(name) is not None:
+            raise ValueError(f"{where} has `{name}`, a format that is not read; give {instead}.")
 
 
 def _refuse(example: dict[str, Any], lost: dict[str, str], where: str) -> None:

@@ -86,7 +86,7 @@ def _answers(
         example, size = None, 0
         if isinstance(row, dict):
             # A row that cannot fit is not tokenised, which takes a hundred times its memory.
-            size = _least_tokens(row)
+            size = least_tokens(row, columns_of_answer(row) - {"tools"})
         if size <= length:
             example = _answer(where, row, tokenizer, config, unused)
             size = len(example["input_ids"])
@@ -119,9 +119,9 @@ def _answer(where: str, row: Any, tokenizer: Any, config: Any, unused: UnusedCol
     return example
 
 
-def _least_tokens(row: dict[str, Any]) -> int:
-    """Tokens that the prompt and the answer of a row have at least, by their characters."""
-    return sum(_characters(row.get(name)) for name in columns_of_answer(row) - {"tools"}) // _LONGEST_TOKEN
+def least_tokens(row: dict[str, Any], names: Iterable[str]) -> int:
+    """Tokens that the columns `names` of a row have at least, by their characters."""
+    return sum(_characters(row.get(name)) for name in names) // _LONGEST_TOKEN
 
 
 def _characters(value: Any) -> int:

@@ -16,21 +16,26 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_rows(
-    source: str | Path, documents: str = "blank_line", dataset: dict[str, Any] | None = None
-) -> Iterator[tuple[str, str | dict[str, Any]]]:
+    source: str | Path,
+    documents: str = "blank_line",
+    dataset: dict[str, Any] | None = None,
+    keep_errors: bool = False,
+) -> Iterator[tuple[str, Any]]:
     """
     The texts of a `.txt` or the objects of anything else, each with what to call it in errors: file and line, or data
     set and number.
 
     Args:
-        source: A text file (`.txt`), a file of one JSON object a line (`.jsonl`), or the name or folder of a data set
-            that the `datasets` library loads.
+        source: A text file (`.txt`), a file of one JSON object a line (`.jsonl`), a `.parquet` file, or the name or
+            folder of a data set that the `datasets` library loads.
         documents (`"blank_line"`, `"line"` or `"file"`, defaults to `"blank_line"`): What separates the texts of a
             `.txt`.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
+        keep_errors (`bool`, defaults to `False`): In place of a line that is not a JSON object give the ValueError
+            that says so, and go on.
     """
     path = Path(source).expanduser()
-    if path.suffix in (".txt", ".jsonl") and not path.is_file():
+    if path.suffix in (".txt", ".jsonl", ".parquet") and not path.is_file():
         raise ValueError(f"{source} is not a file.")
     if documents not in SEPARATORS:
         raise ValueError(f"The documents are separated by {documents!r}; choose one of {', '.join(SEPARATORS)}.")
@@ -39,11 +44,14 @@ def read_rows(
     if path.suffix == ".txt":
         rows = _documents(path, SEPARATORS[documents])
     elif path.suffix == ".jsonl":
-        rows = json_lines(path)
+        rows = _lines_or_errors(path) if keep_errors else json_lines(path)
+    elif path.suffix == ".parquet":
+        options = {"streaming": True, "data_files": str(path), **(dataset or {})}
+        unit, rows = "example", _numbered(load_dataset_rows("parquet", options), source)
     elif path.is_file():
         raise ValueError(
-            f"{source} is neither a .txt nor a .jsonl file. The `datasets` library reads other kinds: name the kind "
-            f"in place of the file (json, csv, parquet), and the file as its `data_files`."
+            f"{source} is not a .txt, .jsonl or .parquet file. The `datasets` library reads other kinds: name the "
+            f"kind in place of the file (json, csv), and the file as its `data_files`."
         )
     else:
         unit, rows = "example", _numbered(load_dataset_rows(str(source), dataset or {}), source)
@@ -91,6 +99,14 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file with one JSON object a line, each with the number of its line, see [`read_jsonl`]."""
+    for number, row in _lines_or_errors(path):
+        if isinstance(row, ValueError):
+            raise row
+        yield number, row
+
+
+def _lines_or_errors(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """The same, with an error in place of a line that is not an object."""
     is_empty = True
     with path.open("rb") as file:
         for number in itertools.count(1):
@@ -99,22 +115,29 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 break
             where = f"{path}, line {number}"
             if len(line) > LONGEST_LINE:
-                raise ValueError(f"{where} has more than {LONGEST_LINE >> 20} MiB; split it into several rows.")
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                # Decoded here, as `json` guesses at the encoding of bytes.
-                row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_name_twice)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where} is not valid JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is a {type(row).__name__}; it must be an object.")
-            yield number, row
+                while line and not line.endswith(b"\n"):  # the rest of it
+                    line = file.readline(LONGEST_LINE)
+                yield (
+                    number,
+                    ValueError(f"{where} has more than {LONGEST_LINE >> 20} MiB; split it into several rows."),
+                )
+            else:
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not line.strip():
+                    continue
+                yield number, _object(line, where)
             is_empty = False
     if is_empty:
         raise ValueError(f"{path} holds no examples.")
+
+
+def _object(line: bytes, where: str) -> dict[str, Any] | ValueError:
+    try:
+        # Decoded here, as `json` guesses at the encoding of bytes.
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_name_twice)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"{where} is not valid JSON: {error}.")
+    return row if isinstance(row, dict) else ValueError(f"{where} is a {type(row).__name__}; it must be an object.")
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

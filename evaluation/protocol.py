@@ -21,7 +21,8 @@ from ..objective import input_device
 
 # What decides a model's results; generation_config.json holds defaults of `generate`.
 SETTINGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-MODEL_FILES = ("*.safetensors", *SETTINGS)
+MODEL_FILES = ("*.safetensors", "*.jinja", *SETTINGS)
+PACKAGES = ("loopmdm", "torch", "transformers", "datasets", "lm_eval", "evaluate")
 TIMING = (
     "seconds of wall time (time.perf_counter) of the evaluation alone: without imports, loading of models and data, "
     "and writing; without warm-up; the device is waited for at both ends"
@@ -59,8 +60,7 @@ def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = N
         files: By what they are, more folders or files to hash, e.g. `data="text.txt"`.
     """
     record: dict[str, Any] = {
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("loopmdm", "torch", "transformers", "datasets", "lm_eval", "evaluate")},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
@@ -78,7 +78,7 @@ def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = N
             "device": str(input_device(model)),
             "dtype": str(model.dtype).removeprefix("torch."),
             "attention": model.config._attn_implementation,
-            "sha256": {} if folder is None else hash_files(_local(folder), MODEL_FILES),
+            "sha256": hash_model(folder or ""),
         }
     files["base_model"] = None if folder is None else adapter_base(folder)
     for name, path in files.items():
@@ -102,6 +102,14 @@ def hash_files(path: Path | None, patterns: Iterable[str] = ("*",)) -> dict[str,
     return hashes
 
 
+def hash_model(name: str) -> dict[str, str]:
+    """
+    SHA-256 of the files that decide a model's results, by name: of its folder, or of a Hub id's in the cache. Nothing
+    for an empty name.
+    """
+    return hash_files(_local(name) if name else None, MODEL_FILES)
+
+
 def _local(name: str) -> Path | None:
     """The folder or file itself, or the cached files of a Hub id."""
     path = Path(name).expanduser()
@@ -115,11 +123,14 @@ def _local(name: str) -> Path | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The versions of packages by name; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for name in packages:
+        found[name] = None
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _processor() -> str:

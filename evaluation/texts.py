@@ -103,15 +103,31 @@ def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, 
     return input_ids, attention_mask, maskable
 
 
-def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(
+    rows: Sequence[Sequence[int]], batch_size: int | None, max_tokens: int | None = None, new: int = 0
+) -> Iterator[list[int]]:
     """
     Indices of `rows` in batches of similar length, the shortest first, since batches are filled up. Empty rows have
     batches of their own: beside others they would be nothing but padding.
+
+    Args:
+        rows: Their tokens.
+        batch_size (`int`, *optional*): Rows of a batch at most.
+        max_tokens (`int`, *optional*): Tokens of a batch at most, padding and the `new` tokens of each row included. A
+            row that has more is alone.
+        new (`int`, defaults to 0): Tokens that every row gets.
     """
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    empty = sum(len(row) == 0 for row in rows)
-    for part in (order[:empty], order[empty:]):
-        yield from (part[start : start + batch_size] for start in range(0, len(part), batch_size))
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
+        is_full = len(batch) == batch_size or (batch and not len(rows[batch[0]]) and len(rows[index]) > 0)
+        if max_tokens is not None:
+            is_full = is_full or (len(batch) + 1) * (len(rows[index]) + new) > max_tokens
+        if is_full and batch:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -163,7 +163,7 @@ def test_byte_order_marks_are_not_text(tmp_path, mark):
         (
             "t.csv",
             b"a,b\n1,2\n",
-            "t.csv is neither a .txt nor a .jsonl file. The `datasets` library reads other kinds",
+            "t.csv is not a .txt, .jsonl or .parquet file. The `datasets` library reads other kinds",
         ),
     ],
 )

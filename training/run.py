@@ -105,7 +105,7 @@ def _check_files(config: TrainConfig) -> None:
         given = getattr(config, name) or []
         for path in [given] if isinstance(given, str) else given:
             # Other names may be those of the Hub.
-            is_path = path.endswith((".txt", ".jsonl")) or path.startswith((".", "/", "~"))
+            is_path = path.endswith((".txt", ".jsonl", ".parquet")) or path.startswith((".", "/", "~"))
             if is_path and not Path(path).expanduser().exists():
                 raise ValueError(f"`{name}`: {path} is not a file.")
     for name in ("model", "tokenizer"):

@@ -1,0 +1,199 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+`loopmdm generate --data` on many rows: is the file the same for any number of processes, batch size and kill, and how
+fast are batches beside a loop over single rows? A random model continues texts of random words and lengths, as the
+command does it, in processes of its own. It takes about half an hour on two cores.
+
+    python benchmarks/rows.py --output benchmarks/results/rows.json
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import begin, in_turn, make_parser, write_result
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.evaluation import generate_rows
+
+WORDS = ["<pad>", "<end>", "<mask>", *(f"w{number}" for number in range(253))]
+SIZES = {"greedy": (64, 7, 1), "drawn": (64, 7)}
+SETTINGS = {
+    "greedy": ["--max-new-tokens", "8", "--max-denoising-steps", "4"],
+    "drawn": ["--max-new-tokens", "8", "--max-denoising-steps", "4", "--do-sample"],
+}
+
+
+def save_model(folder: Path) -> None:
+    """A random model of about 0.4 million parameters."""
+    config = LoopMDMConfig(
+        vocab_size=len(WORDS),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        loop_start=1,
+        loop_end=3,
+        num_loops=2,
+        initializer_range=0.1,
+        pad_token_id=0,
+        eos_token_id=1,
+        mask_token_id=2,
+    )
+    LoopMDMForMaskedLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "mask_token": "<mask>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def write_data(path: Path, count: int, seed: int) -> None:
+    """Texts of 1 to 100 words; every hundredth line is not JSON."""
+    generator = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(count):
+            text = " ".join(generator.choice(WORDS[3:]) for _ in range(generator.randint(1, 100)))
+            file.write("{\n" if number % 100 == 50 else json.dumps({"text": text}) + "\n")
+
+
+class Command:
+    """`loopmdm generate` on the model and the data in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, output: str, *options: str, processes: int = 1) -> subprocess.Popen:
+        """The command, in a group of processes that can be killed as one."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [*(launcher if processes > 1 else [sys.executable]), "-m", "loopmdm_cli", "generate", "model"]
+        return subprocess.Popen(
+            [*command, "--data", "in.jsonl", "--output", output, *options],
+            cwd=self.folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, output: str, *options: str, processes: int = 1) -> dict[str, Any]:
+        """Runs it to its end: the wall time from the start of the run, with loading, and the file's hash."""
+        process = self.start(output, *options, processes=processes)
+        self.wait_for_plan(process, output)
+        started = time.perf_counter()
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        seconds = time.perf_counter() - started
+        digest = hashlib.sha256((self.folder / output).read_bytes()).hexdigest()
+        print(f"  {output}: {seconds:.1f} s, {digest[:12]}", flush=True)
+        return {"seconds": seconds, "sha256": digest}
+
+    def wait_for_plan(self, process: subprocess.Popen, output: str) -> None:
+        while process.poll() is None and not (self.folder / f"{output}.run" / "run.json").exists():
+            time.sleep(0.01)
+
+    def run_killed(self, output: str, seconds: float, kills: int, seed: int, *options: str) -> dict[str, Any]:
+        """Kills it at random moments of a run of so many seconds, by turns of one process and two, then ends it."""
+        generator, done = random.Random(seed), []
+        while len(done) < kills:
+            process = self.start(output, *options, processes=1 + len(done) % 2)
+            self.wait_for_plan(process, output)
+            pause = generator.uniform(0, seconds / kills)
+            time.sleep(pause)
+            was_alive = process.poll() is None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if not was_alive:
+                break
+            done.append(pause)
+            print(f"  kill {len(done)} after {pause:.1f} s", flush=True)
+        return {"kills": len(done), "after_seconds": done, **self.run(output, *options)}
+
+
+def throughput(folder: Path, count: int, repeats: int) -> dict[str, Any]:
+    """CPU seconds on one thread, in turns, for the first rows: the fastest round of each, loading included."""
+    lines = (folder / "in.jsonl").read_text().splitlines()[:count]
+    (folder / "few.jsonl").write_text("\n".join(lines))
+    options, numbers = {"max_new_tokens": 8, "max_denoising_steps": 4}, itertools.count()
+
+    def in_batches(size: int) -> None:
+        generate_rows(
+            str(folder / "model"), folder / "few.jsonl", folder / f"few-{next(numbers)}", batch_size=size, **options
+        )
+
+    def one_by_one() -> None:
+        model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        for text in (json.loads(line)["text"] for line in lines if line != "{"):
+            tokens = model.generate(tokenizer(text, return_tensors="pt")["input_ids"], **options)
+            tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+    runs = {
+        "loop over single rows": one_by_one,
+        **{f"batches of {size}": partial(in_batches, size) for size in (1, 7, 64)},
+    }
+    torch.set_num_threads(1)
+    seconds, _ = in_turn(runs, repeats, clock="cpu", what="throughput")
+    best = {name: min(taken) for name, taken in seconds.items()}
+    loop = best["loop over single rows"]
+    return {name: {"cpu_seconds": taken, "times_the_loop": loop / taken} for name, taken in best.items()}
+
+
+def differing(one: Path, other: Path) -> int:
+    """How many lines of two files differ."""
+    pairs = zip(one.read_bytes().splitlines(), other.read_bytes().splitlines(), strict=True)
+    return sum(a != b for a, b in pairs)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--throughput-rows", type=int, default=500)
+    parser.add_argument("--repeats", type=int, default=1)
+    args = parser.parse_args()
+    begin(args)
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_model(folder / "model")
+        write_data(folder / "in.jsonl", args.rows, args.seed)
+        command = Command(folder)
+        for setting, options in SETTINGS.items():
+            print(setting, flush=True)
+            sizes = {}
+            for size in SIZES[setting]:
+                output = f"{setting}-batches-of-{size}"
+                sizes[size] = command.run(output, *options, "--batch-size", str(size))
+                sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
+            results[setting] = {"batch_sizes": sizes}
+        options = [*SETTINGS["drawn"], "--batch-size", "64"]
+        processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
+        whole = results["drawn"]["batch_sizes"][64]
+        killed = command.run_killed("killed", whole["seconds"], args.kills, args.seed, *options)
+        for run in (*processes.values(), killed):
+            run["is_same"] = run["sha256"] == whole["sha256"]
+        results["throughput"] = throughput(folder, args.throughput_rows, args.repeats)
+        results["drawn"] |= {"processes": processes, "killed": killed}
+    print(json.dumps(results, indent=2))
+    write_result(args, results=results, torch_threads=torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()
