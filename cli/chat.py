@@ -164,21 +164,17 @@ class Conversation:
             )
         prompt = prompt.to(input_device(self.model))
         options = self.options | {"max_new_tokens": min(self.options["max_new_tokens"], room)}
-        streamer = DraftStreamer(self.tokenizer, console)
-        try:
+        past_key_values, self.cache = self._matching_cache(prompt), None  # that of a call that does not end is lost
+        with DraftStreamer(self.tokenizer, console) as streamer:
             output = self.model.generate(
                 prompt,
                 **options,
-                past_key_values=self._matching_cache(prompt),
+                past_key_values=past_key_values,
                 generator=seeded_generator(self.seed, "chat", len(self.messages)),
                 streamer=streamer,
                 tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
             )
-        except BaseException:
-            streamer.live.stop()
-            self.cache = None  # of a call that did not end
-            raise
         self.cache = output.past_key_values
         if console.is_terminal:
             passes, loops = int(output.forward_passes), int(output.loops)

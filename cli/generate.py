@@ -1,16 +1,19 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """`loopmdm generate`."""
 
+import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .application import app
+from .drafts import DraftStreamer
 from .html import check_html, write_trace
 from .options import (
     BlockLength,
@@ -25,7 +28,7 @@ from .options import (
     given,
     integers,
 )
-from .output import progress
+from .output import console, progress
 
 # New tokens where neither the command nor the model says how many, and no mask token is there to be filled in
 NEW_TOKENS = 128
@@ -41,7 +44,9 @@ def generate(
     model: Model,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts to continue, or to fill in where they hold mask tokens; `-` reads lines."),
+        typer.Argument(
+            help="Texts to continue, or to fill in where they hold mask tokens; without any, lines of a pipe."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -72,7 +77,7 @@ def generate(
         int | None, typer.Option(help="Answers to each prompt; needs --do-sample.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; every answer has random numbers of its own.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Prompts generated together; so many lines are read at once.")] = 32,
     stream: Annotated[bool, typer.Option("--stream", help="Show every denoising step (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with the cost of each row.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page that plays every denoising step.")] = None,
@@ -82,14 +87,11 @@ def generate(
     device: Device = None,
 ) -> None:
     """Continue texts, or fill in their mask tokens. What it cost goes to stderr."""
-    settings, texts = dict(locals()), _texts(prompts)
-    count = len(texts) * (num_return_sequences or 1)
-    if stream and count != 1:
-        raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
-    check_idle("a stream shows text", json=stream and as_json)
+    settings = dict(locals())
     at_least(1, num_return_sequences=num_return_sequences, batch_size=batch_size)
+    check_idle("a stream shows text", json=stream and as_json)
+    (texts, more), options = _texts(settings), _options(settings)
     check_html(html, html_columns, len(texts), batch_size)
-    options = _options(settings)
     from loopmdm import LoopMDMGenerationConfig
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
 
@@ -99,21 +101,22 @@ def generate(
     tokenizer = load_tokenizer(model, trust_remote_code)
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
     loaded = load_model(model, dtype, device)
-    _plan(loaded, rows, options)
+    new_tokens = options.pop("max_new_tokens", loaded.generation_config.max_new_tokens)
+    _plan(loaded, rows, new_tokens)
+    if more is None:
+        _check_busy(not all(row.is_idle for row in rows), loaded)
     if html is not None:
         _check_together(rows)
     options["tokenizer"] = tokenizer  # for stop strings of the model's own settings
-    if stream:
-        from transformers import TextDiffusionStreamer
-
-        options["streamer"] = TextDiffusionStreamer(tokenizer, skip_special_tokens=False)
-    costs = _Costs()
-    with progress("prompts") as bar:
-        for start in range(0, len(rows), batch_size):
-            for row, answer in _generate(loaded, rows[start : start + batch_size], options, seed, costs):
+    options["streamer"] = DraftStreamer(tokenizer, console, skip_prompt=False) if stream else None
+    costs, total = _Costs(), len(rows) if more is None else None
+    with options["streamer"] or contextlib.nullcontext(), progress("prompts") as bar:
+        for batch in _batches(rows, more, batch_size, tokenizer, loaded, new_tokens):
+            for row, answer in _generate(loaded, batch, options, seed, costs):
                 if not stream:
                     _show(row.text, tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.cost, as_json)
-            bar(min(start + batch_size, len(rows)), len(rows))
+            bar(batch[-1].number + 1, total)
+    _check_busy(costs.passes > 0, loaded)
     print(costs.line(), file=sys.stderr)
     if html is not None:
         write_trace(html, costs.output, tokenizer, model, texts, html_columns)
@@ -131,15 +134,34 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _texts(prompts: list[str] | None) -> list[str]:
-    if prompts == ["-"]:
-        try:
-            prompts = [line.rstrip("\r\n") for line in sys.stdin]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Standard input is not text in {sys.stdin.encoding}: {error}.") from error
+def _texts(settings: dict[str, Any]) -> tuple[list[str], Iterator[str] | None]:
+    """
+    The prompts, or, where they are `-`, or none and there is a pipe, the first batch of the lines of standard input,
+    and what reads further ones if there may be some. A stream or a page needs to know all of them.
+    """
+    prompts, more, stream = settings["prompts"], None, settings["stream"]
+    limit = None if stream or settings["html"] is not None else settings["batch_size"]
+    if prompts == ["-"] or (not prompts and sys.stdin is not None and not sys.stdin.isatty()):
+        more = _lines()
+        prompts = list(itertools.islice(more, limit))
+        more = more if len(prompts) == limit else None
     if not prompts:
-        raise ValueError("There is no prompt; give texts as arguments, or `-` to read lines from standard input.")
-    return prompts
+        raise ValueError(
+            f"There is no prompt; give one (loopmdm generate {settings['model']} 'Once upon a time'), or pipe in "
+            "lines."
+        )
+    count = len(prompts) * (settings["num_return_sequences"] or 1)
+    if stream and count != 1:
+        raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
+    return prompts, more
+
+
+def _lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Standard input is not text in {sys.stdin.encoding}: {error}.") from error
 
 
 @dataclass
@@ -165,14 +187,21 @@ class _Answer:
 class _Costs:
     """What all rows cost together."""
 
-    rows: list[dict[str, int]] = field(default_factory=list)
+    count: int = 0
+    passes: int = 0
+    loops: int = 0
+    flops: int = 0
     seconds: float = 0.0
     tokens: float = 0.0
     output: Any = None  # of the rows that ran last; with --html these are all
 
+    def add(self, forward_passes: int, loops: int, flops: int) -> None:
+        self.count, self.passes = self.count + 1, self.passes + forward_passes
+        self.loops, self.flops = self.loops + loops, self.flops + flops
+
     def line(self) -> str:
-        count = len(self.rows)
-        passes, loops, flops = (sum(row[name] for row in self.rows) / count for name in self.rows[0])
+        count = self.count
+        passes, loops, flops = (total / count for total in (self.passes, self.loops, self.flops))
         per_row = "" if count == 1 else f" a text, mean of {count}"
         speed = self.tokens / self.seconds if self.seconds > 0 else 0.0
         return (
@@ -188,10 +217,9 @@ def _encode(tokenizer: Any, text: str, number: int) -> _Row:
         raise ValueError(f"The tokenizer cannot read the prompt {text[:40]!r}: {error}") from error
 
 
-def _plan(model: Any, rows: list[_Row], options: dict[str, Any]) -> None:
-    """Sets how many new tokens each prompt gets: by the command, the model's settings, or as many as are usual."""
+def _plan(model: Any, rows: list[_Row], asked: int | None) -> None:
+    """Sets how many new tokens each prompt gets: as many as are asked for, the model's settings say, or are usual."""
     settings, room = model.generation_config, model.config.max_position_embeddings
-    asked = options.pop("max_new_tokens", settings.max_new_tokens)
     for row in rows:
         is_masked = model.config.mask_token_id in row.tokens
         if asked is not None:
@@ -206,11 +234,27 @@ def _plan(model: Any, rows: list[_Row], options: dict[str, Any]) -> None:
                 f"Prompt {row.number + 1} has {len(row.tokens)} tokens, and {row.new} new ones are asked for; the "
                 f"model has {room} positions. Shorten the prompt, or give --max-new-tokens."
             )
-    if all(row.is_idle for row in rows):
+
+
+def _check_busy(is_busy: bool, model: Any) -> None:
+    """Raises a ValueError where no prompt has anything to generate."""
+    if not is_busy:
         raise ValueError(
             f"There is nothing to generate; give --max-new-tokens, or mask tokens ({model.config.mask_token_id}) in "
             "the prompts to fill in."
         )
+
+
+def _batches(
+    rows: list[_Row], more: Iterator[str] | None, size: int, tokenizer: Any, model: Any, new_tokens: int | None
+) -> Iterator[list[_Row]]:
+    """Batches of the rows, and then of further lines, of which no more than a batch is held."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+    numbered = enumerate(more or (), start=len(rows))
+    while batch := [_encode(tokenizer, text, number) for number, text in itertools.islice(numbered, size)]:
+        _plan(model, batch, new_tokens)
+        yield batch
 
 
 def _check_together(rows: list[_Row]) -> None:
@@ -268,7 +312,7 @@ def _generate(
             answers[row.number] = [*answers[row.number][1:], _Answer(tokens[start:], cost)]
     for row in batch:
         for answer in answers[row.number]:
-            costs.rows.append(answer.cost)
+            costs.add(**answer.cost)
             yield row, answer
 
 

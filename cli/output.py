@@ -18,10 +18,10 @@ console = Console(markup=False, emoji=False)
 
 
 @contextlib.contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[[str, int, int | None], None]]:
     """
-    A function that shows how much is done: `show(what, done, total)`, one bar on stderr for each `what`. The bars
-    vanish at the end, and do not appear where stderr is not a terminal.
+    A function that shows how much is done: `show(what, done, total)`, one bar on stderr for each `what`; of a total
+    that is not known yet, None. The bars vanish at the end, and do not appear where stderr is not a terminal.
     """
     from rich.progress import Progress
 
@@ -31,7 +31,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     bar = Progress(console=errors, transient=True, disable=not errors.is_terminal, redirect_stdout=redirect)
     tasks: dict[str, Any] = {}
 
-    def show(what: str, done: int, total: int) -> None:
+    def show(what: str, done: int, total: int | None) -> None:
         bar.start()
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
@@ -44,7 +44,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """One bar: a function of what is done and the total."""
     with progress_bars() as show:
         yield partial(show, what)
