@@ -85,10 +85,15 @@ def test_bundled_files_are_small_and_complete(model, tokenizer):
 
 
 def test_demo_shows_loops_at_work():
-    command = [sys.executable, str(SUDOKU / "demo.py"), "--count", "20"]
+    """In a pipe it is plain text."""
+    command = [sys.executable, str(SUDOKU / "demo.py"), "--count", "12"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"1 loop: \d+ wrong \(x\)\s+6 loops: solved", output)
-    assert re.search(r"^12 loops +\| +\d+\.\d% ", output, re.MULTILINE)
+    assert "\x1b" not in output and max(map(len, output.splitlines())) <= 80
+    wrong = re.search(r"^loop 1: (\d+) wrong +loop 2: (\d+) wrong .*loop 6: solved$", output, re.MULTILINE)
+    boards = output[wrong.end() :].split("\n\n")[0].strip("\n").splitlines()
+    assert len(boards) == 9
+    assert [sum(line[i : i + 18].count("x") for line in boards) for i in (0, 20)] == [int(n) for n in wrong.groups()]
+    assert re.search(r"^6 loops +\| +\d+\.\d% ", output, re.MULTILINE)
     assert re.search(r"^no loops \(\*\) +\| +\d+\.\d% ", output, re.MULTILINE)
 
 
