@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import USE, app
 from .drafts import DraftStreamer
 from .html import check_html, write_trace
 from .options import (
@@ -39,7 +39,7 @@ ARGUMENTS = (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=USE, epilog='Example: loopmdm generate my-model "Once upon a time" --stream')
 def generate(
     model: Model,
     prompts: Annotated[

@@ -4,12 +4,14 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 from commands import refusal, run
 from rich.console import Console
 from typer.testing import CliRunner
@@ -58,6 +60,45 @@ def test_help_names_the_options(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = run(*command, "--help")
     assert all(option in shown for option in COMMANDS[command])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_ends_with_an_example_that_is_one(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    *_, last = run(*command, "--help").rstrip().splitlines()
+    example = shlex.split(last.strip().removeprefix("Example: "))
+    assert tuple(example[: 1 + len(command)]) == ("loopmdm", *command)
+    # The parser takes it, whatever becomes of it.
+    parser = typer.main.get_command(loopmdm_cli.app)
+    for name in command:
+        parser = parser.commands[name]
+    assert parser.make_context("loopmdm", example[1 + len(command) :]).params
+
+
+def test_help_lists_commands_by_topic(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("--help").splitlines()
+    found = [line.strip("╭─╮ │").split()[0] for line in lines if re.match(r"╭─ \w+ a model|│ [a-z]+  ", line)]
+    expected = "Use chat generate web Make convert train Measure calibrate info eval Share push"
+    assert found == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("loopmdm gen", {"generate"}),
+        ("loopmdm eval li", {"likelihood"}),
+        ("loopmdm generate . --num", {"--num-loops", "--num-return-sequences"}),
+    ],
+)
+def test_shells_complete_commands_and_options(line, completions, monkeypatch, capsys):
+    """What --install-completion asks, as bash does."""
+    variables = {"_LOOPMDM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit_:
+        loopmdm_cli.main([])
+    assert exit_.value.code in (None, 0) and set(capsys.readouterr().out.split()) == completions
 
 
 def test_all_commands_are_tested():
