@@ -5,16 +5,27 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 # Characters of an error message: a file may name a tensor by a text of megabytes.
 MAX_MESSAGE = 1000
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# What commands are for, in the order of the help
+USE, TRAIN, MEASURE, SHARE = TOPICS = ("Use a model", "Make a model", "Measure a model", "Share a model")
+
+
+class _ByTopic(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        commands: dict[str, Any] = self.commands
+        return sorted(commands, key=lambda name: TOPICS.index(commands[name].rich_help_panel))
+
+
+app = typer.Typer(cls=_ByTopic, no_args_is_help=True, pretty_exceptions_enable=False)
 evaluation = typer.Typer(help="Measure a model, at any number of loops.", no_args_is_help=True)
-app.add_typer(evaluation, name="eval")
+app.add_typer(evaluation, name="eval", rich_help_panel=MEASURE)
 
 
 def _show_version(wanted: bool) -> None:

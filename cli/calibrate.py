@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import MEASURE, app
 from .options import (
     BlockLength,
     ConfidenceThreshold,
@@ -21,7 +21,7 @@ from .options import (
 from .output import console, plus_minus_sign, progress
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm calibrate my-model --data validation.jsonl")
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder of a looped model.", show_default=False)],
     data: Annotated[

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import USE, app
 from .options import BlockLength, ConfidenceThreshold, Device, Dtype, MaxDenoisingSteps, Model, TrustRemoteCode, given
 from .output import console
 
@@ -23,7 +23,7 @@ HELP = """\
 /quit        leave (as does Ctrl-D); Ctrl-C stops an answer"""
 
 
-@app.command()
+@app.command(rich_help_panel=USE, epilog="Example: loopmdm chat my-model --block-length 32")
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="Instructions that the conversation begins with.")] = None,
@@ -39,11 +39,7 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """
-    Talk to a model and watch its answers form. Questions are lines from the terminal or a pipe; /help lists commands.
-
-    Example: loopmdm chat my-model --block-length 32 --max-denoising-steps 16
-    """
+    """Talk to a model and watch its answers form. Questions are lines of the terminal or a pipe; /help says more."""
     options = given(
         max_new_tokens=max_new_tokens,
         num_loops=num_loops,
@@ -164,21 +160,17 @@ class Conversation:
             )
         prompt = prompt.to(input_device(self.model))
         options = self.options | {"max_new_tokens": min(self.options["max_new_tokens"], room)}
-        streamer = DraftStreamer(self.tokenizer, console)
-        try:
+        past_key_values, self.cache = self._matching_cache(prompt), None  # that of a call that does not end is lost
+        with DraftStreamer(self.tokenizer, console) as streamer:
             output = self.model.generate(
                 prompt,
                 **options,
-                past_key_values=self._matching_cache(prompt),
+                past_key_values=past_key_values,
                 generator=seeded_generator(self.seed, "chat", len(self.messages)),
                 streamer=streamer,
                 tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
             )
-        except BaseException:
-            streamer.live.stop()
-            self.cache = None  # of a call that did not end
-            raise
         self.cache = output.past_key_values
         if console.is_terminal:
             passes, loops = int(output.forward_passes), int(output.loops)

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import TRAIN, app
 from .options import TrustRemoteCode
 from .output import console, plus_minus_sign, progress_bars, show_table
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN, epilog="Example: loopmdm convert GSAI-ML/LLaDA-8B-Base looped --dry-run")
 def convert(
     source: Annotated[
         str, typer.Argument(help="Folder, file of weights or Hub id of a non-looped checkpoint.", show_default=False)

@@ -13,7 +13,7 @@ MASK = "░"
 class DraftStreamer:
     """
     A streamer for `generate` that redraws the text in place after every denoising step, and without a terminal prints
-    finished blocks as they come.
+    finished blocks as they come. It is a context manager, which leaves the screen in order whatever happens.
 
     Args:
         tokenizer: Of the model.
@@ -27,6 +27,12 @@ class DraftStreamer:
         self.printed = ""
         # What is longer than the screen shows its end while it is made, and all of it when it is done.
         self.live = Live(console=console, refresh_per_second=12, vertical_overflow="crop", transient=True)
+
+    def __enter__(self) -> "DraftStreamer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.live.stop()
 
     def put(self, value: Any) -> None:
         """Finished tokens, `(num_tokens,)`; the first ones are the prompt."""

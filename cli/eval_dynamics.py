@@ -25,7 +25,7 @@ from .options import (
 from .output import progress, results_folder, show_table
 
 
-@evaluation.command()
+@evaluation.command(epilog="Example: loopmdm eval dynamics my-model --text test.txt --output dynamics")
 def dynamics(
     model: Model,
     text: Text,

@@ -23,7 +23,7 @@ from .options import (
 from .output import new_figure, plus_minus, progress, results_folder, show_table, write_lines
 
 
-@evaluation.command()
+@evaluation.command(epilog="Example: loopmdm eval generative-perplexity my-model --judge gpt2")
 def generative_perplexity(
     judge: Annotated[str, typer.Option(help="Folder or Hub id of a causal language model.", show_default=False)],
     model: Annotated[

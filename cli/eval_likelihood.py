@@ -29,7 +29,7 @@ from .options import (
 from .output import new_figure, plus_minus, progress, results_folder, show_table
 
 
-@evaluation.command()
+@evaluation.command(epilog="Example: loopmdm eval likelihood my-model --text test.txt --num-loops 1,2,4")
 def likelihood(
     model: Model,
     text: Text,

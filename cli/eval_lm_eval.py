@@ -25,7 +25,7 @@ from .options import (
 from .output import new_figure, plus_minus, results_folder, show_table, write_lines
 
 
-@evaluation.command()
+@evaluation.command(epilog="Example: loopmdm eval lm-eval my-model --tasks hellaswag --num-loops 1,4")
 def lm_eval(
     model: Model,
     tasks: Annotated[

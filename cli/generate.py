@@ -1,16 +1,19 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """`loopmdm generate`."""
 
+import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import USE, app
+from .drafts import DraftStreamer
 from .html import check_html, write_trace
 from .options import (
     BlockLength,
@@ -27,7 +30,7 @@ from .options import (
     given,
     integers,
 )
-from .output import progress
+from .output import console, progress
 from .rows import OF_ROWS, write_rows
 
 # Options that are arguments of `generate` as they stand
@@ -37,12 +40,14 @@ ARGUMENTS = (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=USE, epilog='Example: loopmdm generate my-model "Once upon a time" --stream')
 def generate(
     model: Model,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts to continue, or to fill in where they hold mask tokens; `-` reads lines."),
+        typer.Argument(
+            help="Texts to continue, or to fill in where they hold mask tokens; without any, lines of a pipe."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -73,7 +78,9 @@ def generate(
         int | None, typer.Option(help="Answers to each prompt; needs --do-sample.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; every answer has random numbers of its own.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Prompts generated together (default: 32).")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts generated together; so many lines are read at once (default: 32).")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Answer many rows (.jsonl, .parquet or a data set), on any number of processes.")
     ] = None,
@@ -101,20 +108,16 @@ def generate(
         write_rows(settings, _options(settings))
     else:
         check_idle("it is for --data", **{name: settings[name] for name in OF_ROWS})
-        _answer_prompts(settings)
+        _answer_prompts(settings | {"batch_size": batch_size or 32})
 
 
 def _answer_prompts(settings: dict[str, Any]) -> None:
     """Prints the answers to the prompts. `settings` are the options of the command."""
-    names = ("model", "num_return_sequences", "seed", "stream", "as_json", "html", "html_columns", "dtype", "device")
-    model, num_return_sequences, seed, stream, as_json, html, html_columns, dtype, device = map(settings.get, names)
-    texts, batch_size = _texts(settings["prompts"]), settings["batch_size"] or 32
-    count = len(texts) * (num_return_sequences or 1)
-    if stream and count != 1:
-        raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
+    names = ("model", "seed", "stream", "as_json", "html", "html_columns", "dtype", "device", "batch_size")
+    model, seed, stream, as_json, html, html_columns, dtype, device, batch_size = map(settings.get, names)
     check_idle("a stream shows text", json=stream and as_json)
+    (texts, more), options = _texts(settings), _options(settings)
     check_html(html, html_columns, len(texts), batch_size)
-    options = _options(settings)
     from loopmdm import LoopMDMGenerationConfig
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
 
@@ -124,21 +127,22 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(model, settings["trust_remote_code"])
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
     loaded = load_model(model, dtype, device)
-    _plan(loaded, rows, options)
+    new_tokens = options.pop("max_new_tokens", loaded.generation_config.max_new_tokens)
+    _plan(loaded, rows, new_tokens)
+    if more is None:
+        _check_busy(not all(row.is_idle for row in rows), loaded)
     if html is not None:
         _check_together(rows)
     options["tokenizer"] = tokenizer  # for stop strings of the model's own settings
-    if stream:
-        from transformers import TextDiffusionStreamer
-
-        options["streamer"] = TextDiffusionStreamer(tokenizer, skip_special_tokens=False)
-    costs = _Costs()
-    with progress("prompts") as bar:
-        for start in range(0, len(rows), batch_size):
-            for row, answer in _generate(loaded, rows[start : start + batch_size], options, seed, costs):
+    options["streamer"] = DraftStreamer(tokenizer, console, skip_prompt=False) if stream else None
+    costs, total = _Costs(), len(rows) if more is None else None
+    with options["streamer"] or contextlib.nullcontext(), progress("prompts") as bar:
+        for batch in _batches(rows, more, batch_size, tokenizer, loaded, new_tokens):
+            for row, answer in _generate(loaded, batch, options, seed, costs):
                 if not stream:
                     _show(row.text, tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.cost, as_json)
-            bar(min(start + batch_size, len(rows)), len(rows))
+            bar(batch[-1].number + 1, total)
+    _check_busy(costs.passes > 0, loaded)
     print(costs.line(), file=sys.stderr)
     if html is not None:
         write_trace(html, costs.output, tokenizer, model, texts, html_columns)
@@ -155,15 +159,34 @@ def _options(settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _texts(prompts: list[str] | None) -> list[str]:
-    if prompts == ["-"]:
-        try:
-            prompts = [line.rstrip("\r\n") for line in sys.stdin]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Standard input is not text in {sys.stdin.encoding}: {error}.") from error
+def _texts(settings: dict[str, Any]) -> tuple[list[str], Iterator[str] | None]:
+    """
+    The prompts, or, where they are `-`, or none and there is a pipe, the first batch of the lines of standard input,
+    and what reads further ones if there may be some. A stream or a page needs to know all of them.
+    """
+    prompts, more, stream = settings["prompts"], None, settings["stream"]
+    limit = None if stream or settings["html"] is not None else settings["batch_size"]
+    if prompts == ["-"] or (not prompts and sys.stdin is not None and not sys.stdin.isatty()):
+        more = _lines()
+        prompts = list(itertools.islice(more, limit))
+        more = more if len(prompts) == limit else None
     if not prompts:
-        raise ValueError("There is no prompt; give texts as arguments, or `-` to read lines from standard input.")
-    return prompts
+        raise ValueError(
+            f"There is no prompt; give one (loopmdm generate {settings['model']} 'Once upon a time'), or pipe in "
+            "lines."
+        )
+    count = len(prompts) * (settings["num_return_sequences"] or 1)
+    if stream and count != 1:
+        raise ValueError(f"--stream shows one row, and there are {count}; ask for one.")
+    return prompts, more
+
+
+def _lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Standard input is not text in {sys.stdin.encoding}: {error}.") from error
 
 
 @dataclass
@@ -189,14 +212,21 @@ class _Answer:
 class _Costs:
     """What all rows cost together."""
 
-    rows: list[dict[str, int]] = field(default_factory=list)
+    count: int = 0
+    passes: int = 0
+    loops: int = 0
+    flops: int = 0
     seconds: float = 0.0
     tokens: float = 0.0
     output: Any = None  # of the rows that ran last; with --html these are all
 
+    def add(self, forward_passes: int, loops: int, flops: int) -> None:
+        self.count, self.passes = self.count + 1, self.passes + forward_passes
+        self.loops, self.flops = self.loops + loops, self.flops + flops
+
     def line(self) -> str:
-        count = len(self.rows)
-        passes, loops, flops = (sum(row[name] for row in self.rows) / count for name in self.rows[0])
+        count = self.count
+        passes, loops, flops = (total / count for total in (self.passes, self.loops, self.flops))
         per_row = "" if count == 1 else f" a text, mean of {count}"
         speed = self.tokens / self.seconds if self.seconds > 0 else 0.0
         return (
@@ -212,19 +242,34 @@ def _encode(tokenizer: Any, text: str, number: int) -> _Row:
         raise ValueError(f"The tokenizer cannot read the prompt {text[:40]!r}: {error}") from error
 
 
-def _plan(model: Any, rows: list[_Row], options: dict[str, Any]) -> None:
-    """Sets how many new tokens each prompt gets: by the command, the model's settings, or as many as are usual."""
+def _plan(model: Any, rows: list[_Row], asked: int | None) -> None:
+    """Sets how many new tokens each prompt gets: as many as are asked for, the model's settings say, or are usual."""
     from loopmdm.evaluation.rows import new_tokens
 
-    asked = options.pop("max_new_tokens", None)
     for row in rows:
         row.new = new_tokens(model, row.tokens, asked, f"Prompt {row.number + 1}")
         row.is_idle = row.new == 0 and model.config.mask_token_id not in row.tokens
-    if all(row.is_idle for row in rows):
+
+
+def _check_busy(is_busy: bool, model: Any) -> None:
+    """Raises a ValueError where no prompt has anything to generate."""
+    if not is_busy:
         raise ValueError(
             f"There is nothing to generate; give --max-new-tokens, or mask tokens ({model.config.mask_token_id}) in "
             "the prompts to fill in."
         )
+
+
+def _batches(
+    rows: list[_Row], more: Iterator[str] | None, size: int, tokenizer: Any, model: Any, new_tokens: int | None
+) -> Iterator[list[_Row]]:
+    """Batches of the rows, and then of further lines, of which no more than a batch is held."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+    numbered = enumerate(more or (), start=len(rows))
+    while batch := [_encode(tokenizer, text, number) for number, text in itertools.islice(numbered, size)]:
+        _plan(model, batch, new_tokens)
+        yield batch
 
 
 def _check_together(rows: list[_Row]) -> None:
@@ -279,7 +324,7 @@ def _generate(
             answers[row.number] = [*answers[row.number][1:], answer]
     for row in batch:
         for answer in answers[row.number]:
-            costs.rows.append(answer.cost)
+            costs.add(**answer.cost)
             yield row, answer
 
 

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import MEASURE, app
 from .options import Json, Model, at_least, check_idle
 from .output import show_facts, show_table
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm info my-model --length 256")
 def info(
     model: Model,
     length: Annotated[int | None, typer.Option(help="Sequence length of the FLOPs (default: the longest).")] = None,

@@ -21,8 +21,8 @@ console = Console(markup=False, emoji=False)
 def progress_bars() -> Iterator[Callable[..., None]]:
     """
     A function that shows how much is done: `show(what, done, total, note)`, one bar on stderr for each `what`, with
-    the note (none by default) behind its name. The bars vanish at the end, and do not appear where stderr is not a
-    terminal.
+    the note (none by default) behind its name; of a total that is not known yet, None. The bars vanish at the end, and
+    do not appear where stderr is not a terminal.
     """
     from rich.progress import Progress
 
@@ -32,7 +32,7 @@ def progress_bars() -> Iterator[Callable[..., None]]:
     bar = Progress(console=errors, transient=True, disable=not errors.is_terminal, redirect_stdout=redirect)
     tasks: dict[str, Any] = {}
 
-    def show(what: str, done: int, total: int, note: str = "") -> None:
+    def show(what: str, done: int, total: int | None, note: str = "") -> None:
         bar.start()
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .application import app
+from .application import SHARE, app
 from .output import console, show_facts
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE, epilog="Example: loopmdm push my-model me/my-model --private --dry-run")
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a model or an adapter.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="Where it goes on the Hub: owner/name.", show_default=False)],

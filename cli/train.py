@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import TRAIN, app
 from .options import check_idle
 from .output import console, show_facts
 
@@ -16,7 +16,7 @@ from .output import console, show_facts
 SHOWN = 200
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN, epilog="Example: loopmdm train run.yaml trainer.max_steps=100 --dry-run")
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file that describes the run.", show_default=False)],
     overrides: Annotated[

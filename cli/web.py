@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from .application import app
+from .application import USE, app
 
 
-@app.command()
+@app.command(rich_help_panel=USE, epilog="Example: loopmdm web my-sudoku-model")
 def web(
     model: Annotated[
         str | None,

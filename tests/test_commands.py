@@ -1,14 +1,19 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """The `loopmdm` command: its help, its errors, and `generate` and `info` on the bundled model."""
 
+import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 from commands import refusal, run
+from rich.console import Console
 from typer.testing import CliRunner
 
 import loopmdm_cli
@@ -57,6 +62,45 @@ def test_help_names_the_options(command, monkeypatch):
     assert all(option in shown for option in COMMANDS[command])
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_ends_with_an_example_that_is_one(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    *_, last = run(*command, "--help").rstrip().splitlines()
+    example = shlex.split(last.strip().removeprefix("Example: "))
+    assert tuple(example[: 1 + len(command)]) == ("loopmdm", *command)
+    # The parser takes it, whatever becomes of it.
+    parser = typer.main.get_command(loopmdm_cli.app)
+    for name in command:
+        parser = parser.commands[name]
+    assert parser.make_context("loopmdm", example[1 + len(command) :]).params
+
+
+def test_help_lists_commands_by_topic(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("--help").splitlines()
+    found = [line.strip("╭─╮ │").split()[0] for line in lines if re.match(r"╭─ \w+ a model|│ [a-z]+  ", line)]
+    expected = "Use chat generate web Make convert train Measure calibrate info eval Share push"
+    assert found == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("loopmdm gen", {"generate"}),
+        ("loopmdm eval li", {"likelihood"}),
+        ("loopmdm generate . --num", {"--num-loops", "--num-return-sequences"}),
+    ],
+)
+def test_shells_complete_commands_and_options(line, completions, monkeypatch, capsys):
+    """What --install-completion asks, as bash does."""
+    variables = {"_LOOPMDM_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit_:
+        loopmdm_cli.main([])
+    assert exit_.value.code in (None, 0) and set(capsys.readouterr().out.split()) == completions
+
+
 def test_all_commands_are_tested():
     def names(commands) -> list[str]:
         return [command.callback.__name__.replace("_", "-") for command in commands.registered_commands]
@@ -88,7 +132,7 @@ def test_modules_run(module, tmp_path):
         (["info", ".", "--length", "82"], "--length is 82; the model takes 1 to 81"),
         (["info", ".", "--measure", "--batch-size", "0"], "--batch-size is 0"),
         (["generate", "./nowhere", "1"], "there is no config.json"),
-        (["generate", "."], "There is no prompt"),
+        (["generate", "."], "There is no prompt; give one (loopmdm generate . 'Once upon a time'), or pipe in lines."),
         (["generate", ".", PUZZLE, "--num-loops", "0"], "`num_loops` is 0"),
         (["generate", ".", PUZZLE, "--num-loops", "many"], "--num-loops is 'many'"),
         (["generate", ".", PUZZLE, "--unmasking", "best"], "`unmasking` is 'best'"),
@@ -104,6 +148,7 @@ def test_modules_run(module, tmp_path):
 )
 def test_errors_are_one_line(monkeypatch, args, message):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert message in refusal(*args)
 
 
@@ -155,9 +200,48 @@ def test_generate_reads_lines_and_writes_json():
     assert lines[0]["flops"] > 0
 
 
-def test_generate_streams():
-    shown = run("generate", ROOT, PUZZLE, "--stream", "--max-denoising-steps", 8)
-    assert SOLUTION in shown.replace("\n", "") or SOLUTION[2:] in shown
+def test_a_pipe_is_read_a_batch_at_a_time(monkeypatch):
+    """So its answers come while it is open, and it may be of any length."""
+    read = []
+
+    class Pipe(io.StringIO):
+        def __next__(self):
+            line = super().__next__()
+            read.append(line)
+            return line
+
+    shown = []
+    monkeypatch.setattr("loopmdm_cli.generate._show", lambda prompt, *_: shown.append((prompt, len(read))))
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", Pipe(f"{SOLUTION}\n" * 2 + f"{PUZZLE}\n" * 3))
+        with pytest.raises(SystemExit) as exit_:
+            loopmdm_cli.main(["generate", str(ROOT), *arguments, "--batch-size=2", "--max-denoising-steps=1"])
+        assert not exit_.value.code
+        assert shown == [(SOLUTION, 2)] * 2 + [(PUZZLE, 4)] * 2 + [(PUZZLE, 5)]
+        shown.clear()
+        read.clear()
+    monkeypatch.setattr(sys, "stdin", Pipe(f"{SOLUTION}\n" * 2))
+    assert "nothing to generate" in refusal("generate", ROOT, "--batch-size", 2)
+
+
+def test_generate_streams(monkeypatch):
+    """Into a pipe what is finished, as text; on a terminal every step, in place, within the screen."""
+    arguments = ("generate", ROOT, PUZZLE, "--stream", "--max-denoising-steps", 8)
+    assert run(*arguments) == f"{SOLUTION}\n"
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80, height=24, color_system="standard")
+    monkeypatch.setattr("loopmdm_cli.generate.console", screen)
+    run(*arguments)
+    shown = screen.file.getvalue()
+    assert f"\x1b[2m{'░' * 2}" in shown.replace("29\x1b", "\x1b") or "░" in shown
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).replace("\r", "\n").splitlines()
+    assert max(map(len, lines)) <= 81 and lines[-1] == SOLUTION
+
+
+def test_samples_of_one_prompt_differ():
+    arguments = ("generate", ROOT, "." * 81, "--do-sample", "--temperature", 2, "--num-return-sequences", 4)
+    texts = run(*arguments, "--max-denoising-steps", 2).splitlines()
+    assert len(texts) == len(set(texts)) == 4
+    assert run(*arguments, "--max-denoising-steps", 2).splitlines() == texts
 
 
 def test_generate_spends_fewer_loops_on_request():

@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import shutil
 from os import replace as os_replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.training import LoopMDMTrainer
@@ -432,6 +434,56 @@ def test_data_sets(run, tmp_path, streaming, monkeypatch):
     (rows / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT.split("\n\n")))
     record = go(run(data=str(rows), dataset={"streaming": streaming}))
     assert record["steps"] == 4
+
+
+def test_of_a_streamed_evaluation_set_no_more_is_read_than_is_used(run, monkeypatch):
+    read = []
+
+    def rows(name, options):
+        for number in range(10**9):
+            read.append(name)
+            yield {"text": f"w{number % 29} w1 w2 w3"}
+
+    monkeypatch.setattr("loopmdm.data.files.load_dataset_rows", rows)
+    path = run(data="owner/rows", eval_data="owner/test", eval_sequences=3, dataset={"streaming": True})
+    record = go(path, "trainer.max_steps=1", "eval_samples=2")
+    assert record["evaluation"]["eval_nelbo_1"] > 0
+    assert 10 < read.count("owner/test") < 100  # 3 rows of 16 tokens, of texts of 5, twice at most
+
+
+def test_reports_go_where_they_are_wanted(run, monkeypatch):
+    """Losses with their loops, and the NELBO by loops, to any tracker of transformers."""
+    seen = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    go(run(eval_data=str(Path(run()).parent / "text.txt"), eval_sequences=2), "trainer.report_to=tensorboard")
+    assert any({"loss", "num_loops", "training_flops"} <= logs.keys() for logs in seen)
+    assert any({"eval_nelbo_1", "eval_nelbo_2", "eval_nelbo_3"} <= logs.keys() for logs in seen)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_weights(run, monkeypatch):
+    class Missing(TrainerCallback):
+        def __init__(self):
+            raise RuntimeError("TensorBoardCallback requires tensorboard to be installed.")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", Missing)
+    monkeypatch.setattr("loopmdm.training.run.LoopMDMTrainer", lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="`trainer`: TensorBoardCallback requires tensorboard"):
+        go(run(), "trainer.report_to=tensorboard")
+
+
+def test_a_model_generates_with_no_more_loops_than_it_was_trained_with(run, tmp_path):
+    with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3; lower it"):
+        go(run(), "model_config.num_loops=4")
+    go(run(), "trainer.max_steps=1")
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_loops"] == 3
+    again = {"model": str(tmp_path / "out"), "model_config": {}, "output": str(tmp_path / "again")}
+    go(run(**again), "trainer.max_steps=1", "loops.max_loops=2")
+    assert json.loads((tmp_path / "again/config.json").read_text())["num_loops"] == 2
 
 
 def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, monkeypatch):

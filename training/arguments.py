@@ -70,7 +70,7 @@ class TrainConfig:
             data set that the `datasets` library loads.
         model (`str`, *optional*): Folder or Hub id to start from. Without it a fresh model is made of `model_config`.
         model_config (`dict`): Arguments of [`LoopMDMConfig`]: all of a fresh model's, or what to change of `model`'s
-            (`loop_update`, `max_train_loops`, ...).
+            (`loop_update`, `max_train_loops`, ...). `num_loops` is at most S_max, also where it is not given.
         tokenizer (`str`, *optional*, defaults to `model`): Folder or Hub id.
         task (`"pretrain"` or `"answers"`, defaults to `"pretrain"`): Learn texts, or answers given prompts
             (`prompt` and `answer`, or `messages`).
@@ -91,7 +91,8 @@ class TrainConfig:
         dtype (`str`, defaults to `"float32"`): Of the weights. `trainer: {bf16: true}` computes in bfloat16 all the
             same.
         eval_loops (`list[int]`, defaults to 1, 2, 4 up to S_max): Numbers of loops of the evaluation.
-        eval_sequences (`int`, defaults to 64): Rows of `eval_data` that are used.
+        eval_sequences (`int`, defaults to 64): Rows of `eval_data` that are used: evenly spread ones, or the first
+            ones of a stream.
         eval_samples (`int`, defaults to 8): Masks for each.
         trainer (`dict`): Arguments of transformers' `TrainingArguments`.
     """

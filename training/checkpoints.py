@@ -26,8 +26,8 @@ logger = logging.get_logger("transformers.loopmdm")
 
 # Written last into a checkpoint, with the run's identity and the sizes and checksums of all files.
 COMPLETE = "complete.json"
-# Of a configuration, and of `TrainingArguments` by how a name begins, what two parts of one run may differ in: it
-# changes no weight, or more than rounding of none.
+# Of a configuration and of `TrainingArguments`, what two parts of one run may differ in: it changes no weight, or more
+# than rounding of none. A name that is not here, such as one of a newer transformers, may not differ.
 _FREE_CONFIG = {
     "_name_or_path",
     "transformers_version",
@@ -39,12 +39,21 @@ _FREE_CONFIG = {
 }
 _FREE_CONFIG |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # the Trainer takes these over from the tokenizer
 _FREE_ARGUMENTS = (
-    "activation_checkpointing batch_eval bf16_full_eval dataloader_multi dataloader_num "
-    "dataloader_persistent dataloader_pin dataloader_prefetch ddp_ debug disable_tqdm do_ enable_jit eval_ "
-    "fp16_full_eval fsdp gradient_checkpointing hub_ include_ label_names local_rank log_ logging_ output_dir "
-    "prediction_loss_only project push_to_hub remove_unused report_to restore_callback resume_from run_name save_ "
-    "skip_memory torch_compile torch_empty trackio_ use_cache use_cpu use_liger per_device max_steps num_train_epochs "
-    "gradient_accumulation auto_find full_determinism ignore_data_skip label_smoothing liger_kernel"
+    "activation_checkpointing activation_checkpointing_kwargs auto_find_batch_size batch_eval_metrics bf16_full_eval "
+    "dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory "
+    "dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters "
+    "ddp_static_graph ddp_timeout debug disable_tqdm do_eval do_predict do_train enable_jit_checkpoint "
+    "eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_steps eval_strategy "
+    "eval_use_gather_object fp16_full_eval fsdp fsdp_config full_determinism gradient_accumulation_steps "
+    "gradient_checkpointing gradient_checkpointing_kwargs hub_always_push hub_model_id hub_private_repo hub_revision "
+    "hub_strategy hub_token ignore_data_skip include_for_metrics include_num_input_tokens_seen label_names "
+    "label_smoothing_factor liger_kernel_config local_rank log_level log_level_replica log_on_each_node "
+    "logging_first_step logging_nan_inf_filter logging_steps logging_strategy max_steps num_train_epochs output_dir "
+    "per_device_eval_batch_size per_device_train_batch_size prediction_loss_only project push_to_hub "
+    "remove_unused_columns report_to restore_callback_states_from_checkpoint resume_from_checkpoint run_name "
+    "save_on_each_node save_only_model save_steps save_strategy save_total_limit skip_memory_metrics torch_compile "
+    "torch_compile_backend torch_compile_mode torch_empty_cache_steps trackio_bucket_id trackio_space_id "
+    "trackio_static_space_id use_cache use_cpu use_liger_kernel"
 )
 _FREE_ADAPTER = {"base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"}
 
@@ -189,11 +198,7 @@ def run_identity(trainer: "LoopMDMTrainer") -> dict[str, Any]:
         "gradient loops": trainer.gradient_loops,
         "ema decay": trainer.ema_decay,
         **trainer.given_optimizer,
-        **{
-            name: value
-            for name, value in args.to_dict().items()
-            if not name.startswith(tuple(_FREE_ARGUMENTS.split()))
-        },
+        **{name: value for name, value in args.to_dict().items() if name not in _FREE_ARGUMENTS.split()},
     }
     if not isinstance(dataset, ExampleStream):  # workers take turns at the rows of a stream
         run["dataloader_num_workers"] = args.dataloader_num_workers

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import (
@@ -160,6 +161,12 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     source = None if config.model is None else adapter_base(config.model) or locate(config.model, "a model")
     model_config = _make_model_config(config, source, tokenizer)
     schedule = _make_schedule(config, model_config)
+    if config.model_config.get("num_loops", 0) > schedule.max_loops:
+        raise ValueError(
+            f"`model_config.num_loops` is {model_config.num_loops}, with which the model would generate, and training "
+            f"draws at most {schedule.max_loops}; lower it, or raise `loops.max_loops` or `max_train_loops`."
+        )
+    model_config.num_loops = min(model_config.num_loops, schedule.max_loops)
     arguments = _make_arguments(config, checkpoints)
     length = config.sequence_length or min(1024, model_config.max_position_embeddings)
     if length > model_config.max_position_embeddings:
@@ -183,7 +190,9 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     examples = _read_examples(config, config.data, tokenizer, length, model_config)
     eval_examples = None
     if config.eval_data is not None:
-        rows = _read_examples(config, config.eval_data, tokenizer, length, model_config, whole=True)
+        rows = _read_examples(config, config.eval_data, tokenizer, length, model_config)
+        if isinstance(rows, StreamedExamples):
+            rows = list(itertools.islice(rows.examples(), config.eval_sequences))
         count = min(config.eval_sequences, len(rows))
         eval_examples = [rows[i * len(rows) // count] for i in range(count)]
     stream, arguments = _make_stream(examples, arguments)
@@ -286,7 +295,7 @@ def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMCo
     model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **others)
     if model.config.vocab_size != model_config.vocab_size:
         model.resize_token_embeddings(model_config.vocab_size)
-    for name, value in tokens.items():
+    for name, value in {**tokens, "num_loops": model_config.num_loops}.items():
         setattr(model.config, name, value)
     model.config.validate()
     return model
@@ -344,7 +353,9 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
         made = TrainingArguments(**{**defaults, **config.trainer, **needed})
         tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(made.lr_scheduler_type, tried, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
-    except (TypeError, ValueError, ImportError) as error:
+        for reporter in get_reporting_integration_callbacks(made.report_to):
+            reporter()  # raises where its library is not installed
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"`trainer`: {error}") from error
     if made.eval_strategy != "no" and not evaluates:
         raise ValueError("`trainer.eval_strategy` says when to evaluate, and there is no `eval_data`; give some.")
@@ -367,15 +378,9 @@ def _make_stream(examples: Any, arguments: TrainingArguments):
 
 
 def _read_examples(
-    config: TrainConfig,
-    data: str | list[str],
-    tokenizer: Any,
-    length: int,
-    model_config: LoopMDMConfig,
-    whole: bool = False,
+    config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, model_config: LoopMDMConfig
 ) -> list[dict] | StreamedExamples:
-    """Tokenised examples: a list, or, unless it is wanted `whole`, a stream where the data set is streamed."""
-    options = {**config.dataset, **({"streaming": False} if whole else {})}
+    """Tokenised examples: a list, or a stream where the data set is streamed."""
 
     def encoded() -> Iterator[dict[str, Any]]:
         return read_examples(
@@ -388,10 +393,10 @@ def _read_examples(
             documents=config.documents,
             isolate_documents=config.isolate_documents,
             skip_long=config.skip_long,
-            dataset=options,
+            dataset=config.dataset,
         )
 
-    is_stream = options.get("streaming")
+    is_stream = config.dataset.get("streaming")
     examples = list(itertools.islice(encoded(), 1 if is_stream else None))
     if not examples:
         raise ValueError(f"{data} holds no examples of at most {length} tokens.")

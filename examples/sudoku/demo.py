@@ -1,63 +1,77 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Shows what loops buy on the bundled Sudoku model: one puzzle at one loop and at many, then a table.
+"""Shows what loops buy on the bundled Sudoku model: one puzzle loop after loop, then a table.
 
-    python examples/sudoku/demo.py
-
-The row of the model without loops comes from baseline.json, which score.py wrote, since that model's weights are not
-shipped; everything else is computed here and now.
+python examples/sudoku/demo.py
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import puzzles
 import score
+from rich.console import Console
+from rich.text import Text
 
 HERE = Path(__file__).resolve().parent
-LOOPS, STEPS = (1, 2, 4, 6, 12), (1, 2, 4)
+LOOPS, STEPS = (1, 4, 8, 16), (1, 2)
+console = Console(highlight=False)
 
 
-def side_by_side(*boards: str) -> str:
-    return "\n".join("   ".join(lines) for lines in zip(*(board.splitlines() for board in boards), strict=True))
+def errors(board: str, solution: str) -> int:
+    return sum(a != b for a, b in zip(board, solution, strict=True))
 
 
-def show_one(model, tokenizer, pairs: list[tuple[str, str]], num_loops: int) -> None:
-    """Draws the first puzzle that one loop gets wrong and `num_loops` loops get right, in one denoising step."""
-    boards = [puzzle for puzzle, _ in pairs]
-    few, _ = score.answer(model, tokenizer, boards, num_loops=1, max_denoising_steps=1)
-    many, _ = score.answer(model, tokenizer, boards, num_loops=num_loops, max_denoising_steps=1)
-    for (puzzle, solution), wrong, right in zip(pairs, few, many, strict=True):
-        if wrong != solution and right == solution:
-            errors = sum(a != b for a, b in zip(wrong, solution, strict=True))
-            drawn = [puzzles.draw_board(board, solution) for board in (puzzle, wrong, right)]
-            titles = (
-                f"{f'{81 - puzzle.count(chr(46))} clues':34}"
-                f"{f'1 loop: {errors} wrong (x)':34}{f'{num_loops} loops: solved':34}"
-            )
-            print(f"All blanks filled in one denoising step, by the same weights:\n\n{titles.rstrip()}")
-            print(side_by_side(*drawn) + "\n")
-            return
-    print(f"No puzzle of {len(pairs)} is wrong at one loop and solved at {num_loops}.\n")
+def draw(board: str, puzzle: str, solution: str) -> list[Text]:
+    """Nine lines of 18 columns. Clues are dim; an `x` follows what is wrong."""
+    lines = []
+    for start in range(0, 81, 9):
+        cells = zip(*(text[start : start + 9] for text in (board, puzzle, solution)), strict=True)
+        drawn = [(f"{a} ", "dim" if clue == a else "bold") if a == b else (f"{a}x", "red") for a, clue, b in cells]
+        lines.append(Text.assemble(*drawn))
+    return lines
+
+
+def show_one(model, tokenizer, pairs: list[tuple[str, str]]) -> None:
+    """Draws the puzzle that loops help most: what the model would fill in if it stopped after each number of loops."""
+    given = [puzzle for puzzle, _ in pairs]
+    answers = zip(*(score.answer(model, tokenizer, given, loops, 1)[0] for loops in LOOPS), strict=True)
+    found = [(puzzle, solution, boards) for (puzzle, solution), boards in zip(pairs, answers, strict=True)]
+    solved = [one for one in found if one[2][-1] == one[1]]
+    if not solved:
+        console.print(f"None of {len(pairs)} puzzles is solved at {LOOPS[-1]} loops.\n")
+        return
+    # The most cells that are wrong at first; of as many, the most that are right soon
+    puzzle, solution, boards = max(solved, key=lambda one: [errors(board, one[1]) for board in one[2]])
+    clues = 81 - puzzle.count(".")
+    console.print(puzzles.draw_board(puzzle))
+    console.print(f"\n{clues} clues. All {81 - clues} blanks at once, in a single denoising step, after each loop:\n")
+    counts = [errors(board, solution) for board in boards]
+    titles = [
+        f"loop {loops}: {f'{wrong} wrong' if wrong else 'solved'}" for loops, wrong in zip(LOOPS, counts, strict=True)
+    ]
+    console.print("  ".join(f"{title:18}" for title in titles).rstrip())
+    for lines in zip(*(draw(board, puzzle, solution) for board in boards), strict=True):
+        console.print(Text("  ").join(lines))
+    console.print("\nThe same weights each time: a loop mends what the one before got wrong (x).\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HERE.parents[1]), help="folder of the model (default: the bundled one)")
-    parser.add_argument("--count", type=int, default=200, help="puzzles of the table (default: 200)")
+    parser.add_argument("--count", type=int, default=50, help="puzzles of the table (default: 50)")
     args = parser.parse_args()
 
     model, tokenizer = score.load(args.model)
     config = model.config
     print(
-        f"LoopMDM, {model.num_parameters() / 1e6:.1f}M parameters: {config.num_hidden_layers} layers, of which "
-        f"{config.num_mid_layers} are looped, trained with 1 to {config.max_train_loops} loops.\n"
+        f"LoopMDM, {model.num_parameters() / 1e6:.1f}M parameters: {config.num_hidden_layers} layers, "
+        f"{config.num_mid_layers} of them looped, trained with 1 to {config.max_train_loops} loops.\n"
     )
-    pairs = puzzles.generate_puzzles(args.count, seed=1, min_clues=32, max_clues=46)
-    show_one(model, tokenizer, pairs[:50], config.max_train_loops)
+    pairs = puzzles.generate_minimal_puzzles(args.count, seed=1)
+    show_one(model, tokenizer, pairs[:25])
 
-    print(f"Solved puzzles out of {args.count} (32 to 46 clues), by loops and denoising steps.")
-    print("Cost is in layer passes per puzzle and in milliseconds per puzzle.\n")
+    print(f"Solved minimal puzzles out of {args.count} (no clue can go), by loops and denoising steps,")
+    print("and what one costs in passes through a layer and in milliseconds.\n")
     header = "".join(f"| {f'{n} step' + ('s' if n > 1 else ''):^23}" for n in STEPS)
     print(f"{'':17}{header}\n{'':17}{'| solved layers    ms     ' * len(STEPS)}".rstrip())
 
@@ -70,14 +84,6 @@ def main() -> None:
         for steps in STEPS:
             print(cell(score.score(model, tokenizer, pairs, num_loops, steps), args.count), end="", flush=True)
         print()
-    baseline = json.loads((HERE / "baseline.json").read_text())
-    rows = {row["max_denoising_steps"]: row for row in baseline["rows"]}
-    count, tflop = baseline["settings"]["count"], baseline["training"]["training_tflop"]
-    print(f"{'no loops (*)':17}{''.join(cell(rows[steps], count) for steps in STEPS)}")
-    print(
-        f"\n(*) A model of the same size trained without loops on as many FLOPs ({tflop:.0f} TFLOP), measured before\n"
-        f"    on {count} puzzles (see examples/sudoku/README.md), so its times are another run's."
-    )
 
 
 if __name__ == "__main__":
