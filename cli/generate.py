@@ -122,7 +122,7 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
 
     # Checks what can be without the model, whose own settings may be what makes it draw.
-    LoopMDMGenerationConfig(**options | {"do_sample": True})
+    LoopMDMGenerationConfig(**options | {"do_sample": True, "return_dict_in_generate": True})
     read_model_config(model)
     tokenizer = load_tokenizer(model, settings["trust_remote_code"])
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]

@@ -106,7 +106,7 @@ def test_demo_shows_loops_at_work():
     boards = output[wrong.end() :].split("\n\n")[0].strip("\n").splitlines()
     assert len(boards) == 9
     assert [sum(line[i : i + 18].count("x") for line in boards) for i in (0, 20)] == [int(n) for n in wrong.groups()]
-    assert re.search(r"^6 loops +\| +\d+\.\d% ", output, re.MULTILINE)
+    assert re.search(r"^8 loops +\| +\d+\.\d% ", output, re.MULTILINE)
 
 
 # Training it

@@ -250,11 +250,11 @@ def test_generate_spends_fewer_loops_on_request():
         assert line["text"] == SOLUTION
         return line["flops"]
 
-    plain = cost("--num-loops", 6)
-    assert cost("--num-loops", 6, "--visible-loops", 2) < plain
-    assert cost("--num-loops", "4,6") < plain
-    assert cost("--num-loops", 6, "--loop-tolerance", 0.2) < plain
-    assert cost("--num-loops", 6, "--entropy-bound", 0.03) < plain / 2
+    plain = cost("--num-loops", 16)
+    assert cost("--num-loops", 16, "--visible-loops", 12) < plain
+    assert cost("--num-loops", "12,16") < plain
+    assert cost("--num-loops", 16, "--loop-tolerance", 0.05) < plain
+    assert cost("--num-loops", 16, "--entropy-bound", 0.03) < plain / 2
 
 
 # info
@@ -262,19 +262,19 @@ def test_generate_spends_fewer_loops_on_request():
 
 def test_info():
     facts = json.loads(run("info", ROOT, "--json", "--length", 40))
-    assert facts["mid"] == "layers[1:3]"
-    assert facts["parameters"] == 1_218_048
-    assert [row["layers"] for row in facts["cost"]] == [6, 8, 12, 16, 20, 28]
+    assert facts["mid"] == "layers[0:2]"
+    assert facts["parameters"] == 415_360
+    assert [row["layers"] for row in facts["cost"]] == [2, 4, 8, 16, 32, 64]
     assert facts["cost"][0]["length"] == 40
     shown = run("info", ROOT)
-    assert "num loops" in shown and "1,218,048" in shown
+    assert "num loops" in shown and "415,360" in shown
 
 
 def test_info_measures_a_generation():
     arguments = ("info", ROOT, "--measure", "--max-new-tokens", 20)
     measured = json.loads(run(*arguments, "--batch-size", 2, "--json"))["measured"]
-    # 8 steps (generation_config.json) of 6 loops
-    assert (measured["forward_passes_per_row"], measured["loops_per_row"]) == (8, 48)
+    # 16 steps (generation_config.json) of 16 loops
+    assert (measured["forward_passes_per_row"], measured["loops_per_row"]) == (16, 256)
     assert measured["tokens_per_second"] == pytest.approx(2 * 20 / measured["seconds"])
     assert measured["flops_per_row"] > 0
     assert "tokens per second" in run(*arguments)

@@ -65,7 +65,7 @@ def main() -> None:
     config = model.config
     print(
         f"LoopMDM, {model.num_parameters() / 1e6:.1f}M parameters: {config.num_hidden_layers} layers, "
-        f"{config.num_mid_layers} of them looped, trained with 1 to {config.max_train_loops} loops.\n"
+        f"{config.num_mid_layers} of them looped, up to {config.max_train_loops} times.\n"
     )
     pairs = puzzles.generate_minimal_puzzles(args.count, seed=1)
     show_one(model, tokenizer, pairs[:25])
