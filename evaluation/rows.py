@@ -115,8 +115,7 @@ def generate_rows(
         [`RowsReport`]. A line of the output holds the row's `index`, from 0, and
         - `text`, input and answer as one (not for conversations), and `answer`, the new tokens, if there are any;
         - `finish_reason`: `stop` (an end token or stop string), `length` (all new tokens are used), or `filled` (mask
-          tokens of the input, and nothing else);
-        - `tokens` (how many were denoised), `forward_passes`, `loops` and `flops`;
+          tokens of the input, and nothing else), `tokens` (denoised ones), `forward_passes`, `loops` and `flops`;
         - or `error` alone, where the row cannot be read or used. With `num_return_sequences`, every row has as many
           lines, with `answer_index` from 0.
 

@@ -210,21 +210,16 @@ def test_the_last_process_writes_the_output(model, data, whole, tmp_path, monkey
 
 
 def test_kills_make_no_difference(model, data, whole, tmp_path):
-    """Of one process and of several in turn, at random moments, until the work is done."""
+    """Of one process and of two in turn, at random moments. Then the work is done in peace."""
     output, kills, moments = tmp_path / "out.jsonl", 0, random.Random(1)
     options = {"batch_size": 4, "window": 32, **SAMPLED}
-    record = tmp_path / "out.jsonl.run" / "run.json"
-    for attempt in range(60):
-        if output.exists():
-            break
-        processes = 1 + attempt % 2
-        started = [
-            rows_worker.start(model, str(data), str(output), rank=rank, processes=processes, **options)
-            for rank in range(processes)
-        ]
+    record, arguments = tmp_path / "out.jsonl.run" / "run.json", (model, str(data), str(output))
+    for attempt in range(12):
+        number = 1 + attempt % 2
+        started = [rows_worker.start(*arguments, rank=rank, processes=number, **options) for rank in range(number)]
         while not record.exists():
             time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.4) if attempt < 8 else 60)
+        time.sleep(moments.uniform(0, 0.3))
         for process in started:
             process.kill()
             process.join()
