@@ -30,6 +30,7 @@ def serve(
 
     try:
         import uvicorn
+        from transformers.utils import logging
 
         from ._server import make_app
     except ImportError as error:
@@ -46,6 +47,7 @@ def serve(
             f"--host {host} and --port {port} cannot be listened at ({error.strerror}); give others; 0 is a free port."
         ) from error
     with listener:
+        logging.set_verbosity_error()  # a line for every request
         site = make_app(model, load_model(model, dtype, device), tokenizer)
         server = uvicorn.Server(uvicorn.Config(site, log_level="warning"))
         address = f"[{host}]" if ":" in host else host
