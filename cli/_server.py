@@ -125,7 +125,9 @@ def _check_messages(messages: Any) -> None:
         ]
         wrong = wrong or not all(is_text) or not isinstance(message.get("role"), str)
     if wrong:
-        raise ValueError(f"`messages` is {str(messages)[:200]}; give a list of objects with `role` and text `content`.")
+        raise ValueError(
+            f"`messages` is {str(messages)[:200]}; give a list of objects with `role` and text `content`."
+        )
 
 
 class Streamer(DirectStreamer):
