@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-transformers' OpenAI-compatible server (`transformers serve`) with a LoopMDM in it. Its parts are kept but for these: how
-the model is loaded, what a request may ask of `generate`, and that an answer is given up when its client has gone.
-`loopmdm serve` alone imports this module, as it imports torch.
+transformers' OpenAI-compatible server (`transformers serve`) with a LoopMDM in it. Only these parts differ: how the
+model is loaded, what a request may ask of `generate`, and that an answer is given up when its client has gone. `loopmdm
+serve` alone imports this module, as it imports torch.
 """
 
 import asyncio
@@ -125,15 +125,13 @@ def _check_messages(messages: Any) -> None:
         ]
         wrong = wrong or not all(is_text) or not isinstance(message.get("role"), str)
     if wrong:
-        raise ValueError(
-            f"`messages` is {str(messages)[:200]}; give a list of objects with `role` and text `content`."
-        )
+        raise ValueError(f"`messages` is {str(messages)[:200]}; give objects with a `role` and a text as `content`.")
 
 
 class Streamer(DirectStreamer):
     """
-    transformers' streamer, which also gives up between two denoising steps, and knows an answer that ends from one that
-    is cut off.
+    transformers' streamer, which also gives up between denoising steps, and tells an answer that ends from one that is
+    cut off.
     """
 
     def __init__(self, wishes: Wishes, config: LoopMDMGenerationConfig, tokenizer: Any, *args: Any):
