@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 transformers' OpenAI-compatible server (`transformers serve`) with a LoopMDM in it. Only these parts differ: how the
-model is loaded, what a request may ask of `generate`, and that an answer is given up when its client has gone. `loopmdm
-serve` alone imports this module, as it imports torch.
+model is loaded, what a request may ask of `generate`, and that an answer is given up when its client has gone. Only
+`loopmdm serve` imports this module, as it imports torch.
 """
 
 import asyncio
@@ -30,7 +30,6 @@ from loopmdm import LoopMDMGenerationConfig
 from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown
 
 NEW_TOKENS = 256  # at most, where neither the request nor the model's settings say
-POLL_SECONDS = 0.2  # between looks whether a client is still there
 
 # Arguments of `generate` that a request may give: those of JSON that concern one text
 OPTIONS = {
@@ -217,6 +216,12 @@ def _prepare(model: Any, tokenizer: Any, inputs: dict[str, Any], wishes: Wishes)
     return config
 
 
+async def _disconnection(request: Request) -> None:
+    # Not `request.is_disconnected()`, which is always False behind the middleware of transformers' server.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 class State(GenerationState):
     """Has one manager, as there is one model."""
 
@@ -240,10 +245,12 @@ def make_app(name: str, model: Any, tokenizer: Any) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def complete(request: Request, body: dict):
         answer = asyncio.ensure_future(chat.handle_request(body, request.state.request_id))
-        while not (await asyncio.wait([answer], timeout=POLL_SECONDS))[0]:
-            if await request.is_disconnected():
-                answer.cancel()
-                return Response(status_code=499)  # to nobody
+        gone = asyncio.ensure_future(_disconnection(request))
+        await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not answer.done():
+            answer.cancel()
+            return Response(status_code=499)  # to nobody
         try:
             return answer.result()
         except (ValueError, TemplateError) as error:
