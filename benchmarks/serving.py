@@ -34,8 +34,8 @@ def parse_args():
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--turns", type=int, default=10, help="the requests are divided by; the median turn counts")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--width", type=int, default=64)
     return parser.parse_args()
 
 

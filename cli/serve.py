@@ -49,7 +49,7 @@ def serve(
     with listener:
         logging.set_verbosity_error()  # a line for every request
         site = make_app(model, load_model(model, dtype, device), tokenizer)
-        server = uvicorn.Server(uvicorn.Config(site, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=5))
         address = f"[{host}]" if ":" in host else host
         print(f"http://{address}:{listener.getsockname()[1]}/v1 serves {model} (Ctrl-C ends it)", flush=True)
         server.run(sockets=[listener])

@@ -252,7 +252,7 @@ def test_what_cannot_be_served_is_named(tmp_path, folder):
         port = taken.getsockname()[1]
         assert f"--port {port} cannot be listened at" in refusal("serve", folder, "--port", port)
     assert "--port is 70000" in refusal("serve", folder, "--port", 70000)
-    assert "cannot be listened at" in refusal("serve", folder, "--host", "no.such.host.invalid", "--port", 0)
+    assert "cannot be listened at" in refusal("serve", folder, "--host", "192.0.2.1", "--port", 0)
     assert "not a LoopMDM" in refusal("serve", save_judge(tmp_path / "judge"))
     assert "does not hold a model" in refusal("serve", tmp_path)
     bare = save_looped(tmp_path / "bare")
