@@ -1,12 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """A looped model written as a plain one: its loops as layers, in the format of a family of checkpoints."""
 
-import copy as copies_of
 import importlib.metadata
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,9 @@ def export_checkpoint(
         write_weights(plan, folder, max_shard_size, lambda done, total: progress("writing", done, total))
         write_tokenizer(plan.source, plan.tokenizer, plan.tokens, folder)
         GenerationConfig(**plan.tokens.ids()).save_pretrained(folder)
-        found = verify_export(plan, folder) if verify else []
+        found = []
+        if verify:
+            found = verify_export(plan, plan.family, plan.stored_config, plan.num_loops, folder)
         record = {**plan.record(), "verification": found}
         (folder / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         write_export_card(folder, output.name, record, plan.config, plan.source.card)
@@ -171,7 +172,7 @@ def plan_export(
     check_size(source, token_ids(tokenizer, loaded), config.vocab_size)
     recipes, shapes, same = _recipes(source, config, unrolled, family, origins)
     unrolled.dtype = result_dtype(source, recipes, dtype)
-    plan = Export(
+    return Export(
         source=source,
         config=unrolled,
         recipes=recipes,
@@ -184,7 +185,6 @@ def plan_export(
         tokens=tokens,
         tokenizer=tokenizer,
     )
-    return plan
 
 
 def _read_config(source: Source) -> LoopMDMConfig:
@@ -199,19 +199,12 @@ def _read_config(source: Source) -> LoopMDMConfig:
 
 def _unrolled(config: LoopMDMConfig, num_layers: int, **changes: Any) -> LoopMDMConfig:
     """The configuration of the plain model: one loop, of all layers."""
-    settings = {field.name: getattr(config, field.name) for field in fields(LoopMDMConfig)}
-    own = settings.keys() - {field.name for field in fields(LoopMDMConfig.__mro__[1])}
-    loop = {"num_hidden_layers": num_layers, "loop_start": 0, "loop_end": num_layers, "loop_update": "replace"}
-    settings = {name: settings[name] for name in own} | copies_of.deepcopy(
-        {"rope_parameters": config.rope_parameters, **loop, "num_loops": 1, "max_train_loops": 1, **changes}
-    )
-    ids = {name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    loop = {"loop_start": 0, "loop_end": num_layers, "num_loops": 1, "max_train_loops": 1, "loop_update": "replace"}
     try:
-        return LoopMDMConfig(**settings | ids, tie_word_embeddings=config.tie_word_embeddings)
+        return LoopMDMConfig.from_dict(config.to_dict() | {"num_hidden_layers": num_layers} | loop | changes)
     except StrictDataclassError as error:
-        raise ValueError(
-            f"The unrolled model would have {num_layers} layers: {error.__cause__ or error}"
-        ) from error
+        reason = error.__cause__ or error
+        raise ValueError(f"With its loops as layers the model has {num_layers}: {reason} Take fewer loops.") from error
 
 
 def _stored_config(config: LoopMDMConfig, family: Family) -> dict[str, Any]:
@@ -257,9 +250,7 @@ def _fitted(config: LoopMDMConfig, family: Family) -> LoopMDMConfig:
         raise ValueError(f"The format {family.name} cannot express it: {error.__cause__ or error}") from error
     except ValueError as error:
         raise ValueError(f"The format {family.name} cannot express this model: {error}") from error
-    inherited = {field.name for field in fields(LoopMDMConfig.__mro__[1])} - {"tie_word_embeddings"}
-    names = [field.name for field in fields(LoopMDMConfig) if field.name not in inherited | INDIFFERENT]
-    for name in [*names, "tie_word_embeddings"]:
+    for name in sorted(LoopMDMConfig.__annotations__.keys() - INDIFFERENT):
         # Rotation in float32 or in the model's dtype is a matter of rounding, but for rounded tables.
         is_rounding = name == "rope_precision" and "bfloat16" not in (read.rope_precision, config.rope_precision)
         if getattr(read, name) != getattr(config, name) and not is_rounding:

@@ -3,7 +3,7 @@
 
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -13,12 +13,9 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .family import Family
 from .llama_format import rope_parameters
-from .plan import Plan, plan_conversion
+from .plan import Plan, Weights, plan_conversion
 from .source import Source, open_source
 from .write import make_tensor
-
-if TYPE_CHECKING:
-    from .unroll import Export
 
 # In float32; relative to the largest logit where that is above 1.
 TOLERANCE = 5e-5
@@ -48,32 +45,31 @@ def verify_with_transformers(
     return _compare_with_reference(model, plan.source, plan.family, num_rows, input_ids)
 
 
-def verify_export(plan: "Export", folder: Path) -> list[dict[str, Any]]:
+def verify_export(
+    plan: Weights, family: Family, stored_config: dict[str, Any], num_loops: int, folder: Path
+) -> list[dict[str, Any]]:
     """
     Compares a folder that [`export_checkpoint`] has written, except for its config.json, with the looped model: the
     folder converted back, in float64, and transformers' own class of the format, where there is one, in float32.
     Returns what `export.json` keeps; raises a ValueError where a difference exceeds the tolerance.
     """
     written = open_source(folder)
-    written.config = plan.stored_config
-    loops, dtype = plan.num_loops, plan.config.dtype
+    written.config, dtype = stored_config, plan.config.dtype
     # In the written dtype first, so that rounding to it is no difference.
     looped = LoopMDMForMaskedLM.from_pretrained(plan.source.folder, dtype=dtype).double().eval()
     input_ids = _random_ids(looped.config, looped.config.vocab_size)
-    back = plan_conversion(written, family=plan.family, mask_token_id=looped.config.mask_token_id)
+    back = plan_conversion(written, family=family, mask_token_id=looped.config.mask_token_id)
     state = {name: make_tensor(back, name) for name in back.shapes}
     plain = LoopMDMForMaskedLM.from_pretrained(None, config=back.config, state_dict=state, dtype=dtype)
     with torch.no_grad():
         logits = plain.double().eval()(input_ids=input_ids, num_loops=1).logits
     del plain, state
     # Its logits are aligned already.
-    record = _compare(looped, input_ids, logits, loops, EXACT, shifts=False)
+    record = _compare(looped, input_ids, logits, num_loops, EXACT, shifts=False)
     found = [{"against": "the written model, converted back", **record}]
-    if plan.family.reference is not None:
+    if family.reference is not None:
         vocab_size = looped.config.vocab_size
-        found.append(
-            _compare_with_reference(looped.float(), written, plan.family, vocab_size, input_ids, loops)
-        )
+        found.append(_compare_with_reference(looped.float(), written, family, vocab_size, input_ids, num_loops))
     return found
 
 
@@ -185,7 +181,7 @@ def _compare(
     tolerance = tolerance * max(1.0, largest)
     if not difference <= tolerance:
         raise ValueError(
-            f"The model differs from what it is compared with by {difference:.3g} in its logits (tolerance "
+            f"The result differs from the source by {difference:.3g} in its logits (tolerance "
             f"{tolerance:.3g}); nothing was written. If the reference ran in float32, this is a fault of the "
             "conversion: please report it."
         )

@@ -19,7 +19,10 @@ class Dream(LlamaFormat):
     stored = {
         "architectures": ["DreamModel"],
         "model_type": "Dream",
-        "auto_map": {"AutoConfig": f"{CODE}configuration_dream.DreamConfig", "AutoModel": f"{CODE}modeling_dream.DreamModel"},
+        "auto_map": {
+            "AutoConfig": f"{CODE}configuration_dream.DreamConfig",
+            "AutoModel": f"{CODE}modeling_dream.DreamModel",
+        },
         "use_sliding_window": False,
     }
 

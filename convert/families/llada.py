@@ -64,7 +64,12 @@ class LLaDA(Family):
         },
         **{"block_type": "llama", "block_group_size": 1, "rope": True, "alibi": False, "use_cache": False},
         **{"attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False, "flash_attention": False},
-        **{"attention_dropout": 0.0, "embedding_dropout": 0.0, "residual_dropout": 0.0, "layer_norm_with_affine": True},
+        **{
+            "attention_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "residual_dropout": 0.0,
+            "layer_norm_with_affine": True,
+        },
         **{"init_device": "meta", "init_fn": "mitchell", "multi_query_attention": None, "precision": "amp_bf16"},
     }
 
