@@ -118,7 +118,10 @@ class LlamaFormat(Family):
     def stored_properties(self, config: LoopMDMConfig) -> dict[str, Any]:
         has_bias = config.attention_bias or config.attention_output_bias  # one setting for both
         return {
-            **{"position_embedding_type": "rope", "norm_type": "rmsnorm", "use_gated_mlp": True},
-            **{"attention_bias": has_bias, "attention_output_bias": has_bias},
+            "position_embedding_type": "rope",
+            "norm_type": "rmsnorm",
+            "use_gated_mlp": True,
+            "attention_bias": has_bias,
+            "attention_output_bias": has_bias,
             **CLASSES[self.reference or "Llama"],
         }

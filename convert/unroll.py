@@ -171,7 +171,7 @@ def plan_export(
     loaded = load_tokenizer(source, tokenizer, tokens, trust_remote_code)
     check_size(source, token_ids(tokenizer, loaded), config.vocab_size)
     recipes, shapes, same = _recipes(source, config, unrolled, family, origins)
-    unrolled.dtype = result_dtype(source, recipes, dtype)
+    unrolled.dtype = getattr(torch, result_dtype(source, recipes, dtype))
     return Export(
         source=source,
         config=unrolled,

@@ -14,7 +14,7 @@ from commands import refusal, run
 from conversion import computing_in, convert, logits_of, save_tokenizer, stored
 from tiny import MASK, random_ids, scores, tiny_model
 
-from loopmdm import LoopMDMForMaskedLM
+from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.convert import convert_checkpoint, export_checkpoint, formats
 
 # A model that each format expresses as it is
@@ -33,10 +33,16 @@ MODELS = {
 LLADA = "model.transformer."
 # LLaDA's names, and those of Llama in transformers, as the published checkpoints have them
 NAMES = {
-    **{"wte": "model.embed_tokens", "ln_f": "model.norm", "ff_out": "lm_head", "attn_norm": "input_layernorm"},
-    **{"ff_norm": "post_attention_layernorm", "attn_out": "self_attn.o_proj", "up_proj": "mlp.up_proj"},
+    "wte": "model.embed_tokens",
+    "ln_f": "model.norm",
+    "ff_out": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "attn_out": "self_attn.o_proj",
+    "up_proj": "mlp.up_proj",
     **{f"{part}_proj": f"self_attn.{part}_proj" for part in "qkv"},
-    **{"blocks.ff_out": "mlp.down_proj", "ff_proj": "mlp.gate_proj"},
+    "blocks.ff_out": "mlp.down_proj",
+    "ff_proj": "mlp.gate_proj",
 }
 
 
@@ -106,9 +112,10 @@ def test_every_format_computes_what_the_loops_do(name, num_loops, saved, tmp_pat
     record = export_checkpoint(model, tmp_path / "out", num_loops=num_loops, format=name)
     assert record["layers_from"] == [0, *[1, 2] * num_loops, 3]
     # The looped model, in float64 too
+    weights = {key: tensor.double() for key, tensor in stored(model).items()}
     with computing_in("f64"):
-        looped = LoopMDMForMaskedLM(LoopMDMForMaskedLM.config_class.from_pretrained(model)).eval()
-        looped.load_state_dict({key: tensor.double() for key, tensor in stored(model).items()}, strict=False)
+        looped = LoopMDMForMaskedLM(LoopMDMConfig.from_pretrained(model, dtype=torch.float64)).eval()
+        looped.load_state_dict(weights, strict=False)
         looped.tie_weights()
         expected = logits_of(looped, ids, num_loops=num_loops)
     reference = formats()[name].reference or "Llama"

@@ -62,15 +62,23 @@ class LLaDA(Family):
             "AutoModelForCausalLM": f"{CODE}modeling_llada.LLaDAModelLM",
             "AutoModel": f"{CODE}modeling_llada.LLaDAModelLM",
         },
-        **{"block_type": "llama", "block_group_size": 1, "rope": True, "alibi": False, "use_cache": False},
-        **{"attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False, "flash_attention": False},
-        **{
-            "attention_dropout": 0.0,
-            "embedding_dropout": 0.0,
-            "residual_dropout": 0.0,
-            "layer_norm_with_affine": True,
-        },
-        **{"init_device": "meta", "init_fn": "mitchell", "multi_query_attention": None, "precision": "amp_bf16"},
+        "block_type": "llama",
+        "block_group_size": 1,
+        "rope": True,
+        "alibi": False,
+        "use_cache": False,
+        "attention_layer_norm": False,
+        "input_emb_norm": False,
+        "scale_logits": False,
+        "flash_attention": False,
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "residual_dropout": 0.0,
+        "layer_norm_with_affine": True,
+        "init_device": "meta",
+        "init_fn": "mitchell",
+        "multi_query_attention": None,
+        "precision": "amp_bf16",
     }
 
     def matches(self, source):
@@ -210,10 +218,13 @@ class LLaDA(Family):
         # One setting for all biases but those of queries, keys, values and norms; a tied head has none.
         has_bias = config.attention_output_bias or config.mlp_bias or config.lm_head_bias
         return {
-            **{"position_embedding_type": "rope", "use_gated_mlp": True, "use_qk_norm": False},
+            "position_embedding_type": "rope",
+            "use_gated_mlp": True,
+            "use_qk_norm": False,
             "head_dim": config.hidden_size // config.num_attention_heads,
             "attention_bias": has_bias or config.attention_bias,
-            **{"attention_output_bias": has_bias, "mlp_bias": has_bias},
+            "attention_output_bias": has_bias,
+            "mlp_bias": has_bias,
             "lm_head_bias": has_bias and not config.tie_word_embeddings,
         }
 

@@ -21,7 +21,9 @@ class SDAR(LlamaFormat):
             "AutoModelForCausalLM": f"{CODE}modeling_sdar.SDARForCausalLM",
         },
         # What its configuration class cannot do without
-        **{"debug": False, "fuse_cross_entropy": False, "use_sliding_window": False},
+        "debug": False,
+        "fuse_cross_entropy": False,
+        "use_sliding_window": False,
     }
 
     def config(self, source):
