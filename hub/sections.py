@@ -289,7 +289,7 @@ def unrolled(record: dict[str, Any], config: LoopMDMConfig, has_source_card: boo
     ]
     rules = [
         f"It takes at most {config.max_position_embeddings:,} tokens, those to be generated included.",
-        f"Its mask token is {config.mask_token_id}, which the looped model never writes. Here that is up to the engine.",
+        f"Its mask token is {config.mask_token_id}, which the looped model never writes; engines may.",
     ]
     if config.shift_logits:
         rules.append("The state of position i - 1 predicts token i: the engine has to shift the logits.")
