@@ -20,7 +20,7 @@ from .write import check_output, new_folder
 
 GRAPHS = ("prelude", "loop", "readout")
 WEIGHTS = ("float32", "int8")
-EXTERNAL = 1_000_000_000  # bytes of a graph's weights, above which they are a file of their own (protobuf ends at 2 GB)
+EXTERNAL = 10**9  # bytes of a graph's weights, above which they are a file of their own; protobuf ends at 2 GB
 MISSING = "Exporting a model to ONNX takes {}; run `pip install 'loopmdm[onnx]'`."
 # How `generate` reports, which graphs know nothing of, and a cache that changes no token
 REPORTS = ("return_dict_in_generate", "output_scores", "output_trace", "use_cache", "bos_token_id")

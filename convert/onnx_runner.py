@@ -1,9 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Runs the three graphs that `loopmdm export --format onnx` writes. It needs numpy and onnxruntime alone.
 
-    >>> model = OnnxModel("exported")
-    >>> logits = model.logits(input_ids, num_loops=6)
-    >>> sequences = model.generate(input_ids, max_denoising_steps=8)
+>>> model = OnnxModel("exported")
+>>> logits = model.logits(input_ids, num_loops=6)
+>>> sequences = model.generate(input_ids, max_denoising_steps=8)
 """
 
 import json
@@ -186,7 +186,7 @@ def quota(size: int, left: int, index: int, steps: int) -> int:
 
 
 def choose(logits: np.ndarray, count: int, settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Of `logits`, `(num_positions, vocab_size)`, the most likely tokens and which are committed, `(num_positions,)`."""
+    """Of `logits`, `(num_positions, vocab_size)`, the likeliest tokens and which are committed, `(num_positions,)`."""
     tokens, most = logits.argmax(-1), logits.max(-1)
     if not np.isfinite(most).all():
         raise ValueError("No token can be chosen at some position: its scores are NaN, infinite or all -inf.")

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..convert.onnx_graphs import export_graphs
+from ..convert.onnx_graphs import export_graphs, saved_settings
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 FLOAT32_LIMIT = 8_000_000  # bytes of weights, above which they become int8
+RULES = ("confidence", "margin", "entropy", "left_to_right")  # values of `unmasking` that the page has
 
 
 @dataclass
@@ -56,6 +57,32 @@ class Board:
         return "".join(str(self.digits.index(token) + 1) if token in self.digits else "." for token in tokens)
 
 
+def page_settings(model: LoopMDMForMaskedLM, name: str, cells: int) -> dict[str, Any]:
+    """
+    The loops, most steps and commit rule of the page: those saved with the model. Raises a ValueError for settings of
+    `generate` that the page does not have, as it would write other tokens.
+    """
+    saved = saved_settings(model)
+    for key, value in saved.items():
+        taken = {
+            "pad_token_id": True,  # boards have no padding
+            "max_denoising_steps": True,
+            "max_new_tokens": value == 0,
+            "num_loops": isinstance(value, int),
+            "unmasking": value in RULES,
+        }
+        if not taken.get(key):
+            raise ValueError(
+                f"The generation_config.json of {name} asks for `{key}` ({value!r}), which the page does not do; "
+                "remove it there. `loopmdm generate --html` makes a page of what any model writes."
+            )
+    return {
+        "num_loops": saved.get("num_loops", model.config.num_loops),
+        "max_denoising_steps": min(saved.get("max_denoising_steps", cells), cells),
+        "unmasking": saved.get("unmasking", "confidence"),
+    }
+
+
 def _box(side: int) -> tuple[int, int]:
     """Rows and columns of the boxes of a board: 3 x 3 of 9, 2 x 3 of 6."""
     rows = max(divisor for divisor in range(1, math.isqrt(side) + 1) if side % divisor == 0)
@@ -76,16 +103,17 @@ def export_board_model(
         measured (`dict`, *optional*): Solve rates by loops and steps, as `examples/sudoku/score.py` writes them.
 
     Raises:
-        ValueError: The model does not fill in boards, or cannot be exported.
+        ValueError: The model does not fill in boards, is saved with settings of `generate` that the page does not
+            have, or cannot be exported.
     """
     from ..evaluation.loading import load_model, load_tokenizer
 
     model, tokenizer = load_model(source, "float32", "cpu"), load_tokenizer(source)
     board, config = Board.of(model, tokenizer, source), model.config
+    settings = page_settings(model, source, board.side**2)
     folder.mkdir(parents=True)
     weights = "float32" if 4 * model.num_parameters() <= FLOAT32_LIMIT else "int8"
     files = export_graphs(model, folder, weights, board.side**2)
-    limit = model.generation_config.max_denoising_steps
     description = {
         "board": asdict(board),
         "parameters": model.num_parameters(),
@@ -94,10 +122,9 @@ def export_board_model(
             "mid": config.num_mid_layers,
             "tail": config.num_hidden_layers - config.loop_end,
         },
-        "num_loops": config.num_loops,
+        **settings,
         "max_train_loops": config.max_train_loops,
         "is_damped": config.loop_update == "damped",
-        "max_denoising_steps": min(limit or board.side**2, board.side**2),
         **files,
         "samples": dict(_find_samples(model, board, puzzles or [])),
         "measured": _solve_rates(measured),
