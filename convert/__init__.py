@@ -7,6 +7,7 @@ from .family import Family, Recipe
 from .loop_window import calibrate, default_window
 from .plan import Plan, plan_conversion
 from .source import Source, open_source
+from .unroll import export_checkpoint, formats
 
 __all__ = [
     "FAMILIES",
@@ -18,6 +19,8 @@ __all__ = [
     "choose_family",
     "convert_checkpoint",
     "default_window",
+    "export_checkpoint",
+    "formats",
     "open_source",
     "plan_conversion",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..configuration_loopmdm import LoopMDMConfig
 from .source import Source
 
 
@@ -91,6 +92,7 @@ class Family:
             The transformers class (e.g. `"Qwen2"`) that computes what the source computes, with attention over the
             whole sequence; `--verify` loads the source into it.
         from_causal (`bool`): The source is autoregressive: used with `--from-causal` alone.
+        stored (`dict`, *optional*): What config.json says in every checkpoint of a format that can be written too.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     reference: str | None = None
     from_causal: bool = False
+    stored: dict[str, Any] | None = None
 
     def matches(self, source: Source) -> bool:
         """Recognises the family's checkpoints, and no other family's. `model_type` lies too often to be asked."""
@@ -126,4 +129,16 @@ class Family:
 
     def reference_name(self, name: str) -> str:
         """What the class `reference` calls the source's tensor `name`."""
+        return name
+
+    def stored_config(self, config: LoopMDMConfig) -> dict[str, Any]:
+        """The reverse of `config`: config.json of a plain model, without special tokens and dtype."""
+        raise NotImplementedError
+
+    def stored_properties(self, config: LoopMDMConfig) -> dict[str, Any]:
+        """Fields of a configuration that models like this one cannot choose in this format, and their values."""
+        return {}
+
+    def stored_name(self, name: str) -> str:
+        """The reverse of `recipes`: what the format calls the model's tensor `name`."""
         return name

@@ -6,10 +6,17 @@ are the model's own, so every recipe is a copy; what the config cannot be truste
 
 from typing import Any
 
+from ..configuration_loopmdm import LoopMDMConfig
 from .family import Family, Recipe, copy
 from .source import Source
 
 LAYER = "model.layers.{i}."
+# The classes in transformers, and what their layers have whatever the config says
+CLASSES: dict[str, dict[str, Any]] = {
+    "Llama": {"use_qk_norm": False},
+    "Qwen2": {"use_qk_norm": False, "attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
+    "Qwen3": {"use_qk_norm": True, "mlp_bias": False},
+}
 MODULES = [
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
@@ -91,3 +98,27 @@ class LlamaFormat(Family):
             modules += [LAYER.format(i=index) + module for module in MODULES]
         names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
         return {name: copy(name) for name in names if name in source}
+
+    def stored_config(self, config: LoopMDMConfig) -> dict[str, Any]:
+        same = (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps"),
+            *("tie_word_embeddings", "initializer_range"),
+        )
+        settings = {name: getattr(config, name) for name in same}
+        if self.reference != "Qwen2":
+            settings["attention_bias"] = config.attention_bias
+        if self.reference == "Llama":
+            settings["mlp_bias"] = config.mlp_bias
+        # transformers 4's spelling, which version 5 and other engines read too
+        rope = dict(config.rope_parameters or {})
+        settings["rope_theta"] = rope.pop("rope_theta", None)
+        return {**settings, "rope_scaling": None if rope.get("rope_type") == "default" else rope}
+
+    def stored_properties(self, config: LoopMDMConfig) -> dict[str, Any]:
+        has_bias = config.attention_bias or config.attention_output_bias  # one setting for both
+        return {
+            **{"position_embedding_type": "rope", "norm_type": "rmsnorm", "use_gated_mlp": True},
+            **{"attention_bias": has_bias, "attention_output_bias": has_bias},
+            **CLASSES[self.reference or "Llama"],
+        }

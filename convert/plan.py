@@ -32,36 +32,48 @@ from .tokenizer import (
 
 
 @dataclass
-class Plan:
+class Weights:
     """
-    Everything about a conversion that can be known before it is done.
+    Tensors that are made of others.
 
     Args:
-        source, family, config, tokens, tokenizer, generation: What is converted, as what, into what.
-        loaded_tokenizer: The result's tokenizer; None without one, and where it has code of its own, not admitted.
+        source: What they are made of.
+        config: The configuration of what they make, and their dtype.
         recipes (`dict[str, Recipe]`): How every stored tensor of the result is made.
-        ignored (`list[str]`): Tensors of the source that are not needed.
         copies (`dict[str, str]`): Tensors of the source that must equal another one, which is used in their place.
         shapes (`dict[str, torch.Tensor]`): The result's tensors, without data, in their dtype.
-        window_chosen (`str`): How the loop's place was decided.
     """
 
     source: Source
-    family: Family
     config: LoopMDMConfig
-    tokens: SpecialTokens
-    tokenizer: TokenizerFiles
-    loaded_tokenizer: Any
-    generation: LoopMDMGenerationConfig
     recipes: dict[str, Recipe]
-    ignored: list[str]
     copies: dict[str, str]
     shapes: dict[str, torch.Tensor]
-    window_chosen: str
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.shapes.values())
+
+
+@dataclass
+class Plan(Weights):
+    """
+    Everything about a conversion that can be known before it is done.
+
+    Args:
+        family, tokens, tokenizer, generation: As what the source is converted, and into what.
+        loaded_tokenizer: The result's tokenizer; None without one, and where it has code of its own, not admitted.
+        ignored (`list[str]`): Tensors of the source that are not needed.
+        window_chosen (`str`): How the loop's place was decided.
+    """
+
+    family: Family
+    tokens: SpecialTokens
+    tokenizer: TokenizerFiles
+    loaded_tokenizer: Any
+    generation: LoopMDMGenerationConfig
+    ignored: list[str]
+    window_chosen: str
 
     def record(self) -> dict[str, Any]:
         """What `conversion.json` keeps of the plan."""
@@ -150,7 +162,7 @@ def plan_conversion(
     loop, window_chosen = _loop(settings["num_hidden_layers"], num_loops, loop_start, loop_end, loop_update)
     if max_train_loops is not None:
         loop["max_train_loops"] = max_train_loops
-    settings |= {**tokens.ids(), **loop, "dtype": _result_dtype(source, recipes, dtype)}
+    settings |= {**tokens.ids(), **loop, "dtype": result_dtype(source, recipes, dtype)}
     with _in_words(source):
         config = LoopMDMConfig(**settings, architectures=["LoopMDMForMaskedLM"])
     ids = token_ids(tokenizer, loaded_tokenizer)
@@ -218,7 +230,8 @@ def _with_mask_row(recipes: dict[str, Recipe], index: int) -> dict[str, Recipe]:
     return recipes | changed
 
 
-def _result_dtype(source: Source, recipes: dict[str, Recipe], dtype: str | None) -> str:
+def result_dtype(source: Source, recipes: dict[str, Recipe], dtype: str | None) -> str:
+    """The dtype of a result by name: the one asked for, or the source's."""
     if dtype is None:
         names = {name for recipe in recipes.values() for name in recipe.sources if name in source}
         stored = {source.tensors[name].dtype for name in names} or {torch.float32}

@@ -9,12 +9,18 @@ import torch
 import transformers
 from torch import nn
 
+from ..configuration_loopmdm import LoopMDMConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from .family import Family
 from .llama_format import rope_parameters
-from .plan import Plan
+from .plan import Plan, Weights, plan_conversion
+from .source import Source, open_source
+from .write import make_tensor
 
 # In float32; relative to the largest logit where that is above 1.
 TOLERANCE = 5e-5
+# In float64
+EXACT = 1e-10
 # What the config of transformers' class gets otherwise, or not at all
 REPLACED = {
     *("architectures", "model_type", "auto_map", "torch_dtype", "dtype"),
@@ -31,14 +37,59 @@ def verify_with_transformers(
     a ValueError where the difference exceeds the tolerance.
     """
     config = model.config
-    length = min(length, config.max_position_embeddings)
-    generator = torch.Generator().manual_seed(seed)
     (embedding,) = plan.recipes["model.embed_tokens.weight"].sources
     num_rows = plan.source.matrix(embedding)[0]
-    input_ids = torch.randint(min(config.vocab_size, num_rows), (batch_size, length), generator=generator)
+    input_ids = _random_ids(config, min(config.vocab_size, num_rows), batch_size, length, seed)
     if plan.tokens.mask_found == "new token":  # its row is not the source's
         input_ids = input_ids.masked_fill(input_ids == config.mask_token_id, 0)
-    reference = _reference_model(plan, num_rows, model.dtype)
+    return _compare_with_reference(model, plan.source, plan.family, num_rows, input_ids)
+
+
+def verify_export(
+    plan: Weights, family: Family, stored_config: dict[str, Any], num_loops: int, folder: Path
+) -> list[dict[str, Any]]:
+    """
+    Compares a folder that [`export_checkpoint`] has written, except for its config.json, with the looped model: the
+    folder converted back, in float64, and transformers' own class of the format, where there is one, in float32.
+    Returns what `export.json` keeps; raises a ValueError where a difference exceeds the tolerance.
+    """
+    written = open_source(folder)
+    written.config, dtype = stored_config, plan.config.dtype
+    # In the written dtype first, so that rounding to it is no difference.
+    looped = LoopMDMForMaskedLM.from_pretrained(plan.source.folder, dtype=dtype).double().eval()
+    input_ids = _random_ids(looped.config, looped.config.vocab_size)
+    back = plan_conversion(written, family=family, mask_token_id=looped.config.mask_token_id)
+    state = {name: make_tensor(back, name) for name in back.shapes}
+    plain = LoopMDMForMaskedLM.from_pretrained(None, config=back.config, state_dict=state, dtype=dtype)
+    with torch.no_grad():
+        logits = plain.double().eval()(input_ids=input_ids, num_loops=1).logits
+    del plain, state
+    # Its logits are aligned already.
+    record = _compare(looped, input_ids, logits, num_loops, EXACT, shifts=False)
+    found = [{"against": "the written model, converted back", **record}]
+    if family.reference is not None:
+        vocab_size = looped.config.vocab_size
+        found.append(_compare_with_reference(looped.float(), written, family, vocab_size, input_ids, num_loops))
+    return found
+
+
+def _random_ids(
+    config: LoopMDMConfig, num_tokens: int, batch_size: int = 2, length: int = 32, seed: int = 0
+) -> torch.Tensor:
+    size = (batch_size, min(length, config.max_position_embeddings))
+    return torch.randint(num_tokens, size, generator=torch.Generator().manual_seed(seed))
+
+
+def _compare_with_reference(
+    model: LoopMDMForMaskedLM,
+    source: Source,
+    family: Family,
+    num_rows: int,
+    input_ids: torch.Tensor,
+    num_loops: int = 1,
+) -> dict[str, Any]:
+    config, (batch_size, length) = model.config, input_ids.shape
+    reference = _reference_model(source, family, num_rows, model.dtype)
     visible = torch.ones(length, length, dtype=torch.bool)
     if config.attention_block_size is not None:
         block = torch.arange(length) // config.attention_block_size
@@ -47,13 +98,12 @@ def verify_with_transformers(
     mask = mask.masked_fill(~visible, torch.finfo(model.dtype).min)
     with torch.no_grad():
         logits = reference(input_ids=input_ids, attention_mask=mask).logits
-    record = _compare(model, input_ids, logits)
+    record = _compare(model, input_ids, logits, num_loops)
     return {"against": f"transformers' {type(reference).__name__}", "transformers": transformers.__version__, **record}
 
 
-def _reference_model(plan: Plan, vocab_size: int, dtype: torch.dtype) -> nn.Module:
+def _reference_model(source: Source, family: Family, vocab_size: int, dtype: torch.dtype) -> nn.Module:
     """The source in transformers' own class, without any of our code between."""
-    source, family = plan.source, plan.family
     config_class = getattr(transformers, f"{family.reference}Config")
     known = set(config_class().to_dict()) - REPLACED
     settings = {name: value for name, value in source.config.items() if name in known}
@@ -109,11 +159,18 @@ def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, A
     return {"against": Path(path).name, **_compare(model, *read_reference(path, model.config.vocab_size))}
 
 
-def _compare(model: LoopMDMForMaskedLM, input_ids: torch.Tensor, logits: torch.Tensor) -> dict[str, Any]:
+def _compare(
+    model: LoopMDMForMaskedLM,
+    input_ids: torch.Tensor,
+    logits: torch.Tensor,
+    num_loops: int = 1,
+    tolerance: float = TOLERANCE,
+    shifts: bool = True,
+) -> dict[str, Any]:
     """Of all columns that both have, but for [MASK], which our model never predicts."""
     with torch.no_grad():
-        ours = model.eval()(input_ids=input_ids, num_loops=1).logits
-    if model.config.shift_logits:
+        ours = model.eval()(input_ids=input_ids, num_loops=num_loops).logits
+    if shifts and model.config.shift_logits:
         logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
     columns = torch.arange(min(logits.shape[-1], ours.shape[-1]))
     columns = columns[columns != model.config.mask_token_id]
@@ -121,10 +178,10 @@ def _compare(model: LoopMDMForMaskedLM, input_ids: torch.Tensor, logits: torch.T
     if not logits.isfinite().all():
         raise ValueError("The reference logits are not finite, so they say nothing; make them in float32.")
     difference, largest = (logits - ours).abs().max().item(), logits.abs().max().item()
-    tolerance = TOLERANCE * max(1.0, largest)
+    tolerance = tolerance * max(1.0, largest)
     if not difference <= tolerance:
         raise ValueError(
-            f"The converted model differs from the source by {difference:.3g} in its logits (tolerance "
+            f"The result differs from the source by {difference:.3g} in its logits (tolerance "
             f"{tolerance:.3g}); nothing was written. If the reference ran in float32, this is a fault of the "
             "conversion: please report it."
         )

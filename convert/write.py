@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .plan import Plan
+from .plan import Plan, Weights
 
 # What a folder needs besides its weights, in bytes, by a generous guess
 SMALL_FILES = 64 * 2**20
@@ -37,7 +37,7 @@ def check_shard_size(size: int | str) -> None:
         raise ValueError(f"`max_shard_size` is {size!r}; give a number of bytes, or one with a unit such as 5GB.")
 
 
-def check_space(plan: Plan, output: Path) -> None:
+def check_space(plan: Weights, output: Path) -> None:
     """Raises a ValueError where the disk has no room for the result."""
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     free, needed = shutil.disk_usage(existing).free, plan.num_bytes + SMALL_FILES
@@ -97,7 +97,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def write_weights(
-    plan: Plan,
+    plan: Weights,
     folder: Path,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], Any] = lambda done, total: None,
@@ -128,7 +128,7 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def make_tensor(plan: Plan, name: str) -> torch.Tensor:
+def make_tensor(plan: Weights, name: str) -> torch.Tensor:
     """One tensor of the result, from those of the source."""
     recipe, dtype = plan.recipes[name], plan.config.dtype
     result = recipe.compute(*(plan.source.read(source) for source in recipe.sources))

@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Model cards, and folders that go to the Hub."""
 
-from .card import CARD, SOURCE_CARD, is_own_card, write_card
+from .card import CARD, SOURCE_CARD, is_own_card, write_card, write_export_card
 from .push import Upload, check_upload, load_in_fresh_process, upload
 from .sections import BUDGET
 from .source import CARD_FILES, SourceCard, read_source_card
@@ -19,4 +19,5 @@ __all__ = [
     "read_source_card",
     "upload",
     "write_card",
+    "write_export_card",
 ]

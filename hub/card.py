@@ -19,7 +19,7 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..data import adapter_base
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
-from .sections import BUDGET, how_it_was_made, is_hub_data, limits, most_loops, paragraph, what_loops_buy
+from .sections import BUDGET, how_it_was_made, is_hub_data, limits, most_loops, paragraph, unrolled, what_loops_buy
 from .snippet import loading_snippet
 from .source import SourceCard, read_metadata
 
@@ -109,8 +109,35 @@ def write_card(
             limits(records, config),
         ]
     )
+    return _write(file, data, body)
+
+
+def write_export_card(
+    folder: str | Path, name: str, record: dict[str, Any], config: LoopMDMConfig, source: SourceCard
+) -> Path:
+    """
+    Writes README.md of a model whose loops have become layers, from the record of its export (export.json).
+
+    Args:
+        folder: The folder of the result.
+        name: What the card calls it.
+        record: What `export.json` holds.
+        config: The configuration of the result as a LoopMDM of one loop.
+        source: The card of the looped model, whose licence is kept.
+    """
+    folder = Path(folder)
+    for file in source.license_files:
+        shutil.copyfile(file, folder / file.name)
+    if source.text is not None:
+        (folder / SOURCE_CARD).write_text(source.text, encoding="utf-8")
+    metadata = _metadata(folder, source, {"training": {}})
+    body = "\n".join([f"# {name}\n", *unrolled(record, config, (folder / SOURCE_CARD).is_file())])
+    return _write(folder / CARD, ModelCardData(**metadata), body)
+
+
+def _write(file: Path, data: ModelCardData, body: str) -> Path:
     mark = _MARK.pattern.replace("([0-9a-f]{16})", _checksum(body))
-    part = folder / f".{CARD}.tmp"
+    part = file.with_name(f".{CARD}.tmp")
     try:
         part.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n{mark}\n", encoding="utf-8")
         os.replace(part, file)

@@ -272,3 +272,38 @@ def limits(records: dict[str, dict[str, Any]], config: LoopMDMConfig) -> str:
         lines.append("The figures above are of one model on the data named there, not of other data or other seeds.")
     lines.append("Nothing else was measured: neither the truth of what it writes, nor its biases.")
     return "\n".join(["## Limits\n", *_items(lines), ""])
+
+
+def unrolled(record: dict[str, Any], config: LoopMDMConfig, has_source_card: bool) -> list[str]:
+    """The sections of a card on a model whose loops have become layers, in Markdown."""
+    card = ", whose card is [README.source.md](README.source.md)" if has_source_card else ""
+    items = [
+        f"Exported from {_origin(record['source'], None)}{card}: {record['num_loops']} loops as layers, "
+        f"{record['dtype']}. `export.json` says which layer is which (`layers_from`)."
+    ]
+    items += [
+        f"Its logits were compared with those of the looped model at {record['num_loops']} loops by way of "
+        f"{found['against']}: the largest difference is {found['max_difference']:.2g}, in logits up to "
+        f"{found['max_logit']:.1f} ({found['dtype']})."
+        for found in record["verification"]
+    ]
+    rules = [
+        f"It takes at most {config.max_position_embeddings:,} tokens, those to be generated included.",
+        f"Its mask token is {config.mask_token_id}. The looped model never writes it; here the engine has to see to it.",
+    ]
+    if config.shift_logits:
+        rules.append("The state of position i - 1 predicts token i: the engine has to shift the logits.")
+    if config.attention_block_size:
+        rules.append(f"Attention is block-causal, in blocks of {config.attention_block_size} positions.")
+    else:
+        rules.append("Attention is over the whole sequence: the engine must not apply a causal mask.")
+    return [
+        paragraph(
+            f"A masked diffusion language model in the format {record['format']}, of {record['parameters']:,} "
+            f"parameters in {record['layers']} layers. It computes what a looped model "
+            f"([LoopMDM](https://arxiv.org/abs/2605.26106)) does with {record['num_loops']} loops, for engines that "
+            "know no loops. The layers that were looped are stored once for each loop."
+        ),
+        "\n".join(["## How it was made\n", *_items(items), ""]),
+        "\n".join(["## Limits\n", *_items(rules), ""]),
+    ]

@@ -10,6 +10,7 @@ class A2D(LlamaFormat):
         self.models = f"A2D {reference}: dllm-hub's diffusion models"
         self.architectures = (f"A2D{reference}LMHeadModel",)
         self.reference = reference
+        self.stored = {"architectures": [*self.architectures], "model_type": self.name}
 
     def generation(self, source):
         return {"unmasking": "confidence"}

@@ -9,6 +9,7 @@ class DiffuLLaMA(LlamaFormat):
     models = "DiffuLLaMA 7B (on request: nothing in its files tells it from the causal Llama)"
     reference = "Llama"
     shift_logits = True
+    stored = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
     def generation(self, source):
         return {"unmasking": "ancestral"}

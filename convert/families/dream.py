@@ -6,6 +6,9 @@ from ..llama_format import LlamaFormat
 # Dream's names of the commit rules; its default, "origin", is for comparisons only and never recommended.
 RULES = {"origin": "entropy", "maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 
+# The repository on the Hub whose code a checkpoint without code of its own runs
+CODE = "Dream-org/Dream-v0-Instruct-7B--"
+
 
 class Dream(LlamaFormat):
     name = "dream"
@@ -13,6 +16,15 @@ class Dream(LlamaFormat):
     architectures = ("DreamModel",)
     reference = "Qwen2"
     shift_logits = True
+    stored = {
+        "architectures": ["DreamModel"],
+        "model_type": "Dream",
+        "auto_map": {
+            "AutoConfig": f"{CODE}configuration_dream.DreamConfig",
+            "AutoModel": f"{CODE}modeling_dream.DreamModel",
+        },
+        "use_sliding_window": False,
+    }
 
     def config(self, source):
         if "model.layers.0.self_attn.q_norm.weight" in source:
@@ -20,6 +32,9 @@ class Dream(LlamaFormat):
                 "This is a DreamReasoner (Qwen3 layers), which is not supported; Dream's layers are Qwen2's."
             )
         return super().config(source)
+
+    def stored_properties(self, config):
+        return super().stored_properties(config) | {"head_dim": config.hidden_size // config.num_attention_heads}
 
     def generation(self, source):
         return {"unmasking": RULES.get(source.generation_config.get("alg"), "entropy")}

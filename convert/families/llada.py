@@ -9,6 +9,19 @@ from ..source import Source
 
 ROOT = "model.transformer."
 LAYER = ROOT + "blocks.{i}."
+# What the separate modules of a layer are called, and those around the layers
+MODULES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    **{f"self_attn.{part}_proj": f"{part}_proj" for part in "qkv"},
+    "self_attn.o_proj": "attn_out",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+}
+AROUND = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
+# The repository on the Hub whose code a checkpoint without code of its own runs
+CODE = "GSAI-ML/LLaDA-8B-Instruct--"
 # What is convertible, the default first
 CHOICES = {
     "block_type": ("llama", "sequential"),
@@ -41,6 +54,24 @@ class LLaDA(Family):
     models = "LLaDA 8B (Base, Instruct), LLaDA 1.5"
     architectures = ("LLaDAModelLM",)
     tied_names = (f"{ROOT}ff_out.weight",)
+    stored = {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "auto_map": {
+            "AutoConfig": f"{CODE}configuration_llada.LLaDAConfig",
+            "AutoModelForCausalLM": f"{CODE}modeling_llada.LLaDAModelLM",
+            "AutoModel": f"{CODE}modeling_llada.LLaDAModelLM",
+        },
+        **{"block_type": "llama", "block_group_size": 1, "rope": True, "alibi": False, "use_cache": False},
+        **{"attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False, "flash_attention": False},
+        **{
+            "attention_dropout": 0.0,
+            "embedding_dropout": 0.0,
+            "residual_dropout": 0.0,
+            "layer_norm_with_affine": True,
+        },
+        **{"init_device": "meta", "init_fn": "mitchell", "multi_query_attention": None, "precision": "amp_bf16"},
+    }
 
     def matches(self, source):
         return super().matches(source) and f"{ROOT}wte.weight" in source
@@ -112,10 +143,10 @@ class LLaDA(Family):
 
     def projections(self, config: dict, is_fused: bool) -> dict[str, tuple]:
         """For every projection of a layer: the source's, and which of its rows where several are fused."""
-        parts: dict[str, tuple] = {"self_attn.o_proj": ("attn_out",), "mlp.down_proj": ("ff_out",)}
+        parts: dict[str, tuple] = {target: (name,) for target, name in MODULES.items() if target.endswith("_proj")}
         if not is_fused:
-            parts |= {f"self_attn.{part}_proj": (f"{part}_proj",) for part in "qkv"}
-            return {**parts, "mlp.gate_proj": ("ff_proj",), "mlp.up_proj": ("up_proj",)}
+            return parts
+        del parts["mlp.gate_proj"]
         keys = config["num_attention_heads"] * config["head_dim"]  # the row where they begin
         size = config["num_key_value_heads"] * config["head_dim"]
         parts["self_attn.q_proj"] = ("att_proj", 0, keys)
@@ -132,10 +163,9 @@ class LLaDA(Family):
 
     def recipes(self, source, config):
         settings, scale = source.config, config["hidden_size"] ** 0.5
-        layer = {
-            **_norm(source, "input_layernorm", f"{LAYER}attn_norm"),
-            **_norm(source, "post_attention_layernorm", f"{LAYER}ff_norm"),
-        }
+        layer: dict[str, Recipe] = {}
+        for target in ("input_layernorm", "post_attention_layernorm"):
+            layer |= _norm(source, target, f"{LAYER}{MODULES[target]}")
         for target, (name, *part) in self.projections(config, settings["block_type"] == "sequential").items():
             for kind in ("weight", "bias"):
                 stored = f"{LAYER}{name}.{kind}"
@@ -144,7 +174,7 @@ class LLaDA(Family):
         recipes = {
             "model.embed_tokens.weight": scaled(f"{ROOT}wte.weight", scale if settings.get("input_emb_norm") else 1),
             **per_layer(config["num_hidden_layers"], layer),
-            **_norm(source, "model.norm", f"{ROOT}ln_f"),
+            **_norm(source, "model.norm", f"{ROOT}{AROUND['model.norm']}"),
         }
         logit_scale = 1 / scale if settings.get("scale_logits") else 1
         if not config["tie_word_embeddings"]:
@@ -153,6 +183,46 @@ class LLaDA(Family):
         if config["lm_head_bias"]:
             recipes["lm_head.bias"] = scaled(f"{ROOT}ff_out.bias", logit_scale)
         return recipes
+
+    def stored_config(self, config):
+        return {
+            "vocab_size": config.vocab_size,
+            "embedding_size": config.vocab_size,
+            "d_model": config.hidden_size,
+            "mlp_hidden_size": config.intermediate_size,
+            "n_layers": config.num_hidden_layers,
+            "n_heads": config.num_attention_heads,
+            "n_kv_heads": config.num_key_value_heads,
+            "activation_type": config.hidden_act,
+            "max_sequence_length": config.max_position_embeddings,
+            "rope_theta": config.rope_parameters["rope_theta"],
+            "rope_full_precision": config.rope_precision == "float32",
+            "layer_norm_type": "rms" if config.norm_type == "rmsnorm" else "default",
+            "bias_for_layer_norm": config.norm_type == "layernorm",
+            "rms_norm_eps": config.rms_norm_eps,
+            "include_bias": config.mlp_bias,
+            "include_qkv_bias": config.attention_bias,
+            "weight_tying": config.tie_word_embeddings,
+            "init_std": config.initializer_range,
+        }
+
+    def stored_properties(self, config):
+        # One setting for all biases but those of queries, keys, values and norms; a tied head has none.
+        has_bias = config.attention_output_bias or config.mlp_bias or config.lm_head_bias
+        return {
+            **{"position_embedding_type": "rope", "use_gated_mlp": True, "use_qk_norm": False},
+            "head_dim": config.hidden_size // config.num_attention_heads,
+            "attention_bias": has_bias or config.attention_bias,
+            **{"attention_output_bias": has_bias, "mlp_bias": has_bias},
+            "lm_head_bias": has_bias and not config.tie_word_embeddings,
+        }
+
+    def stored_name(self, name):
+        module, _, kind = name.rpartition(".")
+        if module in AROUND:
+            return f"{ROOT}{AROUND[module]}.{kind}"
+        index, _, part = module.removeprefix("model.layers.").partition(".")
+        return f"{LAYER.format(i=index)}{MODULES[part]}.{kind}"
 
     def generation(self, source):
         return {"unmasking": "confidence", "block_length": 32}

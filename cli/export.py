@@ -1,0 +1,53 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""`loopmdm export`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .application import app
+from .options import Model, TrustRemoteCode
+from .output import console, progress_bars
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
+    num_loops: Annotated[
+        int | None, typer.Option(help="Loops to write out as layers; needed.", show_default=False)
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="llada, dream, a2d-qwen3, ... (default: what it was converted from).")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the result back and compare its logits.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's).")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, and memory used.")] = "5GB",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Write a model with its loops as layers, in a format that other engines read."""
+    options = {name: value for name, value in locals().items() if name not in ("model", "output")}
+
+    from transformers.utils import logging
+
+    from loopmdm.convert import export_checkpoint
+
+    logging.disable_progress_bar()  # transformers' own
+    with progress_bars() as bars:
+        record = export_checkpoint(model, output, **options, progress=bars)
+    _show_result(record, output)
+
+
+def _show_result(record: dict[str, Any], output: Path) -> None:
+    for found in record["verification"]:
+        console.print(
+            f"Verified against {found['against']}: largest difference {found['max_difference']:.2g} in logits up to "
+            f"{found['max_logit']:.1f} ({found['dtype']})."
+        )
+    console.print(
+        f"{output} is written: a {record['format']} model of {record['layers']} layers ({record['parameters']:,} "
+        f"parameters, {record['dtype']}), which computes what {record['source']} does with {record['num_loops']} "
+        "loops."
+    )
