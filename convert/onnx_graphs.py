@@ -59,13 +59,22 @@ class Part(nn.Module):
         return take_positions(states, torch.where(last < 0, columns, last).expand(states.shape[:2]))
 
 
-def check_exportable(model: LoopMDMForMaskedLM, is_dynamic: bool = True) -> None:
-    """Raises a ValueError that names what cannot be expressed, or which library is missing."""
+def _check_weights(weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise ValueError(f"`weights` (`--dtype`) is {weights!r}; ONNX graphs take {' or '.join(WEIGHTS)}.")
+
+
+def check_libraries() -> None:
+    """Raises a ValueError where a library is missing."""
     for library in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(library)
         except ImportError:
             raise ValueError(MISSING.format(library)) from None
+
+
+def _check_exportable(model: LoopMDMForMaskedLM, is_dynamic: bool) -> None:
+    """Raises a ValueError that names what about the model cannot be expressed."""
     config, wrong = model.config, None
     rope_type = (config.rope_parameters or {}).get("rope_type")
     if is_dynamic and rope_type in ("dynamic", "longrope"):
@@ -97,9 +106,9 @@ def export_graphs(
     Raises:
         ValueError: A library is missing, the model cannot be expressed, or float32 graphs do not compute what it does.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"`weights` is {weights!r}; choose {' or '.join(WEIGHTS)}.")
-    check_exportable(model, length is None)
+    _check_weights(weights)
+    check_libraries()
+    _check_exportable(model, length is None)
     shape = (1, length) if length is not None else (2, min(8, model.config.max_position_embeddings))
     ids = torch.full(shape, model.config.mask_token_id)
     states = model.model.prelude(ids)[0]
@@ -201,7 +210,9 @@ def saved_settings(model: LoopMDMForMaskedLM) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value != LoopMDMGenerationConfig.FIELDS[name][0]}
 
 
-def export_onnx(source: str, output: Path, weights: str = "float32") -> dict[str, Any]:
+def export_onnx(
+    source: str, output: str | Path, weights: str = "float32", revision: str | None = None
+) -> dict[str, Any]:
     """
     Writes a model as a folder of graphs for any number of rows and positions: `prelude.onnx`, `loop.onnx`,
     `readout.onnx`, `model.json`, which describes the model and is returned, and `onnx_runner.py`, which runs them
@@ -209,16 +220,20 @@ def export_onnx(source: str, output: Path, weights: str = "float32") -> dict[str
 
     Args:
         source (`str`): Folder or Hub id of a LoopMDM.
-        output (`Path`): Must not exist.
-        weights (`str`, defaults to `"float32"`): Or `"int8"`.
+        output (`str` or `Path`): The folder to write, which must not exist. It appears complete or not at all.
+        weights (`str`, defaults to `"float32"`): Or `"int8"`: matrices with a scale for each column.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
 
     Raises:
         ValueError: A value is wrong, a library is missing, or something about the model cannot be expressed.
     """
     from ..evaluation.loading import load_model
 
+    output = Path(output).expanduser()
     check_output(output)
-    model = load_model(source, "float32", "cpu")
+    _check_weights(weights)
+    check_libraries()
+    model = load_model(source, "float32", "cpu", revision)
     own = ("num_loops", "loop_update", "vocab_size", "max_position_embeddings", "attention_block_size")
     with new_folder(output) as folder:
         about = export_graphs(model, folder, weights)

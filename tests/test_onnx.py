@@ -8,10 +8,11 @@ import sys
 
 import pytest
 import torch
+from commands import refusal, run
 from tiny import BIASES, random_ids, scores, tiny_model
 
 from loopmdm.convert import onnx_graphs
-from loopmdm.convert.onnx_graphs import export_graphs, export_onnx
+from loopmdm.convert.onnx_graphs import export_graphs
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -54,7 +55,8 @@ def exported(request, tmp_path_factory):
     model = tiny_model(**MODELS[request.param])
     model.generation_config.update(max_denoising_steps=6, eos_token_id=[3, 5, 7, 9])
     model.save_pretrained(folder / "model")
-    export_onnx(str(folder / "model"), folder / "graphs")
+    said = run("export", folder / "model", folder / "graphs", "--format", "onnx")
+    assert "three graphs of 0." in said
     return model, folder / "graphs"
 
 
@@ -139,7 +141,7 @@ def test_the_folder_runs_with_numpy_and_onnxruntime_alone(exported):
 
 def test_int8_weights_are_smaller_and_answer_alike(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graphs, "EXTERNAL", 10_000)  # some weights become files of their own
-    model = tiny_model(hidden_size=64, intermediate_size=128)
+    model = tiny_model(hidden_size=64, intermediate_size=128, shift_logits=True, loop_update="damped")
     (tmp_path / "full").mkdir()
     (tmp_path / "small").mkdir()
     full = export_graphs(model, tmp_path / "full", length=16)
@@ -148,7 +150,7 @@ def test_int8_weights_are_smaller_and_answer_alike(tmp_path, monkeypatch):
     assert (tmp_path / "full" / "loop.onnx.data").is_file()
     assert sum(small["bytes"].values()) < 0.5 * sum(full["bytes"].values())
     assert sum(full["bytes"].values()) == sum(path.stat().st_size for path in (tmp_path / "full").iterdir())
-    assert full["largest_difference"] < 1e-4 < small["largest_difference"] < 0.05
+    assert full["largest_difference"] < 1e-4 < small["largest_difference"] < 0.2
     assert not any(b".py" in path.read_bytes() for path in tmp_path.rglob("*.onnx"))  # nothing of this machine
 
 
@@ -156,12 +158,21 @@ def test_what_cannot_be_expressed_is_named(tmp_path, monkeypatch):
     scaled = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
     with pytest.raises(ValueError, match=r"`rope_type` 'dynamic'.* other frequencies for every length"):
         export_graphs(tiny_model(rope_parameters=scaled), tmp_path)
-    with pytest.raises(ValueError, match="`weights` is 'int4'; choose float32 or int8"):
+    with pytest.raises(ValueError, match=r"`weights` \(`--dtype`\) is 'int4'; ONNX graphs take float32 or int8"):
         export_graphs(tiny_model(), tmp_path, "int4")
     model = tiny_model()
-    model.model.layers[1].mlp.act_fn = Unknown()
-    with pytest.raises(ValueError, match=r"The model's loop cannot become an ONNX graph: .*i0e"):
+    model.model.layers[0].mlp.act_fn = Unknown()
+    with pytest.raises(ValueError, match=r"The model's prelude cannot become an ONNX graph: .*i0e"):
         export_graphs(model, tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"takes onnxscript; run `pip install 'loopmdm\[onnx\]'`"):
         export_graphs(tiny_model(), tmp_path)
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    command = "export", tmp_path / "model", tmp_path / "graphs", "--format", "onnx"
+    for option in (("--num-loops", 3), ("--verify",), ("--max-shard-size", "1GB"), ("--trust-remote-code",)):
+        assert f"{option[0]}" in refusal(*command, *option)
+    assert "`--dtype`) is 'bfloat16'" in refusal(*command, "--dtype", "bfloat16")
+    assert "exists already" in refusal(*command[:2], tmp_path / "model", *command[3:])
