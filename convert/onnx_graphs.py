@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..generation_utils import LoopMDMGenerationConfig
-from ..loop_context import take_positions
+from ..loop_context import LoopContext, take_positions
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .write import check_output, new_folder
 
@@ -27,11 +27,11 @@ REPORTS = ("return_dict_in_generate", "output_scores", "output_trace", "use_cach
 
 
 class Part(nn.Module):
-    """One of the `GRAPHS`. What it needs besides the states is computed from the attention mask, each time."""
+    """One of the `GRAPHS`. Without a `context`, which is constant, it computes one from the attention mask."""
 
-    def __init__(self, name: str, model: LoopMDMForMaskedLM):
+    def __init__(self, name: str, model: LoopMDMForMaskedLM, context: LoopContext | None = None):
         super().__init__()
-        self.name, self.model = name, model
+        self.name, self.model, self.context = name, model, context
 
     def forward(self, value: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -41,8 +41,10 @@ class Part(nn.Module):
         base = self.model.model
         if self.name == "prelude":
             return base.prelude(value, attention_mask)[0]
-        # The head that runs here as well reaches no output, so that the exporter leaves it out.
-        _, context = base.prelude(inputs_embeds=value, attention_mask=attention_mask)
+        context = self.context
+        if context is None:
+            # The head that runs here as well reaches no output, so that the exporter leaves it out.
+            _, context = base.prelude(inputs_embeds=value, attention_mask=attention_mask)
         if self.name == "loop":  # mid(h); of damped models the caller goes a part of the way there
             return base.loop(value, context)
         return self.model.logits(self._align(base.readout(value, context), attention_mask))
@@ -111,10 +113,11 @@ def export_graphs(
     _check_exportable(model, length is None)
     shape = (1, length) if length is not None else (2, min(8, model.config.max_position_embeddings))
     ids = torch.full(shape, model.config.mask_token_id)
-    states = model.model.prelude(ids)[0]
+    states, context = model.model.prelude(ids)
+    context = None if length is None else context
     sizes = {}
     for name in GRAPHS:
-        graphs = _to_onnx(Part(name, model), ids if name == "prelude" else states, length is None)
+        graphs = _to_onnx(Part(name, model, context), ids if name == "prelude" else states, length is None)
         if weights == "int8":
             _round_weights(graphs.graph)
         sizes[name] = _save(graphs, folder / f"{name}.onnx")
