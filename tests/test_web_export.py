@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from browser import need
-from tiny import tiny_config, tiny_model
+from tiny import tiny_model
 from transformers import AutoTokenizer
 
-from loopmdm import LoopMDMForMaskedLM
-from loopmdm.web import export
-from loopmdm.web.export import Board, export_board_model, export_graphs, run_graphs
+from loopmdm.web.export import Board, export_board_model, page_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,49 +59,29 @@ def test_models_of_something_else_are_named(tokenizer, values, said):
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("settings", "said"),
     [
-        {"loop_update": "damped", "shift_logits": True},
-        {"position_embedding_type": "learned", "loop_start": 0, "loop_end": 4},
+        ({"suppress_tokens": [4]}, r"`suppress_tokens` \(\[4\]\)"),
+        ({"do_sample": True, "temperature": 0.5}, "`do_sample`"),
+        ({"loop_tolerance": 0.1}, "`loop_tolerance`"),
+        ({"num_loops": [1, 2]}, r"`num_loops` \(\[1, 2\]\)"),
+        ({"unmasking": "random"}, "`unmasking`"),
+        ({"max_new_tokens": 3}, "`max_new_tokens`"),
     ],
-    ids=["damped-shifted-rope", "learned-all-mid"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_the_graphs_compute_what_the_model_does(exporters, values, tmp_path):
-    model = tiny_model(max_position_embeddings=16, **values)
-    found = export_graphs(model, 16, tmp_path)
-    assert found["weights"] == "float32"
-    assert not any(b".py" in path.read_bytes() for path in tmp_path.iterdir())  # nothing of this machine
-    assert found["bytes"] == {path.stem: path.stat().st_size for path in tmp_path.iterdir()}
-    ids = torch.randint(22, (1, 16), generator=torch.Generator().manual_seed(1))
-    ids[0, ::3] = 22
-    for num_loops in (1, 2, 5):
-        with torch.no_grad():
-            wanted = model(ids, num_loops=num_loops).logits
-        logits = torch.from_numpy(run_graphs(tmp_path, model.config, ids.numpy(), num_loops))
-        assert (logits[..., 22] == -torch.inf).all()
-        torch.testing.assert_close(logits[..., :22], wanted[..., :22], rtol=0, atol=1e-4)
+def test_settings_that_the_page_does_not_have_are_named(settings, said):
+    model = tiny_model()
+    model.generation_config.update(**settings)
+    with pytest.raises(ValueError, match=f"The generation_config.json of it asks for {said}"):
+        page_settings(model, "it", 16)
 
 
-def test_a_large_model_has_int8_weights_that_answer_alike(exporters, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "FLOAT32_LIMIT", 10_000)
-    # Of usual weights; those of `tiny_model` are large.
-    torch.manual_seed(0)
-    model = LoopMDMForMaskedLM(tiny_config(hidden_size=128, max_position_embeddings=16, initializer_range=0.05)).eval()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "small").mkdir()
-    found = export_graphs(model, 16, tmp_path / "small")
-    full = export_graphs(model, 16, tmp_path / "full", weights="float32")
-    assert found["weights"] == "int8"
-    assert sum(found["bytes"].values()) < 0.5 * sum(full["bytes"].values())
-    assert full["largest_difference"] < 1e-4 < found["largest_difference"] < 0.02
-
-
-def test_wrong_kinds_of_weights_and_missing_libraries_are_named(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="`weights` is 'int4'"):
-        export_graphs(tiny_model(), 16, tmp_path, weights="int4")
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ValueError, match=r"(onnxscript|onnx); run `pip install 'loopmdm\[web\]'`"):
-        export_graphs(tiny_model(), 16, tmp_path)
+def test_other_saved_settings_are_those_that_the_page_begins_with():
+    model = tiny_model(num_loops=3)
+    assert page_settings(model, "it", 16) == {"num_loops": 3, "max_denoising_steps": 16, "unmasking": "confidence"}
+    model.generation_config.update(num_loops=5, unmasking="margin", max_denoising_steps=4, max_new_tokens=0)
+    assert page_settings(model, "it", 16) == {"num_loops": 5, "max_denoising_steps": 4, "unmasking": "margin"}
 
 
 def test_the_built_page_describes_the_bundled_model(exporters):

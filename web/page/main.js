@@ -110,7 +110,8 @@ function prepareControls() {
   $("steps").max = rules.cells;
   $("puzzle").rows = Math.ceil(rules.cells / 31) + 1;
   for (const [name, { label }] of Object.entries(RULES)) $("rule").add(new Option(label, name));
-  Object.assign(settings, { loops: about.num_loops, steps: Math.min(4, about.max_denoising_steps) });
+  const { num_loops: loops, max_denoising_steps: steps, unmasking: rule } = about;
+  Object.assign(settings, { loops, steps: Math.min(4, steps), rule });
   const samples = Object.entries(about.samples);
   const shares = samples.length ? [] : [["easy", 0.56], ["hard", 0.4]];
   for (const [name, puzzle] of samples) addSample(name, () => rules.parse(puzzle));

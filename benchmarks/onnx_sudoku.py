@@ -1,0 +1,91 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""The ONNX graphs of the bundled model beside torch: answers to puzzles, differences of logits, sizes and times.
+
+python benchmarks/onnx_sudoku.py --threads 1 --output onnx.json
+
+Both answer the same puzzles in batches, in turns. Every batch is timed once, and the median is reported.
+"""
+
+import importlib.util
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from common import begin, make_parser, timed, write_result
+
+from loopmdm.convert.onnx_graphs import WEIGHTS, export_onnx
+from loopmdm.convert.onnx_runner import OnnxModel
+from loopmdm.evaluation.loading import load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = (
+    {"num_loops": 1, "max_denoising_steps": 1},
+    {"num_loops": 3, "max_denoising_steps": 4},
+    {"num_loops": 6, "max_denoising_steps": 8},
+)
+
+
+def sudoku_puzzles(count: int, seed: int) -> list[tuple[str, str]]:
+    """Puzzles of the kind that the model was trained on, and their solutions."""
+    spec = importlib.util.spec_from_file_location("puzzles", ROOT / "examples" / "sudoku" / "puzzles.py")
+    module = sys.modules["puzzles"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.generate_puzzles(count, seed, 32, 46))
+
+
+def logit_differences(model, graphs: OnnxModel, ids: torch.Tensor, num_loops: int) -> dict[str, float]:
+    """At the blanks of the puzzles: the largest difference of a logit and of a probability."""
+    with torch.no_grad():
+        wanted = model(ids, num_loops=num_loops).logits
+    found, blank = torch.from_numpy(graphs.logits(ids, num_loops=num_loops)), ids == model.config.mask_token_id
+    finite = wanted.isfinite() & blank[..., None]
+    probability = (wanted.softmax(-1) - found.softmax(-1)).abs()[blank].max().item()
+    return {"logit": (wanted - found)[finite].abs().max().item(), "probability": probability}
+
+
+def compare(model, graphs: dict[str, OnnxModel], ids: torch.Tensor, solutions: torch.Tensor, setting: dict) -> list:
+    """For each kind of weights, how many answers and tokens are those of torch, how many are solutions, and times."""
+    runs = {"torch": lambda rows: model.generate(rows, max_new_tokens=0, **setting)}
+    for name, one in graphs.items():
+        runs[name] = lambda rows, one=one: torch.from_numpy(one.generate(rows, max_new_tokens=0, **setting))
+    answers, seconds = {name: [] for name in runs}, {name: [] for name in runs}
+    for rows in ids.split(20):
+        for name, run in runs.items():
+            taken, output = timed(lambda run=run, rows=rows: run(rows))
+            seconds[name].append(taken / len(rows))
+            answers[name].append(output)
+    found, blank = {name: torch.cat(parts) for name, parts in answers.items()}, ids == model.config.mask_token_id
+    table = []
+    for name, output in found.items():
+        row = {**setting, "run": name, "ms_per_puzzle": 1000 * statistics.median(seconds[name])}
+        row["solved"] = (output == solutions).all(-1).sum().item()
+        row["same_answers"] = (output == found["torch"]).all(-1).sum().item()
+        row["same_tokens_of_blanks"] = (output == found["torch"])[blank].float().mean().item()
+        if name != "torch":
+            row["largest_difference"] = logit_differences(model, graphs[name], ids, setting["num_loops"])
+        print(row, flush=True)
+        table.append(row)
+    return table
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--model", default=str(ROOT), help="folder of the model (default: the bundled one)")
+    parser.add_argument("--count", type=int, default=200, help="puzzles")
+    args = parser.parse_args()
+    begin(args)
+    model, tokenizer = load_model(args.model, "float32", "cpu"), load_tokenizer(args.model)
+    boards = sudoku_puzzles(args.count, args.seed + 23)
+    ids, solutions = (torch.tensor(tokenizer(list(part))["input_ids"]) for part in zip(*boards, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        about = {name: export_onnx(args.model, Path(folder) / name, name) for name in WEIGHTS}
+        threads = args.threads or 0
+        graphs = {name: OnnxModel(Path(folder) / name, num_threads=threads) for name in WEIGHTS}
+        rows = [row for setting in SETTINGS for row in compare(model, graphs, ids, solutions, setting)]
+    write_result(args, bytes={name: one["bytes"] for name, one in about.items()}, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
