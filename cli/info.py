@@ -14,27 +14,28 @@ from .output import show_facts, show_table
 @app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm info my-model --length 256")
 def info(
     model: Model,
-    length: Annotated[int | None, typer.Option(help="Sequence length of the FLOPs (default: the longest).")] = None,
+    length: Annotated[int | None, typer.Option(help="Positions of a row (default: the longest).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of the memory, and of the generation with --measure.")] = 1,
     measure: Annotated[
         bool, typer.Option("--measure", help="Generate with the model's settings, and show what it took.")
     ] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="With --measure: tokens to generate (default: 128 at most).")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="With --measure: rows (default: 1).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a model's layers, loops, parameters and the cost of a forward pass by number of loops."""
+    """Show a model's layers and loops, and its FLOPs and memory by number of loops."""
     at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if not measure:
-        check_idle("nothing is measured without --measure", max_new_tokens=max_new_tokens, batch_size=batch_size)
-    facts = _facts(model, length)
+        check_idle("nothing is measured without --measure", max_new_tokens=max_new_tokens)
+    facts = _facts(model, length, batch_size)
     if measure:
-        facts["measured"] = _measure(model, max_new_tokens, batch_size or 1)
+        facts["measured"] = _measure(model, max_new_tokens, batch_size)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
     cost, generation, measured = facts.pop("cost"), facts.pop("generation"), facts.pop("measured", None)
+    memory = facts.pop("memory")
     show_facts(model, facts | {f"generate: {name}": value for name, value in generation.items()})
     show_table(
         f"One forward pass over {cost[0]['length']} positions",
@@ -44,11 +45,17 @@ def info(
             for row in cost
         ],
     )
+    names = ("weights", "cache", "training_state", "activations")
+    show_table(
+        f"Memory in MiB, of {batch_size} x {cost[0]['length']} positions",
+        ["num_loops", "to generate: weights", "cache", "to train: AdamW, float32", "activations"],
+        [[row["num_loops"], *(f"{row[name] / 2**20:,.1f}" for name in names)] for row in memory],
+    )
     if measured is not None:
         show_facts("Generation, after a warm-up", measured)
 
 
-def _facts(model: str, length: int | None) -> dict[str, Any]:
+def _facts(model: str, length: int | None, batch_size: int) -> dict[str, Any]:
     """What `info` shows. The model is built without weights, so this is quick at any size."""
     import torch
 
@@ -95,7 +102,37 @@ def _facts(model: str, length: int | None) -> dict[str, Any]:
             }
             for num_loops in loops
         ],
+        "memory": _memory(empty, loops, batch_size, length),
     }
+
+
+def _memory(empty: Any, loops: list[int], batch_size: int, length: int) -> list[dict[str, int]]:
+    """
+    Bytes by number of loops: weights in the model's dtype, and the cache, which attention over the whole sequence has
+    with `cache_implementation` alone; and, to train, weights, gradients and AdamW's state in float32, and activations,
+    as `loopmdm train --dry-run` counts them.
+    """
+    import torch
+
+    from loopmdm.cache_utils import LoopMDMCache
+    from loopmdm.training.memory import Shape, StepSettings, activations, training_memory
+
+    config, shape = empty.config, Shape(batch_size, length, batch_size * length // 2)  # half of the tokens are masked
+    first, second = (activations(empty.train(), shape, number, StepSettings()) for number in (1, 2))
+    states = training_memory(empty, shape, 1, StepSettings())
+    dtype, shares = config.dtype or torch.float32, config.attention_block_size is None
+    return [
+        {
+            "num_loops": number,
+            "rows": batch_size,
+            "length": length,
+            "weights": empty.num_parameters() * dtype.itemsize,
+            "cache": LoopMDMCache.num_bytes(config, number, batch_size, length, dtype, shares),
+            "training_state": states["together"] - first,
+            "activations": first + (number - 1) * (second - first),  # every loop keeps as much
+        }
+        for number in loops
+    ]
 
 
 def _measure(model: str, max_new_tokens: int | None, batch_size: int) -> dict[str, Any]:

@@ -270,6 +270,23 @@ def test_info():
     assert "num loops" in shown and "415,360" in shown
 
 
+def test_info_says_what_memory_takes():
+    """By hand, for the bundled model: width 128, four heads of 32, attention over the whole sequence."""
+    memory = json.loads(run("info", ROOT, "--json", "--length", 40, "--batch-size", 2))["memory"]
+    one, two, four = memory[:3]
+    assert one["weights"] == 4 * 1_218_048 and one["training_state"] == 16 * 1_218_048
+    assert one["cache"] == four["cache"] == 2 * 2 * 41 * 128 * 4 * 6  # one place for all loops
+    assert four["activations"] - one["activations"] == 3 * (two["activations"] - one["activations"])
+    # A layer keeps at least its input, queries, keys, values, what attention gives, and three times the MLP's width.
+    assert two["activations"] - one["activations"] > 2 * (5 * 128 + 3 * 352) * 4 * 2 * 40
+    shown = run("info", ROOT, "--length", 40)
+    assert (
+        "Memory in MiB, of 1 x 40 positions" in shown
+        and "activations" in shown
+        and max(map(len, shown.splitlines())) <= 80
+    )
+
+
 def test_info_measures_a_generation():
     arguments = ("info", ROOT, "--measure", "--max-new-tokens", 20)
     measured = json.loads(run(*arguments, "--batch-size", 2, "--json"))["measured"]

@@ -184,6 +184,22 @@ def test_lines_without_end_are_refused_before_they_are_read(tmp_path, monkeypatc
         next(rows)
 
 
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_folder_is_never_asked_about(file, tmp_path, monkeypatch):
+    """A command that waits for an answer hangs where nobody is there."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    word_tokenizer().save_pretrained(tmp_path)
+    code = {"model_type": "llada", "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}}
+    path = tmp_path / file
+    settings = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**settings, **code}))
+    if file == "config.json":  # of a model; the tokenizer needs none of it
+        assert load_tokenizer(str(tmp_path)).mask_token_id == word_tokenizer().mask_token_id
+    else:
+        with pytest.raises(ValueError, match="has code of its own, which runs on request alone"):
+            load_tokenizer(str(tmp_path))
+
+
 def test_a_streamed_row_that_cannot_be_read_is_named(monkeypatch):
     def rows():
         yield {"text": "w1"}

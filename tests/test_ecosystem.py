@@ -143,6 +143,30 @@ def test_text_generation_pipeline(tokenizer, num_loops):
     assert [answer["generated_token_ids"] for (answer,) in answers] == generated
 
 
+@pytest.mark.parametrize("num_loops", [1, 3])
+def test_text_generation_pipeline_with_a_conversation(tokenizer, num_loops):
+    model, question = tiny_model(), [{"role": "user", "content": PROMPTS[1]}]
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content + ' w1 ' }}{% endfor %}"
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    arguments = {"max_new_tokens": 5, "num_loops": num_loops}
+    ids = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True).input_ids
+    expected = tokenizer.decode(model.generate(ids, **arguments)[0, ids.shape[1] :], skip_special_tokens=True)
+    answer = pipe(question, **arguments)[0]["generated_text"]
+    assert answer[:1] == question and answer[1]["role"] == "assistant"
+    assert answer[1]["content"].strip() == expected.strip() != ""
+
+
+def test_pipelines_take_loops_when_they_load(tokenizer, tmp_path):
+    """For `fill-mask`, whose call takes no arguments of the model."""
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    for num_loops in (1, 4):
+        pipe = pipeline("fill-mask", model=str(tmp_path), model_kwargs={"num_loops": num_loops}, device="cpu")
+        expected = tiny_model()(ids, num_loops=num_loops).logits[0, 2].argmax()
+        assert pipe(PROMPTS[0])[0]["token"] == expected
+
+
 def test_infilling_pipeline(tokenizer):
     model = tiny_model()
     ids = tokenizer(PROMPTS[0], return_tensors="pt").input_ids

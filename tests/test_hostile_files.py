@@ -281,7 +281,7 @@ def test_code_of_a_model_never_runs(shared, model, modules, tmp_path):
         (["eval", "dynamics", "MODEL", "--text", "TEXT", "--timesteps", "2"], "`timesteps` is [2.0]"),
         (["eval", "generative-perplexity", "--judge", "J", "--samples", "TEXT", "--num-samples", "3"], "no effect"),
         (["eval", "generative-perplexity", "MODEL", "--judge", "J", "--documents", "line"], "it is for --samples"),
-        (["info", "MODEL", "--batch-size", "2"], "nothing is measured without --measure"),
+        (["info", "MODEL", "--max-new-tokens", "2"], "nothing is measured without --measure"),
         (["info", "MODEL", "--measure", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["generate", "MODEL", "w1", "--stream", "--json"], "--json has no effect"),
         (["generate", "MODEL", "w1", "--batch-size", "0"], "--batch-size is 0"),

@@ -6,11 +6,10 @@ import itertools
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..data import load_tokenizer
 from ..data.stream import StreamedExamples
@@ -18,7 +17,7 @@ from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import find_model
 from .arguments import TrainConfig
 from .loop_schedules import LoopSchedule, set_num_train_loops
-from .optimizer import MuonAdamW
+from .memory import Shape, StepSettings, training_memory
 from .run import CHECKPOINTS, RunParts, check_run, load_trainable, make_optimizer, make_parts
 from .trainer import training_flops
 
@@ -28,14 +27,6 @@ _SAMPLES = 16
 _CHEAP_SECONDS, _CHEAP_PARAMETERS = 10.0, 5e8
 # Share of the speed of a large matrix product that training reaches, where no step is timed; a guess
 _EFFICIENCY = 0.5
-
-
-class Shape(NamedTuple):
-    """Of a micro-batch: its rows, their length, and its masked tokens."""
-
-    rows: int
-    length: int
-    masked: int
 
 
 @dataclasses.dataclass
@@ -206,77 +197,17 @@ def _empty_model(config: TrainConfig, parts: RunParts) -> nn.Module:
 
 def _memory(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape) -> dict[str, int]:
     """Bytes of a process at S_max."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained_bytes = sum(parameter.nbytes for parameter in trained)
-    states = 2 * trained_bytes  # AdamW's two means
-    if config.optimizer == "muon":
-        muon = MuonAdamW(model, lr=1.0).muon.param_groups[0]["params"]
-        states -= sum(parameter.nbytes for parameter in muon)  # of matrices it keeps one
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    loops = parts.schedule.max_loops
-    found = {
-        "weights": weights,
-        "gradients": trained_bytes,
-        "optimiser": states,
-        f"activations at {loops} loops": _activations(config, parts, model, shape, loops),
-    }
-    if config.ema_decay is not None:
-        found["moving average"] = weights
-    return {**found, "together": sum(found.values())}
-
-
-def _activations(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape, loops: int) -> int:
-    """
-    Bytes that the forward pass keeps for the backward pass, counted by running it on shapes alone; and the gradient of
-    the logits, which is there with them.
-    """
-    looped, settings = find_model(model), parts.model_config
-    size = getattr(torch, config.dtype).itemsize
-    hidden = shape.rows * shape.length * settings.hidden_size * size
-    if parts.arguments.gradient_checkpointing:
-        # Of every layer its input, and of one, in turn, what it computes
-        layer = _saved(config, parts, looped, shape, 1) // settings.num_hidden_layers
-        body = settings.num_executed_layers(loops) * hidden + layer
-    elif config.checkpoint_loops:  # the same of loops
-        body = loops * hidden + _saved(config, parts, looped, shape, 1)
-    else:
-        kept = loops if config.gradient_loops is None else min(loops, config.gradient_loops)
-        body = _saved(config, parts, looped, shape, kept)
-    # The logits, in float32 if they are not, the logarithm of their softmax, and their gradient
-    return body + shape.masked * settings.vocab_size * (size + (4 if size < 4 else 0) + 4 + 4)
-
-
-def _saved(config: TrainConfig, parts: RunParts, looped: nn.Module, shape: Shape, loops: int) -> int:
-    """Bytes that the layers keep for the backward pass, parameters not counted."""
-    seen: dict[int, tuple[int, Any]] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            seen[storage._cdata] = (storage.nbytes(), storage)
-        return tensor
-
-    half = torch.bfloat16 if parts.arguments.bf16 else torch.float16
-    uses_half = parts.arguments.bf16 or parts.arguments.fp16
-    # Tensors of this mode have shapes, but no values. Unlike on the meta device, attention is computed as it will be.
-    with (
-        FakeTensorMode(),
-        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-        torch.autocast("cpu", half, enabled=uses_half),
-    ):
-        states = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-            for name, tensor in [*looped.model.named_parameters(), *looped.model.named_buffers()]
-        }
-        weights = {tensor.untyped_storage()._cdata for tensor in states.values()}
-        # Embeddings, as token ids are read when they are checked
-        size = (shape.rows, shape.length, parts.model_config.hidden_size)
-        embeds = torch.zeros(size, dtype=getattr(torch, config.dtype), requires_grad=config.lora is None)
-        inputs = {"inputs_embeds": embeds, "num_loops": loops}
-        output = torch.func.functional_call(looped.model, states, (), inputs)
-    found = sum(size for size, _ in seen.values())
-    del output  # kept alive until now, and all that it needs with it
-    return found
+    arguments = parts.arguments
+    settings = StepSettings(
+        getattr(torch, config.dtype),
+        torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+        config.optimizer,
+        config.ema_decay is not None,
+        config.gradient_loops,
+        config.checkpoint_loops,
+        arguments.gradient_checkpointing,
+    )
+    return training_memory(model, shape, parts.schedule.max_loops, settings)
 
 
 # Time

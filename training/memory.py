@@ -1,0 +1,111 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""What a training step takes in memory, counted on shapes alone, whatever the size of the model."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..objective import find_model
+from .optimizer import MuonAdamW
+
+
+class Shape(NamedTuple):
+    """Of a micro-batch: its rows, their length, and its masked tokens."""
+
+    rows: int
+    length: int
+    masked: int
+
+
+class StepSettings(NamedTuple):
+    """What the memory of a step depends on beside the model, the micro-batch and the loops; see `loopmdm train`."""
+
+    dtype: torch.dtype = torch.float32  # of the weights
+    autocast: torch.dtype | None = None  # `bf16` and `fp16`
+    optimizer: str = "adamw"
+    has_average: bool = False  # `ema_decay`
+    gradient_loops: int | None = None
+    checkpoint_loops: bool = False
+    checkpoint_layers: bool = False  # `gradient_checkpointing`
+
+
+def training_memory(model: nn.Module, shape: Shape, loops: int, settings: StepSettings) -> dict[str, int]:
+    """
+    Bytes of a process, without sharding, by what they hold.
+
+    The gradient of a weight takes as much as the weight, and AdamW's state twice as much (Muon's once). Activations
+    are what the forward pass at so many loops keeps for the backward pass, and the logits of masked tokens with their
+    gradient. Masks of attention and temporary buffers come on top.
+
+    Args:
+        model: A [`LoopMDMForMaskedLM`], with its adapter where it has one; it may be on the meta device.
+        shape: Of a micro-batch.
+        loops: S.
+        settings: Of the step.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
+    states = 2 * trained_bytes  # AdamW's two means
+    if settings.optimizer == "muon":
+        muon = MuonAdamW(model, lr=1.0).muon.param_groups[0]["params"]
+        states -= sum(parameter.nbytes for parameter in muon)  # of matrices it keeps one
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    found = {
+        "weights": weights,
+        "gradients": trained_bytes,
+        "optimiser": states,
+        f"activations at {loops} loops": activations(model, shape, loops, settings),
+    }
+    if settings.has_average:
+        found["moving average"] = weights
+    return {**found, "together": sum(found.values())}
+
+
+def activations(model: nn.Module, shape: Shape, loops: int, settings: StepSettings) -> int:
+    """Bytes of activations at so many loops, see [`training_memory`]."""
+    config, size = find_model(model).config, settings.dtype.itemsize
+    hidden = shape.rows * shape.length * config.hidden_size * size
+    if settings.checkpoint_layers:
+        # Of every layer its input, and of one, in turn, what it computes
+        layer = _saved(model, shape, 1, settings) // config.num_hidden_layers
+        body = config.num_executed_layers(loops) * hidden + layer
+    elif settings.checkpoint_loops:  # the same of loops
+        body = loops * hidden + _saved(model, shape, 1, settings)
+    else:
+        kept = loops if settings.gradient_loops is None else min(loops, settings.gradient_loops)
+        body = _saved(model, shape, kept, settings)
+    # The logits, in float32 if they are not, the logarithm of their softmax, and their gradient
+    return body + shape.masked * config.vocab_size * (size + (4 if size < 4 else 0) + 4 + 4)
+
+
+def _saved(model: nn.Module, shape: Shape, loops: int, settings: StepSettings) -> int:
+    """Bytes that the layers keep for the backward pass, parameters not counted."""
+    looped, seen = find_model(model), dict[int, tuple[int, Any]]()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            seen[storage._cdata] = (storage.nbytes(), storage)
+        return tensor
+
+    # Tensors of this mode have shapes, but no values. Unlike on the meta device, attention is computed as it will be.
+    with (
+        FakeTensorMode(),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", settings.autocast or torch.bfloat16, enabled=settings.autocast is not None),
+    ):
+        states = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in [*looped.model.named_parameters(), *looped.model.named_buffers()]
+        }
+        weights = {tensor.untyped_storage()._cdata for tensor in states.values()}
+        # Embeddings, as token ids are read when they are checked; those below an adapter are not learnt.
+        learns_all = all(parameter.requires_grad for parameter in model.parameters())
+        size = (shape.rows, shape.length, looped.config.hidden_size)
+        embeds = torch.zeros(size, dtype=settings.dtype, requires_grad=learns_all)
+        output = torch.func.functional_call(looped.model, states, (), {"inputs_embeds": embeds, "num_loops": loops})
+    found = sum(size for size, _ in seen.values())
+    del output  # kept alive until now, and all that it needs with it
+    return found
