@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from training_runs import MASK, PAD
 
-from loopmdm.data import encode, encode_with_bytes, read_examples, read_rows
+from loopmdm.data import encode, encode_with_bytes, load_tokenizer, read_examples, read_rows
 from loopmdm.evaluation import read_texts
 from loopmdm.training import (
     ExampleStream,
