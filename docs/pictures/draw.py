@@ -217,7 +217,7 @@ def loops_against_steps():
             picture.box(115 + 140 * column, y, 130 * result["solved"], 34, "tail")
             picture.text(122 + 140 * column, y + 22, f"{solved:.0f} %", anchor="start", bold=True)
             picture.text(238 + 140 * column, y + 22, f"{layers_run} layers", anchor="end", size=12)
-    note = "Share of 300 minimal Sudokus that the bundled model solves, and the layers that it executes for one."
+    note = "Minimal Sudokus solved by the bundled model, of 300, and the layers executed for one."
     picture.text(115, 286, note, "pale", "start", 13)
     picture.save()
 
