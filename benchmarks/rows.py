@@ -109,8 +109,8 @@ class Command:
 
     def run_killed(self, output: str, seconds: float, kills: int, seed: int, *options: str) -> dict[str, Any]:
         """
-        Kills it by turns of one process and of two (without a launcher, which would outlive them or they it), each time
-        at a random moment after a batch was finished; then runs it to its end.
+        Kills it by turns of one process and of two (without a launcher, whose processes outlive it), each time at a
+        random moment after a batch was finished; then runs it to its end.
         """
         generator, done = random.Random(seed), []
         while len(done) < kills:
