@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -78,18 +77,18 @@ class Command:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def start(self, output: str, *options: str, processes: int = 1) -> subprocess.Popen:
-        """The command, in a group of processes that can be killed as one."""
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [*(launcher if processes > 1 else [sys.executable]), "-m", "loopmdm_cli", "generate", "model"]
+    def start(self, output: str, *options: str, processes: int = 1, **environment: str) -> subprocess.Popen:
+        """The command, with torchrun for several processes."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "loopmdm_cli", "generate", "model"]
+        offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen(
             [*command, "--data", "in.jsonl", "--output", output, *options],
             cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, **offline, **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
         )
 
     def run(self, output: str, *options: str, processes: int = 1) -> dict[str, Any]:
@@ -109,21 +108,32 @@ class Command:
             time.sleep(0.01)
 
     def run_killed(self, output: str, seconds: float, kills: int, seed: int, *options: str) -> dict[str, Any]:
-        """Kills it at random moments of a run of so many seconds, by turns of one process and two, then ends it."""
+        """
+        Kills it by turns of one process and of two (without a launcher, whose processes outlive it), each time at a
+        random moment after a batch was finished; then runs it to its end.
+        """
         generator, done = random.Random(seed), []
         while len(done) < kills:
-            process = self.start(output, *options, processes=1 + len(done) % 2)
-            self.wait_for_plan(process, output)
-            pause = generator.uniform(0, seconds / kills)
-            time.sleep(pause)
-            was_alive = process.poll() is None
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            if not was_alive:
+            number, before = 1 + len(done) % 2, self.finished(output)
+            ranks = [{"RANK": str(rank), "WORLD_SIZE": str(number)} for rank in range(number)]
+            started = [self.start(output, *options, **rank) for rank in ranks]
+            while started[0].poll() is None and self.finished(output) == before:
+                time.sleep(0.01)
+            time.sleep(generator.uniform(0, seconds / kills / 4))
+            was_alive = [process.poll() is None for process in started]
+            for process in started:
+                process.kill()
+                process.communicate()
+            if not any(was_alive):
                 break
-            done.append(pause)
-            print(f"  kill {len(done)} after {pause:.1f} s", flush=True)
-        return {"kills": len(done), "after_seconds": done, **self.run(output, *options)}
+            done.append(self.finished(output))
+            print(f"  kill {len(done)}: {done[-1]} batches are finished", flush=True)
+        return {"kills": len(done), "finished_batches": done, **self.run(output, *options)}
+
+    def finished(self, output: str) -> int:
+        """Batches in the files of a run."""
+        parts = (self.folder / f"{output}.run").glob("*-*.jsonl")
+        return sum(line.endswith(b"\n") and line != b"\n" for path in parts for line in path.open("rb"))
 
 
 def throughput(folder: Path, count: int, repeats: int) -> dict[str, Any]:
