@@ -15,7 +15,7 @@ from conversion import computing_in, convert, logits_of, save_tokenizer, stored
 from tiny import MASK, random_ids, scores, tiny_model
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
-from loopmdm.convert import convert_checkpoint, export_checkpoint, formats
+from loopmdm.convert import Recipe, convert_checkpoint, export_checkpoint, formats
 
 # A model that each format expresses as it is
 MODELS = {
@@ -156,6 +156,13 @@ def test_missing_biases_are_zeros(saved, tmp_path):
     assert len(biases) == 3 * 6 and not any(bias.any() for bias in biases)
     for found, limit in zip(record["verification"], (1e-10, 5e-5), strict=True):
         assert found["max_difference"] < limit * found["max_logit"]
+
+
+def test_verification_notices_wrong_weights_and_leaves_nothing(saved, tmp_path, monkeypatch):
+    model = saved()
+    wrong = lambda name: Recipe((name,), "almost a copy", lambda tensor: tensor * 1.001)  # noqa: E731
+    monkeypatch.setattr("loopmdm.convert.unroll.copy", wrong)
+    refuse(model, tmp_path / "out", "differs from the source by", num_loops=2, verify=True)
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])

@@ -179,17 +179,18 @@ class LLaDA(Family):
                 stored = f"{LAYER}{name}.{kind}"
                 if kind == "weight" or stored.format(i=0) in source:
                     layer[f"{target}.{kind}"] = rows(stored, *part) if part else copy(stored)
+        embedding, norm, head = (f"{ROOT}{name}" for name in AROUND.values())
         recipes = {
-            "model.embed_tokens.weight": scaled(f"{ROOT}wte.weight", scale if settings.get("input_emb_norm") else 1),
+            "model.embed_tokens.weight": scaled(f"{embedding}.weight", scale if settings.get("input_emb_norm") else 1),
             **per_layer(config["num_hidden_layers"], layer),
-            **_norm(source, "model.norm", f"{ROOT}{AROUND['model.norm']}"),
+            **_norm(source, "model.norm", norm),
         }
         logit_scale = 1 / scale if settings.get("scale_logits") else 1
         if not config["tie_word_embeddings"]:
-            head = "wte" if settings.get("weight_tying") else "ff_out"
-            recipes["lm_head.weight"] = scaled(f"{ROOT}{head}.weight", logit_scale)
+            is_tied = settings.get("weight_tying")
+            recipes["lm_head.weight"] = scaled(f"{embedding if is_tied else head}.weight", logit_scale)
         if config["lm_head_bias"]:
-            recipes["lm_head.bias"] = scaled(f"{ROOT}ff_out.bias", logit_scale)
+            recipes["lm_head.bias"] = scaled(f"{head}.bias", logit_scale)
         return recipes
 
     def stored_config(self, config):
