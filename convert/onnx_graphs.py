@@ -129,7 +129,8 @@ def export_graphs(
 
 def _to_onnx(part: Part, value: torch.Tensor, is_dynamic: bool) -> Any:
     """A part in onnxscript's representation, weights included."""
-    arguments, names, shapes = (value,), ["input"], None
+    arguments: tuple = (value,)
+    names, shapes = ["input"], None
     if is_dynamic:
         mask = torch.ones(value.shape[:2], dtype=torch.long)
         mask[0, 0] = 0
