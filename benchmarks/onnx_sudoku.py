@@ -22,8 +22,8 @@ from loopmdm.evaluation.loading import load_model, load_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     {"num_loops": 1, "max_denoising_steps": 1},
-    {"num_loops": 3, "max_denoising_steps": 4},
-    {"num_loops": 6, "max_denoising_steps": 8},
+    {"num_loops": 3, "max_denoising_steps": 2},
+    {"num_loops": 6, "max_denoising_steps": 4},
 )
 
 
@@ -83,8 +83,10 @@ def main() -> None:
         about = {name: export_onnx(args.model, Path(folder) / name, name) for name in WEIGHTS}
         threads = args.threads or 0
         graphs = {name: OnnxModel(Path(folder) / name, num_threads=threads) for name in WEIGHTS}
-        rows = [row for setting in SETTINGS for row in compare(model, graphs, ids, solutions, setting)]
-    write_result(args, bytes={name: one["bytes"] for name, one in about.items()}, rows=rows)
+        rows, sizes = [], {name: one["bytes"] for name, one in about.items()}
+        for setting in SETTINGS:
+            rows += compare(model, graphs, ids, solutions, setting)
+            write_result(args, bytes=sizes, rows=rows)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def export_graphs(
 
 def _to_onnx(part: Part, value: torch.Tensor, is_dynamic: bool) -> Any:
     """A part in onnxscript's representation, weights included."""
-    arguments: tuple[torch.Tensor, ...] = (value,)
+    arguments: tuple = (value,)
     names, shapes = ["input"], None
     if is_dynamic:
         mask = torch.ones(value.shape[:2], dtype=torch.long)
