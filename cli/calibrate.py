@@ -39,7 +39,7 @@ def calibrate(
     max_denoising_steps: MaxDenoisingSteps = None,
     block_length: BlockLength = None,
     confidence_threshold: ConfidenceThreshold = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many examples.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most this many examples, from the first on.")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples generated together.")] = 32,
     output: Annotated[Path | None, typer.Option(help="Write all measurements to this JSON file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and leave the model as it is.")] = False,

@@ -160,7 +160,7 @@ class Conversation:
             )
         prompt = prompt.to(input_device(self.model))
         options = self.options | {"max_new_tokens": min(self.options["max_new_tokens"], room)}
-        past_key_values, self.cache = self._matching_cache(prompt), None  # that of a call that does not end is lost
+        past_key_values, self.cache = self._matching_cache(prompt), None  # a call that fails loses its cache
         with DraftStreamer(self.tokenizer, console) as streamer:
             output = self.model.generate(
                 prompt,

@@ -39,7 +39,7 @@ def dynamics(
     subset: Subset = None,
     limit: TextLimit = None,
     window: Annotated[int | None, typer.Option(help="Tokens seen at once (default: at most 256).")] = None,
-    windows: Annotated[int, typer.Option(help="Follow so many windows, evenly spread.")] = 16,
+    windows: Annotated[int, typer.Option(help="Number of windows to follow, evenly spread.")] = 16,
     masks: Annotated[int, typer.Option(help="Masks of each window and timestep.")] = 2,
     no_attention: Annotated[bool, typer.Option("--no-attention", help="Leave attention out.")] = False,
     no_lens: Annotated[bool, typer.Option("--no-lens", help="Leave predictions by loop out.")] = False,

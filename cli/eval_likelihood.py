@@ -43,7 +43,7 @@ def likelihood(
     limit: TextLimit = None,
     window: Annotated[int | None, typer.Option(help="Tokens seen at once (default: at most 1024).")] = None,
     stride: Annotated[int | None, typer.Option(help="Fresh tokens of a window; the others are context.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Score so many windows, evenly spread.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Number of windows to score, evenly spread.")] = None,
     num_samples: NumMasks = 32,
     bins: Annotated[int, typer.Option(help="Bins of timesteps.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Masked texts per forward pass.")] = 16,

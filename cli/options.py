@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # Of `generate`
 MaxDenoisingSteps = Annotated[int | None, typer.Option(help="Forward passes per block at most.")]
 BlockLength = Annotated[int | None, typer.Option(help="Positions denoised together.")]
-ConfidenceThreshold = Annotated[float | None, typer.Option(help="Commit all tokens at least so likely.")]
+ConfidenceThreshold = Annotated[float | None, typer.Option(help="Commit all tokens with at least this confidence.")]
 GenerateArguments = Annotated[
     list[str] | None,
     typer.Option(
@@ -39,13 +39,13 @@ Text = Annotated[
 Task = Annotated[
     str, typer.Option(help="Score all of texts, answers given prompts, or what mask tokens stand for (fill).")
 ]
-TextColumn = Annotated[str | None, typer.Option(help="Where texts are in JSON and data sets (default: text).")]
+TextColumn = Annotated[str | None, typer.Option(help="Column with the text, in JSON and data sets (default: text).")]
 Documents = Annotated[
     str | None, typer.Option(help="What separates the texts of a .txt: file (none, the default), blank_line or line.")
 ]
-Split = Annotated[str | None, typer.Option(help="Of a data set (default: train).")]
-Subset = Annotated[str | None, typer.Option(help="Of a data set: the name of its configuration.")]
-TextLimit = Annotated[int | None, typer.Option(help="Read so many texts.")]
+Split = Annotated[str | None, typer.Option(help="Split of a data set (default: train).")]
+Subset = Annotated[str | None, typer.Option(help="Configuration of a data set, by name.")]
+TextLimit = Annotated[int | None, typer.Option(help="Read at most this many texts.")]
 
 
 def given(**options: Any) -> dict[str, Any]:

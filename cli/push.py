@@ -18,7 +18,7 @@ def push(
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would go, and stop.")] = False,
 ) -> None:
-    """Check a model as those who download it will load it, and upload it to the Hugging Face Hub."""
+    """Load a model the way its users will, and upload it to the Hugging Face Hub."""
     from loopmdm.hub import check_upload, load_in_fresh_process, upload
 
     checked = check_upload(folder, repo)

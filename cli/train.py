@@ -27,7 +27,7 @@ def train(
         bool, typer.Option("--dry-run", help="Show the first rows, and what the run takes; write nothing.")
     ] = False,
     init: Annotated[
-        str | None, typer.Option(help="Write such a file to begin with: pretraining, answers or adapter.")
+        str | None, typer.Option(help="Write a file to start from: pretraining, answers or adapter.")
     ] = None,
 ) -> None:
     """Pretrain, fine-tune or adapt a model. Under torchrun it runs on all processes."""

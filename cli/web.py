@@ -21,7 +21,7 @@ def web(
     port: Annotated[int, typer.Option(help="Port on this machine; 0 takes a free one.")] = 8018,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Show a model of boards at work, in a browser on this machine (`make web` builds the page)."""
+    """Watch a model of boards, such as Sudokus, at work in a browser. `make web` builds the page."""
     from loopmdm.web.serve import make_server, site_folder
 
     if not 0 <= port <= 65535:

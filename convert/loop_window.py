@@ -30,7 +30,7 @@ def default_window(num_layers: int, loop_update: str) -> tuple[int, int]:
 
 def candidate_windows(num_layers: int, width: int) -> list[tuple[int, int]]:
     """
-    Every window of `width` layers that leaves at least one layer to head and one to tail, where there are so many.
+    Every window of `width` layers that leaves a layer to head and one to tail, if the model has enough layers.
     """
     first, last = (1, num_layers - 1) if width <= num_layers - 2 else (0, num_layers)
     return [(start, start + width) for start in range(first, last - width + 1)]

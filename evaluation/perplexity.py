@@ -138,7 +138,7 @@ def text_likelihood(
         num_loops, num_samples, batch_size, seed: As in [`nelbo`].
         length (`int`, *optional*, defaults to `max_position_embeddings`, at most 1024): Tokens seen at once.
         stride (`int`, *optional*, defaults to `length`): Fresh tokens of a window.
-        max_windows (`int`, *optional*): Take so many windows, evenly spread.
+        max_windows (`int`, *optional*): Take this many windows, evenly spread.
         progress (*optional*): `progress(done, total)`, called with numbers of windows.
     """
     longest = find_model(model).config.max_position_embeddings

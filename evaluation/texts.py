@@ -166,7 +166,7 @@ def read_texts(
         text_column (`str`, defaults to `"text"`): Where texts are in JSON and data sets.
         documents (`"file"`, `"blank_line"` or `"line"`, defaults to `"file"`): What separates the texts of a `.txt`.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
-        limit (`int`, *optional*): Take the first so many texts.
+        limit (`int`, *optional*): Take this many texts, from the first on.
 
     Raises:
         ValueError: Nothing to score (but for empty ones among `"texts"`), a bad line or example (named by its number),

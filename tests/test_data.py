@@ -189,7 +189,11 @@ def test_code_of_a_folder_is_never_asked_about(file, tmp_path, monkeypatch):
     """A command that waits for an answer hangs where nobody is there."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
     word_tokenizer().save_pretrained(tmp_path)
-    code = {"model_type": "llada", "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}}
+    code = {
+        "model_type": "llada",
+        "auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]},
+        "tokenizer_class": "Evil",
+    }
     path = tmp_path / file
     settings = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**settings, **code}))

@@ -36,8 +36,8 @@ def training_memory(model: nn.Module, shape: Shape, loops: int, settings: StepSe
     Bytes of a process, without sharding, by what they hold.
 
     The gradient of a weight takes as much as the weight, and AdamW's state twice as much (Muon's once). Activations
-    are what the forward pass at so many loops keeps for the backward pass, and the logits of masked tokens with their
-    gradient. Masks of attention and temporary buffers come on top.
+    are what the forward pass keeps for the backward pass at this number of loops, and the logits of masked tokens with
+    their gradient. Masks of attention and temporary buffers come on top.
 
     Args:
         model: A [`LoopMDMForMaskedLM`], with its adapter where it has one; it may be on the meta device.
@@ -64,7 +64,7 @@ def training_memory(model: nn.Module, shape: Shape, loops: int, settings: StepSe
 
 
 def activations(model: nn.Module, shape: Shape, loops: int, settings: StepSettings) -> int:
-    """Bytes of activations at so many loops, see [`training_memory`]."""
+    """Bytes of activations at this number of loops, see [`training_memory`]."""
     config, size = find_model(model).config, settings.dtype.itemsize
     hidden = shape.rows * shape.length * config.hidden_size * size
     if settings.checkpoint_layers:

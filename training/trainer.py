@@ -68,7 +68,7 @@ class LoopMDMTrainer(Trainer):
         loop_schedule (`str` or [`LoopSchedule`], defaults to `"uniform"`): Distribution of S, see
             [`make_loop_schedule`].
         max_loops (`int`, *optional*, defaults to `config.max_train_loops`): S_max.
-        gradient_loops (`int`, *optional*): Backpropagate through the last so many loops; earlier ones pass the
+        gradient_loops (`int`, *optional*): Backpropagate through this many of the last loops; earlier ones pass the
             gradient on unchanged.
         checkpoint_loops (`bool`, defaults to `False`): Compute each loop's activations again in the backward pass, so
             that memory hardly grows with S.
