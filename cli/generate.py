@@ -78,7 +78,6 @@ def generate(
         int | None, typer.Option(help="Answers to each prompt; needs --do-sample.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed; every answer has random numbers of its own.")] = 0,
-<<<<<<< HEAD
     batch_size: Annotated[
         int | None, typer.Option(help="Prompts generated together; so many lines are read at once (default: 32).")
     ] = None,
@@ -94,9 +93,6 @@ def generate(
     ] = None,
     split: Split = None,
     subset: Subset = None,
-=======
-    batch_size: Annotated[int, typer.Option(help="Prompts generated together, and lines read at a time.")] = 32,
->>>>>>> journey15
     stream: Annotated[bool, typer.Option("--stream", help="Show every denoising step (one prompt).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with the cost of each row.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page that plays every denoising step.")] = None,
