@@ -20,7 +20,8 @@ USE, TRAIN, MEASURE, SHARE = TOPICS = ("Use a model", "Make a model", "Measure a
 class _ByTopic(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         commands: dict[str, Any] = self.commands
-        return sorted(commands, key=lambda name: TOPICS.index(commands[name].rich_help_panel))
+        topics = [*TOPICS, *{command.rich_help_panel for command in commands.values()}]  # and those of others
+        return sorted(commands, key=lambda name: topics.index(commands[name].rich_help_panel))
 
 
 app = typer.Typer(cls=_ByTopic, no_args_is_help=True, pretty_exceptions_enable=False)

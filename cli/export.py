@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from .application import app
+from .application import SHARE, app
 from .options import Model, TrustRemoteCode, check_idle
 from .output import console, progress_bars
 
 
-@app.command()
+@app.command(rich_help_panel=SHARE, epilog="Example: loopmdm export my-model plain --num-loops 2 --verify")
 def export(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],

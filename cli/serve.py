@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .application import app
+from .application import USE, app
 from .options import Device, Dtype, Model, TrustRemoteCode
 
 
-@app.command()
+@app.command(rich_help_panel=USE, epilog="Example: loopmdm serve my-model --port 8000")
 def serve(
     model: Model,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is all of this machine.")] = "127.0.0.1",
@@ -19,11 +19,7 @@ def serve(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """
-    Serve a model to clients of the OpenAI API: POST /v1/chat/completions, GET /v1/models and /health.
-
-    Example: loopmdm serve my-model --port 8000
-    """
+    """Serve a model to clients of the OpenAI API: POST /v1/chat/completions, GET /v1/models and /health."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port is {port}; it must be from 0 to 65535.")
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config

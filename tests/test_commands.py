@@ -30,6 +30,8 @@ COMMANDS = {
     ("train",): ["--resume", "--dry-run", "--init"],
     ("push",): ["--private", "--message", "--dry-run"],
     ("web",): ["--port", "--no-open"],
+    ("serve",): ["--host", "--port"],
+    ("export",): ["--num-loops", "--format", "--verify"],
     ("calibrate",): ["--data", "--max-loss"],
     ("eval", "likelihood"): ["--text", "--num-samples", "--output"],
     ("eval", "generative-perplexity"): ["--judge", "--samples", "--output"],
@@ -79,7 +81,7 @@ def test_help_lists_commands_by_topic(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = run("--help").splitlines()
     found = [line.strip("╭─╮ │").split()[0] for line in lines if re.match(r"╭─ \w+ a model|│ [a-z]+  ", line)]
-    expected = "Use chat generate web Make convert train Measure calibrate info eval Share push"
+    expected = "Use chat generate serve web Make convert train Measure calibrate info eval Share export push"
     assert found == expected.split()
 
 
@@ -274,8 +276,8 @@ def test_info_says_what_memory_takes():
     """By hand, for the bundled model: width 128, four heads of 32, attention over the whole sequence."""
     memory = json.loads(run("info", ROOT, "--json", "--length", 40, "--batch-size", 2))["memory"]
     one, two, four = memory[:3]
-    assert one["weights"] == 4 * 1_218_048 and one["training_state"] == 16 * 1_218_048
-    assert one["cache"] == four["cache"] == 2 * 2 * 41 * 128 * 4 * 6  # one place for all loops
+    assert one["weights"] == 4 * 415_360 and one["training_state"] == 16 * 415_360
+    assert one["cache"] == four["cache"] == 2 * 2 * 41 * 128 * 4 * 2  # one place for all loops
     assert four["activations"] - one["activations"] == 3 * (two["activations"] - one["activations"])
     # A layer keeps at least its input, queries, keys, values, what attention gives, and three times the MLP's width.
     assert two["activations"] - one["activations"] > 2 * (5 * 128 + 3 * 352) * 4 * 2 * 40

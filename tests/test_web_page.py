@@ -303,7 +303,7 @@ def test_everything_is_reached_and_works_by_keyboard(page):
 
 
 def test_it_plays_and_pauses(page):
-    show(page, PUZZLE, 2, 2)
+    show(page, PUZZLE, 16, 2)
     page.locator("#pace").select_option("fast")
     page.locator("#play").click()
     page.wait_for_selector("#play:has-text('Pause')")
@@ -326,8 +326,9 @@ def test_the_chart_sets_the_sliders_and_the_address_holds_them(page):
     page.wait_for_timeout(500)
     assert f"puzzle={PUZZLE}&loops=4&steps=1&rule=confidence" in page.evaluate("location.hash")
     page.locator("#loops").fill("20")
+    assert "trained with at most 16" in page.inner_text("#loops-hint")
+    page.locator("#steps").fill("40")
     assert "beyond what was measured" in page.inner_text("#measured-hint")
-    assert "trained with at most 6" in page.inner_text("#loops-hint")
 
 
 def test_a_cell_says_what_the_model_makes_of_it(page):
