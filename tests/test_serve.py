@@ -219,6 +219,7 @@ def test_a_client_that_goes_frees_the_model(client, folder, stream):
         for _ in range(3):  # one runs and two wait
             gone = stack.enter_context(socket.create_connection((host, port)))
             gone.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        time.sleep(1)  # they come first
         waiting = ThreadPoolExecutor(1).submit(ask, client, folder, "w4", max_tokens=3)
         time.sleep(1)
         assert not waiting.done()
