@@ -3,7 +3,7 @@
 Reinforcement learning with GRPO (arXiv 2402.03300) by `trace_log_probs`: a small model of 4x4 Sudoku learns from the
 rules alone, without a solution, to fill a whole board in one denoising step.
 
-    python benchmarks/grpo.py --output benchmarks/results/grpo.json
+    python benchmarks/grpo.py --threads 1 --output benchmarks/results/grpo.json
 
 The 288 boards are split into three parts. A model first learns to fill in blank cells from the solutions of one part.
 Every update then draws several answers to each of some puzzles of the second part, rewards those that keep the rules,
@@ -14,11 +14,10 @@ mixes them.
 
 import argparse
 import itertools
-import json
 import time
-from pathlib import Path
 
 import torch
+from common import begin, make_parser, write_result
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMGenerationConfig
 from loopmdm.objective import trace_log_probs
@@ -126,23 +125,19 @@ def run(args: argparse.Namespace, seed: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = make_parser(__doc__)
+    parser.add_argument("--runs", type=int, default=3, help="their seeds count from --seed")
     parser.add_argument("--pretraining-steps", type=int, default=600)
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--puzzles", type=int, default=32, help="per update")
     parser.add_argument("--answers", type=int, default=16, help="per puzzle")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--every", type=int, default=20, help="updates between two measurements")
-    parser.add_argument("--output", type=Path, help="JSON of what was measured")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    begin(args)
     started = time.perf_counter()
-    curves = {seed: run(args, seed) for seed in args.seeds}
-    if args.output is not None:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
-        result = {"settings": settings, "solve_rate": curves, "seconds": round(time.perf_counter() - started)}
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    curves = {seed: run(args, seed) for seed in range(args.seed, args.seed + args.runs)}
+    write_result(args, solve_rate=curves, seconds=round(time.perf_counter() - started))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ SETTINGS = (
     {"num_loops": 1, "max_denoising_steps": 1},
     {"num_loops": 3, "max_denoising_steps": 2},
     {"num_loops": 6, "max_denoising_steps": 4},
+    {"num_loops": 16, "max_denoising_steps": 1},
 )
 
 
@@ -72,7 +73,7 @@ def compare(model, graphs: dict[str, OnnxModel], ids: torch.Tensor, solutions: t
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default=str(ROOT), help="folder of the model (default: the bundled one)")
+    parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
     parser.add_argument("--count", type=int, default=200, help="puzzles")
     args = parser.parse_args()
     begin(args)

@@ -9,13 +9,13 @@ Every row gives the percentage of puzzles solved and the FLOPs per puzzle in uni
 loops and 16 steps. Candidates are nested: the first of eight are the four. The first is the plain greedy trajectory.
 """
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+from common import begin, make_parser, write_result
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
@@ -141,15 +141,15 @@ class Search:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(__file__).resolve().parents[1]))
+    parser = make_parser(__doc__)
+    parser.set_defaults(seed=3)  # training has puzzles of seed 0, held-out scores of seed 1, pilots of seed 2
+    parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
     parser.add_argument("--count", type=int, default=200, help="minimal puzzles (default: 200)")
-    parser.add_argument("--seed", type=int, default=3, help="of the puzzles; training has 0, held-out scores 1")
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--masks", type=int, default=4, help="masks per NELBO of an answer (default: 4)")
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    begin(args)
     model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = puzzles.generate_minimal_puzzles(args.count, args.seed)
@@ -165,10 +165,7 @@ def main() -> None:
     search.single("remasking", seed=0, max_denoising_steps=2 * STEPS, remask_probability=0.05)
     for arm, count in (("symmetric copies", args.candidates), ("samples", args.candidates // 2)):
         search.candidates(arm, count, args.masks)
-    if args.output is not None:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        record = {"settings": settings, "seconds": round(time.perf_counter() - started), "rows": search.rows}
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args, seconds=round(time.perf_counter() - started), rows=search.rows)
 
 
 if __name__ == "__main__":
