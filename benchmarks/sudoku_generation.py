@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Settings of `generate` against quality and cost, on the bundled Sudoku model.
+"""Settings of `generate` against quality and cost, on a Sudoku model.
 
     python benchmarks/sudoku_generation.py --study commit --count 400 --output commit.json
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from common import begin, make_parser, write_result
+from flagship.symmetry import Symmetry
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
@@ -24,35 +25,7 @@ from loopmdm.evaluation import nelbo
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
 import puzzles
 
-STEPS, DIGITS = 16, 9
-
-
-class Symmetry:
-    """A symmetry of the board for every puzzle, `(num_puzzles, 81)` of cells and `(num_puzzles, 9)` of digits."""
-
-    def __init__(self, num_puzzles: int, seed: int, first_digit: int):
-        generator = torch.Generator().manual_seed(seed)
-
-        def lines() -> torch.Tensor:
-            bands = torch.rand(num_puzzles, 3, generator=generator).argsort(-1)
-            within = torch.rand(num_puzzles, 3, 3, generator=generator).argsort(-1)
-            return (3 * bands[..., None] + within.gather(1, bands[..., None].expand(-1, -1, 3))).flatten(1)
-
-        cells = DIGITS * lines()[:, :, None] + lines()[:, None, :]
-        is_transposed = torch.rand(num_puzzles, generator=generator) < 0.5
-        self.cells = torch.where(is_transposed[:, None, None], cells.transpose(1, 2), cells).flatten(1)
-        self.digits = torch.rand(num_puzzles, DIGITS, generator=generator).argsort(-1)
-        self.first = first_digit
-
-    def _relabel(self, boards: torch.Tensor, digits: torch.Tensor) -> torch.Tensor:
-        number = boards - self.first
-        return torch.where(number >= 0, digits.gather(1, number.clamp(min=0)) + self.first, boards)
-
-    def apply(self, boards: torch.Tensor) -> torch.Tensor:
-        return self._relabel(boards.gather(1, self.cells), self.digits)
-
-    def undo(self, boards: torch.Tensor) -> torch.Tensor:
-        return self._relabel(boards, self.digits.argsort(-1)).gather(1, self.cells.argsort(-1))
+STEPS = 16
 
 
 class Search:
@@ -110,7 +83,7 @@ class Search:
         found = []
         for index in range(count):
             if arm == "symmetric copies" and index > 0:
-                symmetry = Symmetry(len(self.boards), index, self.first_digit)
+                symmetry = Symmetry(len(self.boards), torch.Generator().manual_seed(index), self.first_digit)
                 answers, log_probs, flops = self.generate(symmetry.apply(self.boards))
                 answers = symmetry.undo(answers)
             elif index > 0:
@@ -152,7 +125,7 @@ def main() -> None:
     begin(args)
     model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    pairs = puzzles.generate_minimal_puzzles(args.count, args.seed)
+    pairs = puzzles.generate_puzzles(args.count, args.seed, None, None)
     search, started, loops = (
         Search(model, tokenizer, pairs, args.batch_size),
         time.perf_counter(),

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import chromium
 
 # Threads cost tiny matrices more than they give: on a busy machine seven times the run time.
 torch.set_num_threads(1)
@@ -19,3 +20,9 @@ def out(tmp_path) -> Path:
     """The folder that a conversion writes; its parent is empty."""
     (tmp_path / "results").mkdir()
     return tmp_path / "results" / "out"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser

@@ -52,7 +52,7 @@ def solve_rate(model, tokenizer, pairs, **kwargs) -> float:
 
 def test_more_loops_solve_more_puzzles(model, tokenizer, puzzles):
     easy = puzzles.generate_puzzles(40, seed=11, min_clues=32, max_clues=46)
-    minimal = puzzles.generate_minimal_puzzles(40, seed=11)
+    minimal = puzzles.generate_puzzles(40, seed=11, min_clues=None, max_clues=None)
     few, half, all_loops = (
         [solve_rate(model, tokenizer, pairs, num_loops=loops, max_denoising_steps=1) for pairs in (easy, minimal)]
         for loops in (1, 8, model.config.max_train_loops)

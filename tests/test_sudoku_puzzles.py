@@ -99,6 +99,26 @@ def test_symmetries_keep_the_number_of_solutions(board, rng):
         assert puzzles.solved_by_singles(other) == puzzles.solved_by_singles(board)
 
 
+def test_fingerprints_are_those_of_all_symmetric_copies():
+    rng = random.Random(0)
+    for puzzle, solution in PAIRS[:20]:
+        digits = dict(zip("123456789", rng.sample("123456789", 9), strict=True))
+        rows, columns = ([3 * b + i for b in rng.sample(range(3), 3) for i in rng.sample(range(3), 3)] for _ in "rc")
+        pair = (puzzle, solution)
+        copy = ["".join(digits.get(board[9 * r + c], ".") for r in rows for c in columns) for board in pair]
+        transposed = ["".join(board[column::9] for column in range(9)) for board in copy]
+        known = puzzles.fingerprint(puzzle, solution)
+        assert known == puzzles.fingerprint(*copy) == puzzles.fingerprint(*transposed)
+    assert len({puzzles.fingerprint(*pair) for pair in PAIRS}) == len(PAIRS)
+
+
+def test_puzzles_of_another_file_are_left_out(tmp_path):
+    known, new = tmp_path / "known.txt", tmp_path / "new.txt"
+    assert run_script("--count", "3", "--minimal", "--output", known, cwd=tmp_path).returncode == 0
+    assert run_script("--count", "5", "--minimal", "--unlike", known, "--output", new, cwd=tmp_path).returncode == 0
+    assert puzzles.read_puzzles(new) == puzzles.generate_puzzles(5, 0, None, None)[3:]
+
+
 def test_boards_without_or_with_many_solutions():
     assert naive_is_solved(puzzles.solve(EMPTY))
     assert puzzles.count_solutions(EMPTY, limit=100) == 100
@@ -168,6 +188,20 @@ def test_same_puzzles_for_a_seed():
         "432657189916438527875921643269175834381264795547389261654813972123796458798542316",
     )
     assert puzzles.generate_puzzles(1, seed=0, min_clues=32, max_clues=46) == [pinned]
+
+
+def test_minimal_puzzles_lose_their_solution_with_any_clue():
+    pairs = puzzles.generate_puzzles(8, 0, None, None)
+    for puzzle, solution in pairs:
+        assert list(naive_solutions(puzzle)) == [solution]
+        for cell in (cell for cell in range(81) if puzzle[cell] != "."):
+            assert puzzles.count_solutions(puzzle[:cell] + "." + puzzle[cell + 1 :]) == 2
+    # The bundled model was trained on them, and is scored on those of other seeds.
+    assert pairs[0][0] == "..1.....9.8.4...7.....2.65.9...1.....36.92.......5...12....6.48.17.......9......."
+    assert puzzles.generate_puzzles(3, 0, None, None) == pairs[:3]
+    assert not {puzzles.fingerprint(*pair) for pair in puzzles.generate_puzzles(8, 1, None, None)} & {
+        puzzles.fingerprint(*pair) for pair in pairs
+    }
 
 
 @pytest.mark.parametrize(
@@ -268,6 +302,8 @@ def test_command_line_with_any_number_of_processes(tmp_path):
         (["--count", "-1", "--output", "new.txt"], "count is -1"),
         (["--count", "many", "--output", "new.txt"], "invalid int value: 'many'"),
         (["--count", "1", "--min-clues", "3", "--output", "new.txt"], "min_clues is 3"),
+        (["--count", "1", "--minimal", "--max-clues", "30", "--output", "new.txt"], "leave --min-clues and"),
+        (["--count", "1", "--minimal", "--unlike", "missing.txt", "--output", "new.txt"], "missing.txt"),
         (["--count", "1", "--output", "missing/new.txt"], "missing is not a folder"),
         (["--count", "1", "--output", "."], "is a folder"),
         (["--count", "1"], "--output"),

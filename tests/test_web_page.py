@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import Watched, chromium, need, serious_faults, serving
+from browser import Watched, need, serious_faults, serving
 from commands import refusal
 from test_commands import PUZZLE, SOLUTION
 from tiny import tiny_model
@@ -26,12 +26,6 @@ HARD = ".12...7..4...67.3.7..52.9..3.....257.9.35......6.......3.7.4....2..1..73
 SEVERAL = PUZZLE.replace("5", ".").replace("8", ".")
 NUMBERS = itertools.count()  # an address that stays the same changes nothing
 DONE = "html[data-done]:not([data-done=''])"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

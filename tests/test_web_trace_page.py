@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import Watched, chromium, serious_faults
+from browser import Watched, serious_faults
 from test_web_trace import Words, generate, made_up
 from tiny import MASK, tiny_model
 
@@ -13,12 +13,6 @@ from loopmdm.generation_outputs import LoopMDMGenerationOutput
 from loopmdm.web import trace_to_html
 
 EVIL = " <img src=x onerror=\"document.title='run'\">"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

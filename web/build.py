@@ -72,7 +72,7 @@ def example_data(model: str) -> tuple[list[str] | None, dict[str, Any] | None]:
         spec = importlib.util.spec_from_file_location("sudoku_puzzles", generator)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        pairs = module.generate_puzzles(48, 7, 36, 72) + module.generate_minimal_puzzles(24, 7)
+        pairs = module.generate_puzzles(48, 7, 36, 72) + module.generate_puzzles(24, 7, None, None)
         puzzles = [puzzle for puzzle, _ in pairs]
     return puzzles, json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
 

@@ -67,7 +67,7 @@ def main() -> None:
         f"LoopMDM, {model.num_parameters() / 1e6:.1f}M parameters: {config.num_hidden_layers} layers, "
         f"{config.num_mid_layers} of them looped, up to {config.max_train_loops} times.\n"
     )
-    pairs = puzzles.generate_minimal_puzzles(args.count, seed=1)
+    pairs = puzzles.generate_puzzles(args.count, seed=1, min_clues=None, max_clues=None)
     show_one(model, tokenizer, pairs[:25])
 
     print(f"Solved minimal puzzles out of {args.count} (no clue can go), by loops and denoising steps,")

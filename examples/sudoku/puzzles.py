@@ -259,22 +259,16 @@ def _parallel(generate: Callable[[int], tuple[str, str]], count: int, processes:
 
 
 def generate_puzzles(
-    count: int, seed: int, min_clues: int, max_clues: int, processes: int = 1
+    count: int, seed: int, min_clues: int | None, max_clues: int | None, processes: int = 1
 ) -> list[tuple[str, str]]:
     """
-    Generates `(puzzle, solution)` pairs; each puzzle has one solution, but not necessarily a minimal set of clues.
+    Generates `(puzzle, solution)` pairs; each puzzle has one solution.
 
-    The number of clues is uniform in `[min_clues, max_clues]`. A puzzle depends only on the seed, its index and the
+    The number of clues is uniform in `[min_clues, max_clues]`. With None for both the puzzles are minimal: no clue can
+    be taken away; 20 to 30 are left, 24.4 on average. A puzzle depends only on the seed, its index and the
     range of clues: any number of processes gives the same list, and a longer list starts with the shorter one.
     """
     return list(_stream(count, seed, min_clues, max_clues, processes))
-
-
-def generate_minimal_puzzles(count: int, seed: int, processes: int = 1) -> list[tuple[str, str]]:
-    """
-    As `generate_puzzles`, but no clue of a puzzle can be taken away: 20 to 30 clues, 24.4 on average.
-    """
-    return list(_stream(count, seed, None, None, processes))
 
 
 def fingerprint(puzzle: str, solution: str) -> tuple:
@@ -378,6 +372,14 @@ def _write(path: Path, pairs: Iterator[tuple[str, str]], count: int) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def clue_range(args: argparse.Namespace) -> tuple[int | None, int | None]:
+    """The fewest and the most clues that `--minimal`, `--min-clues` and `--max-clues` ask for; None if minimal."""
+    given = (args.min_clues, args.max_clues)
+    if args.minimal and given != (None, None):
+        raise ValueError("--minimal leaves as many clues as are needed: leave --min-clues and --max-clues out")
+    return given if args.minimal else tuple(32 + 14 * i if n is None else n for i, n in enumerate(given))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -387,15 +389,15 @@ def main() -> None:
     parser = _Parser(description="Generate Sudoku puzzles that have exactly one solution.")
     parser.add_argument("--count", type=int, required=True, help="number of puzzles")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other puzzles (default: 0)")
-    parser.add_argument("--min-clues", type=int, default=32, help="fewest clues of a puzzle (default: 32)")
-    parser.add_argument("--max-clues", type=int, default=46, help="most clues of a puzzle (default: 46)")
-    parser.add_argument("--minimal", action="store_true", help="no clue can be taken away; leave the numbers out")
+    parser.add_argument("--min-clues", type=int, help="fewest clues of a puzzle (default: 32)")
+    parser.add_argument("--max-clues", type=int, help="most clues of a puzzle (default: 46)")
+    parser.add_argument("--minimal", action="store_true", help="no clue can be taken away")
     parser.add_argument("--unlike", type=Path, help="leave out what may be a puzzle of this file up to symmetry")
     parser.add_argument("--processes", type=int, default=1, help="does not change the puzzles (default: 1)")
     parser.add_argument("--output", type=Path, required=True, help="file to write, one `puzzle solution` per line")
     args = parser.parse_args()
     try:
-        clues = (None, None) if args.minimal else (args.min_clues, args.max_clues)
+        clues = clue_range(args)
         pairs = _stream(args.count, args.seed, *clues, args.processes)
         if args.unlike is not None:
             known = {fingerprint(*pair) for pair in read_puzzles(args.unlike)}

@@ -72,17 +72,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="number of puzzles (default: 1000)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the puzzles (default: 1)")
     parser.add_argument("--minimal", action="store_true", help="puzzles of which no clue can be taken away")
-    parser.add_argument("--min-clues", type=int, default=32)
-    parser.add_argument("--max-clues", type=int, default=46)
+    parser.add_argument("--min-clues", type=int, help="default: 32")
+    parser.add_argument("--max-clues", type=int, help="default: 46")
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 4, 6, 8, 12])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--output", help="write the results as JSON")
     args = parser.parse_args()
 
-    if args.minimal:
-        pairs = puzzles.generate_minimal_puzzles(args.count, args.seed)
-    else:
-        pairs = puzzles.generate_puzzles(args.count, args.seed, args.min_clues, args.max_clues)
+    try:
+        fewest, most = puzzles.clue_range(args)
+        pairs = puzzles.generate_puzzles(args.count, args.seed, fewest, most)
+    except ValueError as error:
+        parser.error(str(error))
     model, tokenizer = load(args.model)
     print("loops  steps  solved %  layer passes  seconds")
     rows = []

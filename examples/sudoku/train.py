@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Trains a small LoopMDM that solves Sudoku; the bundled checkpoint was made with this script.
+"""Trains a small LoopMDM that solves Sudoku, by the paper's recipe and with transformers' Trainer.
 
     python examples/sudoku/puzzles.py --count 60000 --seed 0 --output train.txt
     python examples/sudoku/train.py --puzzles train.txt --output sudoku-loopmdm
