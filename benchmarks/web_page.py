@@ -26,7 +26,7 @@ from loopmdm.web.serve import make_server, site_folder
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     {"loops": 1, "steps": 1, "rule": "confidence"},
-    {"loops": 6, "steps": 1, "rule": "confidence"},
+    {"loops": 16, "steps": 4, "rule": "confidence"},
     {"loops": 6, "steps": 4, "rule": "margin"},
     {"loops": 12, "steps": 81, "rule": "threshold"},
 )

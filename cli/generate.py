@@ -255,8 +255,8 @@ def _check_busy(is_busy: bool, model: Any) -> None:
     """Raises a ValueError where no prompt has anything to generate."""
     if not is_busy:
         raise ValueError(
-            f"There is nothing to generate; give --max-new-tokens, or mask tokens ({model.config.mask_token_id}) in "
-            "the prompts to fill in."
+            f"There is nothing to generate; give --max-new-tokens, or mask tokens (of id "
+            f"{model.config.mask_token_id}) in the prompts to fill in."
         )
 
 

@@ -30,13 +30,14 @@ def web(
     with contextlib.ExitStack() as stack:
         exported = None
         if model is not None:
+            exported = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+        server = stack.enter_context(make_server(site, port, exported))  # first, as the port may be taken
+        if model is not None:
             from loopmdm.web.build import example_data
             from loopmdm.web.export import export_board_model
 
-            exported = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
             print(f"Exporting {model} ...", flush=True)
             export_board_model(model, exported, *example_data(model))
-        server = stack.enter_context(make_server(site, port, exported))
         address = f"http://127.0.0.1:{server.server_port}/"
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         if open_browser:

@@ -388,8 +388,10 @@ def test_no_serious_fault_of_accessibility(page, scheme):
 
 
 def test_on_a_phone_nothing_sticks_out_and_the_sliders_follow_the_board(page):
-    page.set_viewport_size({"width": 360, "height": 780})
+    page.set_viewport_size({"width": 320, "height": 780})
     try:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
+        page.set_viewport_size({"width": 360, "height": 780})
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         board, slider = (page.locator(name).bounding_box() for name in ("#many .board", "#steps"))
         assert board["width"] > 300

@@ -52,6 +52,9 @@ def test_it_plays_what_the_trace_holds(browser, output, tmp_path):
         for row in range(2):
             committed = step.committed[row].tolist()
             assert [kind == "committed" for kind in kinds(page, row)] == committed
+            loops = int(step.loops[row])
+            said = f"{sum(committed)} token{'s' * (sum(committed) != 1)} committed, {loops} loop{'s' * (loops != 1)}"
+            assert page.locator(".here").nth(row).inner_text() == said
         assert page.inner_text("#step").startswith(f"Step {number} of {len(output.trace)}, block {step.block + 1}")
         assert f"{int(step.committed.sum())} token" in page.inner_text("#step")
     page.locator("#play").click()

@@ -14,6 +14,10 @@ from ..convert.onnx_graphs import export_graphs, saved_settings
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 FLOAT32_LIMIT = 8_000_000  # bytes of weights, above which they become int8
+SHOWN = (
+    "The page shows LoopMDMs of n x n boards of digits (n = 4, 6, 8, 9); `loopmdm generate --html` makes a page of "
+    "what any other writes."
+)
 RULES = ("confidence", "margin", "entropy", "left_to_right")  # values of `unmasking` that the page has
 
 
@@ -43,10 +47,7 @@ class Board:
         elif side * side != config.max_position_embeddings or _box(side)[0] == 1 or side > 9:
             wrong = f"its {config.max_position_embeddings} positions are not those of a board"
         if wrong is not None:
-            raise ValueError(
-                f"{name} does not fill in boards: {wrong}. The page shows models of n x n boards of digits (n = 4, 6, "
-                "8, 9); `loopmdm generate --html` makes a page of what any model writes."
-            )
+            raise ValueError(f"{name} does not fill in boards: {wrong}. {SHOWN}")
         return cls(side, _box(side), [ids[digit] for digit in names], config.mask_token_id)
 
     def encode(self, puzzle: str) -> list[int]:
@@ -108,7 +109,10 @@ def export_board_model(
     """
     from ..evaluation.loading import load_model, load_tokenizer
 
-    model, tokenizer = load_model(source, "float32", "cpu"), load_tokenizer(source)
+    try:
+        model, tokenizer = load_model(source, "float32", "cpu"), load_tokenizer(source)
+    except ValueError as error:
+        raise ValueError(f"{error} {SHOWN}") from error
     board, config = Board.of(model, tokenizer, source), model.config
     settings = page_settings(model, source, board.side**2)
     folder.mkdir(parents=True)

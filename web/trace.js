@@ -65,7 +65,7 @@ function makeTokens(row, element) {
 }
 
 /** Bars of what a step committed, downwards of what it sent back, and a line of its loops. */
-function makeChart(row) {
+function makeChart(row, deepest) {
   const count = (step, kind) => {
     let found = 0;
     for (let i = step * row.length; i < (step + 1) * row.length; i++) found += row.kinds[i] === kind;
@@ -76,7 +76,6 @@ function makeChart(row) {
   const most = Math.max(...row.committed, ...row.remasked, 1);
   const bars = (values, sign) =>
     values.map((value, i) => (value ? `M${i + 0.1} 26h.8v${(-sign * value * 24) / most}h-.8z` : "")).join("");
-  const deepest = Math.max(...row.loops, 1);
   const loops = row.loops.map((value, i) => `${i ? "L" : "M"}${i} ${26 - (value * 24) / deepest}h1`).join("");
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("class", "chart");
@@ -85,7 +84,7 @@ function makeChart(row) {
   svg.setAttribute("role", "img");
   svg.setAttribute(
     "aria-label",
-    `Tokens committed in each step, at most ${Math.max(...row.committed)}, and loops, at most ${deepest}`,
+    `Tokens committed in each step, at most ${Math.max(...row.committed)}, and loops, at most ${Math.max(...row.loops)}`,
   );
   const paths = { committed: bars(row.committed, 1), remasked: bars(row.remasked.map((n) => n * 0.5), -1), loops, now: "" };
   for (const [name, path] of Object.entries(paths)) {
@@ -160,6 +159,8 @@ function show(to) {
   for (const row of rows) {
     drawRow(row.element, row, place);
     row.now.setAttribute("d", `M${place} 0V40`);
+    const here = (values) => (place ? values[place - 1] : 0);
+    row.here.textContent = `${counted(here(row.committed), "token")} committed, ${counted(here(row.loops), "loop")}`;
   }
   player.place.value = place;
   player.step.textContent = describe(place);
@@ -249,7 +250,13 @@ let player;
   for (const [i, row] of rows.entries()) {
     Object.assign(row, await unpack(row));
     row.element = makeTokens(row, elements[i]);
-    row.element.before(makeChart(row));
+  }
+  const deepest = Math.max(...rows.flatMap((row) => [...row.loops]), 1);
+  for (const row of rows) {
+    row.here = document.createElement("p");
+    row.here.className = "here";
+    row.here.hidden = rows.length === 1; // the line below the slider says it
+    row.element.before(makeChart(row, deepest), row.here);
   }
   makeLegend();
   player = makePlayer();
@@ -259,4 +266,8 @@ let player;
   show(steps.length);
   for (const { element } of rows) element.style.minHeight = `${element.offsetHeight}px`; // nothing jumps while it plays
   document.documentElement.dataset.ready = "";
-})();
+})().catch((error) => {
+  const notice = document.createElement("p");
+  notice.textContent = `This browser cannot play the steps (${error.message}); below are the final texts.`;
+  document.querySelector("main").prepend(notice);
+});

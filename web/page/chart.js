@@ -22,7 +22,6 @@ export class Chart {
         button.type = "button";
         button.textContent = (share * 100).toFixed(1);
         button.style.setProperty("--share", share);
-        button.classList.toggle("deep", share > 0.62);
         button.setAttribute("aria-label", `${counted(loops, "loop")}, ${counted(steps, "step")}: ${button.textContent} % solved`);
         button.addEventListener("click", () => choose(loops, steps));
         cell.append(button);

@@ -118,6 +118,7 @@ function prepareControls() {
   for (const [name, share] of shares) addSample(name, () => rules.generate(Math.round(share * side * side)));
   addSample("random", () => rules.generate(Math.round((0.4 + 0.17 * Math.random()) * side * side)));
   addSample("empty", () => new Array(rules.cells).fill(0));
+  $("loops").max = Math.max($("loops").max, loops); // as many as are saved with the model
   for (const name of ["loops", "steps"]) {
     $(name).addEventListener("input", () => set({ [name]: Number($(name).value) }));
   }
@@ -219,7 +220,7 @@ function showSettings() {
   $("many").querySelector("h2").textContent = counted(loops, "loop");
   const beyond = loops > about.max_train_loops ? ` It was trained with at most ${about.max_train_loops}.` : "";
   $("loops-hint").textContent = `${head} + ${loops} × ${mid} + ${tail} = ${head + loops * mid + tail} layers a step.${beyond}`;
-  const each = Math.ceil(blanks / Math.min(steps, blanks || 1));
+  const each = Math.floor(blanks / Math.min(steps, blanks || 1));
   $("steps-hint").textContent = blanks ? `At least ${each} of ${blanks} blanks a step.` : "";
   if (!chart) return;
   const inside = chart.point(loops, steps);
@@ -359,7 +360,7 @@ function readAddress() {
     const value = Number(wanted.get(name));
     return Number.isInteger(value) && value >= 1 && value <= most ? value : settings[name];
   };
-  Object.assign(settings, { loops: number("loops", 24), steps: number("steps", rules.cells) });
+  Object.assign(settings, { loops: number("loops", Number($("loops").max)), steps: number("steps", rules.cells) });
   if (wanted.get("rule") in RULES) settings.rule = wanted.get("rule");
   const [first] = [about.samples.hard, ...Object.values(about.samples)].filter(Boolean);
   const fallback = settings.clues.length ? settings.clues : first ? rules.parse(first) : rules.generate(rules.cells * 0.45);

@@ -10,7 +10,6 @@ let wanted = 0; // the number of the run that is asked for; older ones stop
 self.onmessage = async ({ data }) => {
   try {
     if (data.type === "load") await load(data.backend, data.description);
-    if (data.type === "stop") wanted = data.id;
     if (data.type === "run") {
       wanted = data.id;
       await run(data);
@@ -21,7 +20,6 @@ self.onmessage = async ({ data }) => {
 };
 
 async function load(backend, description) {
-  const started = performance.now();
   const ort = await import(`./runtime/ort.${backend}.min.mjs`);
   ort.env.wasm.wasmPaths = at("./runtime/");
   ort.env.wasm.numThreads = 1;
@@ -51,7 +49,7 @@ async function load(backend, description) {
   };
   // The first pass allocates memory, which is no part of an answer's time.
   await model.readout(await model.loop(await model.prelude(new Array(description.board.side ** 2).fill(model.mask)), 1));
-  self.postMessage({ type: "ready", backend, milliseconds: performance.now() - started });
+  self.postMessage({ type: "ready", backend });
 }
 
 async function read(url) {
