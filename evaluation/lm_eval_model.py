@@ -9,6 +9,7 @@ LoopMDM for EleutherAI's lm-eval: importing this module registers the model type
 tasks at several numbers of loops.
 """
 
+import atexit
 import logging
 import os
 import sys
@@ -53,6 +54,8 @@ class _Processes(TemplateLM):
             from accelerate import Accelerator
 
             self.accelerator = Accelerator(cpu=self._device.type == "cpu")
+            # A process that ends with an open group may abort: the threads of gloo outlive what they work on.
+            atexit.register(self.accelerator.end_training)
             self._device = self.accelerator.device
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
