@@ -12,17 +12,17 @@ import torch
 FORK = multiprocessing.get_context("fork")
 
 
-def start(function: Callable, *args: Any, stdout: int | None = None, **kwargs: Any) -> multiprocessing.Process:
-    """A process that runs a function; its output goes to the descriptor `stdout`, by default nowhere."""
-    process = FORK.Process(target=_work, args=(function, stdout, args, kwargs))
+def start(function: Callable, *args: Any, stdout: int | None = None, stderr: int | None = None, **kwargs: Any):
+    """A process that runs a function. Its output goes to descriptors, by default nowhere."""
+    process = FORK.Process(target=_work, args=(function, (stdout, stderr), args, kwargs))
     process.start()
     return process
 
 
-def _work(function: Callable, stdout: int | None, args: tuple, kwargs: dict[str, Any]) -> None:
+def _work(function: Callable, outputs: tuple, args: tuple, kwargs: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere if stdout is None else stdout, 1)
-    os.dup2(nowhere, 2)
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(nowhere if output is None else output, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
     function(*args, **kwargs)
