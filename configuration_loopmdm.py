@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-SIZES += " max_position_embeddings attention_block_size num_loops max_train_loops"
+SIZES += " max_position_embeddings attention_block_size"
 MAX_LOOPS = 10_000  # More would seem to hang; no model of use comes near.
 # What no honest model reaches: beyond it sizes overflow.
 LARGEST, LARGEST_OF = 2**40, {"num_hidden_layers": 10_000, "num_attention_heads": 2**16, "head_dim": 2**16}

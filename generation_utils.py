@@ -31,22 +31,23 @@ from .weight_files import HUB_OPTIONS
 
 # What other samplers call our arguments, and arguments of autoregressive generation that cannot work here.
 OTHER_NAMES = {
+    **dict.fromkeys(("no_repeat_ngram_size", "repetition_penalty", "sequence_bias"), "use a `logits_processor`"),
+    **dict.fromkeys(("min_length", "min_new_tokens"), "use `eos_penalty`, which holds back end tokens"),
     "alg": "`unmasking` chooses the commit rule",
+    "bad_words_ids": "use `suppress_tokens`, or a `logits_processor`",
     "block_size": "use `block_length`",
     "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
     "diffusion_steps": "use `max_denoising_steps`, the steps per block",
     "dual_cache": 'use `cache_implementation="dual"`',
     "gen_length": "use `max_new_tokens`",
-    "inputs": "use `input_ids`",
+    **dict.fromkeys(("inputs", "inputs_embeds"), "use `input_ids`"),
     "mask_id": "the mask token is `config.mask_token_id`",
     "max_time": "use `stopping_criteria` with transformers' MaxTimeCriteria",
     "max_tokens": "use `max_new_tokens`",
-    "min_new_tokens": "use `eos_penalty`, which holds back end tokens",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
     "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
-    "repetition_penalty": "use a `logits_processor`",
     "right_shift_logits": "the model's `config.shift_logits` says so",
     "steps": "use `max_denoising_steps`, the steps per block",
     "steps_per_block": "use `max_denoising_steps`",
@@ -193,6 +194,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
         for name in ("eos_token_id", "suppress_tokens"):
             for token in _as_list(getattr(self, name)):
                 check_argument(name, token, int, 0)
+        if not all(isinstance(text, str) and text for text in _as_list(self.stop_strings)):
+            raise ValueError(f"`stop_strings` is {self.stop_strings!r}; give a text that is not empty, or several.")
         loops = [check_num_loops(value) for value in _as_list(self.num_loops)]
         if (self.num_loops is not None and not loops) or len(loops) > (self.max_denoising_steps or len(loops)):
             steps = self.max_denoising_steps
@@ -650,6 +653,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
             wrong = f"`generator` holds {len(generator)} generators for {num_rows} rows; give one for each"
         elif not all(isinstance(one, torch.Generator) for one in generators):
             wrong = f"`generator` is {generator!r}; it must be a torch.Generator, or a list with one per row"
+        elif len({*map(id, generators)}) < len(generators):
+            wrong = "`generator` holds one generator several times, which would tie rows together; give each its own"
         elif streamer is not None and num_rows != 1:
             wrong = f"`streamer` shows one row, and there are {num_rows}; generate them one by one"
         if wrong is not None:
@@ -699,7 +704,11 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
-            criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+            try:
+                criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+            except Exception as error:  # the tokenizers library raises a plain one
+                wrong = f"`stop_strings` is {config.stop_strings!r}, which this tokenizer cannot look for ({error})"
+                raise ValueError(f"{wrong}; use `stopping_criteria`.") from error
         return LogitsProcessorList(logits_processor or []), criteria
 
     def adjust_generation_fn(

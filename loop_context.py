@@ -138,8 +138,7 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
     if not is_right or len(shape) < 2 or 0 in shape:
         found = f"{inputs.dtype} of shape {tuple(inputs.shape)}"
         raise ValueError(f"`{name}` is {found}; it must be {needed}, with at least one row and position.")
-    # On an accelerator looking at the values would make every forward pass wait for it.
-    if inputs_embeds is None and inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+    if inputs_embeds is None and not _is_out_of_sight(inputs):
         low, high = (int(bound) for bound in inputs.aminmax())
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
@@ -153,11 +152,42 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
     if cache is not None and document_ids is not None:
         raise ValueError("`document_ids` and `past_key_values` do not go together: packed rows are not cached.")
+    if position_ids is not None and position_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`position_ids` is {position_ids.dtype}; it must be int64 or int32.")
     # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
-    last = shape[1] + (0 if cache is None or position_ids is not None else cache.length)
-    if config.position_embedding_type == "learned" and last > config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise ValueError(f"The input has {last} positions, more than `max_position_embeddings` ({limit}); shorten it.")
+    first, stop = 0, shape[1] + (0 if cache is None else cache.length)
+    if position_ids is not None:
+        first, stop = (0, 0) if _is_out_of_sight(position_ids) else (int(end) for end in position_ids.aminmax())
+        stop += 1
+    limit, wrong = config.max_position_embeddings, None
+    if config.position_embedding_type == "learned" and first < 0:
+        wrong = f"`position_ids` holds {first}; positions are counted from 0."
+    elif config.position_embedding_type == "learned" and stop > limit:
+        wrong = f"The input has {stop} positions, more than `max_position_embeddings` ({limit}); shorten it."
+    if wrong is not None:
+        raise ValueError(wrong)
+
+
+def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> None:
+    """Raises a ValueError for `logits_to_keep` that does not name positions of the inputs, `(batch_size, length)`."""
+    fits = isinstance(keep, int) and keep >= 0
+    if isinstance(keep, torch.Tensor):
+        is_integer = keep.dtype in (torch.int64, torch.int32)
+        fits = keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == inputs.shape[0] and is_integer)
+        if fits and is_integer and inputs.ndim > 1 and keep.numel() > 0 and not _is_out_of_sight(keep):
+            low, high = (int(bound) for bound in keep.aminmax())
+            fits = high < inputs.shape[1] and low >= (-inputs.shape[1] if keep.ndim == 1 else 0)
+    if not fits:
+        found = keep if not isinstance(keep, torch.Tensor) else f"{keep.dtype} of shape {tuple(keep.shape)}"
+        raise ValueError(
+            f"`logits_to_keep` is {found}; it must be a number of last positions (0: all), or integer positions "
+            "within the input, of shape (num_positions,) or (batch_size, num_positions)."
+        )
+
+
+def _is_out_of_sight(values: torch.Tensor) -> bool:
+    """Whether looking at the values would make an accelerator wait, or break a graph."""
+    return values.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 __all__ = ["LoopContext"]

@@ -28,6 +28,7 @@ from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
 from .loop_context import (
     LoopContext,
     check_inputs,
+    check_positions_to_keep,
     count_positions,
     make_mask,
     narrow_mask,
@@ -555,8 +556,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         if self.config.shift_logits and continues:
             fix = "Begin the input one position earlier and give `position_ids`"
             raise ValueError(f"The position that predicts the first token is not in a cache. {fix}.")
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"`logits_to_keep` is {logits_to_keep}; it must be at least 0 (0: all), or positions.")
+        check_positions_to_keep(logits_to_keep, input_ids if inputs_embeds is None else inputs_embeds)
         # Positions whose states alone are needed, where they were chosen for every row.
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
@@ -619,7 +619,9 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}.")
-        labels = labels.to(states.device)
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`labels` is {labels.dtype}; it must be int64 or int32.")
+        labels = labels.to(states.device, torch.int64)
         labelled = labels != -100
         num_labels = labelled.sum() if num_items_in_batch is None else num_items_in_batch
         if num_labels == 0:

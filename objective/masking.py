@@ -142,7 +142,9 @@ def clean_rows(
     for name, tensor in (("attention_mask", attention_mask), ("maskable", maskable), ("document_ids", document_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; `input_ids` has {tuple(input_ids.shape)}.")
-    input_ids = input_ids.cpu()
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`input_ids` is {input_ids.dtype}; it must be int64 or int32.")
+    input_ids = input_ids.cpu().long()
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
     maskable = real if maskable is None else real & maskable.cpu().bool()
     empty = (~maskable.any(-1)).nonzero().flatten().tolist()

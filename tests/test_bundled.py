@@ -50,6 +50,13 @@ def solve_rate(model, tokenizer, pairs, **kwargs) -> float:
 # The bundled model
 
 
+def test_a_tokenizer_that_cannot_look_for_stop_strings(model, tokenizer):
+    """Its tokens are single characters, and it has none for others."""
+    ids = torch.tensor([[tokenizer.mask_token_id] * 3])
+    with pytest.raises(ValueError, match="`stop_strings` is '12', which this tokenizer cannot look for"):
+        model.generate(ids, stop_strings="12", tokenizer=tokenizer)
+
+
 def test_more_loops_solve_more_puzzles(model, tokenizer, puzzles):
     easy = puzzles.generate_puzzles(40, seed=11, min_clues=32, max_clues=46)
     minimal = puzzles.generate_puzzles(40, seed=11, min_clues=None, max_clues=None)

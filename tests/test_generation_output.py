@@ -405,3 +405,5 @@ def test_names_of_other_samplers_are_answered():
     again = [torch.Generator().manual_seed(0)]
     drawn = [tiny_model().generate(ids, max_new_tokens=3, do_sample=True, generator=g) for g in (generators, again)]
     assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="holds one generator several times"):
+        tiny_model().generate(ids.repeat(2, 1), max_new_tokens=3, do_sample=True, generator=again * 2)
