@@ -155,17 +155,15 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
     if position_ids is not None and position_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`position_ids` is {position_ids.dtype}; it must be int64 or int32.")
     # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
-    first, stop = 0, shape[1] + (0 if cache is None else cache.length)
-    if position_ids is not None:
-        first, stop = (0, 0) if _is_out_of_sight(position_ids) else (int(end) for end in position_ids.aminmax())
-        stop += 1
-    limit, wrong = config.max_position_embeddings, None
-    if config.position_embedding_type == "learned" and first < 0:
-        wrong = f"`position_ids` holds {first}; positions are counted from 0."
-    elif config.position_embedding_type == "learned" and stop > limit:
-        wrong = f"The input has {stop} positions, more than `max_position_embeddings` ({limit}); shorten it."
-    if wrong is not None:
-        raise ValueError(wrong)
+    if config.position_embedding_type == "learned":
+        limit, first, last = config.max_position_embeddings, 0, shape[1] - 1 + (0 if cache is None else cache.length)
+        if position_ids is not None:
+            first, last = (0, 0) if _is_out_of_sight(position_ids) else (int(end) for end in position_ids.aminmax())
+        if first < 0:
+            raise ValueError(f"`position_ids` holds {first}; positions are counted from 0.")
+        if last >= limit:
+            needed = f"more than `max_position_embeddings` ({limit}); shorten it"
+            raise ValueError(f"The input has {last + 1} positions, {needed}.")
 
 
 def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> None:
@@ -174,9 +172,9 @@ def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> N
     if isinstance(keep, torch.Tensor):
         is_integer = keep.dtype in (torch.int64, torch.int32)
         fits = keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == inputs.shape[0] and is_integer)
-        if fits and is_integer and inputs.ndim > 1 and keep.numel() > 0 and not _is_out_of_sight(keep):
-            low, high = (int(bound) for bound in keep.aminmax())
-            fits = high < inputs.shape[1] and low >= (-inputs.shape[1] if keep.ndim == 1 else 0)
+        if fits and is_integer and inputs.ndim > 1 and not _is_out_of_sight(keep):
+            least = -inputs.shape[1] if keep.ndim == 1 else 0
+            fits = bool(((keep >= least) & (keep < inputs.shape[1])).all())
     if not fits:
         found = keep if not isinstance(keep, torch.Tensor) else f"{keep.dtype} of shape {tuple(keep.shape)}"
         raise ValueError(
