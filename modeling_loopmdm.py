@@ -643,6 +643,13 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             losses = losses * loss_weights[labelled]
         return losses.sum() / (num_labels.to(losses.device) if isinstance(num_labels, torch.Tensor) else num_labels)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers. Raises a ValueError if the mask token would be cut off."""
+        mask_token_id = self.config.mask_token_id
+        if new_num_tokens is not None and new_num_tokens <= mask_token_id:
+            raise ValueError(f"{new_num_tokens} tokens do not hold the mask token ({mask_token_id}); keep more.")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def flops(
         self,
         batch_size: int,
