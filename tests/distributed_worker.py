@@ -1,20 +1,14 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""
-What test_distributed.py runs: on one process in the test itself, and on two by
-
-torchrun --nproc_per_node 2 tests/distributed_worker.py FOLDER
-
-where every rank leaves its results in FOLDER/rank<n>.pt.
-"""
+"""What test_distributed.py runs: on one process in the test itself, and on two, which are forks of it."""
 
 import datetime
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from tiny import tiny_model
 from torch import nn
@@ -253,20 +247,19 @@ def run_sharded(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
     return results
 
 
-def main():
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def main(folder: Path, rank: int) -> None:
+    """The work of a rank, in a process of its own, which leaves its results in `folder`."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process that this one is a fork of
+    GradientState._reset_state()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # accelerate asks for them; they meet in a file
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60))
     results = {
-        "own loop": run_sharded(folder, rank, world_size),
-        "ddp": run_trainers(folder / "ddp", world_size, DDP_RUNS),
-        "fsdp": run_trainers(folder / "fsdp", world_size, FSDP_RUNS),
+        "own loop": run_sharded(folder, rank, RANKS),
+        "ddp": run_trainers(folder / "ddp", RANKS, DDP_RUNS),
+        "fsdp": run_trainers(folder / "fsdp", RANKS, FSDP_RUNS),
     }
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

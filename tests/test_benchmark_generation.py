@@ -1,9 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """benchmarks/generation.py runs end to end; what it measures on a tiny model means nothing, what it counts does."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,12 +20,11 @@ import reference_samplers as references  # noqa: E402
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory) -> dict:
-    output = tmp_path_factory.mktemp("benchmark") / "generation.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "generation.py"), "--quick", "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert "same" in done.stdout
+    output, shown = tmp_path_factory.mktemp("benchmark") / "generation.json", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setattr(sys, "argv", ["generation.py", "--quick", "--output", str(output)])
+        generation.main()
+    assert "same" in shown.getvalue()
     return json.loads(output.read_text())
 
 

@@ -4,7 +4,6 @@
 import json
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -104,10 +103,10 @@ def script(monkeypatch):
     return run
 
 
-def test_demo_shows_loops_at_work():
+def test_demo_shows_loops_at_work(script, capsys):
     """In a pipe it is plain text."""
-    command = [sys.executable, str(SUDOKU / "demo.py"), "--count", "12"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    script("demo.py", "--count", 12)
+    output = capsys.readouterr().out
     assert "\x1b" not in output and max(map(len, output.splitlines())) <= 80
     wrong = re.search(r"^loop 1: (\d+) wrong +loop 4: (\d+) wrong .*loop 16: solved$", output, re.MULTILINE)
     boards = output[wrong.end() :].split("\n\n")[0].strip("\n").splitlines()

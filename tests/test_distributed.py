@@ -2,44 +2,31 @@
 """Two processes train as one does: DDP and FSDP2 on CPUs, by the trainer and by a training loop of one's own."""
 
 import json
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import distributed_worker as worker
 import pytest
 import torch
+from processes import start
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.training import draw_num_loops, last_complete_checkpoint, training_flops
 
-TIMEOUT = 240  # seconds of a launch; ranks that wait for each other fail after it
+TIMEOUT = 240  # seconds; ranks that wait for each other fail after it
 
 
 def launch(folder: Path) -> list[dict]:
     """Runs the worker on two processes. Returns the results of every rank."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(worker.RANKS)]
-    # Port 0 takes a free one.
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", worker.__file__, str(folder)]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its workers
-        try:
-            output, _ = process.communicate(timeout=40)
-        except subprocess.TimeoutExpired:
+    with open(folder / "output.txt", "wb") as output:
+        started = [start(worker.main, folder, rank, stderr=output.fileno()) for rank in range(worker.RANKS)]
+        deadline = time.monotonic() + TIMEOUT
+        for process in started:
+            process.join(max(0, deadline - time.monotonic()))
+        for process in started:
             process.kill()
-            output = "(no output)"
-        pytest.fail(f"Two ranks took more than {TIMEOUT} s:\n{output[-6000:]}")
-    assert process.returncode == 0, output[-6000:]
+            process.join()
+    assert [process.exitcode for process in started] == [0] * worker.RANKS, (folder / "output.txt").read_text()[-6000:]
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(worker.RANKS)]
 
 

@@ -5,10 +5,10 @@ nothing, and runs no code that it was not asked to.
 """
 
 import errno
+import io
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -21,6 +21,7 @@ import torch
 from commands import refusal, run
 from conversion import FIXTURES, convert, edited, fixture_weights, load, refuse, save_tokenizer, stored
 from evaluation_models import save_judge, save_looped
+from processes import FORK, start
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -122,15 +123,15 @@ def test_an_interruption_is_no_error(monkeypatch, capsys):
     assert "error" not in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_show_a_character(shared, tmp_path):
+def test_a_place_that_cannot_show_a_character(shared, tmp_path, monkeypatch):
     """The results are written, whatever the table looks like."""
-    model = shutil.copytree(shared / "model", tmp_path / "model")
-    arguments = [str(part) for part in every_command(model, shared)["likelihood"]]
-    code = f"import loopmdm_cli; loopmdm_cli.main({arguments!r})"
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
-    assert result.returncode == 0, result.stderr
-    assert b"+/-" in result.stdout and result.stdout.isascii()
+    model, place = shutil.copytree(shared / "model", tmp_path / "model"), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(place, "ascii"))
+    with pytest.raises(SystemExit) as exit_:
+        loopmdm_cli.main([str(part) for part in every_command(model, shared)["likelihood"]])
+    sys.stdout.flush()
+    assert not exit_.value.code
+    assert b"+/-" in place.getvalue() and place.getvalue().isascii()
     assert json.loads((tmp_path / "results" / "results.json").read_text())["results"]
 
 
@@ -191,16 +192,17 @@ def test_weights_that_are_damaged(shared, model, command, change):
 
 def test_nothing_but_the_line_is_shown(model):
     """In a process of its own: transformers reports what it loads on the stderr that it found."""
-    tensors = stored(model)
+    tensors, code = stored(model), "import contextlib, loopmdm_cli\n"
     for change in ({"model.norm.weight": torch.ones(5)}, {"surplus": torch.ones(2)}):
-        save_file(tensors | change, model / "model.safetensors", metadata={"format": "pt"})
-        code = f"import loopmdm_cli; loopmdm_cli.main(['generate', {str(model)!r}, 'w1'])"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        (line,) = (line for line in result.stderr.splitlines() if "torch" not in line)  # which warn of their own
-        assert result.returncode == 2 and line.startswith("loopmdm: error: ") and next(iter(change)) in line
+        place = shutil.copytree(model, model.with_name(next(iter(change))))
+        save_file(tensors | change, place / "model.safetensors", metadata={"format": "pt"})
+        code += f"with contextlib.suppress(SystemExit): loopmdm_cli.main(['generate', {str(place)!r}, 'w1'])\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = [line for line in result.stderr.splitlines() if "torch" not in line]  # which warn of their own
+    assert len(lines) == 2 and all(line.startswith("loopmdm: error: ") for line in lines)
+    assert "model.norm.weight" in lines[0] and "surplus" in lines[1]
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("info", "convert")])
 def test_tokenizers_that_do_not_load(shared, model, command):
     (model / "tokenizer.json").write_text('{"model": 1}')
     assert "tokenizer" in refusal(*every_command(model, shared)[command])
@@ -366,12 +368,10 @@ def test_lines_of_standard_input(shared, batch_size):
     ]
 
 
-def test_standard_input_that_is_not_text(shared):
-    code = f"import loopmdm_cli; loopmdm_cli.main(['generate', {str(shared / 'model')!r}, '-'])"
-    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    result = subprocess.run([sys.executable, "-c", code], input=b"\xff\xfe", env=env, capture_output=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith(b"loopmdm: error: Standard input is not text in utf-8")
+def test_standard_input_that_is_not_text(shared, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"))
+    message = refusal("generate", shared / "model", "-")
+    assert message.startswith("loopmdm: error: Standard input is not text in utf-8")
 
 
 # Conversion: what a source says of itself
@@ -601,29 +601,29 @@ def test_templates_that_say_nothing(src, out, template):
 # Kills and disks
 
 
-SLOW = """
-import sys, time
-import loopmdm.convert.write as write
-from loopmdm.convert import convert_checkpoint
-real, made = write.save_file, []
-def save(*args, **kwargs):
-    real(*args, **kwargs)
-    made.append(args)
-    if len(made) == 2:
-        print("busy", flush=True)
-        time.sleep(60)
-write.save_file = save
-convert_checkpoint(sys.argv[1], sys.argv[2], max_shard_size=100_000)
-"""
+def stop_in_the_middle(source: Path, target: Path, busy) -> None:
+    """Converts until the second shard is written, and then does nothing."""
+    real, made = write.save_file, []
+
+    def save(*args, **kwargs):
+        real(*args, **kwargs)
+        made.append(args)
+        if len(made) == 2:
+            busy.set()
+            time.sleep(60)
+
+    write.save_file = save
+    convert_checkpoint(source, target, max_shard_size=100_000)
 
 
 def test_what_a_kill_leaves_is_taken_by_the_next_conversion(out):
-    arguments = [sys.executable, "-c", SLOW, str(FIXTURES / "llada"), str(out)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"busy\n"
-        with pytest.raises(ValueError, match=r"Another conversion is writing .*out; wait for it"):
-            convert("llada", out)
-        process.send_signal(signal.SIGKILL)
+    busy = FORK.Event()
+    process = start(stop_in_the_middle, FIXTURES / "llada", out, busy)
+    assert busy.wait(60)
+    with pytest.raises(ValueError, match=r"Another conversion is writing .*out; wait for it"):
+        convert("llada", out)
+    process.kill()
+    process.join()
     assert os.listdir(out.parent) == [".out.partial"]
     assert not (out.parent / ".out.partial" / "config.json").exists()
     assert "does not hold a model" in refusal("info", out.parent / ".out.partial")

@@ -2,7 +2,6 @@
 """Runs that are killed at any moment and resumed, and checkpoints that are refused."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import start
 from safetensors.torch import load_file
 from tiny import tiny_model
 from training_runs import MASK, PAD, EachStep, assert_equal, build_run, examples, make_trainer, steps_logged, weights
@@ -37,7 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
 ]
-FORK = multiprocessing.get_context("fork")
 # Of `TrainingArguments`: what a resumed run may not change
 IDENTITY = (
     "accelerator_config adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices bf16 data_seed "
@@ -67,9 +66,6 @@ class DiesInTrainersSave(LoopMDMTrainer):
 
 
 def child(folder, options, pause):
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     # Slow steps, so that the parent can kill at a chosen moment
     callbacks = [EachStep(lambda step: time.sleep(pause))]
     trainer = build_run(folder, **options, callbacks=callbacks)
@@ -77,8 +73,7 @@ def child(folder, options, pause):
 
 
 def run_and_kill(folder, options, when, after: float = 0.0):
-    process = FORK.Process(target=child, args=(folder, options, 0.03 if when else 0.0))
-    process.start()
+    process = start(child, folder, options, 0.03 if when else 0.0)
     deadline = time.monotonic() + 60
     while when is not None and process.is_alive() and not (folder / when).exists():
         assert time.monotonic() < deadline
@@ -431,8 +426,7 @@ def test_unfinished_checkpoints_do_not_count(tmp_path, monkeypatch):
 
 def test_a_folder_is_locked_while_a_run_writes_to_it(tmp_path):
     def other(step):
-        process = FORK.Process(target=refused, args=(tmp_path,))
-        process.start()
+        process = start(refused, tmp_path)
         process.join(60)
         assert process.exitcode == 7
 
@@ -441,8 +435,6 @@ def test_a_folder_is_locked_while_a_run_writes_to_it(tmp_path):
 
 
 def refused(folder):
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         build_run(folder, max_steps=1).train()
     except ValueError as error:
@@ -452,17 +444,14 @@ def refused(folder):
 def test_a_checkpoint_written_over_is_incomplete_meanwhile(folder):
     shutil.rmtree(folder / "checkpoint-2")
     # A new run in the same folder, killed while it writes checkpoint-4: new weights, old optimiser.
-    process = FORK.Process(target=dies_over_old, args=(folder,))
-    process.start()
+    process = start(build_and_train, folder, cls=DiesInTrainersSave)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert last_complete_checkpoint(folder) != str(folder / "checkpoint-4")
 
 
-def dies_over_old(folder):
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    build_run(folder, cls=DiesInTrainersSave).train()
+def build_and_train(folder, **options):
+    build_run(folder, **options).train()
 
 
 def test_the_same_model_from_another_folder_is_the_same_run(tmp_path):

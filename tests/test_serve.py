@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import IO
 
 import openai
 import pytest
@@ -18,8 +19,10 @@ import torch
 from commands import refusal
 from evaluation_models import WORDS, save_judge, save_looped, word_tokenizer
 from peft import LoraConfig
+from processes import start
 from test_snippets import ROOT, examples_of
 
+import loopmdm_cli
 from loopmdm import LoopMDMForMaskedLM
 
 LENGTH = 1024
@@ -29,16 +32,9 @@ def tokenizer():
     return word_tokenizer([*WORDS[:-1], "abcdef"])  # what StopStringCriteria learns from how a tokenizer joins words
 
 
-@contextlib.contextmanager
-def served(folder: str):
-    """The address of a server of the model in `folder`."""
-    command = [sys.executable, "-m", "loopmdm", "serve", folder, "--port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            yield re.match(r"http://127\.0\.0\.1:\d+/v1", process.stdout.readline())[0]
-        finally:
-            process.terminate()
+def address(shown: IO[str]) -> str:
+    """What a server says first."""
+    return re.match(r"http://127\.0\.0\.1:\d+/v1", shown.readline())[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +46,14 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def client(folder):
-    with served(folder) as address, openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
-        yield client
+    command = [sys.executable, "-m", "loopmdm", "serve", folder, "--port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            with openai.OpenAI(base_url=address(process.stdout), api_key="none", max_retries=0) as client:
+                yield client
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +244,13 @@ def test_an_adapter_is_served(tmp_path, folder):
     model = LoopMDMForMaskedLM.from_pretrained(folder)
     model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
-    with served(str(tmp_path / "adapter")) as address:
-        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+    read, write = os.pipe()
+    process = start(loopmdm_cli.main, ["serve", str(tmp_path / "adapter"), "--port", "0"], stdout=write)
+    os.close(write)
+    with open(read) as shown, openai.OpenAI(base_url=address(shown), api_key="none", max_retries=0) as client:
         answer = ask(client, str(tmp_path / "adapter"), "w3 w4", max_tokens=6)
+    process.terminate()
+    process.join()
     assert answer.choices[0].message.content == text_of(direct(model, "w3 w4", max_new_tokens=6))
 
 

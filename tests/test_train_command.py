@@ -2,7 +2,6 @@
 """`loopmdm train`: runs described by a file, from texts, answers or data sets, to a model that loads."""
 
 import json
-import multiprocessing
 import re
 import shutil
 from os import replace as os_replace
@@ -15,6 +14,7 @@ from commands import refusal
 from commands import run as command
 from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
+from processes import FORK, start
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
@@ -253,16 +253,14 @@ def test_killed_while_it_moves_the_model(begun, tmp_path, monkeypatch):
 
 
 def test_two_runs_into_one_folder(run, tmp_path):
-    context = multiprocessing.get_context("fork")
-    held, done = context.Event(), context.Event()
+    held, done = FORK.Event(), FORK.Event()
 
     def hold():
         with locked(tmp_path / "out" / "checkpoints"):
             held.set()
             done.wait(60)
 
-    other = context.Process(target=hold)
-    other.start()
+    other = start(hold)
     assert held.wait(60)
     with pytest.raises(ValueError, match=r"Another run is writing to .*out/checkpoints; wait for it"):
         go(run())
