@@ -477,7 +477,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_weights(run, monk
 
 
 def test_a_model_generates_with_no_more_loops_than_it_was_trained_with(run, tmp_path):
-    with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3; lower it"):
+    with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3 loops; lower it"):
         go(run(), "model_config.num_loops=4")
     go(run(), "trainer.max_steps=1")
     assert json.loads((tmp_path / "out/config.json").read_text())["num_loops"] == 3
@@ -505,7 +505,7 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"model_config": {"hidden": 8}}, ["`model_config` has a key `hidden`"]),
         ({"model_config": {"loop_end": 9}}, ["layers[1:9] of 4 layers"]),
         ({"collator": {"ratio": 1}}, ["`collator` has a key `ratio`"]),
-        ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is (0.9, 0.1)"]),
+        ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is [0.9, 0.1]"]),
         ({"loops": {"schedule": "often"}}, ["loop schedule is 'often'", "uniform"]),
         ({"distillation": 0.5}, ["`distillation`, which does not exist"]),
         ({"loops": {"speed": 2}}, ["`loops` has a key `speed`, which does not exist"]),
