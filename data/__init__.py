@@ -5,7 +5,7 @@ from .chat import turn_end
 from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns
 from .encode import encode_answer, encode_prompt, first_text, prompt_column, text_of
 from .examples import least_tokens, read_examples
-from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows
+from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows, write_atomically
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
 from .stream import ExampleStream, StreamedExamples
@@ -40,4 +40,5 @@ __all__ = [
     "text_of",
     "turn_end",
     "vocabulary_size",
+    "write_atomically",
 ]

@@ -4,6 +4,7 @@
 import codecs
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,19 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return row
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """
+    Writes a text in UTF-8, with backslash escapes for what UTF-8 cannot encode (file names in other encodings). At
+    every moment `path` holds either what it held before or all of the text.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, Any]]:

@@ -454,7 +454,7 @@ def test_what_mask_tokens_stand_for_is_scored(tmp_path, suffix):
         ("t.txt", "w1", {"documents": "page"}, "separated by 'page'"),
         ("t.txt", "w1", {"limit": 0}, "The limit is 0"),
         ("t.txt", "w1", {"task": "fill"}, "line 1 has 1 fields; it needs two"),
-        ("t.txt", "w1 w2", {"task": "fill"}, "line 1: token 1 is 4 in the text with mask tokens, else 5"),
+        ("t.txt", "w1 w2", {"task": "fill"}, "line 1: token 1 is 4 in the text with mask tokens, and 5 in the other"),
         ("t.txt", "w1 w1", {"task": "fill"}, "holds no mask token (2), so there is nothing to fill in"),
         ("t.txt", "w28", {"config": tiny_config()}, "gives the token 31, outside the model's vocabulary of 23"),
         ("t.jsonl", '{"text": 3}\n', {}, "line 1 has no text in 'text'; it has text (int)"),

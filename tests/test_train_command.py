@@ -153,7 +153,7 @@ def test_what_changes_the_result_cannot_change_on_resume(begun):
         "optimizer=muon": "its optimizer is None, here MuonAdamW",
         "collator={mask_ratio: [0.1, 0.9]}": "its noise is",
     }.items():
-        with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
+        with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start a new run") as error:
             go(path, change, resume=True)
         assert message in str(error.value)
 
@@ -194,7 +194,7 @@ def test_a_folder_that_holds_anything_else_is_refused(run, tmp_path):
         with pytest.raises(ValueError, match=r"out holds README.md, which no training wrote; name a new or an empty"):
             go(path, resume=resume)
     assert [path.name for path in output.iterdir()] == ["README.md"], "nothing is left behind"
-    with pytest.raises(ValueError, match=r"text.txt/run/checkpoints cannot be made, as a file is in its way"):
+    with pytest.raises(ValueError, match=r"text.txt/run/checkpoints cannot be made, as .* is a file"):
         go(path, f"output={tmp_path / 'text.txt' / 'run'}")
 
 
@@ -475,7 +475,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_weights(run, monk
 
 
 def test_a_model_generates_with_no_more_loops_than_it_was_trained_with(run, tmp_path):
-    with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3; lower it"):
+    with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3 loops; lower it"):
         go(run(), "model_config.num_loops=4")
     go(run(), "trainer.max_steps=1")
     assert json.loads((tmp_path / "out/config.json").read_text())["num_loops"] == 3
@@ -503,7 +503,7 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"model_config": {"hidden": 8}}, ["`model_config` has a key `hidden`"]),
         ({"model_config": {"loop_end": 9}}, ["layers[1:9] of 4 layers"]),
         ({"collator": {"ratio": 1}}, ["`collator` has a key `ratio`"]),
-        ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is (0.9, 0.1)"]),
+        ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is [0.9, 0.1]"]),
         ({"loops": {"schedule": "often"}}, ["loop schedule is 'often'", "uniform"]),
         ({"distillation": 0.5}, ["`distillation`, which does not exist"]),
         ({"loops": {"speed": 2}}, ["`loops` has a key `speed`, which does not exist"]),
@@ -521,7 +521,7 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"trainer": 3}, ["`trainer` is 3"]),
         ({"trainer": {"label_smoothing_factor": 0.1}}, ["`label_smoothing_factor` is 0.1, which does not work here"]),
         ({"trainer": {"resume_from_checkpoint": "x"}}, ["`resume_from_checkpoint`, which this command sets itself"]),
-        ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` says when to evaluate", "`eval_data`"]),
+        ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` needs `eval_data`", "`eval_data`"]),
         ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, ["`trainer`: ", "min_lr"]),
         ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
         ({"tokenizer": "./nowhere"}, ["./nowhere does not hold a tokenizer; it is not a folder"]),

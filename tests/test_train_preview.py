@@ -66,6 +66,9 @@ def test_it_writes_nothing_and_says_what_the_run_will_say(run, tmp_path):
     assert found.facts["training FLOPs"] == pytest.approx(record["training_flops"], rel=1e-6)
     assert found.is_measured and found.facts["seconds"] > 0
     assert found.facts["parameters"] == LoopMDMForMaskedLM.from_pretrained("out").num_parameters()
+    for name in ("text.txt", "text.txt/run"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be made, as .*text.txt is a file"):
+            look(path, f"output={tmp_path / name}")
 
 
 @pytest.mark.parametrize(
