@@ -4,10 +4,13 @@
 import codecs
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 # What stands between the documents of a text file
 SEPARATORS = {"blank_line": "\n\n", "line": "\n", "file": None}
@@ -160,6 +163,23 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes strict JSON, in which NaN and infinities are null, atomically. Tensors become lists."""
+    write_atomically(path, json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, Any]]:

@@ -206,7 +206,7 @@ def _result(data: str, metric: str, value: float, name: str, **arguments: Any) -
         metric_type=metric,
         metric_value=value,
         metric_name=name,
-        metric_args={key: one for key, one in arguments.items() if not (isinstance(one, float) and math.isnan(one))},
+        metric_args={key: one for key, one in arguments.items() if one is not None and one == one},  # NaN differs
     )
 
 

@@ -66,7 +66,7 @@ def test_folders_without_weights_or_config(tmp_path, src, out):
     refuse(src / "config.json", out, "config.json is not a file of weights", ".safetensors")
     shutil.copytree(FIXTURES / "llada", tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
-    refuse(tmp_path / "bare", out, "has no config.json", "put the one of the checkpoint there")
+    refuse(tmp_path / "bare", out, "has no config.json", "put the checkpoint's there")
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", '{"architectures": ['])

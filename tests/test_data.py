@@ -459,7 +459,12 @@ def test_what_mask_tokens_stand_for_is_scored(tmp_path, suffix):
         ("t.txt", "w28", {"config": tiny_config()}, "gives the token 31, outside the model's vocabulary of 23"),
         ("t.jsonl", '{"text": 3}\n', {}, "line 1 has no text in 'text'; it has text (int)"),
         ("t.jsonl", '{"body": "w1"}\n', {}, "line 1 has no text in 'text'; it has body"),
-        ("t.jsonl", '{"masked": "<mask> w1", "text": "w1"}\n', {"task": "fill"}, "has 2 tokens with mask"),
+        (
+            "t.jsonl",
+            '{"masked": "<mask> w1", "text": "w1"}\n',
+            {"task": "fill"},
+            "the text with mask tokens has 2 tokens",
+        ),
         ("t.jsonl", "{\n", {}, "line 1 is not valid JSON"),
     ],
     ids=str,

@@ -289,8 +289,8 @@ def test_code_of_a_model_never_runs(shared, model, modules, tmp_path):
         (["generate", "MODEL", "w1", "--max-new-tokens", "99"], "the model has 64 positions"),
         (["calibrate", "MODEL", "--data", "TEXT", "--limit", "-1"], "--limit is -1; it must be at least 1"),
         (["calibrate", "MODEL", "--data", "TEXT", "--output", "/nowhere/at/all.json"], "cannot be written"),
-        (["convert", "MODEL", "OUT", "--revision", "main"], "A revision (main) is of the Hub"),
-        (["convert", "MODEL", "OUT", "--family", "dream", "--from-causal"], "leave it out, or --from-causal"),
+        (["convert", "MODEL", "OUT", "--revision", "main"], "Only the Hub has revisions (main)"),
+        (["convert", "MODEL", "OUT", "--family", "dream", "--from-causal"], "leave out either it or --from-causal"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -653,7 +653,7 @@ def test_a_folder_of_that_name_that_is_not_ours(out):
     other = out.parent / ".out.partial"
     other.mkdir()
     (other / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="is in the way, and not of a conversion"):
+    with pytest.raises(ValueError, match="is in the way, and no conversion has made it"):
         convert("llada", out)
     assert (other / "mine.txt").read_text() == "keep"
 

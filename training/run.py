@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,10 +27,11 @@ from ..data import (
     read_examples,
     turn_end,
     vocabulary_size,
-    write_atomically,
+    write_json,
 )
 from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..weight_files import read_json
 from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
 from .checkpoints import COMPLETE, check_folder, checkpoints_in, locked
@@ -77,7 +77,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
         _check_output(output, resume)
         if (output / SAVING / RECORD).exists():  # killed when only the moving of files was left
             _move(output)
-            return json.loads((output / RECORD).read_text())
+            return read_json(output / RECORD)
     elif (output / SAVING / RECORD).exists() or _is_finished(output):
         return {}  # the main process moves the files, or raises
     tokenizer = load_tokenizer(config.tokenizer or config.model)
@@ -144,8 +144,8 @@ def _check_output(output: Path, resume: bool) -> None:
 def _own_files(output: Path) -> set[str]:
     """The names of the files that a finished training wrote."""
     try:
-        return {RECORD, *json.loads((output / RECORD).read_text())["files"]}
-    except (OSError, ValueError, TypeError, KeyError):
+        return {RECORD, *read_json(output / RECORD)["files"]}
+    except (ValueError, TypeError, KeyError):
         return set()
 
 
@@ -435,7 +435,7 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     source = None if base is None else read_source_card(base)
     write_card(folder, output.absolute().name, config=trainer.looped_model.config, source=source, training=record)
     record["files"] = sorted(path.name for path in folder.iterdir())
-    write_atomically(folder / RECORD, json.dumps(record, indent=2, default=str) + "\n")
+    write_json(folder / RECORD, record)
     _move(output)
 
 

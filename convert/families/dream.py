@@ -3,10 +3,10 @@
 
 from ..llama_format import LlamaFormat
 
-# Dream's names of the commit rules; its default, "origin", is for comparisons only and never recommended.
+# Dream's names of the commit rules. Its default, "origin", is only for comparisons, and never recommended.
 RULES = {"origin": "entropy", "maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 
-# The repository on the Hub whose code a checkpoint without code of its own runs
+# The repository on the Hub with the code for checkpoints without code of their own
 CODE = "Dream-org/Dream-v0-Instruct-7B--"
 
 
