@@ -147,8 +147,13 @@ EXPERT = {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(8, 48)}
         ("dream", {"config": {"hidden_act": "wavy"}}, {}, ["`hidden_act` is 'wavy'"]),
         ("diffugpt", {"config": {"scale_attn_by_inverse_layer_idx": True}}, {}, ["scale_attn_by_inverse_layer_idx"]),
         ("diffugpt", {"config": {"scale_attn_weights": False}}, {}, ["`scale_attn_weights` is False"]),
-        ("dream", {"config": {"architectures": ["StrangeLM"]}}, {}, ["StrangeLM", "no known format", "Dream", "MDLM"]),
-        ("dream", {"config": {"architectures": REMOVED}}, {}, ["no known format"]),
+        (
+            "dream",
+            {"config": {"architectures": ["StrangeLM"]}},
+            {},
+            ["StrangeLM", "not in a known format", "Dream", "MDLM"],
+        ),
+        ("dream", {"config": {"architectures": REMOVED}}, {}, ["not in a known format"]),
         (
             "diffullama",
             {},
