@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Data: read from files, tokenised, packed into rows, put in the order of a run."""
+"""Data for training and evaluation: read from files, tokenised, packed into rows, and ordered for a run."""
 
 from .chat import turn_end
 from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns

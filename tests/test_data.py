@@ -200,7 +200,7 @@ def test_code_of_a_folder_is_never_asked_about(file, tmp_path, monkeypatch):
     if file == "config.json":  # of a model; the tokenizer needs none of it
         assert load_tokenizer(str(tmp_path)).mask_token_id == word_tokenizer().mask_token_id
     else:
-        with pytest.raises(ValueError, match="has code of its own, which runs on request alone"):
+        with pytest.raises(ValueError, match="has code of its own, which runs only on request"):
             load_tokenizer(str(tmp_path))
 
 
@@ -332,7 +332,7 @@ def test_conversations():
         ({"answer": "two"}, None, "Row 3 has no text called prompt or question or instruction"),
         ({}, None, "it has nothing"),
         ({"prompt": 5, "answer": "two"}, None, "no text called prompt"),
-        ("two", None, "Row 3 is a text; what is needed are prompts and answers"),
+        ("two", None, "Row 3 is a text; give prompts and answers"),
         ({"messages": []}, TEMPLATE, "Row 3: `messages` must be a list that ends with one of the role `assistant`"),
         ({"messages": "two"}, TEMPLATE, "Row 3: `messages` must be a list"),
         ({"messages": ["two", "six"]}, TEMPLATE, "Row 3: `messages` must be a list"),
