@@ -44,8 +44,8 @@ def encode_conversation(
         start = next((i for i, (a, b) in enumerate(zip(opened, whole, strict=False)) if a != b), len(whole))
         raise ValueError(
             f"{where}: the chat template does not put the answer behind the prompt: it ends a prompt with "
-            f"{opened[start:]!r}, but continues with {whole[start:][:40]!r} if there is an answer. The tokenizer needs "
-            "a template that does the same in both cases."
+            f"{opened[start:]!r}, but continues with {whole[start:][:40]!r} if there is an answer. The tokenizer "
+            "needs a template that does the same in both cases."
         )
     end, rest = _behind_answer(tokenizer, prompt, answer, where, tools)
     if whole.endswith(end + rest):

@@ -100,7 +100,7 @@ def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object per line. Skips empty lines; the ValueError for a bad one names it."""
+    """The objects of a file with one JSON object per line. Empty lines are skipped; an error names the bad line."""
     return [row for _, row in json_lines(Path(path))]
 
 
