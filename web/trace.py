@@ -132,8 +132,8 @@ class _Vocabulary:
 
 def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) -> dict[str, Any]:
     """
-    The data of a row. `packed` has three arrays of shape (steps, length), concatenated and compressed: the kind of each
-    position (uint8), the number of the token shown there (int32), and its confidence in percent (uint8).
+    The data of a row. `packed` holds three arrays of shape (steps, length), concatenated and compressed: the kind of
+    each position (uint8), the number of the token shown there (int32), and its confidence in percent (uint8).
     """
     trace = output.trace
 
