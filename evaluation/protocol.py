@@ -36,8 +36,8 @@ class Stopwatch:
         self.seconds = math.nan
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def __enter__(self) -> "Stopwatch":

@@ -505,7 +505,7 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"model_config": {"hidden": 8}}, ["`model_config` has a key `hidden`"]),
         ({"model_config": {"loop_end": 9}}, ["layers[1:9] of 4 layers"]),
         ({"collator": {"ratio": 1}}, ["`collator` has a key `ratio`"]),
-        ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is [0.9, 0.1]"]),
+        ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is (0.9, 0.1)"]),
         ({"loops": {"schedule": "often"}}, ["loop schedule is 'often'", "uniform"]),
         ({"distillation": 0.5}, ["`distillation`, which does not exist"]),
         ({"loops": {"speed": 2}}, ["`loops` has a key `speed`, which does not exist"]),

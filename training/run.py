@@ -81,7 +81,20 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
     elif (output / SAVING / RECORD).exists() or _is_finished(output):
         return {}  # the main process moves the files, or raises
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
+    parts = make_parts(config, tokenizer, output / CHECKPOINTS)
+    model = load_trainable(config, tokenizer, parts)
+    trainer = LoopMDMTrainer(
+        model=model,
+        args=parts.arguments,
+        train_dataset=parts.stream,
+        eval_dataset=parts.eval_examples,
+        data_collator=parts.collator,
+        processing_class=tokenizer,
+        optimizers=(make_optimizer(config, model, parts.arguments), None),
+        loop_schedule=parts.schedule,
+        checkpoint_loops=config.checkpoint_loops,
+        **parts.options,
+    )
     trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = {
@@ -224,23 +237,6 @@ def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArg
     if config.optimizer != "muon":
         return None
     return MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-
-
-def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
-    parts = make_parts(config, tokenizer, checkpoints)
-    model = load_trainable(config, tokenizer, parts)
-    return LoopMDMTrainer(
-        model=model,
-        args=parts.arguments,
-        train_dataset=parts.stream,
-        eval_dataset=parts.eval_examples,
-        data_collator=parts.collator,
-        processing_class=tokenizer,
-        optimizers=(make_optimizer(config, model, parts.arguments), None),
-        loop_schedule=parts.schedule,
-        checkpoint_loops=config.checkpoint_loops,
-        **parts.options,
-    )
 
 
 def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
