@@ -62,9 +62,7 @@ class LlamaFormat(Family):
         num_heads = source.setting("num_attention_heads")
         head_dim, rest = divmod(source.matrix(f"{first}self_attn.q_proj.weight")[0], num_heads)
         if rest:
-            raise ValueError(
-                f"The rows of the query projection are not a multiple of `num_attention_heads` ({num_heads})."
-            )
+            raise ValueError(f"The query projection's rows are not a multiple of `num_attention_heads` ({num_heads}).")
         is_layer_norm = "model.norm.bias" in source
         return {
             "vocab_size": vocab_size,

@@ -256,9 +256,7 @@ def _account_for_all(
     used = {name for recipe in recipes.values() for name in recipe.sources}
     missing = used - source.tensors.keys()
     if missing:
-        raise ValueError(
-            f"{source.name} lacks {len(missing)} tensors of a {family.name} checkpoint: {listed(missing)}."
-        )
+        raise ValueError(f"{source.name} lacks {len(missing)} tensors of the family {family.name}: {listed(missing)}.")
     left = source.tensors.keys() - used
     copies = {}
     if config.tie_word_embeddings:

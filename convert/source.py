@@ -102,9 +102,7 @@ class Source:
         while template.format(i=count) in self.tensors:
             count += 1
         if count == 0:
-            raise ValueError(
-                f"{self.name} has no tensor {template.format(i=0)!r}, so it has no layers of this format."
-            )
+            raise ValueError(f"{self.name} has no tensor {template.format(i=0)!r}, so no layers of this format.")
         if declared is not None and count != declared:
             raise ValueError(
                 f"{self.name} has no tensor {template.format(i=count)!r} behind those of {count} layers, and its "
@@ -212,9 +210,7 @@ def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTenso
             named = read_index(index_file, suffix)
             absent = sorted(name for name, file in named.items() if folder / file in files and name not in tensors)
             if absent:
-                raise ValueError(
-                    f"{index_file.name} says that {named[absent[0]]} holds {absent[0]!r}, but it does not."
-                )
+                raise ValueError(f"{index_file.name} says that {named[absent[0]]} has {absent[0]!r}, but it does not.")
 
 
 def _safetensors(file: Path) -> dict[str, StoredTensor]:
@@ -274,10 +270,7 @@ def stub_value(value: Any) -> Any:
 
 def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     if not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"{file} is not a complete file in torch.save's zip format; download it again, or convert it to "
-            "safetensors."
-        )
+        raise ValueError(f"{file} is not a complete file of torch.save's zip format; download it again.")
     try:
         # torch's unpickler admits what tensors consist of. All other classes in the file become stubs.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)

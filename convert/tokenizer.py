@@ -166,10 +166,7 @@ def _find_mask_token(
         candidates.append((len(tokenizer) or vocab_size, "new token"))
     index, found = next((candidate for candidate in candidates if candidate[0] is not None), (None, None))
     if index is None:
-        raise ValueError(
-            f"Neither the config nor the tokenizer of {source.name} names its mask token; give its id with "
-            "--mask-token-id."
-        )
+        raise ValueError(f"Neither config nor tokenizer of {source.name} names the mask token; give --mask-token-id.")
     if found == "new token" and index > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows, so they do not belong "

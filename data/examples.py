@@ -62,14 +62,10 @@ def _document(
         if is_tokens:
             columns = read_columns(row, where, config.mask_token_id)
             if not columns["maskable"].all() or "document_ids" in columns:
-                raise ValueError(
-                    f"{where} has tokens that are not learnt, or documents of its own; use `task: answers`."
-                )
+                raise ValueError(f"{where} has tokens that are not learnt, or its own documents; use `task: answers`.")
             return check_tokens(columns["input_ids"].tolist(), config.vocab_size, where)
         if not isinstance(row.get(text_column), str) and {"messages", *PROMPT_NAMES} & row.keys():
-            raise ValueError(
-                f"{where} has no text in {text_column!r}, but a prompt and its answer; use `task: answers`."
-            )
+            raise ValueError(f"{where} has no text in {text_column!r}, but prompt and answer; use `task: answers`.")
     ids = encode(tokenizer, text_of(row, text_column, where), where)
     return check_tokens(ids, config.vocab_size, where, config.mask_token_id)
 

@@ -82,9 +82,7 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
         if not isinstance(base, str):
             raise TypeError("`base_model_name_or_path` is not a text")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} does not name the model of the adapter (`base_model_name_or_path`): {error}."
-        ) from error
+        raise ValueError(f"{file} does not name the adapter's model (`base_model_name_or_path`): {error}.") from error
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{name} is an adapter without adapter_model.safetensors; only safetensors files are read.")
     return locate(base, f"the base model of the adapter {name}")

@@ -153,9 +153,7 @@ def _in_words(model: str) -> Iterator[None]:
         raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
-        ) from error
+        raise ValueError(f"{model} cannot be loaded; is it damaged? ({type(error).__name__}: {reason})") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -189,9 +189,7 @@ def upload(checked: Upload, private: bool = False, message: str | None = None) -
         ValueError: Nobody is logged in, the Hub refuses, or the repository is public already.
     """
     if get_token() is None:
-        raise ValueError(
-            "You are not logged in to the Hub; `hf auth login`, or set HF_TOKEN to a token that can write."
-        )
+        raise ValueError("You are not logged in to the Hub; `hf auth login`, or set HF_TOKEN to a token that writes.")
     api = HfApi()
     try:
         repo = api.create_repo(checked.repo, private=private, exist_ok=True).repo_id
@@ -206,7 +204,5 @@ def upload(checked: Upload, private: bool = False, message: str | None = None) -
         )
     except HfHubHTTPError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The Hub refuses to take {checked.repo} ({reason}); does `hf auth whoami` own it?"
-        ) from error
+        raise ValueError(f"The Hub refuses {checked.repo} ({reason}); does `hf auth whoami` own it?") from error
     return str(commit.repo_url) if getattr(commit, "repo_url", None) else f"https://huggingface.co/{repo}"

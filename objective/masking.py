@@ -136,9 +136,7 @@ def clean_rows(
     if shapes differ, a sequence has no maskable token, or one of them is the mask token.
     """
     if input_ids.ndim != 2 or len(input_ids) == 0:
-        raise ValueError(
-            f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (num_sequences, length), at least one sequence."
-        )
+        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (num_sequences > 0, length).")
     for name, tensor in (("attention_mask", attention_mask), ("maskable", maskable), ("document_ids", document_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; `input_ids` has {tuple(input_ids.shape)}.")

@@ -553,7 +553,7 @@ def test_dry_run_and_verify_options(out):
         ("a2d_qwen3", [], "--mask-token-id"),
         ("dream", ["--loop-start", "1", "--loop-end", "9"], "layers[1:9]"),
         ("dream", ["--no-shift-logits"], "`shift_logits`"),
-        ("dream", ["--from-causal"], "not one of the causal models"),
+        ("dream", ["--from-causal"], "not a causal model"),
         ("mdlm_ckpt", [], "--allow-pickle"),
         ("dream", ["--max-shard-size", "100KB"], "No space left on device"),
     ],

@@ -523,7 +523,7 @@ def test_what_is_not_a_file_is_not_waited_for(src, out, name, make):
     (src / name).unlink(missing_ok=True)
     make(src / name)
     if name in ("model.safetensors", "config.json"):
-        refuse(src, out, "holds no weights" if name == "model.safetensors" else "has no config.json")
+        refuse(src, out, "holds no weights" if name == "model.safetensors" else "without a config.json")
     else:
         convert_checkpoint(src, out)
 

@@ -516,7 +516,7 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"sequence_length": 64}, ["`sequence_length` is 64", "1 to 32"]),
         ({"data": "nowhere.txt"}, ["nowhere.txt is not a file"]),
         ({"data": None}, ["has no `data`"]),
-        ({"model_config": None}, ["no `model` to start from", "`model_config`"]),
+        ({"model_config": None}, ["neither a `model` to start from", "`model_config`"]),
         ({"tokenizer": None}, ["`tokenizer` is missing"]),
         ({"ema_decay": 1.5}, ["`ema_decay` is 1.5"]),
         ({"trainer": {"save_total_limit": 1}}, ["`save_total_limit` is 1"]),

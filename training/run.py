@@ -205,9 +205,7 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     options["eval_loops"] = eval_loops
     check_options(arguments, schedule, **options)
     if config.optimizer == "muon" and arguments.fsdp:
-        raise ValueError(
-            "`optimizer: muon` does not work with FSDP, which splits the matrices between ranks; use adamw."
-        )
+        raise ValueError("`optimizer: muon` does not work with FSDP, which splits matrices between ranks; use adamw.")
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
     lora = None if config.lora is None else lora_config(model_config, **config.lora)
     adapter = adapter_to_continue(config.model, config.model_config, config.lora)

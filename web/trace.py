@@ -77,9 +77,7 @@ def trace_to_html(
         ValueError: There is no trace, or it is empty; or `names` or `columns` do not fit.
     """
     if output.trace is None:
-        raise ValueError(
-            "The output has no trace; call `generate` with `return_dict_in_generate=True` and `output_trace=True`."
-        )
+        raise ValueError("The output has no trace; give `generate` `return_dict_in_generate` and `output_trace`.")
     num_rows = len(output.sequences)
     if len(output.trace) == 0 or num_rows == 0:
         raise ValueError("The trace holds no denoising step, so there is nothing to show.")

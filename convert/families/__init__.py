@@ -54,24 +54,17 @@ def choose_family(source: Source, name: str | Family | None = None, from_causal:
         return wanted[0]
     if wanted:
         names = ", ".join(family.name for family in wanted)
-        raise ValueError(
-            f"{source.name} ({architecture}) can be of several families; choose one with --family: {names}."
-        )
+        raise ValueError(f"{source.name} ({architecture}) can be of several families; give a --family: {names}.")
     if from_causal:
         names = ", ".join(family.models.split(" (")[0] for family in FAMILIES if family.from_causal)
-        raise ValueError(
-            f"{source.name} ({architecture}) is not one of the causal models that can be converted: {names}."
-        )
+        raise ValueError(f"{source.name} ({architecture}) is not a causal model that converts; these do: {names}.")
     if matching:
         raise ValueError(
             f"{source.name} ({architecture}) does not say that it is a diffusion model. If it is one in this format, "
             "name its --family (diffullama, open-dcoder); to start from a causal model, give --from-causal."
         )
     if not source.config and not source.extras:
-        raise ValueError(
-            f"{source.folder} has no config.json, without which {source.name} cannot be recognised; put the "
-            "checkpoint's there."
-        )
+        raise ValueError(f"{source.name} cannot be recognised without a config.json; put it into {source.folder}.")
     raise ValueError(
         f"{source.name} ({architecture}) is not in a known format. The known ones are: "
         f"{'; '.join(family.models for family in FAMILIES if not family.from_causal)}."

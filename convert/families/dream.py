@@ -28,9 +28,7 @@ class Dream(LlamaFormat):
 
     def config(self, source):
         if "model.layers.0.self_attn.q_norm.weight" in source:
-            raise ValueError(
-                "This is a DreamReasoner (Qwen3 layers), which is not supported; Dream's layers are Qwen2's."
-            )
+            raise ValueError("This is a DreamReasoner (Qwen3 layers), which is not supported; Dream has Qwen2's.")
         return super().config(source)
 
     def stored_properties(self, config):

@@ -38,9 +38,7 @@ def _norm(source: Source, target: str, name: str) -> dict[str, Recipe]:
     """The weight of a norm, and the bias of a LayerNorm, which may be missing in the source."""
     weight, bias = f"{name}.weight", f"{name}.bias"
     if weight.format(i=0) not in source:
-        raise ValueError(
-            f"{source.name} has no tensor {weight.format(i=0)!r}; norms without weights are not supported."
-        )
+        raise ValueError(f"{source.name} has no tensor {weight.format(i=0)!r}; norms need weights.")
     recipes = {f"{target}.weight": copy(weight)}
     if source.config["layer_norm_type"] == "gemma_rms":
         recipes[f"{target}.weight"] = Recipe((weight,), "plus 1", lambda tensor: tensor.double() + 1)
