@@ -71,12 +71,7 @@ def _document(
 
 
 def _answers(
-    rows: Iterable[tuple[str, Any]],
-    tokenizer: Any,
-    config: Any,
-    length: int,
-    skip_long: bool,
-    unused: UnusedColumns,
+    rows: Iterable[tuple[str, Any]], tokenizer: Any, config: Any, length: int, skip_long: bool, unused: UnusedColumns
 ) -> Iterator[dict[str, Any]]:
     for where, row in rows:
         example, size = None, 0

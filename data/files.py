@@ -20,10 +20,7 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_rows(
-    source: str | Path,
-    documents: str = "blank_line",
-    dataset: dict[str, Any] | None = None,
-    keep_errors: bool = False,
+    source: str | Path, documents: str = "blank_line", dataset: dict[str, Any] | None = None, keep_errors: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """
     Yields the texts of a `.txt` or the objects of anything else, each after its name for errors: file and line, or

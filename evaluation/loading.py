@@ -18,14 +18,7 @@ from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import check_folder, read_json
 from .perplexity import check_judge
 
-__all__ = [
-    "check_device",
-    "load_judge",
-    "load_model",
-    "load_tokenizer",
-    "read_generation_config",
-    "read_model_config",
-]
+__all__ = ["check_device", "load_judge", "load_model", "load_tokenizer", "read_generation_config", "read_model_config"]
 
 
 def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 ENDLESS = "The evaluation set is a stream that starts again at its end; give a list of its first examples."
 # Arguments of `TrainingArguments`: the values that work, and why others do not
 NEUTRAL = {
-    "label_smoothing_factor": (
-        (0,),
-        "the Trainer would replace the model's loss by its own, over all labels",
-    ),
+    "label_smoothing_factor": ((0,), "the Trainer would replace the model's loss by its own, over all labels"),
     "use_liger_kernel": ((False,), "its kernels compute the loss of other models"),
     "label_names": ((None, ["labels"]), "the model finds its loss by `labels`"),
     "auto_find_batch_size": ((False,), "it silently changes the batch size, and so the result"),

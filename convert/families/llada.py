@@ -161,11 +161,7 @@ class LLaDA(Family):
         if not config["use_gated_mlp"]:
             return {**parts, "mlp.up_proj": ("ff_proj",)}
         middle = config["intermediate_size"]  # the activation applies to the second half
-        return {
-            **parts,
-            "mlp.up_proj": ("ff_proj", 0, middle),
-            "mlp.gate_proj": ("ff_proj", middle, 2 * middle),
-        }
+        return {**parts, "mlp.up_proj": ("ff_proj", 0, middle), "mlp.gate_proj": ("ff_proj", middle, 2 * middle)}
 
     def recipes(self, source, config):
         settings, scale = source.config, config["hidden_size"] ** 0.5
