@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loopmdm.evaluation.protocol import protocol, write_json
+from loopmdm.data import write_json
+from loopmdm.evaluation.protocol import protocol
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

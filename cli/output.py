@@ -89,7 +89,8 @@ def plus_minus(value: float, error: float | None) -> str:
 @contextlib.contextmanager
 def results_folder(path: Path | None, record: dict[str, Any]) -> Iterator[Path | None]:
     """A new folder that holds `record` as results.json and takes more; complete or absent. No folder for None."""
-    from loopmdm.evaluation.protocol import output_folder, write_json
+    from loopmdm.data import write_json
+    from loopmdm.evaluation.protocol import output_folder
 
     if path is None:
         yield None

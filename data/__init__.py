@@ -1,11 +1,20 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Data: read from files, tokenised, packed into rows, put in the order of a run."""
+"""Data for training and evaluation: read from files, tokenised, packed into rows, and ordered for a run."""
 
 from .chat import turn_end
 from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns
 from .encode import encode_answer, encode_prompt, first_text, prompt_column, text_of
 from .examples import least_tokens, read_examples
-from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows, write_atomically
+from .files import (
+    SEPARATORS,
+    json_lines,
+    load_dataset_rows,
+    read_documents,
+    read_jsonl,
+    read_rows,
+    write_atomically,
+    write_json,
+)
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
 from .stream import ExampleStream, StreamedExamples
@@ -41,4 +50,5 @@ __all__ = [
     "turn_end",
     "vocabulary_size",
     "write_atomically",
+    "write_json",
 ]

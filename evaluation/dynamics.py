@@ -114,9 +114,7 @@ class Dynamics:
         if self.attention is not None:
             mass = self.attention_of_mid()
             for axis, (a, b, title) in zip(
-                axes.flat[:2],
-                ((0, 0, "masked to masked"), (1, 0, "visible to masked")),
-                strict=True,
+                axes.flat[:2], ((0, 0, "masked to masked"), (1, 0, "visible to masked")), strict=True
             ):
                 draw(axis, f"Attention in mid: {title}", mass[..., a, b], "share (dotted: even attention)")
                 for value, color in zip(self.uniform_attention[:, a, b], colors, strict=True):

@@ -337,11 +337,7 @@ class LoopMDMEvalModel(_Processes):
         return until, settings
 
     def _generate(
-        self,
-        contexts: list[list[int]],
-        generators: list[torch.Generator],
-        until: list[str],
-        arguments: dict[str, Any],
+        self, contexts: list[list[int]], generators: list[torch.Generator], until: list[str], arguments: dict[str, Any]
     ) -> list[str]:
         input_ids, attention_mask = pad_left(contexts)
         width = input_ids.shape[1]
@@ -387,9 +383,7 @@ def fills_in(model: LoopMDMForMaskedLM, windows: list[Window], num_loops: int) -
     while bool((alive & (tokens == mask_token_id).any(-1)).any()):
         rows = (alive & (tokens == mask_token_id).any(-1)).nonzero().flatten()
         logits = model(
-            tokens[rows].to(device),
-            attention_mask=attention_mask[rows].to(device),
-            num_loops=num_loops,
+            tokens[rows].to(device), attention_mask=attention_mask[rows].to(device), num_loops=num_loops
         ).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         confidence, choice = (part.cpu() for part in logits.softmax(-1).max(-1))

@@ -18,14 +18,7 @@ from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import check_folder, read_json
 from .perplexity import check_judge
 
-__all__ = [
-    "check_device",
-    "load_judge",
-    "load_model",
-    "load_tokenizer",
-    "read_generation_config",
-    "read_model_config",
-]
+__all__ = ["check_device", "load_judge", "load_model", "load_tokenizer", "read_generation_config", "read_model_config"]
 
 
 def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:
@@ -153,9 +146,7 @@ def _in_words(model: str) -> Iterator[None]:
         raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
-        ) from error
+        raise ValueError(f"{model} cannot be loaded; is it damaged? ({type(error).__name__}: {reason})") from error
     finally:
         logging.set_verbosity(verbosity)
 

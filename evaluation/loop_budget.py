@@ -174,9 +174,7 @@ def _check(
     if quality not in ("exact", "tokens", "agreement"):
         raise ValueError(f'`quality` is {quality!r}; choose "exact", "tokens" or "agreement".')
     if not 0 <= max_loss <= 1:
-        raise ValueError(
-            f"`max_loss` is {max_loss}; it is a share of the quality, from 0 to 1 (0.005 is half a point)."
-        )
+        raise ValueError(f"`max_loss` is {max_loss}; it is a share of the quality, 0 to 1 (0.005 is half a point).")
     for name in BUDGET_ARGUMENTS:
         if name in generate_arguments:
             raise ValueError(f"`{name}` is what is calibrated; leave it out.")

@@ -3,7 +3,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import platform
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..data import adapter_base, write_atomically
+from ..data import adapter_base
 from ..objective import input_device
 
 # The files that decide a model's results; generation_config.json holds the defaults of `generate`.
@@ -37,8 +36,8 @@ class Stopwatch:
         self.seconds = math.nan
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def __enter__(self) -> "Stopwatch":
@@ -162,20 +161,3 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes strict JSON, in which NaN and infinities are null, atomically."""
-    write_atomically(path, json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

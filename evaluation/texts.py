@@ -212,23 +212,17 @@ def _read_masked(where: str, row: Any, tokenizer: Any, config: Any, text_column:
     if isinstance(row, str):
         fields = row.split()
         if len(fields) != 2:
-            raise ValueError(
-                f"{where} has {len(fields)} fields; it needs two, a text with mask tokens and the complete one."
-            )
+            raise ValueError(f"{where} has {len(fields)} fields; give two, the text with mask tokens and without.")
         masked, text = fields
     else:
         masked, text = text_of(row, "masked", where), text_of(row, text_column, where)
     masked_ids, ids = encode(tokenizer, masked, where), encode(tokenizer, text, where)
     if len(masked_ids) != len(ids):
-        raise ValueError(
-            f"{where}: the text with mask tokens has {len(masked_ids)} tokens, but the complete one {len(ids)}."
-        )
+        raise ValueError(f"{where}: {len(masked_ids)} tokens with mask tokens, but {len(ids)} in the complete text.")
     maskable = [token == config.mask_token_id for token in masked_ids]
     for position, (given, token) in enumerate(zip(masked_ids, ids, strict=True)):
         if not maskable[position] and given != token:
-            raise ValueError(
-                f"{where}: token {position + 1} is {given} in the text with mask tokens, and {token} in the other."
-            )
+            raise ValueError(f"{where}: token {position + 1} is {given} with mask tokens, and {token} without.")
     if not any(maskable):
         raise ValueError(f"{where} holds no mask token ({config.mask_token_id}), so there is nothing to fill in.")
     return Text(where, ids, maskable)

@@ -231,7 +231,7 @@ def test_defaults_and_mode():
         ({"num_loops": []}, "`num_loops` is an empty list"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"input_ids": torch.tensor([1, 2])}, "needs (num_sequences, length)"),
-        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "at least one sequence"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "num_sequences > 0"),
         ({"input_ids": torch.tensor([[1, 5]])}, "holds the mask token (5)"),
         ({"attention_mask": torch.ones(1, 3)}, "`attention_mask` has shape (1, 3)"),
         ({"maskable": torch.zeros(1, 4, dtype=torch.bool)}, "Sequences [0] have no maskable token"),

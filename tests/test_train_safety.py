@@ -62,7 +62,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 def test_damaged_weights_are_named_before_training(tmp_path):
     trainer = make_trainer(tmp_path)
     break_weight(trainer.model)
-    with pytest.raises(ValueError, match=r"up_proj.weight holds NaN or infinite values before the first step"):
+    with pytest.raises(ValueError, match=r"up_proj.weight is NaN or infinite before the first step"):
         trainer.train()
 
 

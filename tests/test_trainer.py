@@ -276,7 +276,7 @@ def test_accumulated_steps_equal_whole_ones(tmp_path, adapted):
 @pytest.mark.parametrize(
     ("options", "args", "message"),
     [
-        ({"gradient_loops": 5}, {}, r"`gradient_loops` is 5; it must be from 1 to the most loops of training \(4\)"),
+        ({"gradient_loops": 5}, {}, r"`gradient_loops` is 5; it must be 1 to S_max \(4\)"),
         ({"gradient_loops": 3, "max_loops": 2}, {}, r"`gradient_loops` is 3.*\(2\)"),
         ({"gradient_loops": 0}, {}, "`gradient_loops` is 0"),
         ({"ema_decay": 0.0}, {}, r"`ema_decay` is 0.0; it must be between 0 and 1"),
@@ -289,7 +289,7 @@ def test_accumulated_steps_equal_whole_ones(tmp_path, adapted):
             {"metric_for_best_model": "nelbo_4"},
             "nelbo_4.*choose one of eval_loss, eval_nel",
         ),
-        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, which leaves nothing"),
+        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, so no damaged"),
     ],
     ids=str,
 )

@@ -97,9 +97,7 @@ def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
             pattern = name if isinstance(names, str) else rf"(.*\.)?({name if is_pattern else re.escape(name)})"
             if not any(re.fullmatch(pattern, place) for place in places):
                 where = f"layers {wanted}" if places is not modules else "the model"
-                raise ValueError(
-                    f"`{option}` has {name!r}, which is nothing in {where}; its projections are {', '.join(linear)}."
-                )
+                raise ValueError(f"`{option}` has {name!r}, which is not in {where}; use {', '.join(linear)}.")
 
 
 def adapter_to_continue(model: str | None, changes: dict[str, Any], lora: dict[str, Any] | None) -> str | None:

@@ -127,9 +127,7 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.model is None and not self.model_config:
-            raise ValueError(
-                "There is no `model` to start from and no `model_config` to make one from; give one of them."
-            )
+            raise ValueError("There is neither a `model` to start from nor a `model_config` for a new one; give one.")
         if self.model is None and self.tokenizer is None:
             raise ValueError("`tokenizer` is missing; a fresh model needs one (a folder, or an id on the Hub).")
         if self.dtype == "float16" and self.lora is None:

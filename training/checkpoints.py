@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers.utils import logging
 
-from ..data import ExampleStream, StreamedExamples, write_atomically
+from ..data import ExampleStream, StreamedExamples, write_json
 
 if TYPE_CHECKING:
     from .trainer import LoopMDMTrainer
@@ -57,7 +57,7 @@ _FREE_ADAPTER = {"base_model_name_or_path", "inference_mode", "peft_version", "r
 def complete_checkpoint(folder: Path, record: dict[str, Any]) -> None:
     """Makes a checkpoint complete: writes complete.json with `record` and the size and checksum of every file."""
     files = {path.relative_to(folder).as_posix(): _describe(path) for path in folder.rglob("*") if path.is_file()}
-    write_atomically(folder / COMPLETE, json.dumps({**record, "files": files}, indent=2) + "\n")
+    write_json(folder / COMPLETE, {**record, "files": files})
 
 
 def read_checkpoint(folder: Path, verify: bool = True) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_checkpoint(folder: Path, verify: bool = True) -> dict[str, Any]:
     `verify`, if one of its files is missing or has changed.
     """
     try:
-        record = json.loads((folder / COMPLETE).read_text())
+        record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         files = dict(record["files"])
     except OSError:
         raise ValueError(

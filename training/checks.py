@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 ENDLESS = "The evaluation set is a stream that starts again at its end; give a list of its first examples."
 # Arguments of `TrainingArguments`: the values that work, and why others do not
 NEUTRAL = {
-    "label_smoothing_factor": (
-        (0,),
-        "the Trainer would replace the model's loss by its own, over all labels",
-    ),
+    "label_smoothing_factor": ((0,), "the Trainer would replace the model's loss by its own, over all labels"),
     "use_liger_kernel": ((False,), "its kernels compute the loss of other models"),
     "label_names": ((None, ["labels"]), "the model finds its loss by `labels`"),
     "auto_find_batch_size": ((False,), "it silently changes the batch size, and so the result"),
@@ -39,10 +36,7 @@ def check_options(
 ) -> None:
     """Raises a ValueError if settings of a [`LoopMDMTrainer`] cannot give a right result."""
     if gradient_loops is not None and not 1 <= gradient_loops <= schedule.max_loops:
-        raise ValueError(
-            f"`gradient_loops` is {gradient_loops}; it must be from 1 to the most loops of training "
-            f"({schedule.max_loops})."
-        )
+        raise ValueError(f"`gradient_loops` is {gradient_loops}; it must be 1 to S_max ({schedule.max_loops}).")
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"`ema_decay` is {ema_decay}; it must be between 0 and 1, e.g. 0.999.")
     if ema_decay is not None and args.load_best_model_at_end:
@@ -56,10 +50,7 @@ def check_options(
                 f"one of {', '.join(f'eval_{name}' for name in metrics)}."
             )
     if args.save_strategy != "no" and args.save_total_limit == 1:
-        raise ValueError(
-            "`save_total_limit` is 1, which leaves nothing to resume from if the last checkpoint is damaged; use 2 or "
-            "more."
-        )
+        raise ValueError("`save_total_limit` is 1, so no damaged checkpoint has one before it; use 2 or more.")
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(args, name)
         if value not in neutral:
@@ -74,9 +65,7 @@ def check_parts(trainer: "LoopMDMTrainer") -> None:
             raise ValueError(f"`{name}` does not work here: the loss comes from the model that is given; {fix}.")
     for name in ("compute_metrics", "preprocess_logits_for_metrics"):
         if trainer.eval_loops is not None and getattr(trainer, name) is not None:
-            raise ValueError(
-                f"`{name}` is never called with `eval_loops`, which evaluates the NELBO; leave one of them out."
-            )
+            raise ValueError(f"`{name}` is never called with `eval_loops`, which is the NELBO; leave one of them out.")
     datasets = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     if trainer.eval_loops is not None and any(isinstance(dataset, StreamedExamples) for dataset in datasets):
         raise ValueError(ENDLESS)
@@ -100,10 +89,7 @@ def check_weights(trainer: "LoopMDMTrainer", before: bool = False) -> None:
         for tensor in plain_tensors(parameter.detach()):
             if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
                 if before:
-                    raise ValueError(
-                        f"The weight {name} holds NaN or infinite values before the first step; its checkpoint is "
-                        "damaged."
-                    )
+                    raise ValueError(f"{name} is NaN or infinite before the first step; its checkpoint is damaged.")
                 raise diverged(trainer, f"The weight {name} holds NaN or infinite values", trainer.state.global_step)
 
 

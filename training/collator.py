@@ -2,6 +2,7 @@
 """The masked diffusion objective: a collator that masks tokens and weights them, for any Trainer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..objective.masking import Mask, block_ids, draw_mask, split_documents
 from ..objective.seeds import seeded_generator
 
 
+@dataclass(eq=False)
 class MaskedDiffusionCollator:
     """
     Pads a batch of clean sequences to one length and masks them for the diffusion loss.
@@ -52,33 +54,24 @@ class MaskedDiffusionCollator:
     that have no effect.
     """
 
-    def __init__(
-        self,
-        mask_token_id: int,
-        pad_token_id: int | None = None,
-        seed: int = 0,
-        block_size: int | None = None,
-        mask_ratio: tuple[float, float] = (0.0, 1.0),
-        complementary: bool = False,
-        learn_padding: bool = False,
-        max_length: int | None = None,
-    ):
-        low, high = mask_ratio
+    mask_token_id: int
+    pad_token_id: int | None = None
+    seed: int = 0
+    block_size: int | None = None
+    mask_ratio: tuple[float, float] = (0.0, 1.0)
+    complementary: bool = False
+    learn_padding: bool = False
+    max_length: int | None = None
+
+    def __post_init__(self):
+        low, high = self.mask_ratio = tuple(self.mask_ratio)
         if not 0 <= low < high <= 1:
-            raise ValueError(f"`mask_ratio` is {mask_ratio}; it must be a range within 0 and 1, such as (0.1, 0.9).")
-        if learn_padding and pad_token_id is None:
+            raise ValueError(f"`mask_ratio` is {low, high}; it must be a range within 0 and 1, such as (0.1, 0.9).")
+        if self.learn_padding and self.pad_token_id is None:
             raise ValueError("`learn_padding` needs a `pad_token_id`, the token to learn.")
-        if pad_token_id == mask_token_id:
-            raise ValueError(f"`pad_token_id` is the mask token ({mask_token_id}); name another token.")
-        self.mask_token_id = mask_token_id
-        self.pad_token_id = pad_token_id
-        self.seed = seed
-        self.block_size = block_size
-        self.mask_ratio = low, high
-        self.complementary = complementary
-        self.learn_padding = learn_padding
-        self.max_length = max_length
-        self._filler = int(mask_token_id == 0) if pad_token_id is None else pad_token_id
+        if self.pad_token_id == self.mask_token_id:
+            raise ValueError(f"`pad_token_id` is the mask token ({self.mask_token_id}); name another token.")
+        self._filler = int(self.mask_token_id == 0) if self.pad_token_id is None else self.pad_token_id
         self._unused = UnusedColumns()
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

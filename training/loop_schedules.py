@@ -111,9 +111,7 @@ class LateLoops(LoopSchedule):
         if not 0 <= start < 1:
             raise ValueError(f"`start` is {start}; it is a share of the training steps, from 0 to below 1.")
         if isinstance(min_loops, bool) or not isinstance(min_loops, int) or not 1 <= min_loops <= max_loops:
-            raise ValueError(
-                f"`min_loops` is {min_loops!r}; it must be an integer from 1 to `max_loops` ({max_loops})."
-            )
+            raise ValueError(f"`min_loops` is {min_loops!r}; it must be an integer, 1 to `max_loops` ({max_loops}).")
         if not 0 <= plain < 1:
             raise ValueError(f"`plain` is {plain}; it is a share of the steps, from 0 to below 1.")
         self.start, self.min_loops, self.plain = start, min_loops, plain
@@ -142,9 +140,7 @@ def make_loop_schedule(
     """
     if isinstance(schedule, LoopSchedule):
         if options or max_loops not in (None, schedule.max_loops):
-            raise ValueError(
-                f"{type(schedule).__name__} is a schedule with its own `max_loops` and options; leave out others."
-            )
+            raise ValueError(f"{type(schedule).__name__} has its own `max_loops` and options; leave out others.")
         return schedule
     if schedule not in LOOP_SCHEDULES:
         raise ValueError(f"The loop schedule is {schedule!r}; choose one of {', '.join(LOOP_SCHEDULES)}.")

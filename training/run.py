@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,10 +27,11 @@ from ..data import (
     read_examples,
     turn_end,
     vocabulary_size,
-    write_atomically,
+    write_json,
 )
 from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..weight_files import read_json
 from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
 from .checkpoints import COMPLETE, check_folder, checkpoints_in, locked
@@ -77,11 +77,24 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
         _check_output(output, resume)
         if (output / SAVING / RECORD).exists():  # killed when only the moving of files was left
             _move(output)
-            return json.loads((output / RECORD).read_text())
+            return read_json(output / RECORD)
     elif (output / SAVING / RECORD).exists() or _is_finished(output):
         return {}  # the main process moves the files, or raises
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
+    parts = make_parts(config, tokenizer, output / CHECKPOINTS)
+    model = load_trainable(config, tokenizer, parts)
+    trainer = LoopMDMTrainer(
+        model=model,
+        args=parts.arguments,
+        train_dataset=parts.stream,
+        eval_dataset=parts.eval_examples,
+        data_collator=parts.collator,
+        processing_class=tokenizer,
+        optimizers=(make_optimizer(config, model, parts.arguments), None),
+        loop_schedule=parts.schedule,
+        checkpoint_loops=config.checkpoint_loops,
+        **parts.options,
+    )
     trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = {
@@ -144,8 +157,8 @@ def _check_output(output: Path, resume: bool) -> None:
 def _own_files(output: Path) -> set[str]:
     """The names of the files that a finished training wrote."""
     try:
-        return {RECORD, *json.loads((output / RECORD).read_text())["files"]}
-    except (OSError, ValueError, TypeError, KeyError):
+        return {RECORD, *read_json(output / RECORD)["files"]}
+    except (ValueError, TypeError, KeyError):
         return set()
 
 
@@ -192,9 +205,7 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     options["eval_loops"] = eval_loops
     check_options(arguments, schedule, **options)
     if config.optimizer == "muon" and arguments.fsdp:
-        raise ValueError(
-            "`optimizer: muon` does not work with FSDP, which splits the matrices between ranks; use adamw."
-        )
+        raise ValueError("`optimizer: muon` does not work with FSDP, which splits matrices between ranks; use adamw.")
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
     lora = None if config.lora is None else lora_config(model_config, **config.lora)
     adapter = adapter_to_continue(config.model, config.model_config, config.lora)
@@ -224,23 +235,6 @@ def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArg
     if config.optimizer != "muon":
         return None
     return MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-
-
-def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
-    parts = make_parts(config, tokenizer, checkpoints)
-    model = load_trainable(config, tokenizer, parts)
-    return LoopMDMTrainer(
-        model=model,
-        args=parts.arguments,
-        train_dataset=parts.stream,
-        eval_dataset=parts.eval_examples,
-        data_collator=parts.collator,
-        processing_class=tokenizer,
-        optimizers=(make_optimizer(config, model, parts.arguments), None),
-        loop_schedule=parts.schedule,
-        checkpoint_loops=config.checkpoint_loops,
-        **parts.options,
-    )
 
 
 def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
@@ -435,7 +429,7 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     source = None if base is None else read_source_card(base)
     write_card(folder, output.absolute().name, config=trainer.looped_model.config, source=source, training=record)
     record["files"] = sorted(path.name for path in folder.iterdir())
-    write_atomically(folder / RECORD, json.dumps(record, indent=2, default=str) + "\n")
+    write_json(folder / RECORD, record)
     _move(output)
 
 

@@ -189,9 +189,7 @@ class LoopMDMTrainer(Trainer):
         if self._history and best:  # the state has an absolute path, and the folder may have moved
             folder = Path(self.args.output_dir) / f"checkpoint-{best}"
             if not folder.is_dir() and self.args.load_best_model_at_end:
-                raise ValueError(
-                    f"{folder}, the best checkpoint so far, is missing, so it cannot be loaded at the end."
-                )
+                raise ValueError(f"{folder}, the best checkpoint so far, is missing, and cannot be loaded at the end.")
             self.state.best_model_checkpoint = str(folder) if folder.is_dir() else None
 
     @property

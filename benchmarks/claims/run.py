@@ -26,8 +26,8 @@ import torch
 import transformers
 
 from loopmdm import LoopMDMForMaskedLM
-from loopmdm.data import ExampleStream
-from loopmdm.evaluation.protocol import hash_files, protocol, write_json
+from loopmdm.data import ExampleStream, write_json
+from loopmdm.evaluation.protocol import hash_files, protocol
 from loopmdm.training import MaskedDiffusionCollator
 
 TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
