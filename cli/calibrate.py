@@ -33,7 +33,7 @@ def calibrate(
     ],
     max_loss: Annotated[float, typer.Option(help="Quality that may be lost, as a share.")] = 0.005,
     quality: Annotated[
-        str, typer.Option(help="exact answers, right tokens, or agreement with the most loops.")
+        str, typer.Option(help="exact (right answers), tokens (right tokens) or agreement (with the most loops).")
     ] = "exact",
     num_loops: Annotated[int | None, typer.Option(help="The most loops (default: the model's).")] = None,
     max_denoising_steps: MaxDenoisingSteps = None,

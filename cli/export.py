@@ -16,7 +16,7 @@ def export(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
     num_loops: Annotated[
-        int | None, typer.Option(help="Loops to write out as layers; needed.", show_default=False)
+        int | None, typer.Option(help="Loops to write out as layers; required, but for onnx.", show_default=False)
     ] = None,
     format: Annotated[
         str | None,
