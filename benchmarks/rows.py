@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,17 @@ from loopmdm.evaluation import generate_rows
 
 MODEL = Path(__file__).resolve().parent.parent  # the bundled one
 SIZES = {"greedy": (64, 7, 1), "drawn": (64, 7)}
-OPTIONS = {"num_loops": 2, "max_denoising_steps": 3}
+OPTIONS = {"num_loops": 2, "max_denoising_steps": 2}
 FLAGS = [part for name, value in OPTIONS.items() for part in ("--" + name.replace("_", "-"), str(value))]
 SETTINGS = {"greedy": FLAGS, "drawn": [*FLAGS, "--do-sample"]}
 
 
 def write_data(path: Path, count: int, seed: int) -> None:
-    """Lines of 9 to 45 digits, of which one to nine are blank; every hundredth line is not JSON."""
+    """Lines of 9 to 27 digits, of which one to nine are blank; every hundredth line is not JSON."""
     generator = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
-            cells = generator.choices("123456789", k=generator.randint(9, 45))
+            cells = generator.choices("123456789", k=generator.randint(9, 27))
             for place in generator.sample(range(len(cells)), generator.randint(1, 9)):
                 cells[place] = "."
             file.write("{\n" if number % 100 == 50 else json.dumps({"text": "".join(cells)}) + "\n")
@@ -87,7 +88,7 @@ class Command:
         seconds = time.perf_counter() - started
         digest = hashlib.sha256((self.folder / output).read_bytes()).hexdigest()
         print(f"  {output}: {seconds:.1f} s, {digest[:12]}", flush=True)
-        return {"seconds": seconds, "sha256": digest}
+        return {"output": output, "seconds": seconds, "sha256": digest}
 
     def run_killed(self, output: str, seconds: float, kills: int, seed: int, *options: str) -> dict[str, Any]:
         """
@@ -154,6 +155,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rows", type=int, default=10000)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other, whose seconds say little")
     parser.add_argument("--throughput-rows", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
@@ -167,23 +169,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder / "in.jsonl", args.rows, args.seed)
-        command, whole = Command(folder), {}
-        options = [*SETTINGS["drawn"], "--batch-size", "64"]
-        for setting, flags in reversed(SETTINGS.items()):
-            sizes = {}
-            for size in SIZES[setting]:
-                output = f"{setting}-batches-of-{size}"
-                sizes[size] = command.run(output, *flags, "--batch-size", str(size))
-                sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
-                record(setting, sizes)
-            whole[setting] = sizes[64]
-        runs = {f"{n} processes": partial(command.run, f"processes-{n}", *options, processes=n) for n in (2, 4)}
-        runs["2 launches by hand"] = partial(command.run_by_hand, "machines", *options, machines=2)
-        seconds = whole["drawn"]["seconds"]
-        runs["killed"] = partial(command.run_killed, "killed", seconds, args.kills, args.seed, *options)
-        for name, run in runs.items():
-            found = run()
-            record(name, {**found, "is_same": found["sha256"] == whole["drawn"]["sha256"]})
+        command, options = Command(folder), [*SETTINGS["drawn"], "--batch-size", "64"]
+        runs = {
+            f"{setting}, batches of {size}": partial(
+                command.run, f"{setting}-{size}", *flags, "--batch-size", str(size)
+            )
+            for setting, flags in SETTINGS.items()
+            for size in SIZES[setting]
+        }
+        runs |= {f"{n} processes": partial(command.run, f"drawn-by-{n}", *options, processes=n) for n in (2, 4)}
+        runs["2 launches by hand"] = partial(command.run_by_hand, "drawn-by-hand", *options, machines=2)
+        found = {}
+        with ThreadPoolExecutor(args.at_once) as pool:
+            futures = {pool.submit(run): name for name, run in runs.items()}
+            for future in as_completed(futures):
+                found[futures[future]] = future.result()
+                record("runs", found)
+        for run in found.values():
+            whole = folder / f"{run['output'].partition('-')[0]}-64"
+            run["rows_that_differ"] = differing(folder / run["output"], whole)
+        record("runs", found)
+        if args.kills:
+            killed = command.run_killed(
+                "killed", found["drawn, batches of 64"]["seconds"], args.kills, args.seed, *options
+            )
+            record("killed", {**killed, "rows_that_differ": differing(folder / "killed", folder / "drawn-64")})
         record("throughput", throughput(folder, args.throughput_rows, args.repeats))
     print(json.dumps(results, indent=2))
 
