@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 `loopmdm generate --data` on many rows: is the file the same for any number of processes, batch size and kill, and how
-fast are batches beside a loop over single rows? The bundled model fills in blanks of random lines of digits, as the
-command does it, in processes of its own. Results are written after every part.
+fast are batches beside a loop over single rows? A random model continues texts of random words and lengths, as the
+command does it, in processes of its own. It takes about half an hour on two cores.
 
     python benchmarks/rows.py --output benchmarks/results/rows.json
 """
@@ -16,38 +16,63 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import begin, in_turn, make_parser, write_result
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loopmdm import LoopMDMForMaskedLM
+from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.evaluation import generate_rows
 
-MODEL = Path(__file__).resolve().parent.parent  # the bundled one
+WORDS = ["<pad>", "<end>", "<mask>", *(f"w{number}" for number in range(253))]
 SIZES = {"greedy": (64, 7, 1), "drawn": (64, 7)}
-OPTIONS = {"num_loops": 2, "max_denoising_steps": 2}
-FLAGS = [part for name, value in OPTIONS.items() for part in ("--" + name.replace("_", "-"), str(value))]
-SETTINGS = {"greedy": FLAGS, "drawn": [*FLAGS, "--do-sample"]}
+SETTINGS = {
+    "greedy": ["--max-new-tokens", "8", "--max-denoising-steps", "4"],
+    "drawn": ["--max-new-tokens", "8", "--max-denoising-steps", "4", "--do-sample"],
+}
+
+
+def save_model(folder: Path) -> None:
+    """A random model of about 0.4 million parameters."""
+    config = LoopMDMConfig(
+        vocab_size=len(WORDS),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        loop_start=1,
+        loop_end=3,
+        num_loops=2,
+        initializer_range=0.1,
+        pad_token_id=0,
+        eos_token_id=1,
+        mask_token_id=2,
+    )
+    LoopMDMForMaskedLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<end>", "mask_token": "<mask>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def write_data(path: Path, count: int, seed: int) -> None:
-    """Lines of 9 to 27 digits, of which one to nine are blank; every hundredth line is not JSON."""
+    """Texts of 1 to 100 words; every hundredth line is not JSON."""
     generator = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
-            cells = generator.choices("123456789", k=generator.randint(9, 27))
-            for place in generator.sample(range(len(cells)), generator.randint(1, 9)):
-                cells[place] = "."
-            file.write("{\n" if number % 100 == 50 else json.dumps({"text": "".join(cells)}) + "\n")
+            text = " ".join(generator.choice(WORDS[3:]) for _ in range(generator.randint(1, 100)))
+            file.write("{\n" if number % 100 == 50 else json.dumps({"text": text}) + "\n")
 
 
 class Command:
-    """`loopmdm generate` on the data in a folder."""
+    """`loopmdm generate` on the model and the data in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -55,7 +80,7 @@ class Command:
     def start(self, output: str, *options: str, processes: int = 1, **environment: str) -> subprocess.Popen:
         """The command, with torchrun for several processes."""
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "loopmdm_cli", "generate", str(MODEL)]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "loopmdm_cli", "generate", "model"]
         offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.Popen(
             [*command, "--data", "in.jsonl", "--output", output, *options],
@@ -68,27 +93,19 @@ class Command:
 
     def run(self, output: str, *options: str, processes: int = 1) -> dict[str, Any]:
         """Runs it to its end: the wall time from the start of the run, with loading, and the file's hash."""
-        return self.finish(output, [self.start(output, *options, processes=processes)])
-
-    def run_by_hand(self, output: str, *options: str, machines: int) -> dict[str, Any]:
-        """The same with a launch for each of several machines, which know of each other by their environment alone."""
-        return self.finish(output, self.start_by_hand(output, *options, machines=machines))
-
-    def start_by_hand(self, output: str, *options: str, machines: int) -> list[subprocess.Popen]:
-        ranks = [{"RANK": str(rank), "WORLD_SIZE": str(machines)} for rank in range(machines)]
-        return [self.start(output, *options, **rank) for rank in ranks]
-
-    def finish(self, output: str, processes: list[subprocess.Popen]) -> dict[str, Any]:
-        while processes[0].poll() is None and not (self.folder / f"{output}.run" / "run.json").exists():
-            time.sleep(0.01)
+        process = self.start(output, *options, processes=processes)
+        self.wait_for_plan(process, output)
         started = time.perf_counter()
-        for process in processes:
-            _, errors = process.communicate()
-            assert process.returncode == 0, errors
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
         seconds = time.perf_counter() - started
         digest = hashlib.sha256((self.folder / output).read_bytes()).hexdigest()
         print(f"  {output}: {seconds:.1f} s, {digest[:12]}", flush=True)
-        return {"output": output, "seconds": seconds, "sha256": digest}
+        return {"seconds": seconds, "sha256": digest}
+
+    def wait_for_plan(self, process: subprocess.Popen, output: str) -> None:
+        while process.poll() is None and not (self.folder / f"{output}.run" / "run.json").exists():
+            time.sleep(0.01)
 
     def run_killed(self, output: str, seconds: float, kills: int, seed: int, *options: str) -> dict[str, Any]:
         """
@@ -98,7 +115,8 @@ class Command:
         generator, done = random.Random(seed), []
         while len(done) < kills:
             number, before = 1 + len(done) % 2, self.finished(output)
-            started = self.start_by_hand(output, *options, machines=number)
+            ranks = [{"RANK": str(rank), "WORLD_SIZE": str(number)} for rank in range(number)]
+            started = [self.start(output, *options, **rank) for rank in ranks]
             while started[0].poll() is None and self.finished(output) == before:
                 time.sleep(0.01)
             time.sleep(generator.uniform(0, seconds / kills / 4))
@@ -122,16 +140,18 @@ def throughput(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     """CPU seconds on one thread, in turns, for the first rows: the fastest round of each, loading included."""
     lines = (folder / "in.jsonl").read_text().splitlines()[:count]
     (folder / "few.jsonl").write_text("\n".join(lines))
-    numbers = itertools.count()
+    options, numbers = {"max_new_tokens": 8, "max_denoising_steps": 4}, itertools.count()
 
     def in_batches(size: int) -> None:
-        generate_rows(str(MODEL), folder / "few.jsonl", folder / f"few-{next(numbers)}", batch_size=size, **OPTIONS)
+        generate_rows(
+            str(folder / "model"), folder / "few.jsonl", folder / f"few-{next(numbers)}", batch_size=size, **options
+        )
 
     def one_by_one() -> None:
-        model = LoopMDMForMaskedLM.from_pretrained(MODEL).eval()
-        tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
         for text in (json.loads(line)["text"] for line in lines if line != "{"):
-            tokens = model.generate(tokenizer(text, return_tensors="pt")["input_ids"], **OPTIONS)
+            tokens = model.generate(tokenizer(text, return_tensors="pt")["input_ids"], **options)
             tokenizer.decode(tokens[0], skip_special_tokens=True)
 
     runs = {
@@ -153,49 +173,36 @@ def differing(one: Path, other: Path) -> int:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=10000)
+    parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other, whose seconds say little")
     parser.add_argument("--throughput-rows", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     begin(args)
     results: dict[str, Any] = {}
-
-    def record(name: str, part: Any) -> None:
-        results[name] = part
-        write_result(args, results=results, torch_threads=torch.get_num_threads())
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        save_model(folder / "model")
         write_data(folder / "in.jsonl", args.rows, args.seed)
-        command, options = Command(folder), [*SETTINGS["drawn"], "--batch-size", "64"]
-        runs = {
-            f"{setting}, batches of {size}": partial(
-                command.run, f"{setting}-{size}", *flags, "--batch-size", str(size)
-            )
-            for setting, flags in SETTINGS.items()
-            for size in SIZES[setting]
-        }
-        runs |= {f"{n} processes": partial(command.run, f"drawn-by-{n}", *options, processes=n) for n in (2, 4)}
-        runs["2 launches by hand"] = partial(command.run_by_hand, "drawn-by-hand", *options, machines=2)
-        found = {}
-        with ThreadPoolExecutor(args.at_once) as pool:
-            futures = {pool.submit(run): name for name, run in runs.items()}
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
-                record("runs", found)
-        for run in found.values():
-            whole = folder / f"{run['output'].partition('-')[0]}-64"
-            run["rows_that_differ"] = differing(folder / run["output"], whole)
-        record("runs", found)
-        if args.kills:
-            killed = command.run_killed(
-                "killed", found["drawn, batches of 64"]["seconds"], args.kills, args.seed, *options
-            )
-            record("killed", {**killed, "rows_that_differ": differing(folder / "killed", folder / "drawn-64")})
-        record("throughput", throughput(folder, args.throughput_rows, args.repeats))
+        command = Command(folder)
+        for setting, options in SETTINGS.items():
+            print(setting, flush=True)
+            sizes = {}
+            for size in SIZES[setting]:
+                output = f"{setting}-batches-of-{size}"
+                sizes[size] = command.run(output, *options, "--batch-size", str(size))
+                sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
+            results[setting] = {"batch_sizes": sizes}
+        options = [*SETTINGS["drawn"], "--batch-size", "64"]
+        processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
+        whole = results["drawn"]["batch_sizes"][64]
+        killed = command.run_killed("killed", whole["seconds"], args.kills, args.seed, *options)
+        for run in (*processes.values(), killed):
+            run["is_same"] = run["sha256"] == whole["sha256"]
+        results["throughput"] = throughput(folder, args.throughput_rows, args.repeats)
+        results["drawn"] |= {"processes": processes, "killed": killed}
     print(json.dumps(results, indent=2))
+    write_result(args, results=results, torch_threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":
