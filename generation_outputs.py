@@ -46,7 +46,7 @@ class LoopMDMGenerationOutput(ModelOutput):
         seconds (`float`): Wall time of the call. The first call in a process takes longer, so warm up to compare.
         tokens_per_second (`float`): Denoised tokens of all rows, up to and including the end token, in that time.
         tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`): The row's denoised tokens per forward pass.
-        past_key_values ([`LoopMDMCache`], *optional*):
+        cache ([`LoopMDMCache`], *optional*):
             With exact caching, all blocks but the last one, for a next call whose input continues the sequences.
         scores (`tuple[torch.FloatTensor]`, with `output_scores=True`):
             The scores by which tokens were chosen, after processors and sampling arguments: `(num_rows, vocab_size)`
@@ -62,7 +62,7 @@ class LoopMDMGenerationOutput(ModelOutput):
     seconds: float | None = None
     tokens_per_second: float | None = None
     tokens_per_forward: torch.FloatTensor | None = None
-    past_key_values: LoopMDMCache | None = None
+    cache: LoopMDMCache | None = None
     scores: tuple[torch.FloatTensor, ...] | None = None
     trace: list[LoopMDMTraceStep] | None = None
 

@@ -36,6 +36,7 @@ OTHER_NAMES = {
     "alg": "`unmasking` chooses the commit rule",
     "bad_words_ids": "use `suppress_tokens`, or a `logits_processor`",
     "block_size": "use `block_length`",
+    "cache": "use `past_key_values`",
     "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
     "diffusion_steps": "use `max_denoising_steps`, the steps per block",
@@ -590,7 +591,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if not config.return_dict_in_generate:
             return sequences
         real = (canvas.real & ~canvas.behind).long()
-        return LoopMDMGenerationOutput(sequences, real, past_key_values=denoiser.finished_cache(), **report)
+        return LoopMDMGenerationOutput(sequences, real, cache=denoiser.finished_cache(), **report)
 
     def _check_adapters(self, use: str = "`generate`") -> None:
         """Raises a ValueError where PEFT changes a forward pass in a way that does not fit one over some positions."""

@@ -47,14 +47,14 @@ class LoopMDMModelOutput(BaseModelOutput):
     Args:
         loops (`torch.LongTensor` of shape `(batch_size,)`): Number of loops that changed each row.
         token_loops (the same, with an exit rule): Number of loops of its positions, summed over the row's real ones.
-        past_key_values ([`LoopMDMCache`], with `use_cache=True` or if one was given): The keys and values.
+        cache ([`LoopMDMCache`], with `use_cache=True` or if one was given): The keys and values.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, on request as in transformers):
             One of each executed layer in order: head, mid of each loop, tail. Hidden states begin with the embeddings.
     """
 
     loops: torch.LongTensor | None = None
     token_loops: torch.LongTensor | None = None
-    past_key_values: LoopMDMCache | None = None
+    cache: LoopMDMCache | None = None
 
 
 @dataclass
@@ -70,7 +70,7 @@ class LoopMDMMaskedLMOutput(MaskedLMOutput):
 
     loops: torch.LongTensor | None = None
     token_loops: torch.LongTensor | None = None
-    past_key_values: LoopMDMCache | None = None
+    cache: LoopMDMCache | None = None
 
 
 class LoopMDMRMSNorm(nn.Module):
@@ -337,7 +337,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         states = self.readout(states, context, positions_to_keep)
         if use_cache:
             cache.store(context.cache.reach, input_ids, context.cache.places)
-        return LoopMDMModelOutput(states, loops=loops, token_loops=token_loops, past_key_values=cache)
+        return LoopMDMModelOutput(states, loops=loops, token_loops=token_loops, cache=cache)
 
     def prelude(
         self,

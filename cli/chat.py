@@ -171,7 +171,7 @@ class Conversation:
                 tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
             )
-        self.cache = output.past_key_values
+        self.cache = output.cache
         if console.is_terminal:
             passes, loops = int(output.forward_passes), int(output.loops)
             console.print(f"{passes} forward passes, {loops} loops, {output.seconds:.1f} s", style="dim")

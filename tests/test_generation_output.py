@@ -120,7 +120,7 @@ def test_speed_counts_what_was_denoised(model):
     output = run(model, torch.tensor([[5, MASK, 3], [4, 8, 1]]), max_new_tokens=4, max_denoising_steps=2)
     assert output.tokens_per_forward.tolist() == [2.5, 2.0]
     assert output.seconds > 0 and output.tokens_per_second == pytest.approx(9 / output.seconds)
-    assert output.past_key_values is None
+    assert output.cache is None
 
 
 class HostReads(TorchDispatchMode):

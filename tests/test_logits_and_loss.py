@@ -89,7 +89,7 @@ def test_flops_are_those_that_torch_counts(overrides):
 def test_flops_behind_a_cache(overrides):
     model = tiny_model(attn_implementation="eager", attention_block_size=4, **overrides)
     ids, keep = random_ids(2, 12), torch.tensor([[3], [11]])
-    cache = model(random_ids(2, 16), use_cache=True).past_key_values
+    cache = model(random_ids(2, 16), use_cache=True).cache
     assert counted(lambda: model(ids, past_key_values=cache)) == model.flops(2, 12, num_keys=28)
     found = counted(lambda: model(ids, past_key_values=cache, logits_to_keep=keep))
     assert found == model.flops(2, 12, num_keys=28, num_logits=1, last_layer=1)
