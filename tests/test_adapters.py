@@ -128,7 +128,7 @@ def test_adapters_are_not_converted_but_merged(base, adapter, tmp_path):
     ("change", "message"),
     [
         ({"base_model_name_or_path": "./nowhere"}, "./nowhere does not hold the base model of the adapter"),
-        ({"base_model_name_or_path": None}, "does not name the adapter.s model"),
+        ({"base_model_name_or_path": None}, "does not name the adapter's model"),
         ("weights", "is an adapter without adapter_model.safetensors; only safetensors files are read"),
     ],
     ids=str,

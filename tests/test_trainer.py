@@ -289,7 +289,7 @@ def test_accumulated_steps_equal_whole_ones(tmp_path, adapted):
             {"metric_for_best_model": "nelbo_4"},
             "nelbo_4.*choose one of eval_loss, eval_nel",
         ),
-        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, so no damaged"),
+        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, which leaves none"),
     ],
     ids=str,
 )

@@ -50,7 +50,9 @@ def check_options(
                 f"one of {', '.join(f'eval_{name}' for name in metrics)}."
             )
     if args.save_strategy != "no" and args.save_total_limit == 1:
-        raise ValueError("`save_total_limit` is 1, so no damaged checkpoint has one before it; use 2 or more.")
+        raise ValueError(
+            "`save_total_limit` is 1, which leaves none if the last checkpoint is damaged; use 2 or more."
+        )
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(args, name)
         if value not in neutral:

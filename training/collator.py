@@ -64,7 +64,8 @@ class MaskedDiffusionCollator:
     max_length: int | None = None
 
     def __post_init__(self):
-        low, high = self.mask_ratio = tuple(self.mask_ratio)
+        low, high = self.mask_ratio
+        self.mask_ratio = low, high  # a list too, so that identities of runs compare it
         if not 0 <= low < high <= 1:
             raise ValueError(f"`mask_ratio` is {low, high}; it must be a range within 0 and 1, such as (0.1, 0.9).")
         if self.learn_padding and self.pad_token_id is None:
