@@ -75,6 +75,11 @@ ARMS: dict[str, Arm] = {
         "S = 4 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 4, "until": 0.5}
     ),
     "late": Arm("S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} else", schedule="late"),
+    "late_s3": Arm(
+        "S = 1 for the first half, and in a quarter of the steps after; Uniform{2, 3} else",
+        max_loops=3,
+        schedule="late",
+    ),
     "late_high": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late", options={"plain": 0.0}),
     "late_half": Arm(
         "S = 1 for the first half, and in half of the steps after; Uniform{3..6} else",
@@ -137,7 +142,7 @@ ARMS |= {
 # FLOPs that an arm needs: runs with whole schedules on parts of the budget
 ARMS |= {
     f"{name}_{share}": dataclasses.replace(ARMS[name], about=f"{name} on {share} % of the FLOPs", budget=share / 100)
-    for name in ("same_size", "deeper", "looped", "late")
+    for name in ("same_size", "deeper", "looped", "late", "late_s3")
     for share in (20, 30, 50, 70)
 }
 
