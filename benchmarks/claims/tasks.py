@@ -236,8 +236,8 @@ TASKS: dict[str, Callable[[Path, bool, dict[str, str]], Task]] = {
     "sudoku6": sudoku6_task,
     "arithmetic": arithmetic_task,
     "language": language_task,
-    # A quarter of the parameters: tokens a parameter grow with FLOPs / parameters^2
-    "language-small": functools.partial(language_task, vocab_size=512, held_out=1000, width=32, num_attention_heads=2),
+    # A sixth of the parameters: tokens a parameter grow with FLOPs / parameters^2
+    "language-small": functools.partial(language_task, vocab_size=512, held_out=1000, width=24, num_attention_heads=2),
 }
 
 
