@@ -104,8 +104,8 @@ class Study:
         self.task = tasks.make_task("sudoku6", args.work / "data", args.quick)
 
     def validation(self) -> tasks.Rows:
-        """500 other puzzles (64 where `--quick`), to choose by."""
-        pairs = sudoku6.generate_puzzles(64 if self.args.quick else 500, 2, 14, 20)
+        """500 other puzzles (16 where `--quick`), to choose by."""
+        pairs = sudoku6.generate_puzzles(16 if self.args.quick else 500, 2, 14, 20)
         tokens = torch.tensor([[int(digit) + 1 for digit in solution] for _, solution in pairs])
         blanks = torch.tensor([[cell == sudoku6.BLANK for cell in puzzle] for puzzle, _ in pairs])
         return tasks.Rows(tokens, blanks, scored=blanks)
