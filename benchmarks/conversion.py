@@ -65,27 +65,26 @@ PLAIN = Way("no loops", loops=1, schedule="uniform", options={})
 LATE = Way("the middle layer, S = 1 in a quarter of the steps, Uniform{3..6} else")
 PILOTS = {
     "plain": PLAIN,
-    "plain_slow": dataclasses.replace(PLAIN, about="no loops, rate 1e-3", rate=1e-3),
     "late": LATE,
-    "late_slow": dataclasses.replace(LATE, about="the same, rate 1e-3", rate=1e-3),
-    "uniform": dataclasses.replace(LATE, about="the same, Uniform{1..6}", schedule="uniform", options={}),
-    "growing": dataclasses.replace(LATE, about="the same, growing to Uniform{1..6}", schedule="growing", options={}),
-    "fixed": dataclasses.replace(LATE, about="the same, S = 6 always", schedule="fixed", options={}),
-    "fixed3": dataclasses.replace(LATE, about="the same, S = 3 always", loops=3, schedule="fixed", options={}),
     "first": dataclasses.replace(LATE, about="the first layer", mid=(0, 1)),
-    "last": dataclasses.replace(LATE, about="the last layer", mid=(2, 3)),
-    "first_two": dataclasses.replace(LATE, about="the first two layers, up to 4 loops", mid=(0, 2), loops=4),
     "all": dataclasses.replace(LATE, about="all layers, up to 4 loops", mid=(0, 3), loops=4),
-    "damped": dataclasses.replace(LATE, about="the middle layer, damped", update="damped"),
+    "growing": dataclasses.replace(
+        LATE, about="the middle layer, growing to Uniform{1..6}", schedule="growing", options={}
+    ),
     "lora": dataclasses.replace(
         LATE,
         about="the middle layer, and LoRA (rank 16) on it alone",
         lora={"layers": "mid", "r": 16, "lora_alpha": 32},
     ),
+    "damped": dataclasses.replace(LATE, about="the middle layer, damped", update="damped"),
+    "last": dataclasses.replace(LATE, about="the last layer", mid=(2, 3)),
+    "uniform": dataclasses.replace(LATE, about="the middle layer, Uniform{1..6}", schedule="uniform", options={}),
+    "fixed": dataclasses.replace(LATE, about="the middle layer, S = 6 always", schedule="fixed", options={}),
+    "late_slow": dataclasses.replace(LATE, about="the middle layer, rate 1e-3", rate=1e-3),
+    "plain_slow": dataclasses.replace(PLAIN, about="no loops, rate 1e-3", rate=1e-3),
 }
 STUDY = {"plain": PLAIN, "looped": LATE}
-SHARES = (5, 10, 25, 50, 100)
-QUICK = ("plain", "late", "damped", "lora"), (25,)
+QUICK = ("damped", "lora")
 
 
 def measured(model: LoopMDMForMaskedLM, rows: tasks.Rows, loops: list[int]) -> dict[str, Any]:
@@ -188,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tflop", type=float, default=3.0, help="first training, in 10^12 FLOPs (default: 3)")
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
+    parser.add_argument("--shares", default="5,10,25,50,100", help="of the first training, %% (default: all of these)")
     parser.add_argument("--pilots", action="store_true", help="compare ways, on 25 %% and the first seed")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
@@ -203,16 +203,15 @@ def main() -> None:
         args.tflop = min(args.tflop, 0.004)
     logging.disable_progress_bar()
     runs, seeds = Study(args), [int(seed) for seed in args.seeds.split(",")]
-    pilots, shares = QUICK if args.quick else (tuple(PILOTS), SHARES)
     if args.pilots:
         rows = runs.validation()
         base = runs.base(seeds[0], rows, "pilot-base")
-        for name in pilots:
+        for name in QUICK if args.quick else PILOTS:
             runs.run(f"pilot-{name}", seeds[0], PILOTS[name], 25, base, rows)
     else:
         for seed in seeds:
             base = runs.base(seed, runs.task.rows)
-            for share in shares:
+            for share in map(int, args.shares.split(",")):
                 for name, way in STUDY.items():
                     runs.run(f"{name}-{share}", seed, way, share, base, runs.task.rows)
     print(report(args.output))
