@@ -62,37 +62,43 @@ class Way:
 
 
 PLAIN = Way("no loops", loops=1, schedule="uniform", options={})
-LATE = Way("the middle layer, S = 1 in a quarter of the steps, Uniform{3..6} else")
+MIDDLE = Way("the middle layer, S = 1 in a quarter of the steps, Uniform{3..6} else")
+FIRST = dataclasses.replace(MIDDLE, about="the first layer", mid=(0, 1))
+UNIFORM, GROWING, FIXED = ({"schedule": name, "options": {}} for name in ("uniform", "growing", "fixed"))
 PILOTS = {
     "plain": PLAIN,
-    "late": LATE,
-    "first": dataclasses.replace(LATE, about="the first layer", mid=(0, 1)),
-    "all": dataclasses.replace(LATE, about="all layers, up to 4 loops", mid=(0, 3), loops=4),
-    "growing": dataclasses.replace(
-        LATE, about="the middle layer, growing to Uniform{1..6}", schedule="growing", options={}
-    ),
-    "lora": dataclasses.replace(
-        LATE,
-        about="the middle layer, and LoRA (rank 16) on it alone",
-        lora={"layers": "mid", "r": 16, "lora_alpha": 32},
-    ),
-    "damped": dataclasses.replace(LATE, about="the middle layer, damped", update="damped"),
-    "last": dataclasses.replace(LATE, about="the last layer", mid=(2, 3)),
-    "uniform": dataclasses.replace(LATE, about="the middle layer, Uniform{1..6}", schedule="uniform", options={}),
-    "fixed": dataclasses.replace(LATE, about="the middle layer, S = 6 always", schedule="fixed", options={}),
-    "late_slow": dataclasses.replace(LATE, about="the middle layer, rate 1e-3", rate=1e-3),
     "plain_slow": dataclasses.replace(PLAIN, about="no loops, rate 1e-3", rate=1e-3),
+    "late": MIDDLE,
+    "late_slow": dataclasses.replace(MIDDLE, about="the middle layer, rate 1e-3", rate=1e-3),
+    "uniform": dataclasses.replace(MIDDLE, about="the middle layer, Uniform{1..6}", **UNIFORM),
+    "growing": dataclasses.replace(MIDDLE, about="the middle layer, growing to Uniform{1..6}", **GROWING),
+    "fixed": dataclasses.replace(MIDDLE, about="the middle layer, S = 6 always", **FIXED),
+    "fixed3": dataclasses.replace(MIDDLE, about="the middle layer, S = 3 always", loops=3, **FIXED),
+    "damped": dataclasses.replace(MIDDLE, about="the middle layer, damped", update="damped"),
+    "lora": dataclasses.replace(
+        MIDDLE, about="the middle layer, LoRA (rank 16) on it alone", lora={"layers": "mid", "r": 16, "lora_alpha": 32}
+    ),
+    "last": dataclasses.replace(MIDDLE, about="the last layer", mid=(2, 3)),
+    "first_two": dataclasses.replace(MIDDLE, about="the first two layers, up to 4 loops", mid=(0, 2), loops=4),
+    "all": dataclasses.replace(MIDDLE, about="all layers, up to 4 loops", mid=(0, 3), loops=4),
+    "first": FIRST,
+    "first_slow": dataclasses.replace(FIRST, about="the first layer, rate 1e-3", rate=1e-3),
+    "first_uniform": dataclasses.replace(FIRST, about="the first layer, Uniform{1..6}", **UNIFORM),
+    "first_growing": dataclasses.replace(FIRST, about="the first layer, growing to Uniform{1..6}", **GROWING),
+    "first_damped": dataclasses.replace(FIRST, about="the first layer, damped", update="damped"),
 }
-STUDY = {"plain": PLAIN, "looped": LATE}
+STUDY = {"plain": PILOTS["plain_slow"], "looped": FIRST}
 QUICK = ("damped", "lora")
 
 
 def measured(model: LoopMDMForMaskedLM, rows: tasks.Rows, loops: list[int]) -> dict[str, Any]:
-    """NELBO and share solved in one step, by loops, and share solved and FLOPs by loops and denoising steps."""
-    grid = [measure.generations(model, rows, n, steps) for n in loops if n in (1, 2, 3, 6) for steps in (1, 2, 3, 4)]
+    """NELBO by loops, and share solved and FLOPs by loops and denoising steps."""
+    settings = [(n, steps) for n in loops for steps in (1, 2, 3, 4) if steps == 1 or n in (1, 2, 3, 6)]
+    grid = [measure.generations(model, rows, n, steps) for n, steps in settings]
     likelihood = measure.likelihood(model, rows, loops)
     found = {n: {"nelbo": entry["nelbo"], "error": entry["error"]} for n, entry in likelihood.items()}
-    return {"likelihood": found, "solved": measure.one_step(model, rows, loops)["solved"], "grid": grid}
+    solved = {entry["num_loops"]: entry["solved"] for entry in grid if entry["max_denoising_steps"] == 1}
+    return {"likelihood": found, "solved": solved, "grid": grid}
 
 
 class Study:
@@ -116,7 +122,7 @@ class Study:
             arms.train(arms.ARMS["same_size"], self.task, seed, self.args.tflop * 1e12, folder, fast=self.args.fast)
         if not study.find(self.args.output, name, seed):
             model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
-            model.config.loop_start, model.config.loop_end = LATE.mid
+            model.config.loop_start, model.config.loop_end = FIRST.mid
             self.add(name, seed, {"training": {}, **measured(model, rows, list(LOOPS))})
         return folder / "model"
 
