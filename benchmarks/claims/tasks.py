@@ -237,7 +237,7 @@ TASKS: dict[str, Callable[[Path, bool, dict[str, str]], Task]] = {
     "arithmetic": arithmetic_task,
     "language": language_task,
     # A sixth of the parameters: tokens a parameter grow with FLOPs / parameters^2
-    "language-small": functools.partial(language_task, vocab_size=512, held_out=1000, width=24, num_attention_heads=2),
+    "language-small": functools.partial(language_task, vocab_size=512, held_out=400, width=24, num_attention_heads=2),
 }
 
 
