@@ -2,6 +2,7 @@
 """What the arms are trained on: examples in one order for all of them, the shape of the model, rows to evaluate."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -174,11 +175,18 @@ def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     )
 
 
-def language_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
-    """Text in rows of 128 tokens of a small byte-level BPE that is trained on it; the last twentieth is held out."""
+def language_task(
+    cache: Path, quick: bool, texts: dict[str, str], vocab_size: int = 1024, held_out: int = 200, **shape
+) -> Task:
+    """
+    Text in rows of 128 tokens of a small byte-level BPE that is trained on it; the last twentieth is held out. `shape`
+    has arguments of `LoopMDMConfig`.
+    """
     if "train" not in texts:
-        raise ValueError("The task language needs a text to train on: give --train-text, a file in UTF-8.")
-    vocab_size, length, held_out = (300, 32, 64) if quick else (1024, 128, 200)
+        raise ValueError("A task on text needs one to train on: give --train-text, a file in UTF-8.")
+    length = 128
+    if quick:
+        vocab_size, length, held_out, shape = 300, 32, 64, {"width": 32}
     documents = list(read_documents(texts["train"]))
     if len(documents) < 20:
         raise ValueError(
@@ -216,7 +224,7 @@ def language_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     everything = torch.ones(length, dtype=torch.bool)
     return Task(
         name="language",
-        shape=_shape(32 if quick else 64, tokenizer.get_vocab_size(), max_position_embeddings=length),
+        shape=_shape(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=length, **{"width": 64, **shape}),
         examples=[{"input_ids": row, "maskable": everything} for row in rows_of(documents[:split])],
         held_out=evaluated,
         batch_size=16 if quick else 32,
@@ -228,6 +236,8 @@ TASKS: dict[str, Callable[[Path, bool, dict[str, str]], Task]] = {
     "sudoku6": sudoku6_task,
     "arithmetic": arithmetic_task,
     "language": language_task,
+    # A sixth of the parameters: tokens a parameter grow with FLOPs / parameters^2
+    "language-small": functools.partial(language_task, vocab_size=512, held_out=400, width=24, num_attention_heads=2),
 }
 
 
