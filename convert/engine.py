@@ -47,16 +47,14 @@ def convert_checkpoint(
         source: A folder, a file of weights, or an id on the Hugging Face Hub.
         output: The folder to write, which must not exist. It appears complete or not at all.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        allow_pickle (`bool`, defaults to `False`): Read pickled weights if there are no others; only tensors are
-            unpickled.
+        allow_pickle (`bool`, defaults to `False`): Unpickle the tensors of weights that have no other form.
         sigma (`float`, *optional*): Noise level at which a time-conditioned source (UDLM) is converted.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): Size of the largest file of weights, in bytes or with a
             unit. The conversion needs as much memory.
         calibrate_on (*optional*): A text file. The loop goes where the NELBO of this text is lowest, at 2 loops or
             `num_loops`, whichever is more. The measurements are in the record and, with a plot, in the folder.
         calibration_width (`int`, *optional*): Layers of a candidate window; by default those of the default window.
-        calibration_sequences, calibration_length (`int`, default to 16 and 256): How many sequences of how many tokens
-            of the text to use.
+        calibration_sequences, calibration_length (`int`, default to 16 and 256): Sequences to use, and their length.
         verify (`bool`, defaults to `False`): Compare, in float32, with the source in transformers' own class.
         verify_against (*optional*): Compare with the logits in a file of `convert/write_reference.py`.
         on_plan (*optional*): Called with the [`Plan`] before anything is written.
@@ -65,8 +63,7 @@ def convert_checkpoint(
             `trust_remote_code`, ...
 
     Returns:
-        `dict`: The contents of `conversion.json`: the mapping of tensors, parameter counts, the loop, and the results
-        of calibration and verification.
+        `dict`: The contents of `conversion.json`: tensors, parameter counts, the loop, calibration and verification.
 
     Raises:
         ValueError: Anything about the source or the arguments does not fit. Nothing is left behind.
