@@ -38,6 +38,7 @@ from .checks import check_options
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSchedule, make_loop_schedule
 from .optimizer import MuonAdamW
+from .texts import EvaluationTexts
 from .trainer import LoopMDMTrainer
 
 __all__ = ["TrainConfig", "read_config", "train"]
@@ -184,6 +185,8 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
         raise ValueError(
             "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
         )
+    if config.eval_texts and arguments.fsdp:
+        raise ValueError("`eval_texts` does not work with FSDP, whose ranks hold parts of the weights; leave it out.")
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
     lora = None if config.lora is None else lora_config(model_config, **config.lora)
     adapter = adapter_to_continue(config.model, config.model_config, config.lora)
@@ -218,7 +221,7 @@ def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArg
 def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
     parts = make_parts(config, tokenizer, checkpoints)
     model = load_trainable(config, tokenizer, parts)
-    return LoopMDMTrainer(
+    trainer = LoopMDMTrainer(
         model=model,
         args=parts.arguments,
         train_dataset=parts.stream,
@@ -230,6 +233,9 @@ def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> Loo
         checkpoint_loops=config.checkpoint_loops,
         **parts.options,
     )
+    if config.eval_texts:
+        trainer.add_callback(EvaluationTexts(trainer, parts.eval_examples[: config.eval_texts], tokenizer))
+    return trainer
 
 
 def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
