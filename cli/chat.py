@@ -19,7 +19,7 @@ HELP = f"""\
 /steps N     denoising steps per block from now on
 /system TEXT a new conversation under these instructions
 /undo        forget the last question and its answer
-/save FILE   write the conversation as JSON lines, one line per conversation, as `loopmdm train` reads it
+/save FILE   add the conversation to a file of JSON lines for `loopmdm train`
 /help        this text
 /quit        leave (as does Ctrl-D); Ctrl-C stops an answer
 Dim text may still change, and ░ is yet to be filled in.

@@ -143,7 +143,8 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
             for row, answer in _generate(loaded, batch, options, seed, costs):
                 if not stream:
                     _show(row.text, tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.cost, as_json)
-            bar(batch[-1].number + 1, total)
+            if not stream:
+                bar(batch[-1].number + 1, total)
     _check_busy(costs.passes > 0, loaded)
     print(costs.line(), file=sys.stderr)
     if html is not None:

@@ -75,7 +75,8 @@ def _show_preview(found: Any, title: str) -> None:
     how = "measured on three steps" if found.is_measured else "an estimate, by the speed of a matrix product"
     facts["time"] = f"{_duration(facts.pop('seconds'))} ({how})"
     show_facts(title, facts)
-    memory = {name: f"{size / 2**30:,.2f} GiB" for name, size in found.memory.items()}
+    unit, power = ("GiB", 30) if max(found.memory.values()) >= 2**29 else ("MiB", 20)
+    memory = {name: f"{size / 2**power:,.2f} {unit}" for name, size in found.memory.items()}
     show_facts("Memory of each process, an estimate", memory)
     console.print("Nothing was written.")
 

@@ -219,6 +219,8 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
     `data.encode_answer` takes): the answer's tokens are to be filled in behind the prompt. Where the prompt holds
     mask tokens itself, the answer is the whole text and they are filled in.
     """
+    if Path(path).suffix == ".txt":
+        raise ValueError(f'{path} is a text; give answers as JSON lines, {{"prompt": ..., "answer": ...}}.')
     examples = []
     for number, item in json_lines(Path(path)):
         where = f"{path}, line {number}"
