@@ -154,13 +154,16 @@ class Stream(Watcher):
 
     def __init__(self, canvas, streamer: BaseStreamer):
         super().__init__(canvas)
-        self.streamer = streamer
+        self.streamer, self.takes_confidence = streamer, getattr(streamer, "takes_confidence", False)
+        # Of the token chosen last for every column, its probability; NaN where none was
+        self.confidence = torch.full(canvas.sequences.shape[1:], math.nan, device=canvas.sequences.device)
         self.sent = int(canvas.to_denoise[0].long().argmax())
         # Also where the prompt is empty: `skip_prompt` drops whatever comes first.
-        streamer.put(self._tokens(0, self.sent))
+        streamer.put(self._real(canvas.sequences[0], 0, self.sent))
 
-    def _tokens(self, start: int, stop: int) -> torch.Tensor:
-        return self.canvas.sequences[0, start:stop][self.canvas.real[0, start:stop]].cpu()
+    def _real(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Those of columns that are not padding."""
+        return values[start:stop][self.canvas.real[0, start:stop]].cpu()
 
     def _end_of(self, block: Block) -> int:
         """Column behind a block and the given tokens that follow it."""
@@ -168,14 +171,20 @@ class Stream(Watcher):
         return int(later.long().argmax()) if bool(later.any()) else len(later)
 
     def _put(self, stop: int) -> None:
-        tokens = self._tokens(self.sent, stop)
+        tokens = self._real(self.canvas.sequences[0], self.sent, stop)
         self.sent = max(self.sent, stop)
         if len(tokens) > 0:
             self.streamer.put(tokens)
 
     def on_step(self, block, step, commit):
-        if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self._tokens(self.sent, self._end_of(block)))
+        if not hasattr(self.streamer, "put_draft"):
+            return
+        stop, known = self._end_of(block), {}
+        if self.takes_confidence:
+            chosen = step.masked[0]
+            self.confidence[step.columns[0, chosen]] = step.log_probs[0, chosen].exp()
+            known["confidence"] = self._real(self.confidence, self.sent, stop)
+        self.streamer.put_draft(self._real(self.canvas.sequences[0], self.sent, stop), **known)
 
     def on_block(self, block):
         self._put(min(self._end_of(block), int(self.canvas.ends[0]) + 1))

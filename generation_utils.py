@@ -515,7 +515,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
             Checked after every block, once for each of its tokens. A row that they stop is padded from there on.
         streamer (`BaseStreamer`, *optional*):
             Gets the prompt and every finished block of the only row. If it has a `put_draft`
-            (`TextDiffusionStreamer`), it also gets a draft of the block after each step.
+            (`TextDiffusionStreamer`), it also gets a draft of the block after each step; if its `takes_confidence` is
+            True, with `confidence=`, the raw probability of the token chosen last for each place, and NaN without one.
         generator (`torch.Generator`, or a `list` with one per row of the output, *optional*): Source of randomness.
         past_key_values ([`LoopMDMCache`], *optional*):
             The cache of an earlier call whose sequences the input continues (block-causal models only). The call

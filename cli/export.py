@@ -34,6 +34,8 @@ def export(
     options = {name: value for name, value in locals().items() if name not in ("model", "output")}
     if format == "onnx":
         return _export_onnx(model, output, **options)
+    if num_loops is None:  # said before torch is imported, which takes seconds
+        raise ValueError("The number of loops to write out is missing; give --num-loops.")
 
     from transformers.utils import logging
 

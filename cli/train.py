@@ -36,7 +36,7 @@ def train(
         check_idle(why, resume=resume, dry_run=dry_run)
         if overrides:
             raise ValueError(f"{overrides[0]} has no effect: {why}; leave it out.")
-        from loopmdm.training.templates import write_template
+        from ._run_files import write_template
 
         write_template(init, config)
         console.print(f"{config} is written. Fill in its paths; then: loopmdm train {config} --dry-run")

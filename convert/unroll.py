@@ -142,7 +142,7 @@ def plan_export(
 ) -> Export:
     """Plans an export, without reading weights. As [`export_checkpoint`]."""
     if num_loops is None:
-        raise ValueError("The number of loops to write out is missing; give --num-loops (`num_loops`).")
+        raise ValueError("The number of loops to write out is missing; give `num_loops`.")
     check_num_loops(num_loops)
     if format is not None and format not in formats():
         raise ValueError(f"There is no format {format!r} to write; there are {', '.join(formats())}.")

@@ -214,6 +214,8 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
     `data.encode_answer` reads). The [MASK]s to fill in are the tokens of the answer, which follows the prompt. If the
     prompt contains mask tokens itself, these are filled in, and the answer is the complete text.
     """
+    if Path(path).suffix == ".txt":
+        raise ValueError(f'{path} is a text; give answers as JSON lines, {{"prompt": ..., "answer": ...}}.')
     examples = []
     for number, item in json_lines(Path(path)):
         where = f"{path}, line {number}"

@@ -215,9 +215,10 @@ def test_wrong_numbers_of_loops_are_refused(saved, tmp_path):
     model = saved()
     for wrong in (0, -1, 10_001, True, [1, 2], 2.0):
         refuse(model, tmp_path / "out", "num_loops", num_loops=wrong)
-    refuse(model, tmp_path / "out", "give --num-loops", num_loops=None)
+    refuse(model, tmp_path / "out", "give `num_loops`", num_loops=None)
     refuse(model, tmp_path / "out", "Take fewer loops", num_loops=6000)
     assert "--num-loops" in refusal("export", model, tmp_path / "out", "--num-loops", "1,2")
+    assert "give --num-loops" in refusal("export", model, tmp_path / "out")
 
 
 def test_other_models_are_refused(saved, tmp_path):

@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What `generate` reports besides the tokens: costs against counts from outside, the trace, and streams."""
 
+import math
 import re
 from collections import Counter
 
@@ -291,6 +292,29 @@ def test_drafts_show_the_block_as_it_stands(model):
         drafts = [draft for number, draft in streamer.drafts if number == block]
         assert [draft.count(MASK) for draft in drafts] == [2, 1, 0]
         assert drafts[-1] == streamer.puts[block]
+
+
+def test_drafts_come_with_the_confidence_of_the_token_chosen_last(model):
+    class Confident(DraftRecorder):
+        takes_confidence = True
+
+        def put_draft(self, value, confidence):
+            super().put_draft(value)
+            self.confidence = [*getattr(self, "confidence", []), confidence.tolist()]
+
+    for arguments in ({}, {"remask_probability": 0.3, "max_denoising_steps": 5}):
+        streamer, prompt = Confident(), torch.tensor([[PAD, 5, MASK, 9, MASK]])
+        arguments = {**arguments, "max_new_tokens": 3, "block_length": 4, "do_sample": True, "top_k": 3}
+        torch.manual_seed(0)
+        output = model.generate(
+            prompt, streamer=streamer, output_trace=True, return_dict_in_generate=True, **arguments
+        )
+        assert len(output.trace) == len(streamer.drafts)
+        last = torch.full((8,), math.nan)
+        for step, (puts, draft), shown in zip(output.trace, streamer.drafts, streamer.confidence, strict=True):
+            last = torch.where(step.predictions[0] >= 0, step.confidence[0], last)
+            start = 1 + sum(map(len, streamer.puts[:puts]))  # behind the padding
+            torch.testing.assert_close(torch.tensor(shown), last[start : start + len(draft)], equal_nan=True)
 
 
 def test_one_row_is_streamed(model):

@@ -211,6 +211,8 @@ def test_command_refuses_bad_input_and_leaves_the_model(folder, tmp_path, lines,
     data.write_text(lines)
     before = (folder / "generation_config.json").read_text()
     assert message in refusal("calibrate", folder, "--data", data, *arguments)
+    data.rename(tmp_path / "data.txt")
+    assert "is a text; give answers" in refusal("calibrate", folder, "--data", tmp_path / "data.txt", *arguments)
     assert (folder / "generation_config.json").read_text() == before
 
 

@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.objective import seeded_generator
 from loopmdm.training import LoopMDMTrainer
 from loopmdm.training.checkpoints import locked
-from loopmdm.training.run import read_config, train
+from loopmdm.training.run import make_parts, read_config, train
 
 TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
 
@@ -97,6 +98,41 @@ def test_pretraining_makes_a_model_that_loads(run, tmp_path):
         {"num_loops", "tokens_per_second", "training_flops", "flops_per_second"} <= set(line) for line in losses
     )
     assert not list((tmp_path / "out").glob("*.bin")) and not (tmp_path / "out" / ".saving").exists()
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
+def test_evaluations_show_texts_at_every_number_of_loops(run, tmp_path, tokenizer, capsys, ema_decay):
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"eval_data": str(tmp_path / "text.txt"), "eval_loops": [1, 3], "eval_sequences": 4}
+    path = run(**options, ema_decay=ema_decay, trainer=settings)
+    before = go(path, f"output={tmp_path / 'plain'}")
+    record = go(path, "eval_texts=2")
+    shown = capsys.readouterr().out
+    logged = [line for line in record["log"] if "eval_texts" in line]
+    assert [line["step"] for line in logged] == [1, 2]
+    words, model = AutoTokenizer.from_pretrained(tokenizer), LoopMDMForMaskedLM.from_pretrained(tmp_path / "out")
+    rows = make_parts(read_config(path), words, tmp_path).eval_examples
+    for index, texts in enumerate(logged[-1]["eval_texts"]):
+        ids = rows[index]["input_ids"][None, :8]
+        assert texts["prompt"] == words.decode(ids[0]) and list(texts) == ["prompt", "1", "3"]
+        for loops in (1, 3):
+            drawn = {"do_sample": True, "generator": seeded_generator(3, "texts", index), "max_denoising_steps": 16}
+            made = model.generate(ids, num_loops=loops, max_new_tokens=24, **drawn)[0, 8:]
+            assert texts[str(loops)] == words.decode(made, skip_special_tokens=True)
+            assert f"loops {loops}  {texts[str(loops)]}" in shown
+    # Training does not notice.
+    whole, plain = weights(tmp_path / "out"), weights(tmp_path / "plain")
+    assert before["evaluation"]["eval_loss"] == record["evaluation"]["eval_loss"]
+    assert all(torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_answers_are_shown_to_prompts(run, tmp_path):
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": " w3 w4"} for i in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = dict.fromkeys(("data", "eval_data"), str(tmp_path / "rows.jsonl"))
+    record = go(run(task="answers", eval_loops=[2], eval_sequences=2, eval_texts=1, trainer={"max_steps": 1}, **files))
+    (line,) = [line for line in record["log"] if "eval_texts" in line]
+    assert [text["prompt"] for text in line["eval_texts"]] == ["w1 w2"]
 
 
 def test_training_learns(run, tmp_path):

@@ -96,6 +96,8 @@ class TrainConfig:
         eval_sequences (`int`, defaults to 64): Number of rows of `eval_data` to use: spread evenly, or the first ones
             of a stream.
         eval_samples (`int`, defaults to 8): Masks per row; even.
+        eval_texts (`int`, defaults to 0): Number of rows of `eval_data` that each evaluation also continues, by 32
+            sampled tokens at each number of loops. The texts are printed and logged. Not with FSDP.
         trainer (`dict`): Arguments of transformers' `TrainingArguments`.
     """
 
@@ -123,6 +125,7 @@ class TrainConfig:
     eval_loops: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     eval_sequences: PositiveInt = 64
     eval_samples: PositiveInt = 8
+    eval_texts: NonNegativeInt = 0
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -163,6 +166,7 @@ class TrainConfig:
             ("eval_loops", self.eval_data is not None, "there is no `eval_data`"),
             ("eval_sequences", self.eval_data is not None, "there is no `eval_data`"),
             ("eval_samples", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_texts", self.eval_data is not None, "there is no `eval_data`"),
             ("text_column", not answers, "`task: answers` reads prompts and answers"),
             ("isolate_documents", not answers, "`task: answers` gives every row one example"),
             ("skip_long", answers, "`task: pretrain` continues a long text in the next row"),

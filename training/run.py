@@ -39,6 +39,7 @@ from .checks import check_options
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSchedule, make_loop_schedule
 from .optimizer import MuonAdamW
+from .texts import EvaluationTexts
 from .trainer import LoopMDMTrainer
 
 __all__ = ["TrainConfig", "read_config", "train"]
@@ -95,6 +96,8 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
         checkpoint_loops=config.checkpoint_loops,
         **parts.options,
     )
+    if config.eval_texts:
+        trainer.add_callback(EvaluationTexts(trainer, parts.eval_examples[: config.eval_texts], tokenizer))
     trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = {
@@ -206,6 +209,8 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     check_options(arguments, schedule, **options)
     if config.optimizer == "muon" and arguments.fsdp:
         raise ValueError("`optimizer: muon` does not work with FSDP, which splits matrices between ranks; use adamw.")
+    if config.eval_texts and arguments.fsdp:
+        raise ValueError("`eval_texts` does not work with FSDP, which splits weights between ranks; leave it out.")
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
     lora = None if config.lora is None else lora_config(model_config, **config.lora)
     adapter = adapter_to_continue(config.model, config.model_config, config.lora)

@@ -27,6 +27,7 @@ _PRETRAINING = """\
 tokenizer: ./tokenizer  # a folder, or an id on the Hub; it needs a mask token
 data: [train.txt]       # .txt, .jsonl with "text", or the name of a data set on the Hub
 eval_data: valid.txt    # text that is not in `data`: its NELBO is measured, by loops
+eval_texts: 2           # and so many of its beginnings continued, to read
 # documents: line       # what separates texts in .txt files: blank_line (the default), line or file
 sequence_length: 256    # tokens of a row; texts are packed into rows
 
@@ -53,6 +54,7 @@ model: ./model          # a folder or Hub id: a LoopMDM, such as `loopmdm conver
 task: answers           # learn answers given prompts; pretrain learns whole texts
 data: [train.jsonl]     # lines of {"prompt": ..., "completion": ...} or {"messages": [...]}
 eval_data: valid.jsonl  # examples that are not in `data`: their NELBO is measured, by loops
+eval_texts: 2           # examples of `eval_data` that each evaluation also answers, for you to read
 # sequence_length: 512  # most tokens of an example; by default the model's limit, at most 1024
 # skip_long: true       # leave out longer examples instead of refusing them
 """
