@@ -9,12 +9,11 @@ makes a looped one of it, and both are trained further with the same FLOPs, give
         --output benchmarks/results/conversion.json --seeds 0,1,2
 
 `--pilots` compares ways to convert and to go on, on other puzzles than the study's. A run that is in `--output` is not
-repeated, and an interrupted one goes on from its checkpoint in `--work`. Prints the tables of the file in the end.
+repeated, and an interrupted one goes on from its checkpoint in `--work`. Prints a table of the file in the end.
 """
 
 import argparse
 import dataclasses
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parent / "claims"))
 import arms
 import measure
 import study
-import sudoku6
 import tasks
 
 LOOPS = (1, 2, 3, 4, 6, 8)
@@ -95,8 +93,8 @@ def measured(model: LoopMDMForMaskedLM, rows: tasks.Rows, loops: list[int]) -> d
     """NELBO by loops, and share solved and FLOPs by loops and denoising steps."""
     settings = [(n, steps) for n in loops for steps in (1, 2, 3, 4) if steps == 1 or n in (1, 2, 3)]
     grid = [measure.generations(model, rows, n, steps) for n, steps in settings]
-    likelihood = measure.likelihood(model, rows, loops)
-    found = {n: {"nelbo": entry["nelbo"], "error": entry["error"]} for n, entry in likelihood.items()}
+    likelihood = measure.likelihood(model, rows, loops).items()
+    found = {n: {name: entry[name] for name in ("nelbo", "error")} for n, entry in likelihood}
     solved = {entry["num_loops"]: entry["solved"] for entry in grid if entry["max_denoising_steps"] == 1}
     return {"likelihood": found, "solved": solved, "grid": grid}
 
@@ -107,13 +105,6 @@ class Study:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.task = tasks.make_task("sudoku6", args.work / "data", args.quick)
-
-    def validation(self) -> tasks.Rows:
-        """500 other puzzles (16 where `--quick`), to choose by."""
-        pairs = sudoku6.generate_puzzles(16 if self.args.quick else 500, 2, 14, 20)
-        tokens = torch.tensor([[int(digit) + 1 for digit in solution] for _, solution in pairs])
-        blanks = torch.tensor([[cell == sudoku6.BLANK for cell in puzzle] for puzzle, _ in pairs])
-        return tasks.Rows(tokens, blanks, scored=blanks)
 
     def base(self, seed: int, rows: tasks.Rows, name: str = "base") -> Path:
         """The model without loops; it is trained where it does not exist, and measured without further training."""
@@ -139,7 +130,6 @@ class Study:
                 convert_checkpoint(base, start, max_train_loops=way.loops, **window)
         arm = arms.Arm(way.about, max_loops=way.loops, schedule=way.schedule, options=way.options, budget=share / 100)
         task = dataclasses.replace(self.task, learning_rate=way.rate)
-        # Other order, noise and draws than the base's
         training = arms.train(
             arm, task, seed + 100, self.args.tflop * 1e12, folder, self.args.fast, start=start, lora=way.lora
         )
@@ -149,43 +139,26 @@ class Study:
         self.add(name, seed, {**found, **measured(model, rows, loops)})
 
     def add(self, name: str, seed: int, record: dict[str, Any]) -> None:
-        settings = {"tflop": self.args.tflop, "quick": self.args.quick, "fast": self.args.fast}
+        settings = {key: vars(self.args)[key] for key in ("tflop", "quick", "fast")}
         kept = {key: value for key, value in protocol({}).items() if key in ("versions", "machine", "date")}
         study.add(self.args.output, {"arm": name, "seed": seed, **record, "settings": settings, "protocol": kept})
-        print(f"{name} {seed}: {100 * record['solved'][max(record['solved'], key=record['solved'].get)]:.1f} % solved")
-
-
-def cells(runs: list[dict], loops: int) -> list[str]:
-    """NELBO and per cent solved in one step, mean and standard deviation over runs."""
-    found = []
-    for values, scale, digits in (
-        ([run["likelihood"].get(str(loops), {}).get("nelbo") for run in runs], 1, 4),
-        ([run["solved"].get(str(loops)) for run in runs], 100, 1),
-    ):
-        if not values or None in values:
-            found.append("")
-            continue
-        spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        found.append(f"{scale * statistics.mean(values):.{digits}f}{spread}")
-    return found
+        print(f"{name} {seed} added to {self.args.output}", flush=True)
 
 
 def report(path: Path) -> str:
-    """Tables in Markdown."""
-    records, lines = study.read(path), []
-    for prefix in ("pilot-", ""):
-        lines += [
-            f"\n{prefix or 'study'}\n",
-            "| run | loops | NELBO | solved in one step, % |",
-            "| --- | --- | ---: | ---: |",
-        ]
-        for name in dict.fromkeys(record["arm"] for record in records):
-            if name.startswith("pilot-") != bool(prefix):
-                continue
-            runs = [record for record in records if record["arm"] == name]
-            for loops in LOOPS:
-                if str(loops) in runs[0]["solved"]:
-                    lines.append(f"| {name} | {loops} | {' | '.join(cells(runs, loops))} |")
+    """A table in Markdown: every run by loops, means and standard deviations over seeds."""
+    records = study.read(path)
+    lines = ["| run | seeds | loops | NELBO | solved in one step, % |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name in dict.fromkeys(record["arm"] for record in records):
+        runs = [record for record in records if record["arm"] == name]
+        for loops in runs[0]["solved"]:
+            columns = [run["likelihood"][loops]["nelbo"] for run in runs], [100 * run["solved"][loops] for run in runs]
+            cells = [
+                f"{study.mean(values):.{digits}f}"
+                + (f" ± {study.deviation(values):.{digits}f}" if len(runs) > 1 else "")
+                for values, digits in zip(columns, (4, 1), strict=True)
+            ]
+            lines.append(f"| {name} | {len(runs)} | {loops} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -210,7 +183,7 @@ def main() -> None:
     logging.disable_progress_bar()
     runs, seeds = Study(args), [int(seed) for seed in args.seeds.split(",")]
     if args.pilots:
-        rows = runs.validation()
+        rows = tasks.sudoku6_rows(args.work / "data", 16 if args.quick else 500, seed=2)  # to choose by
         base = runs.base(seeds[0], rows, "pilot-base")
         for name in QUICK if args.quick else PILOTS:
             runs.run(f"pilot-{name}", seeds[0], PILOTS[name], 25, base, rows)

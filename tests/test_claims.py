@@ -135,7 +135,7 @@ def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(arms, "train", None)  # nothing is run again
     conversion.main()
-    assert "| pilot-lora | 6 |" in capsys.readouterr().out
+    assert "| pilot-lora | 1 | 6 |" in capsys.readouterr().out
 
 
 def test_an_interrupted_arm_ends_as_an_uninterrupted_one(tmp_path, task):

@@ -122,25 +122,25 @@ def _shape(width: int, vocab_size: int, **others) -> dict[str, Any]:
     }
 
 
+def sudoku6_rows(cache: Path, count: int, seed: int) -> Rows:
+    """Puzzles of 14 to 20 clues; digits 1-6 are the tokens 2-7."""
+    pairs = cached(cache / f"sudoku6-{seed}-{count}-14-20.json", lambda: sudoku6.generate_puzzles(count, seed, 14, 20))
+    input_ids = torch.tensor([[int(digit) + 1 for digit in solution] for _, solution in pairs])
+    blanks = torch.tensor([[cell == sudoku6.BLANK for cell in puzzle] for puzzle, _ in pairs])
+    return Rows(input_ids, blanks, scored=blanks)
+
+
 def sudoku6_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
-    """6x6 Sudoku with 14 to 20 clues for 36 cells; digits 1-6 are the tokens 2-7."""
+    """6x6 Sudoku with 14 to 20 clues for 36 cells."""
     count, held_out = (256, 32) if quick else (60_000, 1000)
-
-    def rows(count: int, seed: int) -> Rows:
-        path = cache / f"sudoku6-{seed}-{count}-14-20.json"
-        pairs = cached(path, lambda: sudoku6.generate_puzzles(count, seed, 14, 20))
-        input_ids = torch.tensor([[int(digit) + 1 for digit in solution] for _, solution in pairs])
-        blanks = torch.tensor([[cell == sudoku6.BLANK for cell in puzzle] for puzzle, _ in pairs])
-        return Rows(input_ids, blanks, scored=blanks)
-
-    train = rows(count, 0)
+    train = sudoku6_rows(cache, count, 0)
     return Task(
         name="sudoku6",
         shape=_shape(32 if quick else 64, 8, position_embedding_type="learned", max_position_embeddings=sudoku6.CELLS),
         examples=[
             {"input_ids": ids, "maskable": blanks} for ids, blanks in zip(train.input_ids, train.maskable, strict=True)
         ],
-        held_out={"puzzles": rows(held_out, 1)},
+        held_out={"puzzles": sudoku6_rows(cache, held_out, 1)},
         transform=RelabelDigits(),
         batch_size=16 if quick else 32,
     )
