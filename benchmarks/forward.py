@@ -45,7 +45,6 @@ def summarize(model: LoopMDMForMaskedLM, batch_size: int, length: int, seconds: 
                 "executed_layers": model.config.num_executed_layers(num_loops),
                 "gflop": flops[num_loops] / 1e9,
                 "seconds": seconds[num_loops],
-                "tokens_per_second": batch_size * length / seconds[num_loops],
                 **ratios,
                 "overhead": ratios["time_ratio"] / ratios["flop_ratio"] - 1,
             }
@@ -67,8 +66,7 @@ def main() -> None:
         loop_end=args.loop_end,
         mask_token_id=args.vocab_size - 1,
     )
-    with torch.device(args.device):
-        model = LoopMDMForMaskedLM(config).to(getattr(torch, args.dtype)).eval()
+    model = LoopMDMForMaskedLM(config).to(args.device, getattr(torch, args.dtype)).eval()
     input_ids = torch.randint(args.vocab_size, (args.batch_size, args.length), device=args.device)
     with torch.inference_mode():
         runs = {

@@ -53,8 +53,6 @@ from loopmdm.cache_utils import LoopMDMCache
 
 SIZES = {
     "small": {"width": 512, "mlp_width": 1536, "layers": 12, "heads": 8, "vocab_size": 32000},
-    # Layers of LLaDA-8B, eight of its 32
-    "8b-cut": {"width": 4096, "mlp_width": 12288, "layers": 8, "heads": 32, "vocab_size": 126464},
     "1b": {"width": 2048, "mlp_width": 5632, "layers": 22, "heads": 32, "vocab_size": 32000},
     "tiny": {"width": 64, "mlp_width": 96, "layers": 4, "heads": 4, "vocab_size": 400},
 }
@@ -119,15 +117,14 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> None:
     shapes = llada_shapes(size["width"], size["mlp_width"], size["vocab_size"], size["layers"])
     # A unit state behind a norm gives scores of standard deviation `gain`.
     gains = {"wte": size["width"] ** 0.5, "transformer.ff_out": 4.0, "q_proj": 1.5, "k_proj": 1.5}
-    generator, dtype = torch.Generator(args.device).manual_seed(args.seed), getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(args.seed)
     tensors = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            tensors[name] = torch.ones(shape, dtype=dtype)  # a norm
+            tensors[name] = torch.ones(shape)  # a norm
             continue
         gain = next((gain for part, gain in gains.items() if name.removesuffix(".weight").endswith(part)), 1.0)
-        drawn = torch.randn(shape, generator=generator, device=args.device)
-        tensors[name] = (gain / shape[1] ** 0.5 * drawn).to("cpu", dtype)
+        tensors[name] = gain / shape[1] ** 0.5 * torch.randn(shape, generator=generator)
     tensors["model.transformer.ff_out.weight"][-1] = 0.0
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -8,7 +8,6 @@ python benchmarks/training_step.py --output training_step.json
 """
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -37,7 +36,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256, help="tokens per row")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=12, help="steps of each model; the median counts")
-    parser.add_argument("--compile", action="store_true", help="another LoopMDM with compiled layers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--peak-size", type=int, help="side of the matrices that give the machine's peak")
@@ -220,11 +218,6 @@ def main():
         "LoopMDM": Step(looped, losses["LoopMDM"], args.device),
         "LoopMDM, checkpoints": Step(looped, losses["LoopMDM"], args.device, checkpoint_loops=True),
     }
-    if args.compile:
-        compiled = copy.deepcopy(looped)
-        for layer in compiled.model.layers:
-            layer.compile()
-        steps["LoopMDM, compiled"] = Step(compiled, lambda: compiled(**batch).loss, args.device)
     peaks = []
     for repeat in range(args.repeats + 1):
         if repeat % 4 == 0:  # over the whole run, as other work on the machine may come and go
