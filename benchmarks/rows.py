@@ -2,11 +2,9 @@
 """
 `loopmdm generate --data` on many rows: is the file the same for any number of processes, batch size and kill, and how
 fast are batches beside a loop over single rows? A random model continues texts of random words and lengths, as the
-command does it, in processes of its own. It takes about half an hour on two cores. With `--bundled` the bundled model
-fills in one to eight blanks of grids and their beginnings.
+command does it, in processes of its own. It takes about half an hour on two cores.
 
     python benchmarks/rows.py --output benchmarks/results/rows.json
-    python benchmarks/rows.py --bundled --rows 10000 --kills 0 --throughput-rows 0 --output ...
 """
 
 import hashlib
@@ -34,9 +32,10 @@ from loopmdm.evaluation import generate_rows
 
 WORDS = ["<pad>", "<end>", "<mask>", *(f"w{number}" for number in range(253))]
 SIZES = {"greedy": (64, 7, 1), "drawn": (64, 7)}
-CONTINUE = ["--max-new-tokens", "8", "--max-denoising-steps", "4"]
-FILL_IN = ["--num-loops", "4", "--max-denoising-steps", "2"]
-ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "greedy": ["--max-new-tokens", "8", "--max-denoising-steps", "4"],
+    "drawn": ["--max-new-tokens", "8", "--max-denoising-steps", "4", "--do-sample"],
+}
 
 
 def save_model(folder: Path) -> None:
@@ -70,23 +69,6 @@ def write_data(path: Path, count: int, seed: int) -> None:
         for number in range(count):
             text = " ".join(generator.choice(WORDS[3:]) for _ in range(generator.randint(1, 100)))
             file.write("{\n" if number % 100 == 50 else json.dumps({"text": text}) + "\n")
-
-
-def write_grids(path: Path, count: int, seed: int) -> None:
-    """Grids without 1 to 8 of their digits, of which 20 to 81 cells are there; every hundredth line is not JSON."""
-    generator = random.Random(seed)
-    with path.open("w") as file:
-        for number in range(count):
-            digits, (bands, stacks) = generator.sample("123456789", 9), (generator.sample(range(3), 3) for _ in "rc")
-            cells = [
-                digits[(3 * (r % 3) + bands[r // 3] + 3 * stacks[c // 3] + c % 3) % 9]
-                for r in range(9)
-                for c in range(9)
-            ]
-            cells = cells[: generator.randint(20, 81)]
-            for place in generator.sample(range(len(cells)), generator.randint(1, 8)):
-                cells[place] = "."
-            file.write("{\n" if number % 100 == 50 else json.dumps({"text": "".join(cells)}) + "\n")
 
 
 class Command:
@@ -191,7 +173,6 @@ def differing(one: Path, other: Path) -> int:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--bundled", action="store_true", help="the bundled model, and grids")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--throughput-rows", type=int, default=500)
@@ -201,15 +182,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.bundled:
-            LoopMDMForMaskedLM.from_pretrained(ROOT).save_pretrained(folder / "model")
-            AutoTokenizer.from_pretrained(ROOT).save_pretrained(folder / "model")
-        else:
-            save_model(folder / "model")
-        (write_grids if args.bundled else write_data)(folder / "in.jsonl", args.rows, args.seed)
-        command, common = Command(folder), FILL_IN if args.bundled else CONTINUE
-        settings = {"greedy": common, "drawn": [*common, "--do-sample"]}
-        for setting, options in settings.items():
+        save_model(folder / "model")
+        write_data(folder / "in.jsonl", args.rows, args.seed)
+        command = Command(folder)
+        for setting, options in SETTINGS.items():
             print(setting, flush=True)
             sizes = {}
             for size in SIZES[setting]:
@@ -217,17 +193,14 @@ def main() -> None:
                 sizes[size] = command.run(output, *options, "--batch-size", str(size))
                 sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
             results[setting] = {"batch_sizes": sizes}
-        options = [*settings["drawn"], "--batch-size", "64"]
+        options = [*SETTINGS["drawn"], "--batch-size", "64"]
         processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
         whole = results["drawn"]["batch_sizes"][64]
-        results["drawn"]["processes"] = processes
-        if args.kills:
-            killed = command.run_killed("killed", whole["seconds"], args.kills, args.seed, *options)
-            results["drawn"]["killed"] = killed
-        for run in (*processes.values(), *([killed] if args.kills else [])):
+        killed = command.run_killed("killed", whole["seconds"], args.kills, args.seed, *options)
+        for run in (*processes.values(), killed):
             run["is_same"] = run["sha256"] == whole["sha256"]
-        if args.throughput_rows:
-            results["throughput"] = throughput(folder, args.throughput_rows, args.repeats)
+        results["throughput"] = throughput(folder, args.throughput_rows, args.repeats)
+        results["drawn"] |= {"processes": processes, "killed": killed}
     print(json.dumps(results, indent=2))
     write_result(args, results=results, torch_threads=torch.get_num_threads())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import gpu  # noqa: E402
+import gpu
 
 
 def run(monkeypatch, tmp_path, *sections) -> tuple[int, dict]:
