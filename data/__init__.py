@@ -8,6 +8,7 @@ from .examples import least_tokens, read_examples
 from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
+from .processes import Process, this_process
 from .stream import ExampleStream, StreamedExamples
 from .tokens import check_tokens, encode, encode_with_bytes
 
@@ -15,6 +16,7 @@ __all__ = [
     "SEPARATORS",
     "TOKEN_COLUMNS",
     "ExampleStream",
+    "Process",
     "StreamedExamples",
     "UnusedColumns",
     "adapter_base",
@@ -38,6 +40,7 @@ __all__ = [
     "read_jsonl",
     "read_rows",
     "text_of",
+    "this_process",
     "turn_end",
     "vocabulary_size",
 ]
