@@ -203,7 +203,7 @@ def test_bad_requests_are_refused(client, folder, options, message, stream):
 
 
 def test_other_routes_do_not_exist(client):
-    for path in ("reset", "load_model", "v1/responses", "v1/audio/transcriptions"):
+    for path in ("reset", "v1/responses", "v1/audio/transcriptions"):
         with pytest.raises(openai.NotFoundError):
             client.post(f"{str(client.base_url).removesuffix('v1/')}{path}", cast_to=dict, body={"model": "x"})
 
