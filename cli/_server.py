@@ -90,8 +90,9 @@ class Chat(ChatCompletionHandler):
     def _validate_request(self, body):
         if "generation_config" in body:  # how `transformers chat` puts it
             config = json.loads(body.pop("generation_config"))
-            del config["transformers_version"]
-            body.update({**config, **body})
+            fields = {name: default for name, (default, *_) in LoopMDMGenerationConfig.FIELDS.items()}
+            idle = {name for name in fields.keys() - OPTIONS if config.get(name) == fields[name]}
+            body.update({**{name: config[name] for name in config.keys() - idle - {"transformers_version"}}, **body})
         for name in [name for name, value in body.items() if value is None]:
             del body[name]
         for name, value in body.items():
