@@ -2,7 +2,6 @@
 """`loopmdm train`."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +40,12 @@ def train(
         write_template(init, config)
         console.print(f"{config} is written. Fill in its paths; then: loopmdm train {config} --dry-run")
         return
+    from loopmdm.data import this_process
     from loopmdm.training.run import read_config
     from loopmdm.training.run import train as run
 
+    is_first = this_process().rank == 0
     settings = read_config(config, overrides or [])
-    is_first = int(os.environ.get("RANK", 0)) == 0
     if dry_run:
         from loopmdm.training.preview import preview
 

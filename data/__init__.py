@@ -17,6 +17,7 @@ from .files import (
 )
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
+from .processes import Process, this_process
 from .stream import ExampleStream, StreamedExamples
 from .tokens import check_tokens, encode, encode_with_bytes
 
@@ -24,6 +25,7 @@ __all__ = [
     "SEPARATORS",
     "TOKEN_COLUMNS",
     "ExampleStream",
+    "Process",
     "StreamedExamples",
     "UnusedColumns",
     "adapter_base",
@@ -47,6 +49,7 @@ __all__ = [
     "read_jsonl",
     "read_rows",
     "text_of",
+    "this_process",
     "turn_end",
     "vocabulary_size",
     "write_atomically",

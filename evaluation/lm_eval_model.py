@@ -11,7 +11,6 @@ tasks at several numbers of loops.
 
 import atexit
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
-from ..data import encode
+from ..data import encode, this_process
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
@@ -50,7 +49,7 @@ class _Processes(TemplateLM):
         """Sets the device, the rank and the number of processes."""
         self.accelerator = None
         self._device = check_device(device)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if this_process().number > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator(cpu=self._device.type == "cpu")

@@ -25,6 +25,7 @@ from ..data import (
     load_tokenizer,
     locate,
     read_examples,
+    this_process,
     turn_end,
     vocabulary_size,
     write_json,
@@ -67,7 +68,7 @@ def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """
     output = Path(config.output).expanduser()
     _check_files(config)
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    is_main = this_process().rank == 0
     with locked(output / CHECKPOINTS) if is_main else contextlib.nullcontext():
         return _train(config, output, resume, is_main)
 
