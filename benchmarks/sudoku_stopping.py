@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 Which minimal Sudokus loops solve, by clues and by the technique that a puzzle needs, and rules that stop the loops:
-fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, and a gate trained on the frozen model.
+fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, a gate trained on the frozen model, and
+an oracle that knows what the last loop will answer.
 
     python benchmarks/sudoku_stopping.py --work /tmp/stopping --output benchmarks/results/sudoku_stopping.json
 
@@ -178,7 +179,7 @@ def stop(scores: torch.Tensor, limit: float) -> torch.Tensor:
 
 
 def rules(data: Puzzles, gate: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Scores (loops, N) that fall as the answer settles."""
+    """Scores (loops, N) that fall as the answer settles; the oracle knows the answer after the last loop."""
     same = (data.answers[1:] == data.answers[:-1]).all(-1)
     run = torch.zeros(data.right.shape)
     for loop in range(1, len(run)):  # how many loops in a row have not changed the answer
@@ -190,6 +191,7 @@ def rules(data: Puzzles, gate: torch.nn.Module) -> dict[str, torch.Tensor]:
         "answer unchanged": -run,
         "probabilities": data.moved,
         "gate": gate_scores(gate, data),
+        "oracle": (data.answers != data.answers[-1]).any(-1).float(),
     }
 
 
@@ -277,7 +279,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="held-out puzzles (default: 1000)")
     parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
     parser.add_argument("--train", type=int, default=400, help="puzzles to train the gate on (default: 400)")
-    parser.add_argument("--trajectories", type=int, default=100, help="puzzles for 4 and 16 steps (default: 100)")
+    parser.add_argument("--trajectories", type=int, default=200, help="puzzles for 4 and 16 steps (default: 200)")
     parser.add_argument("--epochs", type=int, default=5, help="of the gate's training (default: 5)")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is recorded")
     parser.add_argument("--plot", type=Path, help="draw solve rates by loops and technique")
