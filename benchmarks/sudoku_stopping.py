@@ -279,7 +279,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="held-out puzzles (default: 1000)")
     parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
     parser.add_argument("--train", type=int, default=400, help="puzzles to train the gate on (default: 400)")
-    parser.add_argument("--trajectories", type=int, default=200, help="puzzles for 4 and 16 steps (default: 200)")
+    parser.add_argument("--trajectories", type=int, default=150, help="puzzles for 16 steps (default: 150)")
+    parser.add_argument("--four-steps", type=int, default=100, help="puzzles for 4 steps (default: 100)")
     parser.add_argument("--epochs", type=int, default=5, help="of the gate's training (default: 5)")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is recorded")
     parser.add_argument("--plot", type=Path, help="draw solve rates by loops and technique")
@@ -303,7 +304,7 @@ def main() -> None:
     rows = by_group(held_out, (answers == held_out.solutions[: len(answers)]).all(-1))
     if args.plot is not None:
         plot(rows, args.plot)
-    four_steps = in_four_steps(model, gate, stopping, held_out, min(args.trajectories, args.count))
+    four_steps = in_four_steps(model, gate, stopping, held_out, min(args.four_steps, args.count))
     write_result(args, rows=rows, stopping=stopping, four_steps=four_steps)
 
 

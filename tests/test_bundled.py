@@ -161,7 +161,7 @@ def test_rules_that_stop_loops_are_compared_on_recorded_passes(tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import sudoku_stopping
 
-    sizes = {"count": 6, "validation": 4, "train": 3, "trajectories": 1, "epochs": 1}
+    sizes = {"count": 6, "validation": 4, "train": 3, "trajectories": 1, "four-steps": 1, "epochs": 1}
     output, options = tmp_path / "result.json", [f"--{name}={value}" for name, value in sizes.items()]
     command = ["", "--model", str(ROOT), "--work", str(tmp_path), "--output", str(output), *options]
     monkeypatch.setattr(sys, "argv", command)
