@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 Which minimal Sudokus loops solve, by clues and by the technique that a puzzle needs, and rules that stop the loops:
-fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, and a gate trained on the frozen model.
+fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, a gate trained on the frozen model, and
+an oracle that knows what the last loop will answer.
 
     python benchmarks/sudoku_stopping.py --work /tmp/stopping --output benchmarks/results/sudoku_stopping.json
 
@@ -57,6 +58,17 @@ def record(model, boards: torch.Tensor) -> dict[str, torch.Tensor]:
         "moved": torch.cat((torch.ones_like(moved[:1]), moved)),
         "blank": blank,
     }
+
+
+class Stopper(LoopPolicy):
+    """A row stops once its score, `score(before, after, blank)` of shape (N,), falls below the limit."""
+
+    def __init__(self, score: Callable, limit: float):
+        self.score, self.limit = score, limit
+
+    def goes_on(self, index, before, after, part):
+        going = self.score(before, after, part.masked) >= self.limit
+        return going if index > 0 else torch.ones_like(going)  # the first loop is compared with nothing
 
 
 class Puzzles:
@@ -167,7 +179,7 @@ def stop(scores: torch.Tensor, limit: float) -> torch.Tensor:
 
 
 def rules(data: Puzzles, gate: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Scores (loops, N) that fall as the answer settles."""
+    """Scores (loops, N) that fall as the answer settles; the oracle knows the answer after the last loop."""
     same = (data.answers[1:] == data.answers[:-1]).all(-1)
     run = torch.zeros(data.right.shape)
     for loop in range(1, len(run)):  # how many loops in a row have not changed the answer
@@ -179,6 +191,7 @@ def rules(data: Puzzles, gate: torch.nn.Module) -> dict[str, torch.Tensor]:
         "answer unchanged": -run,
         "probabilities": data.moved,
         "gate": gate_scores(gate, data),
+        "oracle": (data.answers != data.answers[-1]).any(-1).float(),
     }
 
 
@@ -206,6 +219,45 @@ def compare(validation: Puzzles, held_out: Puzzles, gate: torch.nn.Module) -> li
     return rows
 
 
+def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: Puzzles, count: int) -> list[dict]:
+    """The same limits in every one of four denoising steps, of the first puzzles; and `visible_loops`."""
+
+    def moved(before, after, blank):
+        first, second = (model.lm_head(model.model.norm(one))[..., -9:].softmax(-1) for one in (before, after))
+        return ((second - first).abs().amax(-1) * blank).amax(-1)
+
+    def gated(before, after, blank):
+        return (
+            gate(gate_inputs(torch.stack((before, after)))[0].float())[..., 0].masked_fill(~blank, -torch.inf).amax(-1)
+        )
+
+    limits = {row["rule"]: row["limit"] for row in stopping}
+    arms: dict[str, dict] = {"16 loops": {}, "visible_loops=2": {"visible_loops": 2}}
+    if limits["loop_tolerance"] is not None:
+        arms["loop_tolerance"] = {"loop_tolerance": limits["loop_tolerance"]}
+    for name, score in (("probabilities", moved), ("gate", gated)):
+        if limits[name] is not None:
+            arms[name] = {"loop_policy": Stopper(score, limits[name])}
+    rows = []
+    for name, settings in arms.items():
+
+        def answer(model, boards, settings=settings):
+            sizes = {"num_loops": model.config.num_loops, "max_denoising_steps": 4, "return_dict_in_generate": True}
+            output = model.generate(boards, **sizes, **settings)
+            return {"answers": output.sequences, "loops": output.loops, "flops": output.flops}
+
+        parts = held_out.batches(f"four-{name}-{limits.get(name)}", answer, count)
+        answers, loops, flops = (torch.cat([part[key] for part in parts]) for key in ("answers", "loops", "flops"))
+        row = {
+            "rule": name,
+            "loops": round(float(loops.double().mean()), 1),
+            "mflops": round(float(flops.sum()) / 1e6 / count),
+        }
+        rows.append(row | share((answers == held_out.solutions[:count]).all(-1)))
+        print(rows[-1], flush=True)
+    return rows
+
+
 def plot(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -227,7 +279,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="held-out puzzles (default: 1000)")
     parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
     parser.add_argument("--train", type=int, default=400, help="puzzles to train the gate on (default: 400)")
-    parser.add_argument("--trajectories", type=int, default=200, help="puzzles for 16 steps (default: 200)")
+    parser.add_argument("--trajectories", type=int, default=150, help="puzzles for 16 steps (default: 150)")
+    parser.add_argument("--four-steps", type=int, default=100, help="puzzles for 4 steps (default: 100)")
     parser.add_argument("--epochs", type=int, default=5, help="of the gate's training (default: 5)")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is recorded")
     parser.add_argument("--plot", type=Path, help="draw solve rates by loops and technique")
@@ -245,12 +298,14 @@ def main() -> None:
     print([share(right)["solved"] for right in held_out.right], flush=True)
     validation.read()
     train.read()
+    gate = train_gate(model, train, args.epochs).requires_grad_(False)
+    stopping = compare(validation, held_out, gate)
     answers = torch.cat(held_out.batches("steps", trajectory, args.trajectories))
     rows = by_group(held_out, (answers == held_out.solutions[: len(answers)]).all(-1))
-    stopping = compare(validation, held_out, train_gate(model, train, args.epochs))
     if args.plot is not None:
         plot(rows, args.plot)
-    write_result(args, rows=rows, stopping=stopping)
+    four_steps = in_four_steps(model, gate, stopping, held_out, min(args.four_steps, args.count))
+    write_result(args, rows=rows, stopping=stopping, four_steps=four_steps)
 
 
 if __name__ == "__main__":
