@@ -405,3 +405,17 @@ def test_muon_adamw_learns(tmp_path):
     trainer.train()
     losses = [line["loss"] for line in steps_logged(trainer)]
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+
+
+def test_muon_takes_parameters_that_are_all_matrices_of_the_layers():
+    """Such as those of an adapter."""
+    model = tiny_model().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers." in name and parameter.ndim == 2)
+    optimizer, ids = MuonAdamW(model, lr=1e-2), random_ids(2, 8).clamp(max=MASK - 1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new) != new.requires_grad
