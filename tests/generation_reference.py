@@ -6,7 +6,7 @@ transformer written out from the weights, which keeps keys and values by hand.
 """
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -96,10 +96,10 @@ def commit_steps(trace) -> torch.Tensor:
 
 
 @contextmanager
-def counted(model):
+def counted(model, flops: bool = True):
     """
-    Counts what runs within: `flops`, and lists of (rows, positions), one for each call, of the `passes`, of every
-    layer (`layers[i]`), of the last layer's MLP (`last`) and of the output `head`.
+    Counts what runs within: `flops`, which is slow, and lists of (rows, positions), one for each call, of the
+    `passes`, of every layer (`layers[i]`), of the last layer's MLP (`last`) and of the output `head`.
     """
     counts = SimpleNamespace(flops=0, passes=[], layers=[[] for _ in model.model.layers], last=[], head=[])
 
@@ -112,9 +112,9 @@ def counted(model):
     watched = [(model.model, counts.passes), (model.model.layers[-1].mlp, counts.last), (model.lm_head, counts.head)]
     watched += zip(model.model.layers, counts.layers, strict=True)
     handles = [module.register_forward_pre_hook(note(shapes), with_kwargs=True) for module, shapes in watched]
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) if flops else nullcontext() as counter:
         yield counts
-    counts.flops = counter.get_total_flops()
+    counts.flops = counter.get_total_flops() if flops else None
     for handle in handles:
         handle.remove()
 

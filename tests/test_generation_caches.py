@@ -22,7 +22,7 @@ from generation_reference import (
     run,
     seeded,
 )
-from tiny import MASK, tiny_model
+from tiny import MASK, in_turn, tiny_model
 from transformers import DynamicCache
 
 from loopmdm.cache_utils import CachePlan, DualCache, LoopMDMCache
@@ -131,26 +131,23 @@ def test_approximate_caches_equal_keys_stored_by_hand(overrides, kind, interval)
     assert_equals_stored(double_model(**overrides), kind, interval)
 
 
-@pytest.mark.parametrize("shift_logits", [False, True])
-@pytest.mark.parametrize("kind", ["dual", "prefix"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"max_denoising_steps": 2, "block_length": 3},
-        {"block_length": None},
-        {"num_loops": [1, 3, 2]},
-        {"confidence_threshold": 0.3},
-        {"guidance_scale": 1.5},
-        {"unmasking": "ancestral", "max_denoising_steps": 12},
-        {"unmasking": "ancestral", "max_denoising_steps": 12, "interval": 3},
-        {"remask_probability": 0.4, "max_denoising_steps": 7, "do_sample": True},
-        {"eos_token_id": tuple(range(1, 12))},
-        {"num_loops": 4, "loop_tolerance": 0.45},
-        {"num_loops": 4, "visible_loops": 1},
-        {"num_loops": 4, "visible_loops": 2, "guidance_scale": 1.5},
-    ],
-    ids=str,
-)
+OTHERS = [
+    {"max_denoising_steps": 2, "block_length": 3},
+    {"block_length": None},
+    {"num_loops": [1, 3, 2]},
+    {"confidence_threshold": 0.3},
+    {"guidance_scale": 1.5},
+    {"unmasking": "ancestral", "max_denoising_steps": 12},
+    {"unmasking": "ancestral", "max_denoising_steps": 12, "interval": 3},
+    {"remask_probability": 0.4, "max_denoising_steps": 7, "do_sample": True},
+    {"eos_token_id": tuple(range(1, 12))},
+    {"num_loops": 4, "loop_tolerance": 0.45},
+    {"num_loops": 4, "visible_loops": 1},
+    {"num_loops": 4, "visible_loops": 2, "guidance_scale": 1.5},
+]
+
+
+@pytest.mark.parametrize(("arguments", "kind", "shift_logits"), in_turn(OTHERS, ["dual", "prefix"], [False, True]))
 def test_approximate_caches_with_other_arguments(shift_logits, kind, arguments):
     assert_equals_stored(double_model(shift_logits=shift_logits), kind, **arguments)
 
@@ -276,13 +273,20 @@ def test_exits_of_block_causal_models_need_no_kept_cache(overrides, exits):
 # Turns that go on from a cache
 
 
-@causal_models
+OF_TURNS = ({"loop_tolerance": 0.4}, {"eos_token_id": [3, 14, 6]}, {"visible_loops": 1})
+
+
 @pytest.mark.parametrize(
-    "more", [{}, {"loop_tolerance": 0.4}, {"eos_token_id": [3, 14, 6]}, {"visible_loops": 1}], ids=str
+    ("name", "more"),
+    [
+        *((name, {}) for name in CAUSAL_MODELS),
+        *(("rope", more) for more in OF_TURNS),
+        *(("shift", m) for m in OF_TURNS),
+    ],
+    ids=str,
 )
-def test_turns_go_on_from_a_cache(overrides, more):
-    if overrides.get("loop_update") == "damped" and ("loop_tolerance" in more or "visible_loops" in more):
-        pytest.skip("refused")
+def test_turns_go_on_from_a_cache(name, more):
+    overrides = CAUSAL_MODELS[name]
     model, rows, cache = block_model(**overrides), [[5, 3, 8, 1, 9, 2], [7, 6, 1]], None
     for turn in range(3):
         ids, mask = batch_of(rows)

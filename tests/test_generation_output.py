@@ -92,7 +92,7 @@ def test_costs_are_those_counted_from_outside(overrides, arguments):
 def test_a_row_costs_in_a_batch_what_it_costs_alone(overrides, arguments):
     model, (ids, mask) = double_model(**overrides), batch_of(ROWS, "scattered")
     arguments = {"max_new_tokens": 7, **arguments}
-    with counted(model) as counts:
+    with counted(model, flops=False) as counts:
         output = run(model, ids, mask, generator=[seeded(number) for number in range(3)], **arguments)
     assert int(output.forward_passes.sum()) == sum(rows for rows, _ in counts.passes)
     assert int(output.loops.sum()) == sum(rows for rows, _ in counts.layers[1])
@@ -110,7 +110,7 @@ def test_only_masked_positions_reach_the_head(overrides, arguments):
     if "cache_implementation" in arguments and "attention_block_size" in overrides:
         pytest.skip("refused")
     model, factor = double_model(**overrides), 2 if "guidance_scale" in arguments else 1
-    with counted(model) as counts:
+    with counted(model, flops=False) as counts:
         model.generate(torch.tensor([[5, 3, 8, 1]]), max_new_tokens=8, block_length=4, **arguments)
     expected = [factor * left for left in [4, 3, 2, 1] * 2]
     for shapes in (counts.head, counts.last):

@@ -1,6 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Tiny models for the tests: random, fast, and with weights large enough that every loop changes the logits."""
 
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -8,6 +10,8 @@ import torch
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 
 MASK, PAD = 22, 0
+# Head, mid and tail of a layer each, for what traces or compiles every layer that runs
+SHALLOW = {"num_hidden_layers": 3, "loop_end": 2, "num_loops": 2}
 BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
 # One of every way in which models differ that loops, caches and costs have to respect
 ARCHITECTURES = {
@@ -69,6 +73,12 @@ def scores(logits: torch.Tensor, mask_token_id: int = MASK) -> torch.Tensor:
     """Logits of all tokens but [MASK], whose own are -inf: differences of those would be NaN."""
     assert (logits[..., mask_token_id] == -torch.inf).all(), "the mask token has a chance"
     return torch.cat((logits[..., :mask_token_id], logits[..., mask_token_id + 1 :]), -1)
+
+
+def in_turn(rows: Iterable, columns: Iterable, others: Sequence) -> Iterator[tuple]:
+    """For `parametrize`: every row with every column, and with one of the others, so that both meet each of these."""
+    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        yield row, column, others[(i + j) % len(others)]
 
 
 @contextmanager
