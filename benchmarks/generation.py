@@ -119,14 +119,15 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> None:
     shapes = llada_shapes(size["width"], size["mlp_width"], size["vocab_size"], size["layers"])
     # A unit state behind a norm gives scores of standard deviation `gain`.
     gains = {"wte": size["width"] ** 0.5, "transformer.ff_out": 4.0, "q_proj": 1.5, "k_proj": 1.5}
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, dtype = torch.Generator(args.device).manual_seed(args.seed), getattr(torch, args.dtype)
     tensors = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            tensors[name] = torch.ones(shape)  # a norm
+            tensors[name] = torch.ones(shape, dtype=dtype)  # a norm
             continue
         gain = next((gain for part, gain in gains.items() if name.removesuffix(".weight").endswith(part)), 1.0)
-        tensors[name] = gain / shape[1] ** 0.5 * torch.randn(shape, generator=generator)
+        drawn = torch.randn(shape, generator=generator, device=args.device)
+        tensors[name] = (gain / shape[1] ** 0.5 * drawn).to("cpu", dtype)
     tensors["model.transformer.ff_out.weight"][-1] = 0.0
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

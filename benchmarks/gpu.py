@@ -10,24 +10,23 @@ Without the two folders the references are this repository's own, as in generati
 
     correctness       logits in float32 and bfloat16 with every attention against float64 on the CPU; rows alone and
                       padded in a batch; tokens with and without the exact cache
-    samplers-...      `generate` against LLaDA's and Fast-dLLM's samplers; what loops and caches cost
-    caches            exact caching against none, and the memory of every cache
-    loops             new tokens a second by the number of loops
+    synchronisations  how often a denoising step waits for the device
     training          a step against transformers' Llama: share of the peak, memory with and without
                       `checkpoint_loops`, compiled layers
-    synchronisations  how often a denoising step waits for the device
+    float32           `generate` with the tokens of LLaDA's and Fast-dLLM's samplers, and the time of each
+    bfloat16          the same without a need for the same tokens; exact caching against none, the memory of caches,
+                      new tokens a second by the number of loops
 
 A section that fails, or takes longer than its share of the time, is recorded as failed and does not stop the others;
 the exit code is 1 then. Compare numbers of one run alone. `--tiny` tries the script, also on a CPU.
 """
 
 import argparse
-import contextlib
-import signal
+import json
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +103,12 @@ def compare(variant: str, dtype: torch.dtype, attention: str, device: str) -> di
 
 
 class Sections:
-    """The sections, and the large model, which is made once for each dtype."""
+    """The sections, and the large model."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.args, self.folder, self.device = args, folder, args.device
-        self.make = cache(self._make)
 
-    def _make(self, dtype: str) -> tuple[LoopMDMForMaskedLM, Path, argparse.Namespace]:
+    def make(self, dtype: str) -> tuple[LoopMDMForMaskedLM, Path, argparse.Namespace]:
         options = f"--device {self.device} --seed {self.args.seed} --dtype {dtype} {GENERATION}".split()
         if self.args.llada is not None:
             options += ["--llada", str(self.args.llada), "--fast-dllm", str(self.args.fast_dllm)]
@@ -132,14 +130,15 @@ class Sections:
             raise RuntimeError(f"{len(wrong)} of {len(rows)} are wrong: {wrong}")
         return rows
 
-    def samplers(self, dtype: str) -> dict:
-        return generation.samplers(*self.make(dtype), 1)
+    def samplers(self) -> dict:
+        return generation.samplers(*self.make("float32"), 1)
 
-    def caches(self) -> dict:
-        return {name: generation.PARTS[name](*self.make("bfloat16"), 1) for name in ("block_causal", "memory")}
+    def generation(self) -> dict:
+        model, source, args = self.make("bfloat16")
+        found = {name: part(model, source, args, 1) for name, part in generation.PARTS.items() if name != "phases"}
+        return {**found, "loops": self.loops(model, args)}
 
-    def loops(self) -> list[dict]:
-        model, _, args = self.make("bfloat16")
+    def loops(self, model: LoopMDMForMaskedLM, args: argparse.Namespace) -> list[dict]:
         prompt = generation.make_prompt(args, 1)
         runs = {str(n): lambda n=n: generation.generate(model, prompt, args, num_loops=n) for n in (1, 2, 4, 8)}
         seconds, outputs = in_turn(runs, args.repeats, self.device)
@@ -170,28 +169,38 @@ class Sections:
 # Every section with its share of eight minutes, in seconds
 SECTIONS: dict[str, tuple[Callable[[Sections], Any], float]] = {
     "correctness": (Sections.correctness, 110),
-    "samplers-float32": (lambda sections: sections.samplers("float32"), 90),
-    "samplers-bfloat16": (lambda sections: sections.samplers("bfloat16"), 80),
-    "caches": (Sections.caches, 30),
-    "loops": (Sections.loops, 30),
+    "synchronisations": (Sections.synchronisations, 40),
     "training": (Sections.training, 100),
-    "synchronisations": (Sections.synchronisations, 20),
+    "float32": (Sections.samplers, 90),
+    "bfloat16": (Sections.generation, 140),
 }
 
 
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises a TimeoutError in the main thread when the `seconds` are over."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"It takes longer than {seconds} s.")
-
-    signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+def work(name: str, args: argparse.Namespace, folder: Path) -> None:
+    """A section in a process of its own, as an error of CUDA spoils all that follows in the same one."""
+    begin(args)
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        found = {"result": SECTIONS[name][0](Sections(args, folder))}
+    except (Exception, SystemExit) as error:  # generation.py exits where tokens differ
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+def run_section(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a section finds, or why it failed, and its seconds."""
+    context, started = multiprocessing.get_context("spawn" if args.device != "cpu" else "fork"), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        process = context.Process(target=work, args=(name, args, Path(folder)))
+        process.start()
+        process.join(SECTIONS[name][1])
+        found = {"failed": f"The process ended with {process.exitcode}."}
+        if process.is_alive():
+            process.kill()
+            process.join()
+            found = {"failed": f"It takes longer than {SECTIONS[name][1]} s."}
+        elif (Path(folder) / "found.json").exists():
+            found = json.loads((Path(folder) / "found.json").read_text())
+    return {**found, "seconds": time.perf_counter() - started}
 
 
 def main() -> None:
@@ -204,20 +213,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {args.device}, and torch sees no GPU; `--device cpu --tiny` tries the script")
-    begin(args)
     found: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        sections = Sections(args, Path(folder))
-        for name in args.sections:
-            (run, limit), started = SECTIONS[name], time.perf_counter()
-            try:
-                with time_limit(limit):
-                    found[name] = {"result": run(sections)}
-            except (Exception, SystemExit) as error:  # generation.py exits where tokens differ
-                found[name] = {"failed": f"{type(error).__name__}: {error}"}
-            found[name]["seconds"] = time.perf_counter() - started
-            print(f"{name}: {found[name].get('failed', 'done')} ({found[name]['seconds']:.0f} s)", flush=True)
-            write_result(args, sections=found)
+    for name in args.sections:
+        found[name] = run_section(name, args)
+        print(f"{name}: {found[name].get('failed', 'done')} ({found[name]['seconds']:.0f} s)", flush=True)
+        write_result(args, sections=found)
     raise SystemExit(any("failed" in section for section in found.values()))
 
 

@@ -2,6 +2,7 @@
 """benchmarks/gpu.py runs on a CPU with tiny models; one section that fails does not stop the others."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,9 +29,9 @@ def test_every_section_finds_something(monkeypatch, tmp_path):
     assert code == 0 and [*sections] == [*gpu.SECTIONS], sections
     results = {name: section["result"] for name, section in sections.items()}
     assert len(results["correctness"]) == 4 and all(row["is_right"] for row in results["correctness"])
-    assert all(row["same_tokens"] for row in results["samplers-float32"]["exact"])
-    assert [row["same_tokens"] for row in results["caches"]["block_causal"]["exact"]] == [True, True]
-    assert [row["num_loops"] for row in results["loops"]] == [1, 2, 4, 8]
+    assert all(row["same_tokens"] for row in results["float32"]["exact"])
+    assert [row["same_tokens"] for row in results["bfloat16"]["block_causal"]["exact"]] == [True, True]
+    assert [row["num_loops"] for row in results["bfloat16"]["loops"]] == [1, 2, 4, 8]
     assert [row["model"] for row in results["training"]["rows"]][2:] == ["LoopMDM, checkpoints", "LoopMDM, compiled"]
     assert all(0 < row["waits_per_step"] <= 8 for row in results["synchronisations"])
 
@@ -39,11 +40,13 @@ def test_sections_that_fail_or_take_too_long_are_recorded(monkeypatch, tmp_path)
     def fail(sections):
         raise RuntimeError("no such kernel")
 
-    sections = {"bad": (fail, 9), "slow": (lambda _: time.sleep(9), 0.05), "good": (lambda _: 1, 9)}
+    sections = {"bad": (fail, 60), "slow": (lambda _: time.sleep(9), 0.05), "good": (lambda _: 1, 60)}
+    sections["dead"] = (lambda _: os._exit(3), 60)
     monkeypatch.setattr(gpu, "SECTIONS", sections)
     code, found = run(monkeypatch, tmp_path)
     assert code == 1
     assert found["bad"]["failed"] == "RuntimeError: no such kernel"
+    assert found["dead"]["failed"] == "The process ended with 3."
     assert "longer than 0.05 s" in found["slow"]["failed"] and found["good"]["result"] == 1
 
 
