@@ -65,15 +65,15 @@ class LoopMDMConfig(PreTrainedConfig):
         norm_type (`"rmsnorm"` or `"layernorm"`, defaults to `"rmsnorm"`): RMSNorm, or LayerNorm with weight and bias.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of every norm, LayerNorm included.
         attention_bias (`bool`, defaults to `False`): Whether the query, key and value projections have a bias (Qwen2).
-        attention_output_bias (`bool`, defaults to `False`): Whether the attention output projection has a bias (GPT-2).
+        attention_output_bias (`bool`, defaults to `False`): Whether attention's output projection has a bias (GPT-2).
         mlp_bias, lm_head_bias (`bool`, default to `False`): Whether the MLP and the output head have biases.
         use_qk_norm (`bool`, defaults to `False`): RMSNorm over `head_dim` on queries and keys, before RoPE (Qwen3).
         tie_word_embeddings (`bool`, defaults to `True`): Whether the output head shares the input embedding's weight.
         attention_block_size (`int`, *optional*):
-            Block-causal attention (BD3LM, SDAR): the sequence is split into blocks of this size from position 0 on, and
+            Block-causal attention (BD3LM, SDAR): the sequence is split into blocks of this size from position 0, and
             each position attends to its own and earlier blocks. By default, attention covers the whole sequence.
         shift_logits (`bool`, defaults to `False`):
-            The hidden state of position i - 1 predicts token i, as in models converted from autoregressive ones (Dream).
+            The hidden state of position i - 1 predicts token i, as in converted autoregressive models (Dream).
             The model realigns its logits, so row i always predicts token i.
         loop_start, loop_end (`int`, default to 1 and 3): mid is `layers[loop_start:loop_end]`.
         num_loops (`int`, defaults to 6): Default number of loops at inference.
@@ -83,7 +83,7 @@ class LoopMDMConfig(PreTrainedConfig):
             `"replace"`: `h <- mid(h)`, for models trained with loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`,
             which can loop layers that were trained without loops (arXiv 2605.23872).
         mask_token_id (`int`): Id of [MASK]. Required; no other special token may share it.
-        pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*): Other special tokens.
+        pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*): Other tokens.
     """
 
     model_type = "loopmdm"
