@@ -29,7 +29,7 @@ class LoopContext:
         return self.attention_mask is None or getattr(self.attention_mask, "ndim", 0) == 4
 
     def narrow(self, rows, positions=None, real=None) -> "LoopContext":
-        """Selects rows, `(M,)`, and positions of each, `(M, P)`; positions with `real` False only fill up the tensor."""
+        """Selects rows, `(M,)`, and positions of each, `(M, P)`; positions with `real` False are filler."""
 
         def pick(values: torch.Tensor | None) -> torch.Tensor | None:
             return values if values is None or values.shape[0] == 1 else values[rows]
