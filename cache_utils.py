@@ -105,7 +105,7 @@ class LoopMDMCache:
     def select(self, rows: torch.Tensor | None, reach: torch.Tensor) -> "LoopMDMCache":
         """
         Returns a view for a pass over some rows, `(N,)` (None: all), that attends to the first `reach` positions of
-        each, `(N,)` int64 on the host. It shares the stored tensors, and the pass is not stored for good.
+        each, `(N,)` int64 on the host. It shares the stored tensors, and stores nothing itself.
         """
         self._make_room(int(reach.max()))
         view = copy.copy(self)
