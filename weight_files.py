@@ -12,7 +12,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 # Far above any real file: JSON of tokenizers has some 40 MB. The safetensors library has the second limit too.
 MAX_JSON, MAX_HEADER = 2**27, 100_000_000
-# Bytes per value of safetensors' dtypes; the library itself checks dtypes below one byte.
+# Bytes per value of safetensors' dtypes; the library itself checks the other dtypes.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Arguments of `from_pretrained` that say where files come from, in transformers' order
