@@ -227,7 +227,7 @@ def draw_noise(
 
 
 def draw_tokens(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draws tokens `(N, P)` from `logits`, `(N, P, vocab_size)`, by inverting their distribution function at `noise`."""
+    """Draws tokens `(N, P)` from `logits`, `(N, P, vocab_size)`: inverts the distribution function at `noise`."""
     # float64, since float32 sums over a large vocabulary give its last tokens wrong probabilities.
     cumulative = logits.double().softmax(-1).cumsum(-1)
     target = noise.double()[..., None] * cumulative[..., -1:]
