@@ -80,7 +80,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
     Args:
         max_new_tokens (`int`, *optional*):
             Number of tokens to append. By default 20, with a warning, or 0 if the input contains [MASK]s to fill in.
-        max_length (`int`, *optional*): Length of input (with padding) and new tokens, without `max_new_tokens`.
+        max_length (`int`, *optional*): Length of input (with padding) plus new tokens, instead of `max_new_tokens`.
         stop_strings (`str` or `list[str]`, *optional*):
             A row ends at the token that first completes one of these texts; `generate` then needs the `tokenizer`.
 
@@ -113,8 +113,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
         unmasking (`str` or [`CommitRule`], defaults to `"confidence"`):
             Order of commitment: `"confidence"` (probability of the chosen token), `"margin"` (between the two most
-            likely tokens), `"entropy"` (lowest first), `"random"` or `"left_to_right"`; each step commits an equal share
-            of the block. `"ancestral"` is the exact reverse process: every [MASK] is committed independently with
+            likely tokens), `"entropy"` (lowest first), `"random"` or `"left_to_right"`; each step commits an equal
+            share of the block. `"ancestral"` is the exact reverse process: every [MASK] is committed independently with
             probability 1 / (steps left), and its token is sampled at temperature 1.
         confidence_threshold (`float` in (0, 1], *optional*):
             Also commit every position whose chosen token has at least this probability (Fast-dLLM).
@@ -134,7 +134,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         do_sample (`bool`, defaults to `False`): Draw tokens instead of choosing the most likely one.
         temperature (`float`, defaults to 1.0), top_k (`int`), top_p (`float`), min_p (`float`):
             As in transformers, with `do_sample=True`. Confidence still comes from the raw distribution.
-        num_return_sequences (`int`, defaults to 1): Independent answers per row; needs a random sampler.
+        num_return_sequences (`int`, defaults to 1): Independent answers per row, which need a source of randomness.
         guidance_scale (`float`, *optional*):
             Classifier-free guidance: the logits are `uncond + guidance_scale * (cond - uncond)`, and the
             unconditional pass sees [MASK] instead of every given token. It doubles the cost; 1 turns it off.
@@ -505,7 +505,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
             0 on padding. By default, `pad_token_id` is padding. If it is also an end or start token, it counts as
             text, and rows that begin or end with different numbers of it raise an error.
-        generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, which can also be given by name.
+        generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, also accepted by name.
         logits_processor (`LogitsProcessorList`, *optional*):
             Called for every row on its tokens without padding, `(num_positions, length)`, and the scores of the
             block's [MASK]s, `(num_positions, vocab_size)`, before the sampling arguments apply. They do not affect
@@ -537,7 +537,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> torch.LongTensor | LoopMDMGenerationOutput:
         r"""
-        Denoises the [MASK] tokens of `input_ids` in place, then those of `max_new_tokens` new positions behind it:
+        Denoises the [MASK] tokens of `input_ids`, and of `max_new_tokens` new positions after them:
 
         1. Read the arguments: `kwargs` override `generation_config`, or the model's own if none is given.
         2. Lay out the canvas: input, new positions as [MASK], and the division into blocks.

@@ -47,7 +47,7 @@ class LoopMDMModelOutput(BaseModelOutput):
     Args:
         loops (`torch.LongTensor` of shape `(batch_size,)`): Number of loops that changed each row.
         token_loops (the same, with an exit rule): Number of loops, summed over the real positions of each row.
-        cache ([`LoopMDMCache`], with `use_cache=True` or if one was given): Keys and values.
+        cache ([`LoopMDMCache`], with `use_cache=True` or if one was given): The keys and values.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, on request as in transformers):
             One per executed layer in order: head, mid of each loop, tail. Hidden states begin with the embeddings.
     """
