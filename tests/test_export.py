@@ -180,7 +180,7 @@ def test_the_nearest_format_is_found(saved, tmp_path):
         assert export_checkpoint(saved(**overrides), tmp_path / str(index), num_loops=1)["format"] == name
     message = "No format expresses {}: none can express `use_gated_mlp` False. Write ONNX graphs instead"
     model = saved(use_gated_mlp=False, position_embedding_type="rope")
-    refuse(model, tmp_path / "out", message.format(model.name), num_loops=1)
+    refuse(model, tmp_path / "out", message.format(model), num_loops=1)
 
 
 @pytest.mark.parametrize(
