@@ -114,8 +114,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
         unmasking (`str` or [`CommitRule`], defaults to `"confidence"`):
             Order of commitment: `"confidence"` (probability of the chosen token), `"margin"` (between the two most
             likely tokens), `"entropy"` (lowest first), `"random"` or `"left_to_right"`; each step commits an equal
-            share of the block. `"ancestral"` is the exact reverse process: every [MASK] is committed independently with
-            probability 1 / (steps left), and its token is sampled at temperature 1.
+            share of the block. `"ancestral"` is the exact reverse process: every [MASK] is committed independently
+            with probability 1 / (steps left), and its token is sampled at temperature 1.
         confidence_threshold (`float` in (0, 1], *optional*):
             Also commit every position whose chosen token has at least this probability (Fast-dLLM).
         entropy_bound (`float`, *optional*):

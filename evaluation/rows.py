@@ -112,8 +112,7 @@ def generate_rows(
         batch_size (`int`, *optional*): Rows of a batch at most; 32 where `max_batch_tokens` is not given either.
         max_batch_tokens (`int`, *optional*): Tokens of a batch at most, with padding and new ones; a longer row is
             alone. Either this or `batch_size`.
-        seed (`int`, defaults to 0): Every answer draws from random numbers of its own, which derive from the seed and
-            the row's number.
+        seed (`int`, defaults to 0): Seed; every answer has random numbers of its own, by the row's number.
         text_column (`str`, *optional*): Where the texts are, if they are called otherwise.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
         window (`int`, defaults to 4096): Rows that are held in memory and planned together.
@@ -130,8 +129,7 @@ def generate_rows(
           lines, with `answer_index` from 0.
 
     Raises:
-        ValueError: Arguments or data that cannot be used; an output of other ones; another process of the same rank;
-            a rank that does not fit the number of processes.
+        ValueError: Arguments, data or ranks that cannot be used; an output of others; a process of the same rank.
     """
     if batch_size is not None and max_batch_tokens is not None:
         raise ValueError("`batch_size` and `max_batch_tokens` both say how large a batch is; give one.")

@@ -17,7 +17,7 @@ from loopmdm.evaluation import nelbo
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks" / "claims"), str(ROOT / "benchmarks")]
 import arms  # noqa: E402
-import conversion  # noqa: E402
+import healing  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -107,18 +107,18 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
 
 
 def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "conversion.json"
+    path = tmp_path / "healing.json"
     options = ["--quick", "--shares", "25", "--threads", "1", "--work", str(tmp_path), "--output", str(path)]
     for more in ([], ["--pilots"]):
-        monkeypatch.setattr(sys, "argv", ["conversion.py", *options, *more])
-        conversion.main()
+        monkeypatch.setattr(sys, "argv", ["healing.py", *options, *more])
+        healing.main()
     records = {record["arm"]: record for record in study.read(path)}
     assert list(records) == [
         "base",
         "plain-25",
         "looped-25",
         "pilot-base",
-        *(f"pilot-{n}" for n in conversion.QUICK),
+        *(f"pilot-{n}" for n in healing.QUICK),
     ]
     # Both went on with a quarter of the FLOPs, and the converted one with loops
     for name in ("plain-25", "looped-25"):
@@ -134,7 +134,7 @@ def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
     assert LoopMDMForMaskedLM.from_pretrained(tmp_path / "pilot-damped-0" / "model").config.loop_update == "damped"
 
     monkeypatch.setattr(arms, "train", None)  # nothing is run again
-    conversion.main()
+    healing.main()
     assert "| pilot-lora | 1 | 6 |" in capsys.readouterr().out
 
 

@@ -230,7 +230,7 @@ def test_defaults_and_mode():
         ({"num_loops": 0}, "`num_loops` is 0"),
         ({"num_loops": []}, "`num_loops` is an empty list"),
         ({"batch_size": 0}, "`batch_size` is 0"),
-        ({"input_ids": torch.tensor([1, 2])}, "needs (num_sequences, length)"),
+        ({"input_ids": torch.tensor([1, 2])}, "needs (num_sequences > 0, length)"),
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "num_sequences > 0"),
         ({"input_ids": torch.tensor([[1, 5]])}, "holds the mask token (5)"),
         ({"attention_mask": torch.ones(1, 3)}, "`attention_mask` has shape (1, 3)"),

@@ -3,10 +3,10 @@
 When does turning a trained model into a looped one pay? A 6x6 Sudoku model is trained without loops, `loopmdm convert`
 makes a looped one of it, and both are trained further with the same FLOPs, given in per cent of the first training.
 
-    python benchmarks/conversion.py --fast --threads 1 --work /tmp/conversion \\
-        --output benchmarks/results/conversion.json --pilots
-    python benchmarks/conversion.py --fast --threads 1 --work /tmp/conversion \\
-        --output benchmarks/results/conversion.json --seeds 0,1,2
+    python benchmarks/healing.py --fast --threads 1 --work /tmp/healing \\
+        --output benchmarks/results/healing.json --pilots
+    python benchmarks/healing.py --fast --threads 1 --work /tmp/healing \\
+        --output benchmarks/results/healing.json --seeds 0,1,2
 
 `--pilots` compares ways to convert and to go on, on other puzzles than the study's. A run that is in `--output` is not
 repeated, and an interrupted one goes on from its checkpoint in `--work`. Prints a table of the file in the end.
