@@ -114,7 +114,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         unmasking (`str` or [`CommitRule`], defaults to `"confidence"`):
             Order of commitment: `"confidence"` (probability of the chosen token), `"margin"` (between the two most
             likely tokens), `"entropy"` (lowest first), `"random"` or `"left_to_right"`; each step commits an equal
-            share of the block. `"ancestral"` is the exact reverse process: every [MASK] is committed independently
+            share of the block. `"ancestral"` is the exact reverse process: every [MASK] is committed independently,
             with probability 1 / (steps left), and its token is sampled at temperature 1.
         confidence_threshold (`float` in (0, 1], *optional*):
             Also commit every position whose chosen token has at least this probability (Fast-dLLM).
@@ -508,8 +508,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
         generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, also accepted by name.
         logits_processor (`LogitsProcessorList`, *optional*):
             Called for every row on its tokens without padding, `(num_positions, length)`, and the scores of the
-            block's [MASK]s, `(num_positions, vocab_size)`, before the sampling arguments apply. They do not affect
-            confidence.
+            block's [MASK]s, `(num_positions, vocab_size)`, before the sampling arguments apply. The result does not
+            affect confidence.
         stopping_criteria (`StoppingCriteriaList`, *optional*):
             Checked after every block, once for each of its tokens. A row is padded after the token that stops it.
         streamer (`BaseStreamer`, *optional*):

@@ -13,8 +13,8 @@ from .loop_context import LoopContext
 
 class LoopPolicy:
     """
-    Decides after every loop which rows or positions go on. Those that stop keep their states, which the others still
-    attend to.
+    Decides after every loop which rows or positions go on. The others keep their states, and can still be attended to.
+
     Subclass it, implement [`~LoopPolicy.goes_on`], and pass an instance as `loop_policy` to `forward` or `generate`.
     Set `per_position = True` to decide for single positions instead of rows. Such a policy cannot be used in training.
     """

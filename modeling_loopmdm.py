@@ -444,7 +444,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         return states
 
     def _prepare_cache(self, cache, use_cache, batch_size, num_loops, policy, visible_loops) -> LoopMDMCache | None:
-        """Returns the cache of a pass, which is a new one if `use_cache` needs it."""
+        """Returns the cache of a pass: the given one, or a new one with `use_cache=True`."""
         if cache is None and not use_cache:
             return None
         wrong = None
@@ -486,7 +486,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     LoopMDM with its output head: `forward` returns logits and the diffusion loss, `generate` denoises [MASK]s.
 
     Arguments of `forward` (B is the batch size, L the sequence length; one of the first two is required):
-        input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, with `config.mask_token_id` where to predict.
+        input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, `config.mask_token_id` at those to predict.
         inputs_embeds (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Their embeddings.
         attention_mask (`torch.Tensor` of shape `(B, L)`):
             0 on padding, which may be anywhere; any other value marks a real token. A 4-D mask is used unchanged, and
@@ -591,7 +591,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     ) -> torch.Tensor:
         """
         Reorders states `(batch_size, sequence_length, hidden_size)` so that row i predicts token i. With
-        `config.shift_logits`, row i is the previous real position, or i itself at the start of a row or document.
+        `config.shift_logits`, it is taken from the real position before, or from i at the start of a row or document.
         """
         sources = self._sources(states, attention_mask, document_ids)
         return states if sources is None else take_positions(states, sources)
