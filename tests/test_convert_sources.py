@@ -93,7 +93,7 @@ def test_shards_that_do_not_fit_their_index(tmp_path, out):
     weights = load_file(tmp_path / "lacking" / first)
     gone = weights.popitem()[0]
     save_file(weights, tmp_path / "lacking" / first)
-    refuse(tmp_path / "lacking", out, f"{first} holds {gone!r}, but it does not")
+    refuse(tmp_path / "lacking", out, f"{first} has {gone!r}, but it does not")
     shutil.copy(tmp_path / "repeated" / first, tmp_path / "repeated" / second)
     (tmp_path / "repeated" / "model.safetensors.index.json").unlink()
     refuse(tmp_path / "repeated", out, f"{second} holds", "again")
