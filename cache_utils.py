@@ -1,11 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Keys and values that outlive a forward pass: [`LoopMDMCache`], which has a place for every loop of a layer.
+"""Keys and values stored across forward passes: [`LoopMDMCache`], with separate entries for every loop of a layer.
 
-It has two uses. With block-causal attention the keys and values of finished blocks never change again, so storing them
-is exact. With attention over the whole sequence they change with every commitment, so reading those of an earlier
-denoising step is an approximation (Fast-dLLM, arXiv 2505.22618). A [`CachePlan`] says which positions a denoising step
-of `generate` computes, and which it reads. Positions are a row's real ones, counted from 0, so that padding does not
-matter.
+With block-causal attention, the keys and values of finished blocks no longer change, so caching is exact. With
+attention over the whole sequence, they change with every commitment, so reusing them in later denoising steps is an
+approximation (Fast-dLLM, arXiv 2505.22618). A [`CachePlan`] decides which positions a denoising step of `generate`
+computes, and which it reads from the cache. Positions count the real tokens of a row from 0, so that padding has no
+effect.
 """
 
 import copy
@@ -18,21 +18,21 @@ from .configuration_loopmdm import LoopMDMConfig, check_num_loops
 
 class LoopMDMCache:
     """
-    A depth-aware cache: keys and values by position, for every executed layer (head, mid of every loop, tail), so that
-    loop s of mid finds those of loop s.
+    A depth-aware cache: keys and values by position, for every executed layer (head, mid of every loop, tail). Loop s
+    of mid reads the keys and values of loop s.
 
-    Give it to `forward` (or let `generate` make one) as `past_key_values`: the pass attends to the stored positions
-    and to its own, which it writes behind them. With `use_cache=True` its positions stay stored. Without it, the next
-    pass overwrites them, as denoising steps do with an unfinished block. A cache belongs to one state of the weights:
-    after training, or with another adapter, start a new one.
+    Pass it to `forward` as `past_key_values` (`generate` can make one). A forward pass attends to the stored positions
+    and to its own, which it writes after them. With `use_cache=True`, they stay stored. Otherwise the next pass
+    overwrites them, as denoising steps do with an unfinished block. A cache is valid for one state of the weights:
+    start a new one after training or with another adapter.
 
     Args:
-        config ([`LoopMDMConfig`]): Configuration of the model that will fill it.
-        num_loops (`int`): Number of loops of the passes that will fill it.
+        config ([`LoopMDMConfig`]): Configuration of the model that fills it.
+        num_loops (`int`): Number of loops of the passes that fill it.
         batch_size (`int`): Number of rows.
-        max_length (`int`, defaults to 0): Positions per row to make room for; the cache grows if more are needed.
-        share_loops (`bool`, defaults to `False`): One place for all loops of mid, which holds what the last one wrote.
-            This is an approximation that takes no more memory than a model without loops.
+        max_length (`int`, defaults to 0): Positions per row to allocate; the cache grows if more are needed.
+        share_loops (`bool`, defaults to `False`): One entry for all loops of mid, which each loop overwrites. This is
+            an approximation that takes no more memory than a model without loops.
         visible_loops (`int`, *optional*): The `visible_loops` of the passes that fill it.
     """
 
@@ -41,23 +41,23 @@ class LoopMDMCache:
     ):
         self.config, self.share_loops, self.visible_loops = config, share_loops, visible_loops
         self.num_loops, self.max_length = check_num_loops(num_loops), max_length
-        # Keys and values of every executed layer, (batch_size, num_key_value_heads, max_length + 1, head_dim), made by
-        # the first pass. The last place takes what filler positions write, and is never read.
+        # Keys and values of every executed layer, (batch_size, num_key_value_heads, max_length + 1, head_dim), created
+        # by the first pass. Filler positions write to the last place, which is never read.
         num_slots = config.num_executed_layers(1 if share_loops else num_loops)
         self.slots: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_slots
-        self.tokens = torch.full((batch_size, max_length + 1), -1)  # what is stored; -1 where unknown
+        self.tokens = torch.full((batch_size, max_length + 1), -1)  # the stored tokens; -1 if unknown
         self.lengths = torch.zeros(batch_size, dtype=torch.long)  # stored positions of every row, on the host
-        # Set by `select`: the rows that the next pass is about, (N,), and the positions it attends to, (N,)
+        # Set by `select`: the rows that the next pass covers, (N,), and the number of positions it attends to, (N,)
         self.rows: torch.Tensor | None = None
         self.reach: torch.Tensor | None = None
 
     @property
     def length(self) -> int:
-        """The most positions stored in any row."""
+        """The largest number of positions stored in any row."""
         return int(self.lengths.max())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """[`~LoopMDMCache.length`] under transformers' name."""
+        """The same as [`~LoopMDMCache.length`], under transformers' name."""
         return self.length
 
     @staticmethod
@@ -67,7 +67,7 @@ class LoopMDMCache:
         return 2 * batch_size * (length + 1) * size * config.num_executed_layers(1 if share_loops else num_loops)
 
     def check(self, config: LoopMDMConfig, batch_size: int, num_loops: int, visible_loops: int | None) -> None:
-        """Raises a ValueError if the cache was made for another model, or for other rows or loops."""
+        """Raises a ValueError if the cache was made for another model, batch size or number of loops."""
         if config != self.config:
             raise ValueError("`past_key_values` was made for another model; start a new cache for this one.")
         asked = {"rows": batch_size, "num_loops": num_loops, "visible_loops": visible_loops}
@@ -79,8 +79,8 @@ class LoopMDMCache:
 
     def check_tokens(self, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
         """
-        Raises a ValueError if the rows do not begin with the stored tokens: `tokens`, `(batch_size, num_positions)`,
-        are those of the rows, and `lengths`, `(batch_size,)` on the host, their numbers.
+        Raises a ValueError if the rows do not begin with the stored tokens. `tokens`, `(batch_size, num_positions)`,
+        are the rows' tokens, and `lengths`, `(batch_size,)` on the host, the number of tokens in each row.
         """
         width = min(self.length, tokens.shape[1])
         stored, tokens = self.tokens[:, :width].cpu(), tokens[:, :width].cpu()
@@ -94,8 +94,8 @@ class LoopMDMCache:
 
     def crop(self, max_length: int) -> None:
         """
-        Forgets all but the first `max_length` positions of every row; a negative number forgets as many at the end.
-        With block-causal attention only whole blocks are kept.
+        Keeps only the first `max_length` positions of every row; a negative number removes as many from the end. With
+        block-causal attention, only whole blocks are kept.
         """
         keep = max(self.length + max_length, 0) if max_length < 0 else max_length
         block_size = self.config.attention_block_size or 1
@@ -104,8 +104,8 @@ class LoopMDMCache:
 
     def select(self, rows: torch.Tensor | None, reach: torch.Tensor) -> "LoopMDMCache":
         """
-        The same cache for a pass over some of its rows, `(N,)` (None: all), which attends to the first `reach`
-        positions of each, `(N,)` int64 on the host. It shares the stored tensors, and stores nothing itself.
+        Returns a view for a pass over some rows, `(N,)` (None: all), that attends to the first `reach` positions of
+        each, `(N,)` int64 on the host. It shares the stored tensors, and stores nothing itself.
         """
         self._make_room(int(reach.max()))
         view = copy.copy(self)
@@ -113,11 +113,11 @@ class LoopMDMCache:
         return view
 
     def stored_lengths(self) -> torch.LongTensor:
-        """Stored positions of the rows that the next pass is about, `(N,)`, on the host."""
+        """Number of stored positions of each row that the next pass covers, `(N,)`, on the host."""
         return self.lengths if self.rows is None else self.lengths[self.rows.cpu()]
 
     def open(self, position_ids: torch.Tensor, real: torch.Tensor | None) -> "CacheView":
-        """Prepares a pass over `position_ids`, `(1 or N, Q)`, which are filler where `real`, `(N, Q)`, is False."""
+        """Prepares a pass over `position_ids`, `(1 or N, Q)`; positions with `real`, `(N, Q)`, False are filler."""
         stored, reach = self.stored_lengths(), self.reach
         if reach is None:
             last = position_ids if real is None else position_ids.masked_fill(~real, -1)
@@ -127,14 +127,14 @@ class LoopMDMCache:
         if real is not None:
             places = torch.where(real, position_ids, self.max_length)
         if self.config.shift_logits and self.config.attention_block_size is not None:
-            # A pass over a block begins with the position before it, whose keys and values stay as they are.
+            # A pass over a block begins with the position before it, whose keys and values must not change.
             places = torch.where(position_ids < stored.to(places.device)[:, None], self.max_length, places)
         return CacheView(self, self.rows, places, reach)
 
     def store(self, lengths: torch.Tensor, tokens: torch.Tensor | None, places: torch.Tensor) -> None:
         """
-        Keeps the first `lengths`, `(batch_size,)` on the host, written positions. `tokens`, `(batch_size, Q)`, are
-        those at `places`, or None if they came as embeddings.
+        Keeps the first `lengths`, `(batch_size,)` on the host, positions of each row. `tokens`, `(batch_size, Q)`, are
+        the tokens at `places`, or None with `inputs_embeds`.
         """
         self.lengths, self.tokens = lengths, self.tokens.to(places.device)
         places = places.expand(len(lengths), -1)
@@ -150,7 +150,7 @@ class LoopMDMCache:
                 self.slots[index] = tuple(torch.nn.functional.pad(stored, (0, 0, 0, more)) for stored in pair)
 
     def slot(self, layer_idx: int, loop: int) -> int:
-        """Index in `slots` of a physical layer in the given loop (counted from 0; only mid's layers care)."""
+        """Index in `slots` of a physical layer in the given loop, counted from 0 (used only for layers of mid)."""
         if layer_idx < self.config.loop_start:
             return layer_idx
         last = 0 if self.share_loops else self.num_loops - 1
@@ -160,8 +160,8 @@ class LoopMDMCache:
 @dataclass
 class LayerMemory:
     """
-    One executed layer's part of a [`CacheView`], with the keys and values of the whole cache. It holds only tensors
-    and numbers, so that one graph of a compiled layer serves all of them.
+    The part of a [`CacheView`] for one executed layer, with the keys and values of the whole cache. It holds only
+    tensors and numbers, so that all layers can share one compiled graph.
     """
 
     keys: torch.Tensor
@@ -171,11 +171,11 @@ class LayerMemory:
     stop: int
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores `(N, heads, Q, head_dim)` and returns all that the pass attends to, `(N, heads, stop, head_dim)`."""
+        """Stores `(N, heads, Q, head_dim)`. Returns everything the pass attends to, `(N, heads, stop, head_dim)`."""
         return self._put(self.keys, key), self._put(self.values, value)
 
     def _put(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        dtype, new = new.dtype, new.detach().to(stored.dtype)  # they differ where autocast began or ended in between
+        dtype, new = new.dtype, new.detach().to(stored.dtype)  # they differ if autocast began or ended in between
         if self.places.ndim == 1 and self.rows is None:
             stored.index_copy_(2, self.places, new)
             return stored[:, :, : self.stop].to(dtype)
@@ -187,8 +187,8 @@ class LayerMemory:
 
 class CacheView:
     """
-    A `cache` during one forward pass over N rows and Q positions: its `rows` that the pass covers, `(N,)` (None: all),
-    the `places` that it writes to, `(Q,)` or `(N, Q)`, and the `reach` of its attention, `(N,)` on the host.
+    A `cache` during one forward pass over N rows and Q positions: the `rows` of the pass, `(N,)` (None: all), the
+    `places` it writes to, `(Q,)` or `(N, Q)`, and how many positions it attends to, `reach`, `(N,)` on the host.
     """
 
     def __init__(self, cache: LoopMDMCache, rows: torch.Tensor | None, places: torch.Tensor, reach: torch.Tensor):
@@ -202,13 +202,13 @@ class CacheView:
             device, config = hidden_states.device, cache.config
             in_autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if in_autocast else hidden_states.dtype
-            # Zeros, since places that were never written are masked, and 0 * NaN would be NaN all the same.
+            # Zeros, since places that were never written are masked, but 0 * NaN would still be NaN.
             shape = (len(cache.lengths), config.num_key_value_heads, cache.max_length + 1, config.head_dim)
             cache.slots[index] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop)
 
     def narrow(self, rows, positions, real) -> "CacheView":
-        """For some of the pass's rows, `(M,)`, and positions, `(M, P)`, which are filler where `real` is False."""
+        """Selects rows of the pass, `(M,)`, and positions, `(M, P)`; positions with `real` False are filler."""
         view = copy.copy(self)
         view.places = self.places if self.places.ndim == 1 else self.places[rows]
         view.rows = rows if self.rows is None else self.rows[rows]
@@ -218,7 +218,7 @@ class CacheView:
         return view
 
     def carry(self, loop: int, hidden_states: torch.Tensor) -> None:
-        """Copies the pass's positions from the loop before into `loop`, where the two have places of their own."""
+        """Copies the positions of the pass from the previous loop to `loop`, unless the two share their entries."""
         config = self.cache.config
         for layer_idx in range(config.loop_start, config.loop_end):
             if self.cache.slot(layer_idx, loop) == self.cache.slot(layer_idx, loop - 1):
@@ -232,9 +232,9 @@ class CacheView:
 @dataclass
 class ForwardPass:
     """
-    A forward pass of `generate`: of each of its `rows` the positions from `starts` to `stops` are computed, those
-    before `reach` attended to, and those before `keeps` stored for good; each `(N,)` int64 on the host. With
-    `predicts=False` it serves the `cache` alone, and runs all loops whatever the exit rule.
+    A forward pass of `generate`. In each of its `rows`, it computes the positions from `starts` to `stops`, attends to
+    the positions before `reach`, and stores the positions before `keeps` for good; all `(N,)` int64 on the host. With
+    `predicts=False` it only fills the `cache`, and runs all loops whatever the exit rule.
     """
 
     rows: torch.Tensor
@@ -248,18 +248,18 @@ class ForwardPass:
 
 class CachePlan:
     """
-    Says which positions a denoising step computes, and which it reads from a cache instead. This one computes all that
-    the block may see. To add a way of caching, subclass it, override [`~CachePlan.passes`], and pass the class to
-    `generate` as `cache_implementation`.
+    Decides which positions a denoising step computes, and which it reads from a cache. The base class computes all
+    positions that the block may see. For another way of caching, subclass it, override [`~CachePlan.passes`], and pass
+    the class to `generate` as `cache_implementation`.
 
     Args:
         config ([`LoopMDMConfig`]): Configuration of the model.
         lengths (`torch.LongTensor` of shape `(num_rows,)`, on the host): Number of real positions of every row.
         num_loops (`int`): The largest number of loops of any step.
-        copies (`int`, defaults to 1): Rows of a cache per row; 2 with guidance.
-        refresh_interval (`int`, *optional*): Steps from one pass over everything to the next; by default one a block.
+        copies (`int`, defaults to 1): Cache rows per row; 2 with guidance.
+        refresh_interval (`int`, *optional*): Steps between passes over everything; by default, one pass per block.
         visible_loops (`int`, *optional*): As in `generate`.
-        has_exits (`bool`, defaults to `False`): Whether a block may loop in another way than finished text does.
+        has_exits (`bool`, defaults to `False`): Whether a block may run other loops than finished text.
     """
 
     def __init__(
@@ -270,32 +270,32 @@ class CachePlan:
         self.cache: LoopMDMCache | None = self.make_cache(num_loops, visible_loops)
 
     def make_cache(self, num_loops: int, visible_loops: int | None) -> LoopMDMCache | None:
-        """The cache to begin with."""
+        """Makes the initial cache."""
 
     def passes(self, rows: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor, step: int) -> list[ForwardPass]:
         """
-        The passes of denoising step `step` of a block that lies between `starts` and `stops` in each of the `rows`,
-        all `(N,)` int64 on the host. The last one predicts, for all `rows`.
+        Returns the passes of denoising step `step` for a block between `starts` and `stops` in each of the `rows`, all
+        `(N,)` int64 on the host. The last pass predicts for all `rows`.
         """
         stops = self.lengths[rows] if self.config.attention_block_size is None else stops
         return [ForwardPass(rows, torch.zeros_like(stops), stops, stops)]
 
     def refreshes(self, step: int) -> bool:
-        """Whether a step computes what the cache holds of unfinished text."""
+        """Whether a step recomputes the cached keys and values of unfinished text."""
         return False
 
     def source(self, starts: torch.Tensor) -> torch.Tensor:
-        """Where a pass over a block begins: with `config.shift_logits` at the position that predicts its first."""
+        """Start of a pass over a block: with `config.shift_logits`, one earlier, to predict the first position."""
         return (starts - 1).clamp(min=0) if self.config.shift_logits else starts
 
 
 class DualCache(CachePlan):
-    """The first step of a block computes everything. The others compute only the block and read the rest."""
+    """The first step of a block computes everything. Later steps compute only the block and read the rest."""
 
     def make_cache(self, num_loops, visible_loops):
         size, length = len(self.lengths) * self.copies, int(self.lengths.max())
         cache = LoopMDMCache(self.config, num_loops, size, length, share_loops=True)
-        cache.lengths = self.lengths.repeat(self.copies)  # all is there from the first pass on
+        cache.lengths = self.lengths.repeat(self.copies)  # the first pass fills all of it
         return cache
 
     def refreshes(self, step):
@@ -312,7 +312,7 @@ class DualCache(CachePlan):
 
 
 class PrefixCache(DualCache):
-    """Like [`DualCache`], but the later steps also compute what follows the block."""
+    """Like [`DualCache`], but later steps also compute everything after the block."""
 
     def until(self, stops, lengths):
         return lengths
@@ -320,8 +320,8 @@ class PrefixCache(DualCache):
 
 class BlockCausalCache(CachePlan):
     """
-    Stores finished blocks of a block-causal model, which is exact. They are computed together with the first step of
-    the next block, or before it if the loops may differ (`has_exits`).
+    Stores the finished blocks of a block-causal model, which is exact. They are computed in the same pass as the first
+    step of the next block, or in a pass before it if the loops may differ (`has_exits`).
     """
 
     def make_cache(self, num_loops, visible_loops):

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The canvas that `generate` denoises, its blocks and steps, and the rules that choose what a step commits."""
+"""The canvas that `generate` denoises, its blocks and steps, and the rules that choose which tokens to commit."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,34 +10,34 @@ import torch
 from torch import nn
 from transformers.generation import StoppingCriteriaList
 
-TIE = 1e-5  # difference of scores, relative to them and to the probabilities they come from, that is none
+TIE = 1e-5  # scores that differ by less, relative to them and to their probabilities, are a tie
 
 
 @dataclass
 class DenoisingStep:
     """
-    One denoising step of a block, with all that a commit rule may look at. It covers the N rows that are not finished,
-    and P positions of each: the [MASK]s, or all of the block if tokens may be remasked. `generate` fills it in as it
-    goes.
+    One denoising step of a block, with everything a commit rule may use. It covers the N unfinished rows and P
+    positions of each: the [MASK]s, or the whole block if tokens may be remasked. `generate` fills in the fields with
+    defaults during the step.
     """
 
-    index: int  # number of the step in its block
+    index: int  # number of the step in its block, from 0
     row_list: list[int]  # the rows, on the host
     rows: torch.Tensor  # (N,) int64, the rows, on the device
-    columns: torch.Tensor  # (N, P) int64, where the positions stand in the row
-    masked: torch.Tensor  # (N, P) bool, positions that are [MASK], which alone may be committed
-    counted: torch.Tensor  # (N, P) bool, positions that are not mere filling
+    columns: torch.Tensor  # (N, P) int64, the columns of the positions
+    masked: torch.Tensor  # (N, P) bool, [MASK]s; only these may be committed
+    counted: torch.Tensor  # (N, P) bool, False on filler positions
     size: torch.Tensor  # (N,) int64, positions of the row's block
     num_steps: torch.Tensor  # (N,) int64, steps of the row's block
-    remask_probability: float  # wanted by the user, before it is capped
-    noise: Callable[[], torch.Tensor]  # draws uniform numbers in [0, 1), (N, P)
-    logits: torch.Tensor | None = None  # (N, P, vocab_size) float32, raw scores; -inf for the mask token
-    loops: torch.Tensor | None = None  # (N,) int64, what the scores cost the row, like the next two
+    remask_probability: float  # as given by the user, before the cap
+    noise: Callable[[], torch.Tensor]  # draws uniform numbers from [0, 1), (N, P)
+    logits: torch.Tensor | None = None  # (N, P, vocab_size) float32, raw; -inf for the mask token
+    loops: torch.Tensor | None = None  # (N,) int64, cost of the row's logits, like the next two
     forward_passes: torch.Tensor | None = None
     flops: torch.Tensor | None = None
-    scores: torch.Tensor | None = None  # (N, P, vocab_size), what tokens are chosen by, after processors
+    scores: torch.Tensor | None = None  # (N, P, vocab_size), logits after processors, to choose tokens
     tokens: torch.Tensor | None = None  # (N, P) int64, the token chosen for every position
-    penalty: torch.Tensor | float = 0.0  # (N, P), taken from the confidence
+    penalty: torch.Tensor | float = 0.0  # (N, P), subtracted from the confidence
 
     @cached_property
     def normalizer(self) -> torch.Tensor:
@@ -45,7 +45,7 @@ class DenoisingStep:
 
     @cached_property
     def log_probs(self) -> torch.Tensor:
-        """Log-probability of the chosen tokens under the raw distribution, `(N, P)`."""
+        """Log-probabilities of the chosen tokens under the raw distribution, `(N, P)`."""
         return self.logits.gather(-1, self.tokens[..., None]).squeeze(-1) - self.normalizer
 
     @cached_property
@@ -61,15 +61,15 @@ class DenoisingStep:
     @cached_property
     def entropy(self) -> torch.Tensor:
         log_probs = self.logits - self.normalizer[..., None]
-        # Impossible tokens add nothing, where 0 * -inf would be NaN.
+        # Impossible tokens contribute 0, since 0 * -inf would be NaN.
         return -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1) + self.penalty
 
     @cached_property
     def quota(self) -> torch.Tensor:
         """
-        The number of commitments that keep a row on schedule, `(N,)`: an equal share of the block in each step, one
-        more in the first steps if the block does not divide evenly, at least one, and all that is left in the last
-        step. With remasking the shares are spread over all steps, and make up for what this step sends back.
+        The number of commitments that keep a row on schedule, `(N,)`: an equal share of the block, at least one. The
+        first steps commit one more if the block does not divide evenly, and the last step commits the rest. With
+        remasking, shares are spread over all steps and also replace the tokens that this step remasks.
         """
         left, steps = self.masked.sum(-1), self.num_steps
         if self.remask_probability > 0:
@@ -86,21 +86,21 @@ class DenoisingStep:
 
     @cached_property
     def remask(self) -> torch.Tensor:
-        """The tokens committed earlier in the block that go back to [MASK], `(N, P)` bool."""
+        """Draws which tokens committed earlier in the block go back to [MASK], `(N, P)` bool."""
         if self.remask_probability == 0:
             return torch.zeros_like(self.masked)
         belongs = torch.arange(self.masked.shape[1], device=self.size.device) < self.size[:, None]
         return belongs & ~self.masked & (self.noise() < self.remask_rate[:, None])
 
     def best(self, scores: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
-        """The `count` (default: quota) masked positions of highest score in each row; ties go to the leftmost."""
-        # A score of -inf still ranks before what is not masked.
+        """The `count` (default: quota) masked positions with the highest scores in each row, ties from the left."""
+        # A score of -inf still ranks above positions that are not masked.
         scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~self.masked, -math.inf)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         ranked = scores.gather(-1, order)
-        # Scores that differ by float32 rounding are a tie: which is larger depends on the other rows of the batch.
-        # Positions that predict alike, such as those of a canvas of nothing but [MASK]s, all tie. A margin, or the
-        # entropy of what is near certain, is a small difference of numbers that were rounded when they were large.
+        # Scores that differ only by float32 rounding are a tie, since the rounding depends on the rest of the batch.
+        # Positions with equal predictions, as in a canvas of [MASK]s only, all tie. A margin, or the entropy of a
+        # near-certain prediction, is a small difference of large rounded numbers.
         sizes = ((self.logits.amax(-1) - self.normalizer).exp() + scores.abs()).gather(-1, order)
         differs = ranked[:, :-1] - ranked[:, 1:] > TIE * sizes[:, :-1]
         group = torch.zeros_like(order).scatter(-1, order, nn.functional.pad(differs.cumsum(-1), (1, 0)))
@@ -110,16 +110,16 @@ class DenoisingStep:
 
 class CommitRule:
     """
-    Decides which masked positions a step commits. To add one, subclass it, implement [`~CommitRule.score`] (or
-    `__call__`), and pass an instance as `unmasking` to `generate`.
+    Decides which masked positions a step commits. For a rule of your own, subclass it, implement
+    [`~CommitRule.score`] (or `__call__`), and pass an instance as `unmasking` to `generate`.
     """
 
-    draws_tokens = False  # whether tokens are drawn from the raw distribution, whatever `do_sample` says
+    draws_tokens = False  # whether tokens are always drawn from the raw distribution, regardless of `do_sample`
     is_random = False  # whether two runs commit different positions
-    may_skip = False  # whether a step may commit nothing in a row, which makes more steps than positions useful
+    may_skip = False  # whether a step may commit nothing in a row, so that more steps than positions are useful
 
     def score(self, step: DenoisingStep) -> torch.Tensor:
-        """The scores by which positions are committed, highest first, `(N, P)`."""
+        """Scores of the positions, `(N, P)`. The highest are committed first."""
         raise NotImplementedError
 
     def __call__(self, step: DenoisingStep) -> torch.Tensor:
@@ -156,22 +156,22 @@ class LeftToRightRule(CommitRule):
 
 class AncestralRule(CommitRule):
     """
-    The exact reverse process over `num_steps` equal steps of time, with alpha = steps done / steps: a [MASK] opens
-    with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, sigma being ReMDM's remasking rate. Without
-    remasking this is 1 / (steps left).
+    The exact reverse process over `num_steps` equal time steps, with alpha = steps done / steps. A [MASK] is committed
+    with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, in which sigma is ReMDM's remasking rate.
+    Without remasking, this is 1 / (steps left).
     """
 
     draws_tokens = is_random = may_skip = True
 
     def __call__(self, step):
-        # In units of steps; sigma does not matter at the first step, where nothing is committed yet.
+        # In units of steps; sigma has no effect in the first step, before anything is committed.
         done, left = step.index, step.num_steps - step.index
         probability = (1 + step.remask_rate * done) / left
         return step.masked & (step.noise() < probability[:, None])
 
 
 class ThresholdRule(CommitRule):
-    """Commits all positions of at least a given confidence, besides those of another rule (Fast-dLLM)."""
+    """Commits all positions with at least a given confidence, in addition to another rule's (Fast-dLLM)."""
 
     def __init__(self, threshold: float, rule: CommitRule):
         self.threshold, self.rule = threshold, rule
@@ -182,7 +182,7 @@ class ThresholdRule(CommitRule):
 
 
 class EntropyBoundRule(CommitRule):
-    """Commits positions of lowest entropy as long as their sum is bounded, besides those of another rule."""
+    """Commits the positions of lowest entropy up to a bound on their sum, in addition to another rule's."""
 
     def __init__(self, bound: float, rule: CommitRule):
         self.bound, self.rule = bound, rule
@@ -192,7 +192,7 @@ class EntropyBoundRule(CommitRule):
         entropies = step.entropy.masked_fill(~step.masked, 0.0)
         ascending = step.entropy.masked_fill(~step.masked, math.inf).argsort(dim=-1, stable=True)
         sorted_entropies = entropies.gather(1, ascending)
-        # The largest of the first j entropies is the last one, so all but it sum to the exclusive cumulative sum.
+        # The last of the first j entropies is the largest; the others add up to the exclusive cumulative sum.
         within = sorted_entropies.cumsum(-1) - sorted_entropies <= self.bound
         return self.rule(step) | step.best(-step.entropy, count=within.sum(-1))
 
@@ -213,8 +213,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """
     Uniform numbers for `rows` of a block with `sizes[row]` positions in each row, `(len(rows), max(sizes))`. With one
-    generator (or none) every row draws at every step; with one per row, a row draws for its own positions alone, so
-    that its numbers do not depend on the rest of the batch.
+    generator (or none), all rows draw in every step. With one per row, a row draws only for its own positions, so its
+    numbers do not depend on the rest of the batch.
     """
     if not isinstance(generator, list):
         source = device if generator is None else generator.device
@@ -227,23 +227,23 @@ def draw_noise(
 
 
 def draw_tokens(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Tokens `(N, P)` drawn from `logits`, `(N, P, vocab_size)`: the distribution function inverted at `noise`."""
-    # float64: a float32 sum over a large vocabulary would favour or starve the tokens at its end.
+    """Draws tokens `(N, P)` from `logits`, `(N, P, vocab_size)`: inverts the distribution function at `noise`."""
+    # float64, since float32 sums over a large vocabulary give its last tokens wrong probabilities.
     cumulative = logits.double().softmax(-1).cumsum(-1)
     target = noise.double()[..., None] * cumulative[..., -1:]
-    # The first token whose cumulative probability exceeds the target; impossible tokens add nothing and are passed.
+    # The first token whose cumulative probability exceeds the target, so impossible tokens are never chosen.
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 class Canvas:
     """
-    The sequences being denoised, on the device. All tensors are `(num_rows, length)` unless said otherwise.
+    The sequences being denoised, on the device. Tensors are `(num_rows, length)` unless stated otherwise.
 
     Args:
-        sequences: Tokens, new positions as [MASK].
+        sequences: Tokens, with [MASK] at new positions.
         real: False on padding.
-        config, model_config: The call's generation config, and the model's.
+        config, model_config: The generation config of the call, and the config of the model.
         generator: Source of all random numbers.
     """
 
@@ -256,8 +256,8 @@ class Canvas:
         self.given = real & ~self.to_denoise
         self.columns = torch.arange(sequences.shape[1], device=sequences.device)
         self.last_given = torch.where(self.given, self.columns, -1).amax(-1, keepdim=True)
-        # Blocks are counted over a row's real positions, so that padding does not shift them. The first one that holds
-        # a [MASK] is block 0.
+        # Blocks are counted over a row's real positions, so that padding does not shift them. Block 0 is the first one
+        # with a [MASK].
         self.position_of = real.long().cumsum(-1) - 1  # of every column
         self.column_of = real.long().argsort(dim=-1, descending=True, stable=True)  # of every position
         num_rows, length = sequences.shape
@@ -266,19 +266,19 @@ class Canvas:
         if model_config.attention_block_size is not None:
             first = first // self.block_length * self.block_length
         self.block_of = ((self.position_of - first) // self.block_length).masked_fill(~self.to_denoise, -1)
-        # What passes are planned with, (num_rows,) on the host: where block 0 begins, and how many positions there are
+        # For planning passes, (num_rows,) on the host: the start of block 0, and the number of positions
         self.starts, self.lengths = torch.stack((first.squeeze(-1), real.sum(-1))).cpu()
         self.ends = torch.full((num_rows,), length, device=sequences.device)  # the column where each row ends
         self.failed = torch.zeros((), dtype=torch.long, device=sequences.device)
 
     @property
     def finished(self) -> torch.Tensor:
-        """Rows that have reached their end, `(num_rows,)`."""
+        """Marks rows that have reached their end, bool `(num_rows,)`."""
         return self.ends < self.sequences.shape[1]
 
     @property
     def behind(self) -> torch.Tensor:
-        """Columns behind the rows' ends."""
+        """Marks columns after the rows' ends."""
         return self.columns > self.ends[:, None]
 
     def blocks(self) -> Iterator["Block"]:
@@ -290,7 +290,7 @@ class Canvas:
                 return
 
     def commit(self, step: DenoisingStep, commit: torch.Tensor) -> None:
-        """Writes the tokens that are committed, and [MASK] where the step sends one back."""
+        """Writes the committed tokens, and [MASK] where the step remasks one."""
         where = (step.rows[:, None], step.columns)
         tokens = self.sequences[where].where(~commit, step.tokens)
         self.sequences[where] = tokens.where(~step.remask, self.mask_token_id)
@@ -304,19 +304,19 @@ class Canvas:
 
     def stop_at(self, criteria: StoppingCriteriaList, block: "Block") -> None:
         """
-        Ends rows where transformers' criteria stop them. The criteria are checked after every token of a finished
-        block, on the row's own real tokens. One that stops a row whatever its text (a time limit) ends it after the
-        block.
+        Ends rows at the token where transformers' criteria stop them. The criteria are checked after every token of a
+        finished block, on the row's real tokens. A criterion that ignores the text (a time limit) ends the row after
+        the block.
         """
         stops = torch.zeros_like(self.to_denoise)
         for row in range(len(stops)) if criteria else []:
             tokens = self.sequences[row][self.real[row]]
-            # Also of a row that the block's end token has ended: the criteria may stop it before.
+            # Also in a row that has reached its end token in this block: the criteria may stop it earlier.
             members = (self.block_of[row] == block.index) & (self.columns <= self.ends[row])
             columns = members.nonzero().flatten().tolist()
             lengths = (self.position_of[row, columns] + 1).tolist()
             hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
-            # No criterion takes an empty text; a [MASK] stands for it.
+            # Criteria cannot read an empty text, so that a [MASK] takes its place.
             before = tokens[: lengths[0] - 1] if hits and lengths[0] > 1 else tokens.new_tensor([self.mask_token_id])
             if hits and all(hits) and bool(criteria(before[None], None)):
                 stops[row, columns[-1]] = True
@@ -328,7 +328,7 @@ class Canvas:
         self.ends = torch.minimum(self.ends, torch.where(stops, self.columns, len(self.columns)).amin(-1))
 
     def check(self, block: "Block") -> None:
-        """Raises a ValueError if no token could be chosen somewhere in a block, or if [MASK]s are left."""
+        """Raises a ValueError if a position of the block allows no token, or if [MASK]s are left."""
         left = (self.block_of == block.index) & (self.sequences == self.mask_token_id) & ~self.finished[:, None]
         if bool(left.any()) and not bool(self.failed):
             raise ValueError(
@@ -350,26 +350,26 @@ class Block:
         members = (canvas.block_of == index) & ~canvas.finished[:, None]
         self.size = members.sum(-1)
         self.sizes: list[int] = self.size.tolist()
-        # Where they stand, (num_rows, max(sizes)), filled up with others where `belongs` is False
+        # Columns of the positions, (num_rows, max(sizes)); `belongs` is False on filler
         self.columns = members.long().argsort(dim=-1, descending=True, stable=True)[:, : max(self.sizes)]
         self.belongs = torch.arange(max(self.sizes), device=self.size.device) < self.size[:, None]
-        # More steps than positions serve only rules that may commit nothing in a step, or close what was open.
+        # More steps than positions are useful only if a step may commit nothing, or may remask tokens.
         extra, wanted = config.remask_probability > 0 or config.commit_rule().may_skip, config.max_denoising_steps
         steps = [n if wanted is None or n == 0 else wanted if extra else min(wanted, n) for n in self.sizes]
         self.num_steps, self.steps = max(steps), torch.tensor(steps, device=self.size.device)
 
     def step(self, index: int) -> DenoisingStep | None:
-        """A denoising step of the block; None if the block is done. Only here does a step wait for the device."""
+        """Makes a denoising step, or None if the block is done. A step waits for the device only here."""
         canvas, remasks = self.canvas, self.canvas.config.remask_probability > 0
         masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
-        # A row is done with the block when nothing is masked; with remasking, when its steps are over.
+        # A row finishes the block when no [MASK] is left or, with remasking, after all of its steps.
         left = self.size * (index < self.steps) if remasks else masked.sum(-1)
         *left, failed = torch.cat((left * ~canvas.finished, canvas.failed[None])).tolist()
         row_list = [row for row, count in enumerate(left) if count > 0]
         if failed or not row_list:
             return None
         rows = torch.tensor(row_list, device=self.columns.device)
-        # Only what is [MASK] can be committed; with remasking a step looks at all of the block.
+        # Only [MASK]s can be committed; with remasking, a step covers the whole block.
         order = (self.belongs if remasks else masked)[rows].long().argsort(dim=-1, descending=True, stable=True)
         slots = order[:, : max(left)]
 

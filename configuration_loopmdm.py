@@ -13,9 +13,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-SIZES += " max_position_embeddings attention_block_size num_loops max_train_loops"
-MAX_LOOPS = 10_000  # More would seem to hang; no model of use comes near.
-# What no honest model reaches: beyond it sizes overflow.
+SIZES += " max_position_embeddings attention_block_size"
+MAX_LOOPS = 10_000  # Far more than any useful model needs; more would seem to hang.
+# Limits far above any real model. Larger sizes would overflow.
 LARGEST, LARGEST_OF = 2**40, {"num_hidden_layers": 10_000, "num_attention_heads": 2**16, "head_dim": 2**16}
 REMOVED_FIELDS = {
     "attention_dropout": "there is no dropout",
@@ -44,51 +44,51 @@ class LoopMDMConfig(PreTrainedConfig):
     A bad value raises huggingface_hub's `StrictDataclassError`, which names it and the fix.
 
     Args:
-        vocab_size (`int`, defaults to 50258): Number of tokens, special tokens and the mask token included.
+        vocab_size (`int`, defaults to 50258): Number of tokens, including special tokens and the mask token.
         hidden_size (`int`, defaults to 768): Width of the residual stream.
         intermediate_size (`int`, defaults to 2048): Width of the MLP.
-        num_hidden_layers (`int`, defaults to 12): Number of physical layers, head + mid + tail. Looping adds none.
+        num_hidden_layers (`int`, defaults to 12): Number of physical layers: head, mid and tail, each counted once.
         num_attention_heads (`int`, defaults to 12): Number of query heads.
         num_key_value_heads (`int`, defaults to `num_attention_heads`): Number of key and value heads (grouped-query).
         head_dim (`int`, defaults to `hidden_size // num_attention_heads`): Width of one head.
         hidden_act (`str`, defaults to `"silu"`): Activation of the MLP, a name of transformers' `ACT2FN`.
         use_gated_mlp (`bool`, defaults to `True`): `down(act(gate(x)) * up(x))`; if False, GPT-2's `down(act(up(x)))`.
         max_position_embeddings (`int`, defaults to 1024):
-            Length of the longest sequence in tokens. It limits `generate` and learned positions.
+            Maximum sequence length in tokens. It limits `generate` and learned positions, but not RoPE in `forward`.
         position_embedding_type (`"rope"` or `"learned"`, defaults to `"rope"`):
-            Rotary position embedding in every layer, or one learned embedding per position added to the token's.
+            Rotary embeddings in every layer, or a learned embedding per position, added to the token embedding.
         rope_parameters (`dict`, *optional*): As in Llama: `{"rope_type": "default", "rope_theta": 10000.0, ...}`.
         rope_precision (`"model"`, `"float32"` or `"bfloat16"`, defaults to `"model"`):
-            How queries and keys are rotated: in the model's dtype (Llama, Qwen), in float32 whatever the model's dtype
-            (LLaDA), or in the model's dtype with cosines and sines that were rounded to bfloat16 (SMDM).
+            How queries and keys are rotated: in the model's dtype (Llama, Qwen), always in float32 (LLaDA), or in the
+            model's dtype with cosines and sines rounded to bfloat16 (SMDM).
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
         norm_type (`"rmsnorm"` or `"layernorm"`, defaults to `"rmsnorm"`): RMSNorm, or LayerNorm with weight and bias.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of every norm, LayerNorm included.
         attention_bias (`bool`, defaults to `False`): Whether the query, key and value projections have a bias (Qwen2).
-        attention_output_bias (`bool`, defaults to `False`): Whether the attention's output projection has one (GPT-2).
-        mlp_bias, lm_head_bias (`bool`, default to `False`): Whether the MLP's projections, and the head, have one.
+        attention_output_bias (`bool`, defaults to `False`): Whether attention's output projection has a bias (GPT-2).
+        mlp_bias, lm_head_bias (`bool`, default to `False`): Whether the MLP and the output head have biases.
         use_qk_norm (`bool`, defaults to `False`): RMSNorm over `head_dim` on queries and keys, before RoPE (Qwen3).
         tie_word_embeddings (`bool`, defaults to `True`): Whether the output head shares the input embedding's weight.
         attention_block_size (`int`, *optional*):
-            Block-causal attention (BD3LM, SDAR): positions fall into blocks of this size, counted from position 0, and
-            attend to their own block and to earlier ones. By default attention is over the whole sequence.
+            Block-causal attention (BD3LM, SDAR): the sequence is split into blocks of this size from position 0, and
+            each position attends to its own and earlier blocks. By default, attention covers the whole sequence.
         shift_logits (`bool`, defaults to `False`):
-            The hidden state of position i - 1 predicts token i, as in models made from autoregressive ones (Dream).
-            The model's logits are aligned all the same: row i predicts token i.
+            The hidden state of position i - 1 predicts token i, as in converted autoregressive models (Dream).
+            The model realigns its logits, so row i always predicts token i.
         loop_start, loop_end (`int`, default to 1 and 3): mid is `layers[loop_start:loop_end]`.
-        num_loops (`int`, defaults to 6): Number of loops of an inference pass that does not name another.
+        num_loops (`int`, defaults to 6): Default number of loops at inference.
         max_train_loops (`int`, defaults to 12):
-            S_max: training draws the number of loops from Uniform{1..S_max}. Inference may go beyond it.
+            S_max: training draws the number of loops from Uniform{1..S_max}. Inference may use more.
         loop_update (`"replace"` or `"damped"`, defaults to `"replace"`):
-            `"replace"`: `h <- mid(h)`, for trained loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`, sub-steps
-            in which layers that were trained without loops can be looped right away (arXiv 2605.23872).
-        mask_token_id (`int`): Id of [MASK]. It is required, and no other special token may have it.
+            `"replace"`: `h <- mid(h)`, for models trained with loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`,
+            which can loop layers that were trained without loops (arXiv 2605.23872).
+        mask_token_id (`int`): Id of [MASK]. Required; no other special token may share it.
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*): Other tokens.
     """
 
     model_type = "loopmdm"
     keys_to_ignore_at_inference = ["loops", "token_loops"]
-    # `mask_token_id` is required; transformers 5.17 otherwise makes an empty config to find defaults when it saves.
+    # `mask_token_id` is required. Without this, transformers 5.17 builds an empty config on saving, to find defaults.
     has_no_defaults_at_init = True
 
     vocab_size: int = 50258
@@ -130,7 +130,7 @@ class LoopMDMConfig(PreTrainedConfig):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` is not a field of LoopMDMConfig: {fix}.")
         own = [field.name for field in fields(self)]
-        # Unknown fields are kept, as those of other libraries are; misspelt ones would be without effect.
+        # Unknown fields are kept, since other libraries add some. A misspelt field would have no effect.
         for name in kwargs:
             close = difflib.get_close_matches(name, own, n=1, cutoff=0.75)
             if close and not name.endswith("_token_id"):
@@ -142,7 +142,7 @@ class LoopMDMConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        # Every saved folder names its own code, whichever way the model was made.
+        # Every saved folder names its own code, however the model was made.
         model_classes = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
         code = dict.fromkeys(model_classes, "modeling_loopmdm.LoopMDMForMaskedLM")
         kwargs.setdefault("auto_map", {"AutoConfig": "configuration_loopmdm.LoopMDMConfig", **code})
@@ -156,14 +156,14 @@ class LoopMDMConfig(PreTrainedConfig):
         return self.loop_end - self.loop_start
 
     def num_executed_layers(self, num_loops: int) -> int:
-        """Layers that one pass with `num_loops` loops executes: `num_hidden_layers + (num_loops - 1) * |mid|`."""
+        """Number of layers executed in a pass: `num_hidden_layers + (num_loops - 1) * num_mid_layers`."""
         return self.num_hidden_layers + (num_loops - 1) * self.num_mid_layers
 
     def pass_flops(self, num_queries: Any, num_keys: Any, num_last: Any, num_logits: Any, token_loops: Any) -> Any:
         """
-        Floating point operations of the matrix products in one forward pass over one row (a multiply-add is two):
-        `num_queries` positions attend to `num_keys`, the last layer computes `num_last` of them, `num_logits` reach
-        the output head, and mid is applied `token_loops` times to single positions. Numbers or tensors alike.
+        FLOPs of the matrix products in one forward pass over one row (a multiply-add counts as two). `num_queries`
+        positions attend to `num_keys`. The last layer computes `num_last` of them and the output head `num_logits`.
+        `token_loops` is the number of loops summed over positions. All arguments may be numbers or tensors.
         """
         query_size = self.num_attention_heads * self.head_dim
         key_value_size = self.num_key_value_heads * self.head_dim
@@ -172,12 +172,12 @@ class LoopMDMConfig(PreTrainedConfig):
         rest = self.hidden_size * (2 * query_size + mlp_size) + 2 * query_size * num_keys
         once = self.num_hidden_layers - self.num_mid_layers
         layers = (keys_and_values + rest) * (num_queries * once + token_loops * self.num_mid_layers)
-        if self.loop_end < self.num_hidden_layers:  # without a tail the last layer is one of mid and computes all
+        if self.loop_end < self.num_hidden_layers:  # without a tail, the last layer is in mid and computes all
             layers = layers - rest * (num_queries - num_last)
         return 2 * (layers + num_logits * self.hidden_size * self.vocab_size)
 
     def validate_architecture(self):
-        """Part of `@strict`: checks values and how they fit together."""
+        """Checks values and how they fit together; called by `@strict`."""
         if self.head_dim is None and self.num_attention_heads > 0:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) is not a multiple of `num_attention_heads` "
@@ -216,14 +216,14 @@ class LoopMDMConfig(PreTrainedConfig):
         if rope_type not in known:
             raise ValueError(f"`rope_type` is {rope_type!r}; it must be one of {', '.join(sorted(known))}.")
         if rope_type in ("dynamic", "longrope") and self.attention_block_size is not None:
-            # A later block would turn the keys of earlier ones, which are stored, by other frequencies.
+            # A later block would use other frequencies than the stored keys of earlier blocks.
             raise ValueError(
                 f"`rope_type` is {rope_type!r}, whose frequencies depend on the length; block-causal attention "
                 "(`attention_block_size`) needs some that do not, e.g. yarn."
             )
         if self.rope_parameters.get("partial_rotary_factor", 1) != 1:
             raise ValueError("`partial_rotary_factor` is not supported; all of `head_dim` is rotated.")
-        try:  # what the parameters come to, whatever each kind calls them
+        try:  # the values that each kind of RoPE computes from its parameters
             values = [1.0 * self.rope_parameters["rope_theta"]]
             if rope_type != "default":
                 with torch.device("cpu"):  # models are made on the meta device

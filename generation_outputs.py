@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What `generate` reports: its output, and the watchers that gather it and feed a streamer."""
+"""The output of `generate`, and the watchers that collect it and feed a streamer."""
 
 import math
 import time
@@ -16,17 +16,17 @@ from .commit_rules import Block, Canvas, DenoisingStep
 
 @dataclass
 class LoopMDMTraceStep:
-    """What denoising step `step` of block `block` did. Rows that were done already ran no loops."""
+    """Record of denoising step `step` in block `block`. Rows that were already done ran no loops."""
 
     block: int
     step: int
-    loops: torch.LongTensor  # (num_rows,), loops run for every row
+    loops: torch.LongTensor  # (num_rows,), loops run for each row
     committed: torch.BoolTensor  # (num_rows, length), positions filled
-    remasked: torch.BoolTensor  # (num_rows, length), positions sent back to [MASK]
+    remasked: torch.BoolTensor  # (num_rows, length), positions set back to [MASK]
     tokens: torch.LongTensor  # (num_rows, length), the sequences after the step
-    predictions: torch.LongTensor  # (num_rows, length), the token chosen at positions that were [MASK], -1 elsewhere
-    # Of the token chosen at positions that were [MASK], (num_rows, length), NaN elsewhere: its probability under the
-    # raw distribution, and its log-probability under the one that it was drawn from
+    predictions: torch.LongTensor  # (num_rows, length), tokens chosen for the [MASK]s, -1 elsewhere
+    # For the tokens chosen for the [MASK]s, (num_rows, length), NaN elsewhere: the probability under the raw
+    # distribution, and the log-probability under the distribution that the token was drawn from
     confidence: torch.FloatTensor
     log_probs: torch.FloatTensor
 
@@ -38,19 +38,19 @@ class LoopMDMGenerationOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(num_rows, length)`): Input and new tokens.
-        attention_mask (the same): 0 on padding, both of the input and after a row's end, and 1 on tokens. A next call
-            that continues the sequences needs it.
+        attention_mask (the same): 0 on padding of the input and after a row's end, 1 on tokens. A later call that
+            continues the sequences needs it.
         forward_passes, loops, flops (`torch.LongTensor` of shape `(num_rows,)`):
-            The cost of each row: forward passes (a guided step takes two), loops over all of them, and floating point
-            operations of the matrix products (`model.flops`), not counting what fills up shorter rows.
-        seconds (`float`): Wall time of the call. The first call in a process takes longer, so warm up to compare.
-        tokens_per_second (`float`): Denoised tokens of all rows, up to and including the end token, in that time.
+            The cost of each row: forward passes (two per step with guidance), loops of all passes, and floating point
+            operations of the matrix products (`model.flops`), without the filler of shorter rows.
+        seconds (`float`): Wall time of the call. The first call in a process is slower; warm up before comparing.
+        tokens_per_second (`float`): Denoised tokens of all rows per second, up to and including the end token.
         tokens_per_forward (`torch.FloatTensor` of shape `(num_rows,)`): The row's denoised tokens per forward pass.
-        past_key_values ([`LoopMDMCache`], *optional*):
-            With exact caching, all blocks but the last one, for a next call whose input continues the sequences.
+        cache ([`LoopMDMCache`], *optional*):
+            With exact caching, all blocks but the last, for a later call that continues the sequences.
         scores (`tuple[torch.FloatTensor]`, with `output_scores=True`):
-            The scores by which tokens were chosen, after processors and sampling arguments: `(num_rows, vocab_size)`
-            for every column that some row denoises, from left to right; NaN in rows that committed no token there.
+            Scores that tokens were chosen by, after processors and sampling arguments: `(num_rows, vocab_size)` for
+            each column denoised in any row, from left to right; NaN in rows that committed no token there.
         trace (`list[LoopMDMTraceStep]`, with `output_trace=True`): Every denoising step in order.
     """
 
@@ -62,25 +62,25 @@ class LoopMDMGenerationOutput(ModelOutput):
     seconds: float | None = None
     tokens_per_second: float | None = None
     tokens_per_forward: torch.FloatTensor | None = None
-    past_key_values: LoopMDMCache | None = None
+    cache: LoopMDMCache | None = None
     scores: tuple[torch.FloatTensor, ...] | None = None
     trace: list[LoopMDMTraceStep] | None = None
 
 
 class Watcher:
-    """Hears of every denoising step and block once they are written to the canvas, and reports at the end."""
+    """Is called after each denoising step and block is written to the canvas, and reports at the end."""
 
     def __init__(self, canvas: Canvas):
         self.canvas = canvas
 
     def on_step(self, block: Block, step: DenoisingStep, commit: torch.Tensor) -> None:
-        """After a step that committed `commit`, `(N, P)` bool."""
+        """Called after a step that committed `commit`, `(N, P)` bool."""
 
     def on_block(self, block: Block) -> None:
-        """After the last step of a block."""
+        """Called after the last step of a block."""
 
     def end(self) -> dict[str, Any]:
-        """Fields of the [`LoopMDMGenerationOutput`]."""
+        """Returns fields of the [`LoopMDMGenerationOutput`]."""
         return {}
 
 
@@ -154,28 +154,37 @@ class Stream(Watcher):
 
     def __init__(self, canvas, streamer: BaseStreamer):
         super().__init__(canvas)
-        self.streamer = streamer
+        self.streamer, self.takes_confidence = streamer, getattr(streamer, "takes_confidence", False)
+        # Of the token chosen last for every column, its probability; NaN where none was
+        self.confidence = torch.full(canvas.sequences.shape[1:], math.nan, device=canvas.sequences.device)
         self.sent = int(canvas.to_denoise[0].long().argmax())
-        # Also where the prompt is empty: `skip_prompt` drops whatever comes first.
-        streamer.put(self._tokens(0, self.sent))
+        # Even if the prompt is empty, since `skip_prompt` drops the first call.
+        streamer.put(self._real(canvas.sequences[0], 0, self.sent))
 
-    def _tokens(self, start: int, stop: int) -> torch.Tensor:
-        return self.canvas.sequences[0, start:stop][self.canvas.real[0, start:stop]].cpu()
+    def _real(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Those of columns that are not padding."""
+        return values[start:stop][self.canvas.real[0, start:stop]].cpu()
 
     def _end_of(self, block: Block) -> int:
-        """Column behind a block and the given tokens that follow it."""
+        """Column after a block and the given tokens that follow it."""
         later = self.canvas.block_of[0] > block.index
         return int(later.long().argmax()) if bool(later.any()) else len(later)
 
     def _put(self, stop: int) -> None:
-        tokens = self._tokens(self.sent, stop)
+        tokens = self._real(self.canvas.sequences[0], self.sent, stop)
         self.sent = max(self.sent, stop)
         if len(tokens) > 0:
             self.streamer.put(tokens)
 
     def on_step(self, block, step, commit):
-        if hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(self._tokens(self.sent, self._end_of(block)))
+        if not hasattr(self.streamer, "put_draft"):
+            return
+        stop, known = self._end_of(block), {}
+        if self.takes_confidence:
+            chosen = step.masked[0]
+            self.confidence[step.columns[0, chosen]] = step.log_probs[0, chosen].exp()
+            known["confidence"] = self._real(self.confidence, self.sent, stop)
+        self.streamer.put_draft(self._real(self.canvas.sequences[0], self.sent, stop), **known)
 
     def on_block(self, block):
         self._put(min(self._end_of(block), int(self.canvas.ends[0]) + 1))
@@ -187,7 +196,7 @@ class Stream(Watcher):
 
 
 def make_watchers(canvas: Canvas, streamer: BaseStreamer | None) -> list[Watcher]:
-    """The watchers that the generation config asks for."""
+    """Makes the watchers that the generation config needs."""
     config = canvas.config
     wanted = {Cost: True, Trace: config.output_trace, Scores: config.output_scores}
     watchers = [kind(canvas) for kind, is_wanted in wanted.items() if is_wanted]

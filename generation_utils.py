@@ -1,10 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Text generation by masked diffusion: [MASK] tokens are predicted all at once and committed over denoising steps.
+"""Text generation by masked diffusion: [MASK] tokens are predicted in parallel and committed over several steps.
 
-The file reads top to bottom: the generation config, the denoiser (the one place that calls the model), and
-[`LoopMDMGenerationMixin`] with `generate`. commit_rules.py has the canvas and the rules that choose what a step
-commits, cache_utils.py the plans of what it computes and what it reads from a cache, and generation_outputs.py what is
-reported.
+This file has the generation config, the denoiser (the only place that calls the model), and [`LoopMDMGenerationMixin`]
+with `generate`. The canvas and the rules that choose which tokens a step commits are in commit_rules.py, the plans of
+what a step computes and what it reads from a cache in cache_utils.py, and the outputs in generation_outputs.py.
 """
 
 import contextlib
@@ -29,24 +28,26 @@ from .generation_outputs import LoopMDMGenerationOutput, make_watchers
 from .loop_policies import LoopPolicy, resolve_policy
 from .weight_files import HUB_OPTIONS
 
-# What other samplers call our arguments, and arguments of autoregressive generation that cannot work here.
+# Names of our arguments in other samplers, and arguments of autoregressive generation that cannot work here.
 OTHER_NAMES = {
+    **dict.fromkeys(("no_repeat_ngram_size", "repetition_penalty", "sequence_bias"), "use a `logits_processor`"),
+    **dict.fromkeys(("min_length", "min_new_tokens"), "use `eos_penalty`, which holds back end tokens"),
     "alg": "`unmasking` chooses the commit rule",
+    "bad_words_ids": "use `suppress_tokens`, or a `logits_processor`",
     "block_size": "use `block_length`",
+    "cache": "use `past_key_values`",
     "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
     "diffusion_steps": "use `max_denoising_steps`, the steps per block",
     "dual_cache": 'use `cache_implementation="dual"`',
     "gen_length": "use `max_new_tokens`",
-    "inputs": "use `input_ids`",
+    **dict.fromkeys(("inputs", "inputs_embeds"), "use `input_ids`"),
     "mask_id": "the mask token is `config.mask_token_id`",
     "max_time": "use `stopping_criteria` with transformers' MaxTimeCriteria",
     "max_tokens": "use `max_new_tokens`",
-    "min_new_tokens": "use `eos_penalty`, which holds back end tokens",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
     "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
-    "repetition_penalty": "use a `logits_processor`",
     "right_shift_logits": "the model's `config.shift_logits` says so",
     "steps": "use `max_denoising_steps`, the steps per block",
     "steps_per_block": "use `max_denoising_steps`",
@@ -54,11 +55,11 @@ OTHER_NAMES = {
     "threshold": "use `confidence_threshold`",
     "use_block_cache": "use `cache_implementation`",
 }
-# Values of transformers' arguments that ask for nothing, as None, 0 and False do, and are accepted.
+# Values of transformers' arguments that have no effect, like None, 0 and False, and are therefore accepted.
 NEUTRAL_VALUES = {"disable_compile": True, "use_model_defaults": True, "num_beams": 1, "num_beam_groups": 1}
 NEUTRAL_VALUES |= dict.fromkeys(("length_penalty", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), 1)
 TRANSFORMERS_NAMES = {*GenerationConfig().__dict__, *inspect.signature(GenerationMixin.generate).parameters}
-# How tokens are drawn, in transformers' order, each with the value that changes nothing. They need `do_sample=True`.
+# Sampling arguments in transformers' order, each with its neutral value. They need `do_sample=True`.
 SAMPLING = {
     "temperature": (logits_process.TemperatureLogitsWarper, 1),
     "top_k": (logits_process.TopKLogitsWarper, None),
@@ -73,82 +74,82 @@ logger = logging.get_logger(__name__)
 
 class LoopMDMGenerationConfig(GenerationConfig):
     r"""
-    Arguments of [`LoopMDMGenerationMixin.generate`]. Unknown names and bad values raise a ValueError; arguments of
-    transformers' own `generate` are accepted where their value asks for nothing (`num_beams=1`, `top_k=0`).
+    Arguments of [`LoopMDMGenerationMixin.generate`]. Unknown names and bad values raise a ValueError. Arguments of
+    transformers' own `generate` are accepted if their value has no effect (`num_beams=1`, `top_k=0`).
 
     Args:
         max_new_tokens (`int`, *optional*):
-            Tokens to append. By default 20, with a warning, or none if the input holds [MASK]s to fill in.
-        max_length (`int`, *optional*): Length of input (with padding) and new tokens, without `max_new_tokens`.
+            Number of tokens to append. By default 20, with a warning, or 0 if the input contains [MASK]s to fill in.
+        max_length (`int`, *optional*): Length of input (with padding) plus new tokens, instead of `max_new_tokens`.
         stop_strings (`str` or `list[str]`, *optional*):
-            A row ends at the token that completes the first of these texts; `generate` needs the `tokenizer`.
+            A row ends at the token that first completes one of these texts; `generate` then needs the `tokenizer`.
 
         > Cost and quality
 
         num_loops (`int` or `list[int]`, defaults to `config.num_loops`):
-            How often a forward pass applies mid. A list gives one number for each denoising step of a block, and its
-            last element serves all further steps.
+            How often a forward pass applies mid. A list has one number per denoising step of a block; its last element
+            is used for all further steps.
         loop_tolerance (`float`, *optional*):
             Adaptive loops: a row stops looping when the relative change of its hidden state falls below this.
         visible_loops (`int`, *optional*):
-            The most loops of tokens that are not [MASK]. The [MASK]s go on looping, and attend to them.
+            Maximum number of loops for tokens that are not [MASK]. [MASK]s loop further, and still attend to them.
         loop_policy ([`LoopPolicy`], *optional*): An exit rule of your own.
         block_length (`int`, *optional*):
-            Positions that are denoised together; blocks follow one another from left to right. By default all
-            positions form one block. A block-causal model takes multiples of `config.attention_block_size`, counted
-            from position 0, and by default one of them.
+            Number of positions that are denoised together; blocks are denoised from left to right. By default, all
+            positions form one block. For a block-causal model it must be a multiple of `config.attention_block_size`,
+            which is then the default, and blocks are counted from position 0.
         max_denoising_steps (`int`, *optional*):
-            The most forward passes per block. By default there is one for every [MASK], and each commits one token.
+            Maximum number of denoising steps per block. By default one per [MASK], so that each commits one token.
         use_cache (`bool`, *optional*):
-            Block-causal models keep the keys and values of finished blocks, which is exact, if every step has the
-            same `num_loops`; `False` computes them again. It has no effect on other models.
+            Block-causal models cache the keys and values of finished blocks, which is exact, if all steps have the
+            same `num_loops`; `False` recomputes them. It has no effect on other models.
         cache_implementation (`"prefix"`, `"dual"` or a subclass of [`CachePlan`], *optional*):
             An approximation for attention over the whole sequence (Fast-dLLM, arXiv 2505.22618). The first step of a
-            block computes everything. The others compute only the block (`"dual"`), or the block and what follows it
-            (`"prefix"`), and read the keys and values of the rest as the first step left them.
-        cache_refresh_interval (`int`, *optional*): Steps between passes over everything; by default one a block.
+            block computes everything. Later steps compute only the block (`"dual"`), or the block and everything after
+            it (`"prefix"`), and reuse the other keys and values of the first step.
+        cache_refresh_interval (`int`, *optional*): Steps between passes over everything; by default one per block.
 
-        > What a step commits
+        > Committing and remasking
 
         unmasking (`str` or [`CommitRule`], defaults to `"confidence"`):
-            Order of commitment: `"confidence"` (probability of the chosen token), `"margin"` (over the second most
-            likely one), `"entropy"` (lowest first), `"random"`, `"left_to_right"`; each commits an equal share of the
-            block a step. `"ancestral"` is the exact reverse process: every [MASK] opens independently, with
-            probability 1 / (steps left), and its token is sampled at temperature 1.
+            Order of commitment: `"confidence"` (probability of the chosen token), `"margin"` (between the two most
+            likely tokens), `"entropy"` (lowest first), `"random"` or `"left_to_right"`; each step commits an equal
+            share of the block. `"ancestral"` is the exact reverse process: every [MASK] is committed independently,
+            with probability 1 / (steps left), and its token is sampled at temperature 1.
         confidence_threshold (`float` in (0, 1], *optional*):
-            Also commit every position whose chosen token is at least this likely (Fast-dLLM).
+            Also commit every position whose chosen token has at least this probability (Fast-dLLM).
         entropy_bound (`float`, *optional*):
-            Also commit the positions of lowest entropy, as long as the sum of their entropies without the largest
-            one, in nats, stays within the bound (arXiv 2505.24857).
+            Also commit the positions of lowest entropy, as long as the sum of their entropies in nats, without the
+            largest one, stays within this bound (arXiv 2505.24857).
         remask_probability (`float` in [0, 1], defaults to 0.0):
-            Remasking sampler (ReMDM, arXiv 2503.00307, "cap" schedule): at each step every token committed earlier in
-            the block goes back to [MASK] with this probability, which falls towards the end. All
-            `max_denoising_steps` are run then, and there may usefully be more of them than [MASK]s.
+            Remasking sampler (ReMDM, arXiv 2503.00307, "cap" schedule): at each step, every token committed earlier in
+            the block is set back to [MASK] with this probability, which decreases towards the end. All
+            `max_denoising_steps` are then run, and it can help to have more of them than [MASK]s.
         eos_penalty (`float`, defaults to 0.0):
-            Lowers the confidence and the margin, and raises the entropy, where the chosen token ends the sequence, so
-            that end tokens are not committed too early. It does not change which tokens are chosen.
+            Lowers the confidence and the margin, and raises the entropy, if the chosen token is an end token, so that
+            end tokens are not committed too early. It does not change which tokens are chosen.
 
         > Sampling
 
         do_sample (`bool`, defaults to `False`): Draw tokens instead of choosing the most likely one.
         temperature (`float`, defaults to 1.0), top_k (`int`), top_p (`float`), min_p (`float`):
-            As in transformers, with `do_sample=True`. Confidence is read from the raw distribution even so.
-        num_return_sequences (`int`, defaults to 1): Independent answers per row; something must be random.
+            As in transformers, with `do_sample=True`. Confidence still comes from the raw distribution.
+        num_return_sequences (`int`, defaults to 1): Independent answers per row, which need a source of randomness.
         guidance_scale (`float`, *optional*):
-            Classifier-free guidance: the logits are `uncond + guidance_scale * (cond - uncond)`, where the
-            unconditional pass sees [MASK] in place of every given token. It doubles the cost; 1 switches it off.
+            Classifier-free guidance: the logits are `uncond + guidance_scale * (cond - uncond)`, and the
+            unconditional pass sees [MASK] instead of every given token. It doubles the cost; 1 turns it off.
 
         > Special tokens and output
 
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*):
             A row ends at a committed end token with no [MASK] before it and no given token after it; padding follows.
-        suppress_tokens (`list[int]`, *optional*): Tokens that are never produced, such as ids without a text.
+        suppress_tokens (`list[int]`, *optional*): Tokens that are never generated, such as ids without text.
         return_dict_in_generate (`bool`, defaults to `False`): Return a [`LoopMDMGenerationOutput`].
         output_scores, output_trace (`bool`, default to `False`):
-            Add the scores of the tokens, or a record of every step, to that output.
+            Add the scores of the tokens, or a record of every step, to the output.
     """
 
-    # For every name the default, the type, and the range of numbers; a lower end of EPSILON means "above 0".
+    # The default, type and range of every argument; a lower bound of EPSILON means "above 0".
     EPSILON = 1e-12
     FIELDS = {
         **dict.fromkeys(("max_new_tokens", "pad_token_id", "bos_token_id"), (None, int, 0)),
@@ -172,7 +173,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
     }
 
     def __init__(self, **kwargs):
-        # Not `super().__init__`: it sets the arguments of autoregressive generation and keeps unknown ones.
+        # Not `super().__init__`, which sets the arguments of autoregressive generation and keeps unknown ones.
         for name, (default, *_) in self.FIELDS.items():
             setattr(self, name, kwargs.pop(name, default))
         for name in ("transformers_version", "_from_model_config", "_commit_hash"):
@@ -182,7 +183,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
     def validate(self, strict: bool = False, **kwargs):
         """Raises a ValueError for the first value that is out of range or does not fit the others."""
-        if self.top_k == 0:  # transformers' way to say none
+        if self.top_k == 0:  # in transformers, 0 means none
             self.top_k = None
         for name, (default, *limits) in self.FIELDS.items():
             value = getattr(self, name)
@@ -193,6 +194,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
         for name in ("eos_token_id", "suppress_tokens"):
             for token in _as_list(getattr(self, name)):
                 check_argument(name, token, int, 0)
+        if not all(isinstance(text, str) and text for text in _as_list(self.stop_strings)):
+            raise ValueError(f"`stop_strings` is {self.stop_strings!r}; give a text that is not empty, or several.")
         loops = [check_num_loops(value) for value in _as_list(self.num_loops)]
         if (self.num_loops is not None and not loops) or len(loops) > (self.max_denoising_steps or len(loops)):
             steps = self.max_denoising_steps
@@ -203,7 +206,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         self._validate_combinations()
 
     def _validate_combinations(self):
-        """Checks arguments that exclude or need one another."""
+        """Checks arguments that exclude or need each other."""
         rule, wrong = self.commit_rule(), None
         parallel = [name for name in PARALLEL_RULES if getattr(self, name) is not None]
         idle = [name for name in SAMPLING if getattr(self, name) != self.FIELDS[name][0] and not self.do_sample]
@@ -224,7 +227,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             raise ValueError(f"{wrong}.")
 
     def validate_for(self, model_config: Any) -> None:
-        """Raises a ValueError for what a model of this [`LoopMDMConfig`] cannot do."""
+        """Raises a ValueError for arguments that a model with this [`LoopMDMConfig`] does not support."""
         size, wrong = model_config.attention_block_size, None
         if size is not None and self.cache_implementation is not None:
             wrong = "this block-causal model caches exactly, so `cache_implementation` would only lose; leave it out"
@@ -242,7 +245,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             raise ValueError(f"{wrong}.")
 
     def commit_rule(self) -> CommitRule:
-        """The rule that the arguments describe."""
+        """Makes the commit rule that the arguments describe."""
         rule = COMMIT_RULES[self.unmasking]() if isinstance(self.unmasking, str) else self.unmasking
         for name, parallel_rule in PARALLEL_RULES.items():
             if getattr(self, name) is not None:
@@ -250,7 +253,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         return rule
 
     def warpers(self) -> LogitsProcessorList:
-        """transformers' processors for the sampling arguments, in its order."""
+        """Makes transformers' processors for the sampling arguments, in transformers' order."""
         warpers = LogitsProcessorList()
         for name, (warper, neutral) in SAMPLING.items():
             value = getattr(self, name)
@@ -273,7 +276,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_pretrained(cls, name, *args, **kwargs) -> "LoopMDMGenerationConfig":
-        """As in transformers, but a damaged file raises a ValueError; an OSError says that there is none."""
+        """As in transformers, but a damaged file raises a ValueError. A missing file raises an OSError."""
         try:
             return super().from_pretrained(name, *args, **kwargs)
         except (OSError, TypeError, AttributeError, RecursionError) as error:
@@ -284,14 +287,14 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
-        """The special tokens of a model's config, and defaults for everything else."""
+        """Takes the special tokens from a model's config, and defaults for everything else."""
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
         values = model_config if isinstance(model_config, dict) else model_config.to_dict()
         return cls(**{name: values.get(name) for name in names}, _from_model_config=True)
 
 
 def check_argument(name: str, value: Any, kind: Any, low: Any = None, high: Any = math.inf) -> None:
-    """Raises a ValueError where `value` is not of the `kind`, or not a finite number from `low` to `high`."""
+    """Raises a ValueError if `value` is not of type `kind`, or not a finite number from `low` to `high`."""
     accepted = int | float if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"`{name}` is {value!r}; it must be of type {getattr(kind, '__name__', kind)}.")
@@ -302,7 +305,7 @@ def check_argument(name: str, value: Any, kind: Any, low: Any = None, high: Any 
 
 
 def reject_unknown(arguments: dict[str, Any]) -> None:
-    """Raises a ValueError that names the first argument that `generate` does not take, and what to use instead."""
+    """Raises a ValueError that names the first unknown argument of `generate`, and what to use instead."""
     for name, value in arguments.items():
         is_neutral = not isinstance(value, torch.Tensor) and (not value or value == NEUTRAL_VALUES.get(name))
         if name in TRANSFORMERS_NAMES | NEUTRAL_VALUES.keys() and is_neutral:
@@ -331,11 +334,11 @@ class Denoiser:
         config, block_size = self.config, model.config.attention_block_size
         self.loops = _as_list(config.num_loops) or [model.config.num_loops]
         self.copies = 1 if config.guidance_scale in (None, 1) else 2
-        # Whether finished blocks are stored: their keys and values are those of one number of loops.
+        # Whether finished blocks are stored; a cache holds keys and values for one number of loops.
         is_constant = isinstance(config.num_loops, int | None)
         self.is_exact = block_size is not None and config.use_cache is not False and is_constant
-        # Whether a block may loop in another way than finished text does (with `shift_logits` a token before a [MASK]
-        # loops with it). That needs a cache within a step even where none is kept, as finished text runs all loops.
+        # Whether a block may run other loops than finished text (with `shift_logits`, a token before a [MASK] loops
+        # with it). This needs a cache within a step even if none is kept, since finished text runs all loops.
         visible_counts = config.visible_loops is not None and model.config.shift_logits
         is_adaptive = config.loop_tolerance is not None or config.loop_policy is not None or visible_counts
         has_exits = block_size is not None and is_adaptive
@@ -349,7 +352,7 @@ class Denoiser:
             self.plan.cache = cache
 
     def _check_cache(self, cache: Any) -> None:
-        """Raises a ValueError if a cache that was given does not fit this call."""
+        """Raises a ValueError if the given cache does not fit this call."""
         if not isinstance(cache, LoopMDMCache) or cache.share_loops or not self.is_exact or self.copies > 1:
             raise ValueError(
                 "`past_key_values` must be a LoopMDMCache with a place for every loop, and serves block-causal models "
@@ -360,7 +363,7 @@ class Denoiser:
         cache.check_tokens(canvas.sequences.gather(1, canvas.column_of), canvas.lengths)
 
     def finished_cache(self) -> LoopMDMCache | None:
-        """The cache of finished blocks, if a next call can use it."""
+        """Returns the cache of finished blocks, if a later call can use it."""
         cache = self.plan.cache
         if not self.is_exact or self.copies > 1:
             return None
@@ -372,7 +375,7 @@ class Denoiser:
         return self.loops[min(step, len(self.loops) - 1)]
 
     def predict(self, block: Block, step: DenoisingStep) -> None:
-        """Fills in the logits of a step, and their cost for each row."""
+        """Fills in the logits of a step, and the cost for each row."""
         canvas, rows = self.canvas, torch.tensor(step.row_list)
         if self.plan.has_exits and not self.is_exact:
             self.plan.cache = self.plan.make_cache(self.num_loops(step.index), self.config.visible_loops)
@@ -386,14 +389,14 @@ class Denoiser:
 
     def _run(self, forward_pass: ForwardPass, step: DenoisingStep) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and the loops, the
-        forward passes and the FLOPs of each row, `(3, N)`.
+        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and the loops, forward
+        passes and FLOPs of each row, `(3, N)`.
         """
         canvas, config, model_config = self.canvas, self.config, self.model.config
         device, copies = canvas.sequences.device, self.copies
         host = torch.stack((forward_pass.rows, forward_pass.starts, forward_pass.stops, forward_pass.reach))
         rows, starts, stops, reach = host.to(device)
-        # Positions of the rows, and the columns that they stand in. Shorter rows are filled up.
+        # Positions of the rows, and their columns. Shorter rows are filled up.
         width = int((forward_pass.stops - forward_pass.starts).max())
         is_even = bool((host[1:3] == host[1:3, :1]).all())
         positions = starts[:, None] + torch.arange(width, device=device)
@@ -401,7 +404,7 @@ class Denoiser:
         positions = torch.minimum(positions, stops[:, None] - 1)
         columns = canvas.column_of[rows].gather(1, positions)
         input_ids = canvas.sequences[rows].gather(1, columns)
-        exits, wanted, num_wanted = {}, rows.new_zeros(len(rows), 1), copies  # one, as attention of none fails
+        exits, wanted, num_wanted = {}, rows.new_zeros(len(rows), 1), copies  # one query, as attention fails with none
         if forward_pass.predicts:
             exits = {"loop_tolerance": config.loop_tolerance, "loop_policy": config.loop_policy}
             wanted = (canvas.position_of[rows].gather(1, step.columns) - starts[:, None]).clamp(min=0, max=width - 1)
@@ -440,8 +443,8 @@ class Denoiser:
 
 class ReusingDenoiser(Denoiser):
     """
-    For rules that may commit nothing. Rows that the last step did not change keep their scores, as computing them
-    again would give the same.
+    For rules that may commit nothing. Rows that the last step did not change keep their logits, since computing them
+    again would give the same result.
     """
 
     last: tuple[Block, DenoisingStep, torch.Tensor] | None = None
@@ -471,12 +474,12 @@ class ReusingDenoiser(Denoiser):
 
 
 def choose(canvas: Canvas, step: DenoisingStep, processors, warpers, draws: bool) -> None:
-    """Fills in the scores and the tokens of a step: the most likely ones, or with `draws` sampled ones."""
+    """Fills in the scores and tokens of a step: the most likely tokens, or sampled ones with `draws`."""
     scores = step.logits
     if len(processors) > 0:
         scores = scores.clone()  # confidence is read from `logits`
         for i, row in enumerate(step.row_list):
-            # The row's own tokens and positions alone, so that neither padding nor other rows matter
+            # Only the row's own tokens and positions, so that padding and other rows have no effect
             tokens, counted = canvas.sequences[row][canvas.real[row]], step.counted[i]
             scores[i, counted] = processors(tokens.expand(int(counted.sum()), -1), scores[i, counted])
     if len(warpers) > 0:
@@ -498,20 +501,22 @@ class LoopMDMGenerationMixin(GenerationMixin):
 
     Arguments of `generate`:
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
-            Prompt, padded on either side; [MASK] tokens in it are filled in.
+            Prompt, padded on either side. Its [MASK] tokens are filled in.
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
-            0 on padding. By default `pad_token_id` is padding. If it is an end or start token too, it is taken for
-            text, and rows that begin or end with different numbers of it are refused.
-        generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, which may be given by name.
+            0 on padding. By default, `pad_token_id` is padding. If it is also an end or start token, it counts as
+            text, and rows that begin or end with different numbers of it raise an error.
+        generation_config ([`LoopMDMGenerationConfig`], *optional*): All other arguments, also accepted by name.
         logits_processor (`LogitsProcessorList`, *optional*):
             Called for every row on its tokens without padding, `(num_positions, length)`, and the scores of the
-            block's [MASK]s, `(num_positions, vocab_size)`, before the sampling arguments apply. Confidence does not
-            see the result.
+            block's [MASK]s, `(num_positions, vocab_size)`, before the sampling arguments apply. The result does not
+            affect confidence.
         stopping_criteria (`StoppingCriteriaList`, *optional*):
-            Checked after every block, once for each of its tokens. A row that they stop is padded from there on.
+            Checked after every block, once for each of its tokens. A row is padded after the token that stops it.
         streamer (`BaseStreamer`, *optional*):
-            Gets the prompt and every finished block of the only row. If it has a `put_draft`
-            (`TextDiffusionStreamer`), it also gets a draft of the block after each step.
+            Receives the prompt and every finished block; needs a single row. If it has a `put_draft`
+            (`TextDiffusionStreamer`), it also receives a draft of the block after each step. If its
+            `takes_confidence` is True, `put_draft` also gets `confidence`, the raw probability of the token chosen
+            last for each position, NaN where none was.
         generator (`torch.Generator`, or a `list` with one per row of the output, *optional*): Source of randomness.
         past_key_values ([`LoopMDMCache`], *optional*):
             The cache of an earlier call whose sequences the input continues (block-causal models only). The call
@@ -534,19 +539,19 @@ class LoopMDMGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> torch.LongTensor | LoopMDMGenerationOutput:
         r"""
-        Denoises the [MASK] tokens of `input_ids` in place, then those of `max_new_tokens` new positions behind it:
+        Denoises the [MASK] tokens of `input_ids`, and of `max_new_tokens` new positions after them:
 
-        1. Read the arguments: `kwargs` over `generation_config`, or over the model's own where none is given.
-        2. Lay out the canvas: input, new positions as [MASK], and the blocks that they fall into.
+        1. Read the arguments: `kwargs` override `generation_config`, or the model's own if none is given.
+        2. Lay out the canvas: input, new positions as [MASK], and the division into blocks.
         3. For every block, from left to right, and every denoising step:
             a. Predict: one forward pass of the rows that still have a [MASK] in the block.
             b. Choose a token for every [MASK] of the block.
-            c. Commit those that the commit rule picks; send some earlier ones back (`remask_probability`).
+            c. Commit the tokens that the commit rule selects; remask some earlier ones (`remask_probability`).
             d. End the rows that have reached their end token.
-        4. Pad behind the ends and return the sequences, `(batch_size * num_return_sequences, length + new tokens)`, or
-           with `return_dict_in_generate=True` a [`LoopMDMGenerationOutput`].
+        4. Pad after the ends and return the sequences, `(batch_size * num_return_sequences, length + new tokens)`, or
+           a [`LoopMDMGenerationOutput`] with `return_dict_in_generate=True`.
 
-        With greedy decoding, or one generator per row, neither other rows nor padding change a row's result.
+        With greedy decoding, or one generator per row, other rows and padding do not change a row's result.
         """
         # 1. Read the arguments
         self._check_adapters()
@@ -569,7 +574,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     break
                 denoiser.predict(block, step)
                 choose(canvas, step, processors, warpers, config.do_sample or rule.draws_tokens)
-                commit = rule(step) & step.masked  # a rule of one's own may mark fillers, which are given tokens
+                commit = rule(step) & step.masked  # a custom rule may mark fillers, which are given tokens
                 canvas.commit(step, commit)
                 canvas.end_at(eos_token_ids)
                 for watcher in watchers:
@@ -579,7 +584,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             for watcher in watchers:
                 watcher.on_block(block)
 
-        # 4. Pad behind the ends, and report
+        # 4. Pad after the ends, and report
         fills = (config.pad_token_id, self.config.pad_token_id, *eos_token_ids, int(canvas.mask_token_id == 0))
         fill = next(token for token in fills if token is not None)
         sequences = canvas.sequences.masked_fill(canvas.behind & canvas.to_denoise, fill)
@@ -587,10 +592,10 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if not config.return_dict_in_generate:
             return sequences
         real = (canvas.real & ~canvas.behind).long()
-        return LoopMDMGenerationOutput(sequences, real, past_key_values=denoiser.finished_cache(), **report)
+        return LoopMDMGenerationOutput(sequences, real, cache=denoiser.finished_cache(), **report)
 
     def _check_adapters(self, use: str = "`generate`") -> None:
-        """Raises a ValueError where PEFT changes a forward pass in a way that does not fit one over some positions."""
+        """Raises a ValueError if PEFT changes forward passes in a way that fails if they cover only some positions."""
         wrong, adapters = None, getattr(self, "peft_config", {}).values()
         if getattr(self.prepare_inputs_for_generation, "__self__", self) is not self:
             wrong = "soft prompts (prompt, prefix or P-tuning)"
@@ -600,7 +605,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             raise ValueError(f"{use} cannot apply {wrong}; use LoRA.")
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
-        """The arguments of a call, and an empty dict, as transformers 5.17's pipelines expect."""
+        """Returns the arguments of a call and an empty dict, as transformers 5.17's pipelines expect."""
         config_class = self.generation_config_class
         config = self.generation_config if generation_config is None else generation_config
         config = copy.deepcopy(config) if hasattr(config, "FIELDS") else config_class.from_dict(config.to_diff_dict())
@@ -609,7 +614,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             if getattr(config, name) is None:
                 setattr(config, name, getattr(self.generation_config, name))
         if kwargs.get("do_sample") is False:
-            # Greedy on request, whatever way of sampling the config describes.
+            # Greedy on request, whatever sampling arguments the config has.
             for name in SAMPLING:
                 setattr(config, name, kwargs.get(name, config_class.FIELDS[name][0]))
         config.update(**{name: kwargs.pop(name) for name in config_class.FIELDS if name in kwargs})
@@ -620,7 +625,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return config, {}
 
     def _prepare_canvas(self, config, input_ids, attention_mask, generator, streamer) -> Canvas:
-        """Checks the input, repeats its rows for `num_return_sequences`, and puts [MASK]s behind it."""
+        """Checks the input, repeats its rows for `num_return_sequences`, and appends [MASK]s."""
         real = self._check_input(config, input_ids, attention_mask)
         input_ids, length, mask_token_id = input_ids.long(), input_ids.shape[1], self.config.mask_token_id
         has_masks, limit = bool((real & (input_ids == mask_token_id)).any()), self.config.max_position_embeddings
@@ -650,6 +655,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
             wrong = f"`generator` holds {len(generator)} generators for {num_rows} rows; give one for each"
         elif not all(isinstance(one, torch.Generator) for one in generators):
             wrong = f"`generator` is {generator!r}; it must be a torch.Generator, or a list with one per row"
+        elif len({*map(id, generators)}) < len(generators):
+            wrong = "`generator` holds one generator several times, which would tie rows together; give each its own"
         elif streamer is not None and num_rows != 1:
             wrong = f"`streamer` shows one row, and there are {num_rows}; generate them one by one"
         if wrong is not None:
@@ -659,7 +666,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         return Canvas(*rows, config, self.config, generator)
 
     def _check_input(self, config, input_ids, attention_mask) -> torch.BoolTensor:
-        """Which tokens are real, `(batch_size, length)`."""
+        """Checks the input and returns which tokens are real, `(batch_size, length)`."""
         for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
             if not isinstance(value, torch.Tensor) and not (value is None and name == "attention_mask"):
                 raise ValueError(f'`{name}` is a {type(value).__name__}; give a tensor (`return_tensors="pt"`).')
@@ -691,7 +698,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _prepare_lists(config, logits_processor, stopping_criteria, tokenizer):
-        """The processors and criteria of the call, and a criterion for `stop_strings`."""
+        """Returns the processors and criteria of the call, with a criterion for `stop_strings`."""
         for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
             if not isinstance(value, list | tuple | None) or not all(map(callable, value or ())):
                 raise ValueError(f"`{name}` is {value!r}; give a list of transformers' objects for it, or none.")
@@ -699,18 +706,22 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if config.stop_strings:
             if tokenizer is None:
                 raise ValueError("`stop_strings` needs the `tokenizer`; give both to `generate`.")
-            criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+            try:
+                criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+            except Exception as error:  # the tokenizers library raises a plain Exception
+                wrong = f"`stop_strings` is {config.stop_strings!r}, which this tokenizer cannot look for ({error})"
+                raise ValueError(f"{wrong}; use `stopping_criteria`.") from error
         return LogitsProcessorList(logits_processor or []), criteria
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
     ):
-        """Reads generation_config.json when a model is loaded; transformers' own would make a plain config of it."""
+        """Reads generation_config.json when a model is loaded; transformers would make a plain GenerationConfig."""
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_diff_dict())
         elif pretrained_model_name_or_path is not None:
             # Without the file, the config made from the model's config stays. `kwargs` override the model's config.
-            # Of a damaged one our `from_pretrained` says so.
+            # Our `from_pretrained` reports a damaged file.
             with contextlib.suppress(OSError):
                 self.generation_config = self.generation_config_class.from_pretrained(
                     pretrained_model_name_or_path, **dict(zip(HUB_OPTIONS, args, strict=False))

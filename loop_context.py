@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What the layers of a forward pass need besides the states (positions and masks), and the checks of its inputs."""
+"""Positions and masks that the layers of a forward pass share, and the checks of its inputs."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,23 +13,23 @@ from .cache_utils import CacheView
 
 @dataclass
 class LoopContext:
-    """What the layers of one forward pass need besides the states of its N rows and Q positions."""
+    """The inputs of the layers in one forward pass over N rows and Q positions, apart from the hidden states."""
 
-    attention_mask: Any = None  # as the attention implementation takes it; None: everything is seen
+    attention_mask: Any = None  # in the attention implementation's format; None: full attention
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # each (1 or N, Q, head_dim)
     cache: CacheView | None = None
     real: torch.BoolTensor | None = None  # (N, Q), False on padding
-    masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and what predicts them; None where embeddings came
-    queries: torch.LongTensor | None = None  # (N, P), positions whose output is wanted; None: all
-    arguments: dict[str, Any] = field(default_factory=dict)  # more of them, for the attention implementation
+    masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and their predictors; None with `inputs_embeds`
+    queries: torch.LongTensor | None = None  # (N, P), positions to compute outputs for; None: all
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones, for the attention implementation
 
     @property
     def can_narrow(self) -> bool:
-        """Whether rows and queries can be picked from the mask, as from those of sdpa and eager attention."""
+        """Whether rows and queries can be selected from the mask, as in sdpa and eager attention."""
         return self.attention_mask is None or getattr(self.attention_mask, "ndim", 0) == 4
 
     def narrow(self, rows, positions=None, real=None) -> "LoopContext":
-        """For some rows, `(M,)`, and some positions of each, `(M, P)`, which are filler where `real` is False."""
+        """Selects rows, `(M,)`, and positions of each, `(M, P)`; positions with `real` False are filler."""
 
         def pick(values: torch.Tensor | None) -> torch.Tensor | None:
             return values if values is None or values.shape[0] == 1 else values[rows]
@@ -46,7 +46,7 @@ class LoopContext:
 
 
 def narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.Tensor | None:
-    """The mask, `(1 or batch_size, heads, length, keys)`, of the `queries`, `(batch_size, num_queries)`."""
+    """Selects `queries`, `(batch_size, num_queries)`, from a mask `(1 or batch_size, heads, length, keys)`."""
     if mask is None or mask.shape[2] == 1:
         return mask
     index = queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
@@ -54,21 +54,21 @@ def narrow_mask(mask: torch.Tensor | None, queries: torch.LongTensor) -> torch.T
 
 
 def take_positions(values: torch.Tensor, positions: torch.LongTensor) -> torch.Tensor:
-    """Of `values`, `(1 or batch_size, length, size)`, the rows at `positions`, `(batch_size, num_positions)`."""
-    # `gather`, since dynamic shapes of `take_along_dim` cannot be exported.
+    """Selects `positions`, `(batch_size, num_positions)`, from `values`, `(1 or batch_size, length, size)`."""
+    # `gather`, because `take_along_dim` cannot be exported with dynamic shapes.
     index = positions[..., None].expand(-1, -1, values.shape[-1])
     return values.expand(positions.shape[0], -1, -1).gather(1, index)
 
 
 def document_starts(document_ids: torch.LongTensor) -> torch.BoolTensor:
-    """Where a row's documents begin, `(batch_size, sequence_length)`, given the id of every token's document."""
+    """Marks the first token of every document, `(batch_size, sequence_length)`, given each token's document id."""
     return nn.functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
 
 
 def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
     Positions of the `real` (nonzero) tokens, both `(1 or batch_size, length)`, counted from 0 within each packed
-    document. Padding takes no position, so it changes nothing wherever it stands.
+    document. Padding is not counted, so it has no effect anywhere in a row.
     """
     count = (real != 0).long().cumsum(-1)
     if document_ids is not None:
@@ -78,8 +78,8 @@ def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -
 
 def predictors(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
-    With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the `real`
-    column before, or for the first real one of a row or document the column itself.
+    With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the previous
+    `real` column, or the column itself at the start of a row or document.
     """
     columns = torch.arange(real.shape[1], device=real.device).expand(real.shape)
     before = nn.functional.pad(torch.where(real != 0, columns, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
@@ -91,9 +91,9 @@ def predictors(real: torch.Tensor, document_ids: torch.LongTensor | None) -> tor
 
 def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> Any:
     """
-    What each query may see, as the attention implementation takes it: its own and earlier blocks with
-    `config.attention_block_size`, its own document where several are packed into a row, no padding, and of a
-    cache the positions that the pass reaches.
+    The attention mask in the attention implementation's format. A query sees no padding; with
+    `config.attention_block_size` only its own and earlier blocks; with `document_ids` only its own document; and
+    with a cache only the positions within the pass's reach.
     """
     block_size, keys, blocks = config.attention_block_size, None, None
     if block_size is not None:
@@ -102,10 +102,10 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
         places, reach = torch.arange(cache.stop, device=inputs_embeds.device), cache.reach
         is_even = int(reach.min()) == cache.stop
         attention_mask = None if is_even else places < reach.to(places.device)[:, None]
-        keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # how many there are
+        keys = inputs_embeds.new_empty(1, 1, 1).expand(len(inputs_embeds), cache.stop, 1)  # only its shape matters
         if block_size is not None:
             key_blocks = (places // block_size).expand(len(inputs_embeds), -1)
-            # A decoding pass over the last block sees all that there is. Looking costs an accelerator a wait.
+            # A decoding pass over the last block sees everything. Checking would make an accelerator wait.
             if places.device.type == "cpu" and bool((blocks.amin(-1) >= key_blocks[:, -1]).all()):
                 blocks = None
 
@@ -138,8 +138,7 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
     if not is_right or len(shape) < 2 or 0 in shape:
         found = f"{inputs.dtype} of shape {tuple(inputs.shape)}"
         raise ValueError(f"`{name}` is {found}; it must be {needed}, with at least one row and position.")
-    # On an accelerator looking at the values would make every forward pass wait for it.
-    if inputs_embeds is None and inputs.device.type == "cpu" and not torch.compiler.is_compiling():
+    if inputs_embeds is None and not _is_out_of_sight(inputs):
         low, high = (int(bound) for bound in inputs.aminmax())
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
@@ -153,11 +152,40 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
     if cache is not None and document_ids is not None:
         raise ValueError("`document_ids` and `past_key_values` do not go together: packed rows are not cached.")
-    # Rotary positions go on, some kinds by design ("dynamic"); learned ones do not.
-    last = shape[1] + (0 if cache is None or position_ids is not None else cache.length)
-    if config.position_embedding_type == "learned" and last > config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise ValueError(f"The input has {last} positions, more than `max_position_embeddings` ({limit}); shorten it.")
+    if position_ids is not None and position_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`position_ids` is {position_ids.dtype}; it must be int64 or int32.")
+    # Rotary positions may exceed the limit, some kinds by design ("dynamic"); learned positions may not.
+    if config.position_embedding_type == "learned":
+        limit, first, last = config.max_position_embeddings, 0, shape[1] - 1 + (0 if cache is None else cache.length)
+        if position_ids is not None:
+            first, last = (0, 0) if _is_out_of_sight(position_ids) else (int(end) for end in position_ids.aminmax())
+        if first < 0:
+            raise ValueError(f"`position_ids` holds {first}; positions are counted from 0.")
+        if last >= limit:
+            needed = f"more than `max_position_embeddings` ({limit}); shorten it"
+            raise ValueError(f"The input has {last + 1} positions, {needed}.")
+
+
+def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> None:
+    """Raises a ValueError if `logits_to_keep` does not name positions of the inputs, `(batch_size, length)`."""
+    fits = isinstance(keep, int) and keep >= 0
+    if isinstance(keep, torch.Tensor):
+        is_integer = keep.dtype in (torch.int64, torch.int32)
+        fits = keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == inputs.shape[0] and is_integer)
+        if fits and is_integer and inputs.ndim > 1 and not _is_out_of_sight(keep):
+            least = -inputs.shape[1] if keep.ndim == 1 else 0
+            fits = bool(((keep >= least) & (keep < inputs.shape[1])).all())
+    if not fits:
+        found = keep if not isinstance(keep, torch.Tensor) else f"{keep.dtype} of shape {tuple(keep.shape)}"
+        raise ValueError(
+            f"`logits_to_keep` is {found}; it must be a number of last positions (0: all), or integer positions "
+            "within the input, of shape (num_positions,) or (batch_size, num_positions)."
+        )
+
+
+def _is_out_of_sight(values: torch.Tensor) -> bool:
+    """Whether reading the values would make an accelerator wait or break a compiled graph."""
+    return values.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 __all__ = ["LoopContext"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Exit rules of adaptive loops: they say which rows, or single positions, stop before `num_loops` is reached."""
+"""Exit rules for adaptive loops: they decide which rows or positions stop before `num_loops` is reached."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +13,10 @@ from .loop_context import LoopContext
 
 class LoopPolicy:
     """
-    Decides after every loop what goes on looping. What stops keeps its state, and the rest attends to it as it is.
-    Subclass it, implement [`~LoopPolicy.goes_on`], and pass an instance as `loop_policy` to `forward` or `generate`.
+    Decides after every loop which rows or positions go on. The others keep their states, and can still be attended to.
 
-    Set `per_position` to True to decide for single positions instead of rows. Gradients do not pass then.
+    Subclass it, implement [`~LoopPolicy.goes_on`], and pass an instance as `loop_policy` to `forward` or `generate`.
+    Set `per_position = True` to decide for single positions instead of rows. Such a policy cannot be used in training.
     """
 
     per_position = False
@@ -27,7 +27,7 @@ class LoopPolicy:
 
         Args:
             before, after (`torch.FloatTensor` of shape `(N, Q, hidden_size)`): The states before and after the loop.
-            part ([`LoopContext`]): `part.real` is False on padding, `part.masked` True on [MASK]s, each `(N, Q)`.
+            part ([`LoopContext`]): `part.real` is False on padding and `part.masked` True on [MASK]s, both `(N, Q)`.
 
         Returns:
             `(N,)` bool for the rows that go on, or `(N, Q)` with `per_position`.
@@ -72,7 +72,7 @@ class VisibleLoops(LoopPolicy):
 def resolve_policy(
     config, loop_tolerance, visible_loops, loop_policy, trains=False, has_ids=True
 ) -> LoopPolicy | None:
-    """The exit rule that the arguments of a pass describe. Raises a ValueError if the model cannot run it."""
+    """Returns the exit rule that the arguments describe. Raises a ValueError if the model cannot run it."""
     given = {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops, "loop_policy": loop_policy}
     names = [name for name, value in given.items() if value is not None]
     if not names:
@@ -100,9 +100,9 @@ def resolve_policy(
 def iterate_while_moving(
     model, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
 ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
-    """`LoopMDMModel.iterate` with a policy: after every loop, what has settled leaves the part that loops on."""
+    """`LoopMDMModel.iterate` with a policy: later loops compute only the rows or positions that go on."""
     if policy.per_position and context.cache is None:
-        # The positions' own keys and values, for this pass alone, numbered by column
+        # Keys and values of this pass only, stored by column
         batch_size, length = states.shape[:2]
         memory = LoopMDMCache(model.config, 1, batch_size, length, share_loops=True)
         columns = torch.arange(states.shape[1], device=states.device)
@@ -110,12 +110,12 @@ def iterate_while_moving(
         context = replace(context, cache=view)
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
-    # The part that loops on: its context, its states, which of its positions move, and its place in `states`
+    # The part that still loops: its context, its states, which of its positions move, and its index in `states`
     place: tuple | None = None
     part, part_states, part_moving = context, states, moving
     for index in range(num_loops):
         if place is not None and context.cache is not None:
-            context.cache.carry(index, states)  # what has settled keeps the keys and values of its last loop
+            context.cache.carry(index, states)  # stopped positions keep the keys and values of their last loop
         looped = model.loop(part_states, part, index)
         goes_on = policy.goes_on(index, part_states, looped, part)
         expected = part_moving.shape if policy.per_position else part_moving.shape[:1]
@@ -135,7 +135,7 @@ def iterate_while_moving(
         if len(rows) == 0:
             break
         if policy.per_position:
-            # A row with fewer moving positions than others is filled up.
+            # Rows with fewer moving positions are filled up.
             part_moving = moving[rows]
             order = part_moving.long().argsort(dim=-1, descending=True, stable=True)
             positions = order[:, : int(part_moving.sum(-1).max())]
@@ -145,7 +145,7 @@ def iterate_while_moving(
         elif context.can_narrow:
             part, part_states, part_moving, place = context.narrow(rows), states[rows], moving[rows], (rows,)
     if policy.per_position:
-        for rest in range(index + 1, num_loops):  # for later passes, which look for them there
+        for rest in range(index + 1, num_loops):  # later passes read every loop's keys and values
             context.cache.carry(rest, states)
 
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""LoopMDM: a bidirectional transformer for masked diffusion whose early-middle layers are applied several times.
+"""LoopMDM: a bidirectional transformer for masked diffusion that applies its early-middle layers several times.
 
-The file reads top to bottom: norm, rotary embedding, attention, MLP and layer are those of the Llama / Qwen family
-without the causal mask; [`LoopMDMModel`] is where the loop is; [`LoopMDMForMaskedLM`] adds the head, the diffusion
-loss and `generate` (in generation_utils.py).
+Norm, rotary embedding, attention, MLP and layer follow Llama and Qwen, without the causal mask. [`LoopMDMModel`]
+contains the loop. [`LoopMDMForMaskedLM`] adds the output head, the diffusion loss and `generate` (in
+generation_utils.py).
 """
 
 from collections.abc import Iterator
@@ -28,6 +28,7 @@ from .generation_utils import LoopMDMGenerationConfig, LoopMDMGenerationMixin
 from .loop_context import (
     LoopContext,
     check_inputs,
+    check_positions_to_keep,
     count_positions,
     make_mask,
     narrow_mask,
@@ -41,19 +42,19 @@ from .weight_files import CheckedPreTrainedModel
 @dataclass
 class LoopMDMModelOutput(BaseModelOutput):
     """
-    Output of [`LoopMDMModel`]: `last_hidden_state`, behind the final norm, and
+    Output of [`LoopMDMModel`]: `last_hidden_state`, after the final norm, and
 
     Args:
         loops (`torch.LongTensor` of shape `(batch_size,)`): Number of loops that changed each row.
-        token_loops (the same, with an exit rule): Number of loops of its positions, summed over the row's real ones.
-        past_key_values ([`LoopMDMCache`], with `use_cache=True` or if one was given): The keys and values.
+        token_loops (the same, with an exit rule): Number of loops, summed over the real positions of each row.
+        cache ([`LoopMDMCache`], with `use_cache=True` or if one was given): The keys and values.
         hidden_states, attentions (`tuple(torch.FloatTensor)`, on request as in transformers):
-            One of each executed layer in order: head, mid of each loop, tail. Hidden states begin with the embeddings.
+            One per executed layer in order: head, mid of each loop, tail. Hidden states begin with the embeddings.
     """
 
     loops: torch.LongTensor | None = None
     token_loops: torch.LongTensor | None = None
-    past_key_values: LoopMDMCache | None = None
+    cache: LoopMDMCache | None = None
 
 
 @dataclass
@@ -64,12 +65,12 @@ class LoopMDMMaskedLMOutput(MaskedLMOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, with `labels`): The masked diffusion loss in nats per label.
         logits (`torch.FloatTensor` of shape `(batch_size, num_positions, vocab_size)`):
-            Scores; row `i` predicts token `i`, and the mask token's is -inf. None in training with `labels`.
+            Row `i` predicts token `i`; the mask token has -inf. None in training with `labels`.
     """
 
     loops: torch.LongTensor | None = None
     token_loops: torch.LongTensor | None = None
-    past_key_values: LoopMDMCache | None = None
+    cache: LoopMDMCache | None = None
 
 
 class LoopMDMRMSNorm(nn.Module):
@@ -91,13 +92,13 @@ class LoopMDMRMSNorm(nn.Module):
 
 
 def make_norm(config: LoopMDMConfig) -> nn.Module:
-    """The norm over `hidden_size` that `config.norm_type` names."""
+    """Makes the norm over `hidden_size` given by `config.norm_type`."""
     norm = {"rmsnorm": LoopMDMRMSNorm, "layernorm": nn.LayerNorm}[config.norm_type]
     return norm(config.hidden_size, config.rms_norm_eps)
 
 
 class LoopMDMRotaryEmbedding(nn.Module):
-    """Tables of cosines and sines for the given positions, each `(batch_size, sequence_length, head_dim)`."""
+    """Cosines and sines for the given positions, each `(batch_size, sequence_length, head_dim)`."""
 
     inv_freq: torch.Tensor
 
@@ -119,14 +120,14 @@ class LoopMDMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, reach: torch.Tensor | None = None):
-        """`reach`, `(batch_size,)`: how many positions each row has, where the pass covers some of them."""
+        """`reach`, `(batch_size,)`: the length of each row, needed if the pass covers only some of its positions."""
         inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
         if self.rope_type in ("dynamic", "longrope"):
-            # Their frequencies depend on the length; each row has its own, so that rows do not touch one another.
+            # Frequencies depend on the length, and are computed per row so that rows do not affect one another.
             lengths = position_ids.amax(-1) + 1 if reach is None else reach
             rows = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
             inv_freq = torch.stack(rows).unsqueeze(1)
-        # Angles need float32 whatever the model's dtype: in bfloat16 position 257 equals position 256.
+        # Angles always need float32: in bfloat16, position 257 equals position 256.
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
@@ -140,8 +141,8 @@ class LoopMDMRotaryEmbedding(nn.Module):
 
 def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Rotates `(batch, heads, length, head_dim)` in the dtype of the tables; feature i pairs with feature
-    i + head_dim / 2, as in Llama.
+    Rotates `states`, `(batch, heads, length, head_dim)`, in the dtype of `cos` and `sin`. Feature i is paired with
+    feature i + head_dim / 2, as in Llama.
     """
     rotated = states.to(cos.dtype)
     first, second = rotated.chunk(2, dim=-1)
@@ -150,7 +151,7 @@ def apply_rotary_pos_emb(states: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Reference attention, the only one that returns its probabilities. `attention_mask` is added to the scores."""
+    """Reference attention, the only one that returns attention weights. `attention_mask` is added to the scores."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
@@ -189,7 +190,7 @@ class LoopMDMAttention(nn.Module):
         queries: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`queries`, `(batch_size, num_queries)`, are the positions whose output is wanted; the mask is theirs."""
+        """`queries`, `(batch_size, num_queries)`, are the positions to compute; the mask covers these alone."""
         asking = hidden_states if queries is None else take_positions(hidden_states, queries)
         head_dim = self.config.head_dim
         query_shape = (*asking.shape[:-1], self.config.num_attention_heads, head_dim)
@@ -214,7 +215,7 @@ class LoopMDMAttention(nn.Module):
 
 
 class LoopMDMMLP(nn.Module):
-    """Gated MLP (SwiGLU with the default activation), or a plain one (GPT-2, MDLM)."""
+    """Gated MLP (SwiGLU with the default activation) or plain MLP (GPT-2, MDLM)."""
 
     def __init__(self, config: LoopMDMConfig):
         super().__init__()
@@ -256,14 +257,14 @@ class LoopMDMPreTrainedModel(CheckedPreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Recorded call by call, so the loops appear unrolled.
+    # Outputs are recorded at every call, so loops appear unrolled.
     _can_record_outputs = {"hidden_states": LoopMDMLayer, "attentions": LoopMDMAttention}
 
 
 class LoopMDMModel(LoopMDMPreTrainedModel):
     """
-    The looped transformer without the output head: head, mid `num_loops` times, tail, final norm. Its parts are
-    methods that probes, objectives and tests can call:
+    The looped transformer without the output head: head, mid `num_loops` times, tail, final norm. Probes, objectives
+    and tests can call its parts:
 
     ```python
     >>> states, context = model.prelude(input_ids, attention_mask)  # embeddings and head
@@ -272,11 +273,11 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     ```
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # in a checkpoint of the whole model
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]  # from a checkpoint with the output head
 
     def __init__(self, config: LoopMDMConfig):
         super().__init__(config)
-        config.validate()  # `from_pretrained(..., loop_end=9)` changes the configuration after it was made
+        config.validate()  # `from_pretrained(..., loop_end=9)` changes an existing configuration
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":  # GPT-2
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -285,8 +286,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.gradient_checkpointing = False
-        # What training sets (a config would be saved with the model): loops of a training pass that names none, how
-        # many of the last loops pass gradients back in full (None: all), and whether activations are computed again.
+        # Set by training, and not in the config, which would save them: the default number of loops of a training
+        # pass, how many of the last loops pass full gradients (None: all), and whether activations are recomputed.
         self.num_train_loops: int | None = None
         self.gradient_loops: int | None = None
         self.checkpoint_loops = False
@@ -310,8 +311,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMModelOutput:
         """
-        See [`LoopMDMForMaskedLM`]. `last_hidden_state` has the positions in `positions_to_keep`, `(batch_size,
-        num_positions)`, and the last layer computes no others.
+        See [`LoopMDMForMaskedLM`]. With `positions_to_keep`, `(batch_size, num_positions)`, the last layer computes
+        only these positions, and `last_hidden_state` has no others.
         """
         if num_loops is None:
             in_training = self.training and self.num_train_loops is not None
@@ -322,7 +323,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         rules = loop_tolerance, visible_loops, loop_policy
         policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
         given = input_ids if inputs_embeds is None else inputs_embeds
-        num_rows = 0 if given is None or given.ndim == 0 else given.shape[0]  # `len` is not exported
+        num_rows = 0 if given is None or given.ndim == 0 else given.shape[0]  # `len` cannot be exported
         cache = self._prepare_cache(past_key_values, use_cache, num_rows, num_loops, policy, visible_loops)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
         states, context = self.prelude(*inputs, cache, **kwargs)
@@ -336,7 +337,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         states = self.readout(states, context, positions_to_keep)
         if use_cache:
             cache.store(context.cache.reach, input_ids, context.cache.places)
-        return LoopMDMModelOutput(states, loops=loops, token_loops=token_loops, past_key_values=cache)
+        return LoopMDMModelOutput(states, loops=loops, token_loops=token_loops, cache=cache)
 
     def prelude(
         self,
@@ -348,7 +349,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         past_key_values: LoopMDMCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, LoopContext]:
-        """Embeddings and head. Returns states, `(batch_size, sequence_length, hidden_size)`, and their context."""
+        """Embeddings and head. Returns states, `(batch_size, sequence_length, hidden_size)`, and the context."""
         context = LoopContext(arguments=kwargs)
         masks = attention_mask, position_ids, document_ids
         check_inputs(self.config, input_ids, inputs_embeds, *masks, past_key_values)
@@ -383,10 +384,10 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         self, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor | None]]:
         """
-        Applies mid `num_loops` times and yields after every loop the states, `(batch_size, sequence_length,
-        hidden_size)`, and the positions that it changed, `(batch_size, sequence_length)` (None: all). With a `policy`
-        it ends when nothing goes on. In training, loops before the last `gradient_loops` pass the gradient on
-        unchanged, as if they were the identity; otherwise head and embeddings would get none.
+        Applies mid `num_loops` times. After every loop, yields the states, `(batch_size, sequence_length,
+        hidden_size)`, and which positions changed, bool `(batch_size, sequence_length)` (None: all). With a `policy`,
+        it ends once all rows or positions have stopped. In training, loops before the last `gradient_loops` pass the
+        gradient through unchanged, as if they were the identity; otherwise head and embeddings would get none.
         """
         if policy is not None:
             yield from iterate_while_moving(self, states, context, num_loops, policy)
@@ -404,7 +405,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 yield states, None
                 continue
             if 0 < index == skipped:
-                # Adds exactly zero, so that the values are those of the loops in any dtype.
+                # Adds exactly zero, so that the values do not change in any dtype.
                 states = states + (first - first.detach())
             if trains and self.checkpoint_loops:
                 states = checkpoint(self.loop, states, context, index, step_size, use_reentrant=False)
@@ -413,14 +414,14 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             yield states, None
 
     def loop(self, states: torch.Tensor, context: LoopContext, index: int = 0, step_size: float = 1.0) -> torch.Tensor:
-        """`h <- h + step_size * (mid(h) - h)`, so `mid(h)` if it is 1; a cache needs `index`, the loop from 0."""
+        """`h <- h + step_size * (mid(h) - h)`. A cache needs `index`, the number of the loop from 0."""
         updated = self._run(self.config.loop_start, self.config.loop_end, states, context, index)
         return updated if step_size == 1.0 else torch.lerp(states, updated, step_size)
 
     def readout(
         self, states: torch.Tensor, context: LoopContext, positions: torch.LongTensor | None = None
     ) -> torch.Tensor:
-        """Tail and final norm, of all positions or only of those given, `(batch_size, num_positions)`."""
+        """Tail and final norm, for all positions or only the given ones, `(batch_size, num_positions)`."""
         start, stop = self.config.loop_end, self.config.num_hidden_layers
         if positions is None or positions.shape[1] == 0 or start == stop or not context.can_narrow:
             states = self._run(start, stop, states, context)
@@ -430,7 +431,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         return self.norm(self._run(stop - 1, stop, states, asked))
 
     def _run(self, start: int, stop: int, states: torch.Tensor, context: LoopContext, loop: int = 0) -> torch.Tensor:
-        """Applies the physical layers `start` to `stop` in turn; `loop` is the number of the loop that they run in."""
+        """Applies the physical layers `start` to `stop - 1` in turn; `loop` is the number of the current loop."""
         for index in range(start, stop):
             states = self.layers[index](
                 states,
@@ -443,7 +444,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         return states
 
     def _prepare_cache(self, cache, use_cache, batch_size, num_loops, policy, visible_loops) -> LoopMDMCache | None:
-        """The cache of a pass. One is made if `use_cache` asks for it."""
+        """Returns the cache of a pass: the given one, or a new one with `use_cache=True`."""
         if cache is None and not use_cache:
             return None
         wrong = None
@@ -461,13 +462,13 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             raise ValueError(wrong)
         if cache is None:
             return LoopMDMCache(self.config, num_loops, batch_size, visible_loops=visible_loops)
-        if cache.reach is None:  # `generate` has checked those that it selects rows of
+        if cache.reach is None:  # `generate` has checked a cache that it selects rows from
             cache.check(self.config, batch_size, num_loops, visible_loops)
         return cache
 
 
 def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    # Trainer and pipelines pass on arguments of transformers that have no effect here; any other name is a mistake.
+    # Trainer and pipelines pass arguments of transformers that have no effect here. Other names are mistakes.
     known = {*TransformersKwargs.__annotations__} - {"is_causal"}
     unknown = sorted(key for key, value in kwargs.items() if key not in known and value is not None)
     if unknown:
@@ -482,39 +483,39 @@ def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:
 
 class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
     """
-    LoopMDM with its output head: `forward` gives logits and the diffusion loss, `generate` denoises [MASK]s.
+    LoopMDM with its output head: `forward` returns logits and the diffusion loss, `generate` denoises [MASK]s.
 
-    Arguments of `forward`. One of the first two is required; B is the batch size and L the sequence length:
-        input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, those to predict replaced by `config.mask_token_id`.
+    Arguments of `forward` (B is the batch size, L the sequence length; one of the first two is required):
+        input_ids (`torch.LongTensor` of shape `(B, L)`): Tokens, `config.mask_token_id` at those to predict.
         inputs_embeds (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Their embeddings.
         attention_mask (`torch.Tensor` of shape `(B, L)`):
-            0 on padding, which may stand anywhere; any other value marks a real token. A 4-D mask is passed on as it
-            is, and also replaces `config.attention_block_size`.
+            0 on padding, which may be anywhere; any other value marks a real token. A 4-D mask is used unchanged, and
+            also overrides `config.attention_block_size`.
         position_ids (`torch.LongTensor` of shape `(1 or B, L)`):
-            By default real tokens are counted from 0, and padding takes no position.
-        labels (`torch.LongTensor` of shape `(B, L)`): Clean tokens; -100 where there is nothing to learn. With them
-            `loss` is `sum(loss_weights * cross_entropy) / number of labels`.
+            By default, real tokens are counted from 0, and padding is not counted.
+        labels (`torch.LongTensor` of shape `(B, L)`): Clean tokens; -100 is ignored. The loss is
+            `sum(loss_weights * cross_entropy) / number of labels`.
         loss_weights (`torch.FloatTensor` of shape `(B, L)`, defaults to ones):
-            Weight of every label. 0 on visible and L/k on masked tokens makes the loss the NELBO in nats per token
-            (`training.MaskedDiffusionCollator`). Positions of weight zero skip the output head.
+            Weight of every label. With 0 on visible and L/k on masked tokens (k of L are masked), the loss is the
+            NELBO in nats per token (`training.MaskedDiffusionCollator`). Positions of weight 0 skip the output head.
         document_ids (`torch.LongTensor` of shape `(B, L)`):
-            For several documents packed into a row. Tokens with different ids do not see each other, and positions
-            are counted within each document, whose tokens stand together.
+            For several documents packed into a row, each contiguous. Tokens attend only to tokens with the same id,
+            and positions are counted within each document.
         past_key_values ([`LoopMDMCache`]):
             Keys and values of earlier positions, which the pass attends to. `input_ids` and `attention_mask` then
-            cover only its own positions, by default those that follow. It is exact with block-causal attention.
-        use_cache (`bool`): Keep the keys and values of this pass in `past_key_values`, which the output then holds.
-        num_loops (`int`): Number of loops; by default `config.num_loops`, and in training the number drawn.
+            cover only the new positions, which follow the stored ones by default. Exact with block-causal attention.
+        use_cache (`bool`): Store the keys and values of this pass in `past_key_values`, and return it.
+        num_loops (`int`): Number of loops; by default `config.num_loops`, or the number drawn in training.
         loop_tolerance (`float`): Adaptive loops of rows, see [`RowTolerance`].
         visible_loops (`int`): Fewer loops for tokens that are not [MASK], see [`VisibleLoops`].
         loop_policy ([`LoopPolicy`]): An exit rule of your own.
         logits_to_keep (`int` or `torch.LongTensor`, defaults to 0):
-            The positions to compute logits for: a number of last positions (0: all), the given ones,
-            `(num_positions,)`, or those chosen for every row, `(B, num_positions)`. With the last kind the last layer
+            The positions to compute logits for: a number of last positions (0: all), the same positions for all rows,
+            `(num_positions,)`, or positions for each row, `(B, num_positions)`. In the last case, the last layer
             computes no other positions.
         num_items_in_batch (`int` or `torch.Tensor`):
-            Divides the loss in place of the number of labels. transformers' Trainer passes the number of labels in all
-            micro-batches of an optimiser step.
+            Divisor of the loss instead of the number of labels. transformers' Trainer passes the number of labels in
+            all micro-batches of an optimiser step.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -546,7 +547,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMMaskedLMOutput:
-        """See the class. Raises a ValueError for what it cannot do."""
+        """See the class. Raises a ValueError for arguments that are invalid or do not fit together."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
         if loss_weights is not None and labels is None:
@@ -555,9 +556,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         if self.config.shift_logits and continues:
             fix = "Begin the input one position earlier and give `position_ids`"
             raise ValueError(f"The position that predicts the first token is not in a cache. {fix}.")
-        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
-            raise ValueError(f"`logits_to_keep` is {logits_to_keep}; it must be at least 0 (0: all), or positions.")
-        # Positions whose states alone are needed, where they were chosen for every row.
+        check_positions_to_keep(logits_to_keep, input_ids if inputs_embeds is None else inputs_embeds)
+        # The only positions whose states are needed, if they were chosen for each row
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
             keep = None
@@ -590,14 +590,14 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        States `(batch_size, sequence_length, hidden_size)` ordered so that row i predicts token i: with
-        `config.shift_logits` that of the real position before i, or of i where a row or packed document begins.
+        Reorders states `(batch_size, sequence_length, hidden_size)` so that row i predicts token i. With
+        `config.shift_logits`, it is taken from the real position before, or from i at the start of a row or document.
         """
         sources = self._sources(states, attention_mask, document_ids)
         return states if sources is None else take_positions(states, sources)
 
     def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor | None:
-        """With `config.shift_logits` the columns whose states predict the tokens, `(batch_size, length)`."""
+        """With `config.shift_logits`, the columns whose states predict the tokens, `(batch_size, length)`."""
         if not self.config.shift_logits:
             return None
         real = torch.ones(inputs.shape[:2], device=inputs.device)
@@ -607,8 +607,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """
-        The output head: scores `(..., vocab_size)` of `states`, `(..., hidden_size)`. The mask token's is -inf, so
-        that no sampler produces it and no likelihood counts it (MDLM's zero masking probabilities).
+        The output head: logits `(..., vocab_size)` of `states`, `(..., hidden_size)`. The mask token gets -inf, so it
+        is never sampled and has no probability (MDLM's zero masking probabilities).
         """
         logits = self.lm_head(states)
         logits[..., self.config.mask_token_id] = float("-inf")
@@ -619,7 +619,9 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}.")
-        labels = labels.to(states.device)
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`labels` is {labels.dtype}; it must be int64 or int32.")
+        labels = labels.to(states.device, torch.int64)
         labelled = labels != -100
         num_labels = labelled.sum() if num_items_in_batch is None else num_items_in_batch
         if num_labels == 0:
@@ -641,6 +643,13 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             losses = losses * loss_weights[labelled]
         return losses.sum() / (num_labels.to(losses.device) if isinstance(num_labels, torch.Tensor) else num_labels)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in transformers. Raises a ValueError if the mask token would be removed."""
+        mask_token_id = self.config.mask_token_id
+        if new_num_tokens is not None and new_num_tokens <= mask_token_id:
+            raise ValueError(f"{new_num_tokens} tokens do not hold the mask token ({mask_token_id}); keep more.")
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def flops(
         self,
         batch_size: int,
@@ -651,10 +660,10 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         last_layer: float | None = None,
     ) -> int:
         """
-        Floating point operations of the matrix products in one forward pass (a multiply-add is two, as in torch's
-        `FlopCounterMode`), padding included; a training step takes three times as many, four with gradient
-        checkpointing. By default `num_loops` is the config's, and all positions reach the output head (`num_logits`),
-        are attended to (`num_keys`) and are computed by the last layer (`last_layer`). Give means if rows differ.
+        FLOPs of the matrix products in one forward pass, including padding (a multiply-add counts as two, as in
+        torch's `FlopCounterMode`). A training step takes three times as many, or four with gradient checkpointing.
+        `num_loops` defaults to the config's. By default, all positions reach the output head (`num_logits`), are
+        attended to (`num_keys`) and are computed by the last layer (`last_layer`). Give means if rows differ.
         """
         num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
         counts = (sequence_length if count is None else count for count in (num_keys, last_layer, num_logits))

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Files of weights, checked before anything else reads them: safetensors alone, complete, in the model's folder."""
+"""Checks of weight files before anything else reads them: complete safetensors files in the model's folder."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-# What no honest file reaches: tokenizers have some 40 MB of JSON; the safetensors library has the second limit too.
+# Far above any real file: JSON of tokenizers has some 40 MB. The safetensors library has the second limit too.
 MAX_JSON, MAX_HEADER = 2**27, 100_000_000
-# Bytes of a value by safetensors' names; of those that are packed more tightly the library knows.
+# Bytes per value of safetensors' dtypes; the library itself checks the other dtypes.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Arguments of `from_pretrained` that say where files come from, in transformers' order
@@ -21,7 +21,7 @@ SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON object, or an empty dict where there is no such file. Raises a ValueError for anything else."""
+    """Reads a JSON object; an empty dict if the file does not exist. Raises a ValueError for anything else."""
     path = Path(path)
     if not path.is_file():
         return {}
@@ -39,8 +39,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 def read_index(path: str | os.PathLike, suffix: str = ".safetensors") -> dict[str, str]:
     """
-    By tensor the name of the file that holds it, as an index says. Raises a ValueError for an index that is damaged,
-    or that names anything but files in its own folder whose names end in `suffix`.
+    Reads an index: the name of the file that contains each tensor. Raises a ValueError if the index is damaged, or
+    names anything but files in its own folder that end in `suffix`.
     """
     names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
@@ -55,8 +55,8 @@ def read_index(path: str | os.PathLike, suffix: str = ".safetensors") -> dict[st
 
 def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
-    By tensor the dtype (safetensors' name, such as `"BF16"`) and the shape, as a safetensors file says. Raises a
-    ValueError for a file that is not complete, or longer than its tensors are.
+    Reads the dtype (safetensors' name, such as `"BF16"`) and shape of each tensor from a safetensors header. Raises a
+    ValueError if the file is incomplete, or longer than its tensors.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -69,7 +69,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
             found, ends = {}, []
             for name, entry in header.items():
                 (start, end), shape = entry["data_offsets"], tuple(entry["shape"])
-                count = math.prod(shape)  # of what is not a number a TypeError
+                count = math.prod(shape)  # raises a TypeError if a size is not a number
                 fits = entry["dtype"] not in SIZES or end - start == count * SIZES[entry["dtype"]]
                 if not fits or not isinstance(entry["dtype"], str) or start < 0 or min(shape, default=0) < 0:
                     raise ValueError(f"{name!r} does not fit the place that it is said to have")
@@ -85,15 +85,15 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
 
 class CheckedPreTrainedModel(PreTrainedModel):
     """
-    Reads what is checked: safetensors files alone, complete, of floating point numbers, and with exactly the tensors
-    that the model has.
+    Loads only checked weights: complete safetensors files of floating point numbers, with exactly the tensors of the
+    model.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        As in transformers, but damaged files, and missing or unexpected tensors, raise a ValueError, and only
-        safetensors files are read, never pickles, unless `use_safetensors=False` asks for them.
+        As in transformers, but damaged files and missing or unexpected tensors raise a ValueError. Only safetensors
+        files are read; pickles need `use_safetensors=False`.
         """
         kwargs.setdefault("use_safetensors", True)
         if kwargs["use_safetensors"] and pretrained_model_name_or_path is not None:
@@ -118,11 +118,11 @@ class CheckedPreTrainedModel(PreTrainedModel):
 
 def check_folder(name: str | os.PathLike, variant: str | None = None, **kwargs: Any) -> None:
     """
-    Raises a ValueError for damaged files of a folder, and for an index, of the Hub too, that misleads. Files of the
-    Hub are checked when they are there. transformers opens a folder's files to find the dtype before it loads them.
+    Raises a ValueError for damaged files in a folder, and for a wrong index, also on the Hub. Weights on the Hub are
+    checked after download, a folder's weights here, as transformers opens them to find the dtype before it loads them.
     """
     options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-    for error in ("missing_entries", "gated_repo", "connection_errors"):  # transformers itself says what is wrong
+    for error in ("missing_entries", "gated_repo", "connection_errors"):  # transformers reports these itself
         options[f"_raise_exceptions_for_{error}"] = False
     index, files = SAFE_WEIGHTS_INDEX_NAME, ["model.safetensors"]
     if variant is not None:
@@ -141,7 +141,7 @@ def check_folder(name: str | os.PathLike, variant: str | None = None, **kwargs: 
 
 
 def check_file(path: str, is_quantised: bool) -> None:
-    """Raises a ValueError for a file of weights that is not complete, or of numbers that mean nothing as they are."""
+    """Raises a ValueError for an incomplete file of weights, or one of numbers that cannot be used directly."""
     if not path.endswith(".safetensors"):
         raise ValueError(f"{path} is not a safetensors file; give `use_safetensors=False` if you trust it.")
     for name, (dtype, _) in read_header(path).items():

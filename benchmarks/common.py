@@ -4,7 +4,9 @@
 import argparse
 import os
 import time
+import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from loopmdm.evaluation.protocol import protocol, write_json
+from loopmdm.data import write_json
+from loopmdm.evaluation.protocol import protocol
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -128,6 +131,40 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+# --- waits ---
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators whose result goes to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_waits(run: Callable[[], Any], device: str) -> int:
+    """How often `run` waits for the GPU; on the CPU, how often it looks at values."""
+    if not device.startswith("cuda"):
+        with HostReads() as reads:
+            run()
+        return reads.counts.total()
+    run()  # what happens but once
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(one.message) for one in caught)
 
 
 # --- LLaDA's format ---

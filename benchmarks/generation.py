@@ -54,6 +54,8 @@ from loopmdm.cache_utils import LoopMDMCache
 SIZES = {
     "small": {"width": 512, "mlp_width": 1536, "layers": 12, "heads": 8, "vocab_size": 32000},
     "1b": {"width": 2048, "mlp_width": 5632, "layers": 22, "heads": 32, "vocab_size": 32000},
+    # LLaDA 8B with 8 of 32 layers and a quarter of its vocabulary
+    "8b": {"width": 4096, "mlp_width": 12288, "layers": 8, "heads": 32, "vocab_size": 32000},
     "tiny": {"width": 64, "mlp_width": 96, "layers": 4, "heads": 4, "vocab_size": 400},
 }
 QUICK = {
@@ -68,7 +70,7 @@ QUICK = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--llada", type=Path, help="clone of ML-GSAI/LLaDA")
     parser.add_argument("--fast-dllm", type=Path, help="clone of NVlabs/Fast-dLLM; both or none")
@@ -88,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round, whatever else is given")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK, batch_sizes=[2 if args.llada is None else 1])
     if (args.llada is None) != (args.fast_dllm is None):
@@ -117,14 +119,15 @@ def write_checkpoint(folder: Path, args: argparse.Namespace) -> None:
     shapes = llada_shapes(size["width"], size["mlp_width"], size["vocab_size"], size["layers"])
     # A unit state behind a norm gives scores of standard deviation `gain`.
     gains = {"wte": size["width"] ** 0.5, "transformer.ff_out": 4.0, "q_proj": 1.5, "k_proj": 1.5}
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, dtype = torch.Generator(args.device).manual_seed(args.seed), getattr(torch, args.dtype)
     tensors = {}
     for name, shape in shapes.items():
         if len(shape) == 1:
-            tensors[name] = torch.ones(shape)  # a norm
+            tensors[name] = torch.ones(shape, dtype=dtype)  # a norm
             continue
         gain = next((gain for part, gain in gains.items() if name.removesuffix(".weight").endswith(part)), 1.0)
-        tensors[name] = gain / shape[1] ** 0.5 * torch.randn(shape, generator=generator)
+        drawn = torch.randn(shape, generator=generator, device=args.device)
+        tensors[name] = (gain / shape[1] ** 0.5 * drawn).to("cpu", dtype)
     tensors["model.transformer.ff_out.weight"][-1] = 0.0
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -156,7 +156,8 @@ def authors_samplers(source: Path, prompt: torch.Tensor, args: argparse.Namespac
 
     config = LLaDAConfig.from_pretrained(source)
     config.use_cache = False  # transformers 5 does not set it
-    model = LLaDAModelLM(config).to(getattr(torch, args.dtype))
+    with torch.device(args.device):
+        model = LLaDAModelLM(config).to(getattr(torch, args.dtype))
     model.load_state_dict(load_file(source / "model.safetensors"))
     model.to(args.device).eval()
     settings = {

@@ -5,11 +5,18 @@ fast are batches beside a loop over single rows? A random model continues texts 
 command does it, in processes of its own. It takes about half an hour on two cores.
 
     python benchmarks/rows.py --output benchmarks/results/rows.json
+
+With `--bundled` the bundled model fills in one to eight blanks of grids and of their beginnings, for batches of three
+sizes and one, two and four processes:
+
+    python benchmarks/rows.py --bundled --rows 10000 --threads 1 --output benchmarks/results/rows_bundled.json
 """
 
+import argparse
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -30,6 +37,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.evaluation import generate_rows
 
+ROOT = Path(__file__).parent.parent
 WORDS = ["<pad>", "<end>", "<mask>", *(f"w{number}" for number in range(253))]
 SIZES = {"greedy": (64, 7, 1), "drawn": (64, 7)}
 SETTINGS = {
@@ -69,6 +77,64 @@ def write_data(path: Path, count: int, seed: int) -> None:
         for number in range(count):
             text = " ".join(generator.choice(WORDS[3:]) for _ in range(generator.randint(1, 100)))
             file.write("{\n" if number % 100 == 50 else json.dumps({"text": text}) + "\n")
+
+
+def write_grids(path: Path, count: int, seed: int) -> None:
+    """Grids, or their first 20 cells or more, without 1 to 8 of their digits; every hundredth line is not JSON."""
+    generator = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(count):
+            digits, bands, stacks = (
+                generator.sample(*args) for args in (("123456789", 9), (range(3), 3), (range(3), 3))
+            )
+            order = [(3 * (r % 3) + bands[r // 3] + 3 * stacks[c // 3] + c) % 9 for r in range(9) for c in range(9)]
+            cells = [digits[place] for place in order[: generator.randint(20, 81)]]
+            for place in generator.sample(range(len(cells)), generator.randint(1, 8)):
+                cells[place] = "."
+            file.write("{\n" if number % 100 == 50 else json.dumps({"text": "".join(cells)}) + "\n")
+
+
+def one_of(rank: int, processes: int, *arguments: str) -> None:
+    """A process of several."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
+    torch.set_num_threads(1)
+    generate_rows(*arguments, batch_size=64, num_loops=2, max_denoising_steps=2)
+
+
+def study_bundled(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Every run is compared with that of one process in batches of 64."""
+    LoopMDMForMaskedLM.from_pretrained(ROOT).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(ROOT).save_pretrained(folder / "model")
+    write_grids(folder / "in.jsonl", args.rows, args.seed)
+    first, context = folder / "batches-of-64", multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["loopmdm.evaluation.rows"])
+    results: dict[str, Any] = {}
+
+    def add(output: Path, started: float) -> None:
+        is_same, wrong = output.read_bytes() == first.read_bytes(), differing(output, first)
+        results[output.name] = {
+            "seconds": time.perf_counter() - started,
+            "is_same": is_same,
+            "rows_that_differ": wrong,
+        }
+        print(output.name, results[output.name], flush=True)
+        write_result(args, results=results)
+
+    for size in (64, 7, 1):
+        started, output = time.perf_counter(), folder / f"batches-of-{size}"
+        options = {"batch_size": size, "num_loops": 2, "max_denoising_steps": 2}
+        generate_rows(str(folder / "model"), folder / "in.jsonl", output, **options)
+        add(output, started)
+        for processes in (2, 4) if size == 64 else ():
+            started, output = time.perf_counter(), folder / f"processes-{processes}"
+            names = [str(path) for path in (folder / "model", folder / "in.jsonl", output)]
+            running = [context.Process(target=one_of, args=(rank, processes, *names)) for rank in range(processes)]
+            for process in running:
+                process.start()
+            for process in running:
+                process.join()
+            add(output, started)
+    return results
 
 
 class Command:
@@ -173,6 +239,7 @@ def differing(one: Path, other: Path) -> int:
 
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--bundled", action="store_true", help="the bundled model, and nothing but these runs")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--throughput-rows", type=int, default=500)
@@ -182,6 +249,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if args.bundled:
+            study_bundled(args, folder)
+            return
         save_model(folder / "model")
         write_data(folder / "in.jsonl", args.rows, args.seed)
         command = Command(folder)

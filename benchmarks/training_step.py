@@ -8,9 +8,11 @@ python benchmarks/training_step.py --output training_step.json
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from common import begin, make_parser, peak_bytes, synchronize, timed, write_result
@@ -23,7 +25,7 @@ from loopmdm.training import MaskedDiffusionCollator, set_num_train_loops, train
 PHASES = ("forward", "backward", "optimizer")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--mlp-width", type=int, help="default: 8/3 of the width, rounded up to a multiple of 64")
@@ -38,8 +40,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=12, help="steps of each model; the median counts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--compile", metavar="BACKEND", help="also steps of compiled layers, as with inductor")
     parser.add_argument("--peak-size", type=int, help="side of the matrices that give the machine's peak")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.mlp_width is None:
         args.mlp_width = -(-args.width * 8 // 3 // 64) * 64
     if args.peak_size is None:
@@ -204,20 +207,23 @@ def print_table(rows: list[dict]):
         )
 
 
-def main():
-    args = parse_args()
-    begin(args)
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of all models in turn; what `main` shows and writes."""
     looped, unrolled = make_models(args)
     batch = make_batch(args)
     losses = {"LoopMDM": lambda: looped(**batch).loss, "Llama, unrolled": lambda: unrolled_loss(unrolled, batch)}
     with torch.no_grad():
         values = {name: loss().item() for name, loss in losses.items()}
-    print("loss before training:", ", ".join(f"{name} {value:.6f}" for name, value in values.items()))
     steps = {
         "Llama, unrolled": Step(unrolled, losses["Llama, unrolled"], args.device),
         "LoopMDM": Step(looped, losses["LoopMDM"], args.device),
         "LoopMDM, checkpoints": Step(looped, losses["LoopMDM"], args.device, checkpoint_loops=True),
     }
+    if args.compile is not None:
+        compiled = copy.deepcopy(looped)
+        for layer in compiled.model.layers:
+            layer.compile(dynamic=True, backend=args.compile)
+        steps["LoopMDM, compiled"] = Step(compiled, lambda: compiled(**batch).loss, args.device)
     peaks = []
     for repeat in range(args.repeats + 1):
         if repeat % 4 == 0:  # over the whole run, as other work on the machine may come and go
@@ -236,32 +242,39 @@ def main():
             looped, args.batch_size, args.length, args.loops, num_logits, checkpoint_loops=step.checkpoint_loops
         )
         rows.append(summarize(name, step, args, flops, max(peaks)))
-    print_table(rows)
-    base = rows[0]
-    ratios = {
-        row["model"]: {
-            "tokens_per_second": row["tokens_per_second"] / base["tokens_per_second"],
-            "forward_and_backward": (base["forward_seconds"] + base["backward_seconds"])
-            / (row["forward_seconds"] + row["backward_seconds"]),
-            "state_bytes": (row["total_bytes"] - row["activation_bytes"])
-            / (base["total_bytes"] - base["activation_bytes"]),
-            "activation_bytes": row["activation_bytes"] / base["activation_bytes"],
-            "total_bytes": row["total_bytes"] / base["total_bytes"],
-        }
-        for row in rows[1:]
+    return {
+        "executed_layers": looped.config.num_executed_layers(args.loops),
+        "masked_positions": round(num_logits * args.batch_size),
+        "losses_before": values,
+        "peak_gflop_per_second": max(peaks) / 1e9,
+        "rows": rows,
+        "ratios_to_llama": {row["model"]: ratios(row, rows[0]) for row in rows[1:]},
     }
-    for name, ratio in ratios.items():
+
+
+def ratios(row: dict, base: dict) -> dict[str, float]:
+    speeds = [one["forward_seconds"] + one["backward_seconds"] for one in (base, row)]
+    states = [one["total_bytes"] - one["activation_bytes"] for one in (row, base)]
+    return {
+        "tokens_per_second": row["tokens_per_second"] / base["tokens_per_second"],
+        "forward_and_backward": speeds[0] / speeds[1],
+        "state_bytes": states[0] / states[1],
+        "activation_bytes": row["activation_bytes"] / base["activation_bytes"],
+        "total_bytes": row["total_bytes"] / base["total_bytes"],
+    }
+
+
+def main():
+    args = parse_args()
+    begin(args)
+    found = measure(args)
+    values = found["losses_before"].items()
+    print("loss before training:", ", ".join(f"{name} {value:.6f}" for name, value in values))
+    print_table(found["rows"])
+    for name, ratio in found["ratios_to_llama"].items():
         print(f"{name} over Llama: " + ", ".join(f"{part} {value:.3f}" for part, value in ratio.items()))
-    print(f"matrix product of side {args.peak_size}: {max(peaks) / 1e9:.1f} GFLOP/s")
-    write_result(
-        args,
-        executed_layers=looped.config.num_executed_layers(args.loops),
-        masked_positions=round(num_logits * args.batch_size),
-        losses_before=values,
-        peak_gflop_per_second=max(peaks) / 1e9,
-        rows=rows,
-        ratios_to_llama=ratios,
-    )
+    print(f"matrix product of side {args.peak_size}: {found['peak_gflop_per_second']:.1f} GFLOP/s")
+    write_result(args, **found)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ model is loaded, what a request may ask of `generate`, and that an answer is giv
 
 import asyncio
 import inspect
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from loopmdm import LoopMDMGenerationConfig
 from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown
 
+# Of transformers' server; `transformers chat` begins with the last.
+ROUTES = ("/v1/models", "/health", "/load_model")
 NEW_TOKENS = 256  # at most, where neither the request nor the model's settings say
 
 # Arguments of `generate` that a request may give: those of JSON that concern one text
@@ -74,6 +77,9 @@ class Models(ModelManager):
     def _load_model(self, *args, **kwargs):
         return self.model
 
+    async def load_model_streaming(self, *args, **kwargs):
+        yield 'data: {"status": "ready", "cached": true}\n\n'
+
     def get_gen_models(self, cache_dir=None):
         return [{"id": self.force_model, "object": "model", "created": self.created, "owned_by": "loopmdm"}]
 
@@ -82,6 +88,11 @@ class Chat(ChatCompletionHandler):
     """Reads requests: the OpenAI API's, and arguments of `generate` beside them."""
 
     def _validate_request(self, body):
+        if "generation_config" in body:  # how `transformers chat` puts it
+            config = json.loads(body.pop("generation_config"))
+            fields = {name: default for name, (default, *_) in LoopMDMGenerationConfig.FIELDS.items()}
+            idle = {name for name in fields.keys() - OPTIONS if config.get(name) == fields[name]}
+            body.update({**{name: config[name] for name in config.keys() - idle - {"transformers_version"}}, **body})
         for name in [name for name, value in body.items() if value is None]:
             del body[name]
         for name, value in body.items():
@@ -234,13 +245,13 @@ class State(GenerationState):
 
 
 def make_app(name: str, model: Any, tokenizer: Any) -> FastAPI:
-    """The server of a model that is called `name`, with the routes of chat, models and health alone."""
+    """The server of a model that is called `name`, without the routes of other kinds of models."""
     models, state = Models(name, model, tokenizer), State()
     chat = Chat(models, state)
     parameters = inspect.signature(build_server).parameters
     others = {key: None for key in parameters if key.endswith("_handler") and key != "chat_handler"}
     app = build_server(models, chat, generation_state=state, **others)
-    app.router.routes[:] = [route for route in app.router.routes if route.path in ("/v1/models", "/health")]
+    app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request, body: dict):

@@ -55,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a place that cannot show a character is no reason to stop
             stream.reconfigure(errors="backslashreplace")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # no two lines for each of its attempts to reach the Hub
     try:
         status = app(args, prog_name="loopmdm", standalone_mode=False)
     except (SystemExit, KeyboardInterrupt):

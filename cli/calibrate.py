@@ -33,7 +33,7 @@ def calibrate(
     ],
     max_loss: Annotated[float, typer.Option(help="Quality that may be lost, as a share.")] = 0.005,
     quality: Annotated[
-        str, typer.Option(help="exact answers, right tokens, or agreement with the most loops.")
+        str, typer.Option(help="exact (right answers), tokens (right tokens) or agreement (with the most loops).")
     ] = "exact",
     num_loops: Annotated[int | None, typer.Option(help="The most loops (default: the model's).")] = None,
     max_denoising_steps: MaxDenoisingSteps = None,
@@ -48,10 +48,10 @@ def calibrate(
     device: Device = None,
 ) -> None:
     """Find the cheapest loops that keep a model's quality, and make them its default."""
+    from loopmdm.data import write_json
     from loopmdm.evaluation import calibrate_loops
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
     from loopmdm.evaluation.loop_budget import read_examples
-    from loopmdm.evaluation.protocol import write_json
 
     at_least(1, limit=limit, batch_size=batch_size)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
@@ -88,8 +88,8 @@ def calibrate(
 
 def _write(model: Path, budget: Any, data: Path) -> list[str]:
     """Makes the chosen setting the default, and keeps what was measured and shows it in the card. Says what it did."""
+    from loopmdm.data import write_json
     from loopmdm.evaluation.loop_budget import write_budget
-    from loopmdm.evaluation.protocol import write_json
     from loopmdm.hub import BUDGET, CARD, write_card
 
     lines = [f"{write_budget(model, budget.best.arguments)} is written."]

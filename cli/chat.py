@@ -10,17 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from .application import USE, app
+from .drafts import COLOUR_KEY, DraftStreamer
 from .options import BlockLength, ConfidenceThreshold, Device, Dtype, MaxDenoisingSteps, Model, TrustRemoteCode, given
 from .output import console
 
-HELP = """\
+HELP = f"""\
 /loops K     applications of the looped block from now on
 /steps N     denoising steps per block from now on
 /system TEXT a new conversation under these instructions
 /undo        forget the last question and its answer
-/save FILE   write the conversation as JSON lines, one line per conversation, as `loopmdm train` reads it
+/save FILE   add the conversation to a file of JSON lines for `loopmdm train`
 /help        this text
-/quit        leave (as does Ctrl-D); Ctrl-C stops an answer"""
+/quit        leave (as does Ctrl-D); Ctrl-C stops an answer
+Dim text may still change, and ░ is yet to be filled in.
+{COLOUR_KEY}."""
 
 
 @app.command(rich_help_panel=USE, epilog="Example: loopmdm chat my-model --block-length 32")
@@ -144,8 +147,6 @@ class Conversation:
         """Shows and returns the answer to the last message."""
         from loopmdm.objective import input_device, seeded_generator
 
-        from .drafts import DraftStreamer
-
         try:
             prompt = self.tokenizer.apply_chat_template(
                 self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -171,7 +172,7 @@ class Conversation:
                 tokenizer=self.tokenizer,
                 return_dict_in_generate=True,
             )
-        self.cache = output.past_key_values
+        self.cache = output.cache
         if console.is_terminal:
             passes, loops = int(output.forward_passes), int(output.loops)
             console.print(f"{passes} forward passes, {loops} loops, {output.seconds:.1f} s", style="dim")

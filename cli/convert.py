@@ -138,3 +138,8 @@ def _show_result(record: dict[str, Any], output: Path) -> None:
     if record["loop"]["loop_update"] == "damped":
         todo = "damped loops change little, and gain little, untrained"
     console.print(f"{output} is written. It computes what its source does at num_loops=1; {todo}.")
+    console.print(
+        "Recipe: `loopmdm train` with `loops: {schedule: growing}` and all weights, for a quarter of the FLOPs of its "
+        "first training. For answers in one step that paid where training without loops had stalled, with the first "
+        "layer looped; not with the last layer, all layers or LoRA on mid (docs/results.md)."
+    )

@@ -1,6 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Text that shows how it comes about: what is finished is bright, the block that is being denoised dim."""
+"""
+Text that shows how it comes about: what is finished is bright; the block that is being denoised is dim, and coloured
+by how sure the model is.
+"""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -8,6 +12,14 @@ from rich.live import Live
 from rich.text import Text
 
 MASK = "░"
+# Probabilities from which on a token has a colour
+COLOURS = ((0.9, "green"), (0.5, "yellow"), (0.0, "red"))
+COLOUR_KEY = "Green: the model is at least 90 % sure; yellow: 50 %; red: less"
+
+
+def colour(confidence: float) -> str:
+    """The colour of a token with this probability; none for NaN, which a given token has."""
+    return next((name for least, name in COLOURS if confidence >= least), "")
 
 
 class DraftStreamer:
@@ -20,6 +32,8 @@ class DraftStreamer:
         console: Where the text goes.
         skip_prompt: Whether the prompt is left out.
     """
+
+    takes_confidence = True
 
     def __init__(self, tokenizer: Any, console: Console, skip_prompt: bool = True):
         self.tokenizer, self.console, self.skips = tokenizer, console, skip_prompt
@@ -47,10 +61,10 @@ class DraftStreamer:
             self.console.print(text[len(self.printed) :], end="", soft_wrap=True, highlight=False)
             self.printed = text
 
-    def put_draft(self, value: Any) -> None:
-        """The tokens of the block as it stands, `(num_tokens,)`."""
+    def put_draft(self, value: Any, confidence: Any) -> None:
+        """The block as it stands, and the probability of the token chosen last for each place, `(num_tokens,)`."""
         if self.console.is_terminal:
-            self._draw(Text.assemble(self.text(), (self._decode_draft(value.tolist()), "dim")))
+            self._draw(Text.assemble(self.text(), *self._draft(value.tolist(), confidence.tolist())))
 
     def end(self) -> None:
         """The text is complete."""
@@ -61,17 +75,21 @@ class DraftStreamer:
         """What is finished."""
         return self.tokenizer.decode(self.finished, skip_special_tokens=True)
 
-    def _decode_draft(self, tokens: list[int]) -> str:
-        """Runs of tokens between masks are decoded together, since a character may take several."""
-        mask, parts, run = self.tokenizer.mask_token_id, [], []
-        for token in [*tokens, mask]:
-            if token != mask:
-                run.append(token)
+    def _draft(self, tokens: list[int], confidence: list[float]) -> Iterator[tuple[str, str]]:
+        """Texts and their styles, a mask or a character at a time, of which several tokens may be needed for one."""
+        run: list[int] = []
+        shown = ""
+        for token, sure in zip(tokens, confidence, strict=True):
+            style = f"dim {colour(sure)}"
+            if token == self.tokenizer.mask_token_id:
+                yield MASK, style
+                run, shown = [], ""
                 continue
-            parts.append(self.tokenizer.decode(run, skip_special_tokens=True) if run else "")
-            parts.append(MASK)
-            run = []
-        return "".join(parts[:-1])
+            run.append(token)
+            text = self.tokenizer.decode(run, skip_special_tokens=True)  # together, as spaces depend on neighbours
+            if not text.endswith("\ufffd"):
+                yield text[len(shown) :], style
+                shown = text
 
     def _draw(self, text: Text) -> None:
         if not self.live.is_started:

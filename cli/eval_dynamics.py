@@ -49,7 +49,7 @@ def dynamics(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """What happens in the loop: attention between masked and visible tokens, states, predictions."""
+    """Show what happens in the loop: attention between masked and visible tokens, states, predictions."""
     settings = dict(locals())
     from loopmdm.evaluation import make_windows, measure_dynamics
     from loopmdm.evaluation.dynamics import check_settings

@@ -52,7 +52,7 @@ def generative_perplexity(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Perplexity of samples under a causal language model, and their entropy. Ancestral sampling by default."""
+    """Measure samples (ancestral by default): their perplexity under a causal language model, and their entropy."""
     settings = dict(locals())
     from loopmdm.evaluation.loading import load_judge, load_model, load_tokenizer, read_model_config
     from loopmdm.evaluation.perplexity import check_window

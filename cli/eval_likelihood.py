@@ -52,7 +52,7 @@ def likelihood(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Bound of the likelihood of texts (NELBO), with error bars, at several numbers of loops and by timestep."""
+    """Bound the likelihood of texts (NELBO), with error bars, at several numbers of loops and by timestep."""
     settings = dict(locals())
     from loopmdm.evaluation import make_windows, text_likelihood
     from loopmdm.evaluation.loading import load_model, load_tokenizer

@@ -51,7 +51,7 @@ def lm_eval(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Tasks of EleutherAI's lm-eval. (Its own `--model hf` takes a model for causal, and is wrong for this one.)"""
+    """Run tasks of EleutherAI's lm-eval, whose own `--model hf` is wrong here, as it takes every model for causal."""
     settings = dict(locals())
     try:
         importlib.import_module("lm_eval")

@@ -16,7 +16,7 @@ def export(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.", show_default=False)],
     num_loops: Annotated[
-        int | None, typer.Option(help="Loops to write out as layers; needed.", show_default=False)
+        int | None, typer.Option(help="Loops to write out as layers; required, but for onnx.", show_default=False)
     ] = None,
     format: Annotated[
         str | None,
@@ -34,6 +34,8 @@ def export(
     options = {name: value for name, value in locals().items() if name not in ("model", "output")}
     if format == "onnx":
         return _export_onnx(model, output, **options)
+    if num_loops is None:  # said before torch is imported, which takes seconds
+        raise ValueError("The number of loops to write out is missing; give --num-loops.")
 
     from transformers.utils import logging
 

@@ -93,7 +93,9 @@ def generate(
     ] = None,
     split: Split = None,
     subset: Subset = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Show every denoising step (one prompt).")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Show every step, coloured by confidence (one prompt).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines with the cost of each row.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page that plays every denoising step.")] = None,
     html_columns: Annotated[int | None, typer.Option(help="With --html: show a board with this many columns.")] = None,
@@ -141,7 +143,8 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
             for row, answer in _generate(loaded, batch, options, seed, costs):
                 if not stream:
                     _show(row.text, tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.cost, as_json)
-            bar(batch[-1].number + 1, total)
+            if not stream:
+                bar(batch[-1].number + 1, total)
     _check_busy(costs.passes > 0, loaded)
     print(costs.line(), file=sys.stderr)
     if html is not None:

@@ -14,8 +14,8 @@ from .output import show_facts, show_table
 @app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm info my-model --length 256")
 def info(
     model: Model,
-    length: Annotated[int | None, typer.Option(help="Positions of a row (default: the longest).")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of the memory, and of the generation with --measure.")] = 1,
+    length: Annotated[int | None, typer.Option(help="Positions in a row (default: the model's longest).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows in memory, and rows to generate with --measure.")] = 1,
     measure: Annotated[
         bool, typer.Option("--measure", help="Generate with the model's settings, and show what it took.")
     ] = False,

@@ -13,9 +13,7 @@ Model = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, ... or auto.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the code that a tokenizer brings along.")
-]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the tokenizer's own code.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # Of `generate`
@@ -34,10 +32,10 @@ Output = Annotated[Path | None, typer.Option(help="Folder for JSON, arrays and p
 LoopList = Annotated[str | None, typer.Option(help="Numbers of loops to measure, such as 1,2,4.")]
 NumMasks = Annotated[int, typer.Option(help="Masks of each text or window; even.")]
 Text = Annotated[
-    str, typer.Option(help="Text (.txt), JSON lines (.jsonl), or the name of a data set.", show_default=False)
+    str, typer.Option(help="A text (.txt), JSON lines (.jsonl), or the name of a data set.", show_default=False)
 ]
 Task = Annotated[
-    str, typer.Option(help="Score all of texts, answers given prompts, or what mask tokens stand for (fill).")
+    str, typer.Option(help="What is scored: texts (all of each), answers (given prompts) or fill (the mask tokens).")
 ]
 TextColumn = Annotated[str | None, typer.Option(help="Column with the text, in JSON and data sets (default: text).")]
 Documents = Annotated[

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Names of files and data are shown as they are, whatever markup they hold.
-console = Console(markup=False, emoji=False)
+console = Console(markup=False, emoji=False, highlight=False)
 
 
 @contextlib.contextmanager
@@ -52,15 +52,24 @@ def progress(what: str) -> Iterator[Callable[..., None]]:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns of text on the left, of numbers on the right; those without an entry are left out."""
-    table = Table(title=title)
+    """
+    Columns of text on the left, of numbers on the right; those without an entry are left out. Where the screen is too
+    narrow, numbers are kept whole at the cost of margins and headings.
+    """
     used = [i for i in range(len(columns)) if any(str(row[i]) for row in rows)]
-    for i in used:
-        is_number = str(rows[-1][i])[:1] in "+-.0123456789"
-        table.add_column(columns[i], justify="right" if is_number else "left")
-    for row in rows:
-        table.add_row(*(str(row[i]) for i in used))
-    console.print(table)
+
+    def table(narrow: bool) -> Table:
+        made = Table(title=title, padding=(0, 0 if narrow else 1))
+        for i in used:
+            is_number = str(rows[-1][i])[:1] in "+-.0123456789"
+            name = columns[i].replace(" ", "\n") if narrow and is_number else columns[i]
+            made.add_column(name, justify="right" if is_number else "left", no_wrap=narrow and is_number)
+        for row in rows:
+            made.add_row(*(str(row[i]) for i in used))
+        return made
+
+    wide = table(False)
+    console.print(wide if console.measure(wide).maximum < console.width else table(True))
 
 
 def show_facts(title: str, facts: dict[str, Any]) -> None:
@@ -89,7 +98,8 @@ def plus_minus(value: float, error: float | None) -> str:
 @contextlib.contextmanager
 def results_folder(path: Path | None, record: dict[str, Any]) -> Iterator[Path | None]:
     """A new folder that holds `record` as results.json and takes more; complete or absent. No folder for None."""
-    from loopmdm.evaluation.protocol import output_folder, write_json
+    from loopmdm.data import write_json
+    from loopmdm.evaluation.protocol import output_folder
 
     if path is None:
         yield None

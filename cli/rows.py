@@ -1,7 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """`loopmdm generate MODEL --data`: the answers to many rows as a file."""
 
-import os
 import sys
 from typing import Any
 
@@ -24,12 +23,13 @@ def write_rows(settings: dict[str, Any], options: dict[str, Any]) -> None:
         raise ValueError("--data needs --output, the file to write.")
     if data.endswith((".jsonl", ".parquet")):
         check_idle(f"{data} is a file", split=settings["split"], subset=settings["subset"])
+    from loopmdm.data import this_process
     from loopmdm.evaluation.rows import generate_rows
 
     names = ("batch_size", "max_batch_tokens", "seed", "text_column", "dtype", "device", "trust_remote_code")
     arguments = {name: settings[name] for name in names}
     dataset = given(split=settings["split"], name=settings["subset"])
-    is_first = int(os.environ.get("RANK", 0)) == 0
+    is_first = this_process().rank == 0
     with progress("rows") as bar:
 
         def show(passed: int, rows: int, speed: float) -> None:

@@ -2,7 +2,6 @@
 """`loopmdm train`."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,16 +35,17 @@ def train(
         check_idle(why, resume=resume, dry_run=dry_run)
         if overrides:
             raise ValueError(f"{overrides[0]} has no effect: {why}; leave it out.")
-        from loopmdm.training.templates import write_template
+        from ._run_files import write_template
 
         write_template(init, config)
         console.print(f"{config} is written. Fill in its paths; then: loopmdm train {config} --dry-run")
         return
+    from loopmdm.data import this_process
     from loopmdm.training.run import read_config
     from loopmdm.training.run import train as run
 
+    is_first = this_process().rank == 0
     settings = read_config(config, overrides or [])
-    is_first = int(os.environ.get("RANK", 0)) == 0
     if dry_run:
         from loopmdm.training.preview import preview
 
@@ -75,7 +75,8 @@ def _show_preview(found: Any, title: str) -> None:
     how = "measured on three steps" if found.is_measured else "an estimate, by the speed of a matrix product"
     facts["time"] = f"{_duration(facts.pop('seconds'))} ({how})"
     show_facts(title, facts)
-    memory = {name: f"{size / 2**30:,.2f} GiB" for name, size in found.memory.items()}
+    unit, size_of_unit = ("GiB", 2**30) if found.memory["together"] >= 2**28 else ("MiB", 2**20)
+    memory = {name: f"{size / size_of_unit:,.2f} {unit}" for name, size in found.memory.items()}
     show_facts("Memory of each process, an estimate", memory)
     console.print("Nothing was written.")
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 The diffusion transformer of MDLM and its relatives (UDLM, BD3LM, RADD). Its norms and residual branches may be
-modulated by an embedding of the noise level sigma (adaLN). Where sigma is constant, so is the modulation, and it
-folds exactly into the norms and into the projections that write to the residual stream.
+modulated by an embedding of the noise level sigma (adaLN). At a constant sigma the modulation is constant, and folds
+exactly into the norms and the projections that write to the residual stream.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch
 from .family import Family, Recipe, copy, per_layer, rows, zeros
 from .source import Source
 
-# Chunks of a block's modulation, in this order. The last layer's has the first two.
+# The chunks of a block's modulation, in order. The output layer has only the first two.
 SHIFT, SCALE, GATE, MLP_SHIFT, MLP_SCALE, MLP_GATE = range(6)
 
 
@@ -23,7 +23,7 @@ class DiTFormat(Family):
     A family in this format.
 
     Attributes:
-        root (`str`): What all tensor names start with.
+        root (`str`): The prefix of all tensor names.
     """
 
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
@@ -33,7 +33,7 @@ class DiTFormat(Family):
         return f"{self.root}blocks.0.adaLN_modulation.weight" in source
 
     def settings(self, source: Source) -> dict[str, Any]:
-        """`n_heads`, `length`, `time_conditioning` and, where known, `n_blocks`: what the tensors do not tell."""
+        """What tensors do not tell: `n_heads`, `length`, `time_conditioning` and, if known, `n_blocks`."""
         return {
             "n_heads": source.setting("n_heads"),
             "length": source.setting("model_length"),
@@ -73,7 +73,7 @@ class DiTFormat(Family):
         return {"unmasking": "ancestral"}
 
     def recipes(self, source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
-        """Copies and splits; with modulation also folds, at `source.sigma` or 0."""
+        """Copies and splits. A modulation is folded in, at `source.sigma` or 0."""
         size, modulated = config["hidden_size"], self.is_modulated(source)
         block, last = f"{self.root}blocks.{{i}}.", f"{self.root}output_layer."
 
@@ -114,7 +114,7 @@ class DiTFormat(Family):
         }
 
     def _fold(self, source: Source, name: str, prefix: str, chunk: int, apply: Callable) -> Recipe:
-        """`apply(tensor, modulation)` on the tensor `name` and one chunk of the modulation, in float64."""
+        """`apply(tensor, modulation)` of the tensor `name` and one chunk of the modulation, in float64."""
         sigma, num_chunks = source.sigma or 0.0, 6 if "{i}" in prefix else 2
         names = [f"{prefix}adaLN_modulation.{kind}" for kind in ("weight", "bias")]
         names += [f"{self.root}sigma_map.mlp.{index}.{kind}" for index in (0, 2) for kind in ("weight", "bias")]
@@ -132,9 +132,7 @@ def _scale_rows(tensor: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 def _conditioning(sigma: float, weight_0, bias_0, weight_2, bias_2) -> torch.Tensor:
-    """
-    What the modulation is a linear function of, `(cond_dim,)`: sinusoids of sigma, a two-layer MLP, one more SiLU.
-    """
+    """The input of the modulation's linear layer, `(cond_dim,)`: sinusoids of sigma, a two-layer MLP, and a SiLU."""
     half = weight_0.shape[1] // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=weight_0.device).double() / half)
     features = torch.cat((torch.cos(sigma * frequencies), torch.sin(sigma * frequencies)))

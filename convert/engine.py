@@ -1,7 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The conversion from beginning to end: a plan, the folder, and, on request, calibration and verification."""
+"""A whole conversion: the plan, the new folder, and, on request, calibration and verification."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..data import write_json
 from ..hub import write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .loop_window import calibrate, check_width, plot_calibration, read_sequences
@@ -40,33 +40,33 @@ def convert_checkpoint(
     """
     Turns a non-looped checkpoint into a LoopMDM that computes the same at `num_loops=1`.
 
-    The result is an initialisation: with more loops it has to be trained first (`loop_update="replace"`), or loops in
-    damped sub-steps (`"damped"`), which change little, and gain little, without training.
+    The result is an initialisation. Before it runs with more loops, it has to be trained (`loop_update="replace"`), or
+    it loops in damped sub-steps (`"damped"`), which without training change little and gain little.
 
     Args:
         source: A folder, a file of weights, or an id on the Hugging Face Hub.
         output: The folder to write, which must not exist. It appears complete or not at all.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        allow_pickle (`bool`): Read pickled weights where there are no others; only tensors are admitted.
+        allow_pickle (`bool`, defaults to `False`): Unpickle the tensors of weights that have no other form.
         sigma (`float`, *optional*): Noise level at which a time-conditioned source (UDLM) is converted.
-        max_shard_size (`int` or `str`, defaults to `"5GB"`): Largest file of weights, and the memory that is used.
-        calibrate_on (*optional*): A text file. The loop is put where its NELBO is lowest at 2 loops (or `num_loops`
-            where that is more). The table is in the record and, with a picture, in the folder.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): Size of the largest file of weights, in bytes or with a
+            unit. The conversion needs as much memory.
+        calibrate_on (*optional*): A text file. The loop goes where the NELBO of this text is lowest, at 2 loops or
+            `num_loops`, whichever is more. The measurements are in the record and, with a plot, in the folder.
         calibration_width (`int`, *optional*): Layers of a candidate window; by default those of the default window.
-        calibration_sequences, calibration_length (`int`, default to 16 and 256): How much of the text is used.
-        verify (`bool`): Compare with the source's weights in transformers' own class, in float32.
-        verify_against (*optional*): Compare with logits stored by `convert/write_reference.py`.
-        on_plan (`Callable`): Called with the [`Plan`] before anything is written.
-        progress (`Callable`): Called with what is being done, and how much is done of how much.
-        plan_options: Everything else that [`plan_conversion`] takes: `num_loops`, `loop_start`, `family`, `dtype`,
+        calibration_sequences, calibration_length (`int`, default to 16 and 256): Sequences to use, and their length.
+        verify (`bool`, defaults to `False`): Compare, in float32, with the source in transformers' own class.
+        verify_against (*optional*): Compare with the logits in a file of `convert/write_reference.py`.
+        on_plan (*optional*): Called with the [`Plan`] before anything is written.
+        progress (*optional*): Called as `progress(what, done, total)`.
+        plan_options: Further arguments of [`plan_conversion`]: `num_loops`, `loop_start`, `family`, `dtype`,
             `trust_remote_code`, ...
 
     Returns:
-        `dict`: What is also written to `conversion.json`: the mapping of tensors, parameter counts, the loop, and what
-        calibration and verification found.
+        `dict`: The contents of `conversion.json`: tensors, parameter counts, the loop, calibration and verification.
 
     Raises:
-        `ValueError`: For anything about the source or the arguments that does not fit. Nothing is left then.
+        ValueError: Anything about the source or the arguments does not fit. Nothing is left behind.
     """
     output = Path(output).expanduser()
     check_output(output)
@@ -94,15 +94,15 @@ def convert_checkpoint(
         if verify_against is not None:
             found["verification_against_file"] = verify_with_file(model, verify_against)
         record = {**plan.record(), "tokenizer_files": files, **found}
-        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "conversion.json", record)
         write_card(folder, output.name, config=plan.config, source=plan.source.card, conversion=record)
-        # Last of all: a folder without it does not load.
+        # Last, since a folder without it does not load
         plan.config.save_pretrained(folder)
     return record
 
 
 def _check_options(calibrate_on, calibration_width, verify_against, sigma, plan_options: dict[str, Any]) -> None:
-    """Raises a ValueError for arguments that do not go together, and files that are not there."""
+    """Raises a ValueError for arguments that contradict one another, and for missing files."""
     if sigma is not None and not 0 <= sigma < math.inf:
         raise ValueError(f"`sigma` is {sigma}; a noise level is at least 0, and finite.")
     if calibrate_on is not None and not {"loop_start", "loop_end"}.isdisjoint(
@@ -117,7 +117,7 @@ def _check_options(calibrate_on, calibration_width, verify_against, sigma, plan_
 
 
 def _check_possible(plan: Plan, calibrate_on, calibration_width: int | None, verify: bool, verify_against) -> None:
-    """Raises a ValueError where calibration or verification lacks something."""
+    """Raises a ValueError if calibration or verification lacks something."""
     if calibration_width is not None:
         check_width(calibration_width, plan.config.num_hidden_layers)
     if verify_against is not None:
@@ -126,7 +126,7 @@ def _check_possible(plan: Plan, calibrate_on, calibration_width: int | None, ver
         raise ValueError(f"{plan.source.name} has no tokenizer, which calibration needs to read {calibrate_on}.")
     if calibrate_on is not None and plan.loaded_tokenizer is None:
         raise ValueError(
-            f"The tokenizer of {plan.source.name} has code of its own, and calibration needs it; read the code, and "
+            f"Calibration needs the tokenizer of {plan.source.name}, which has code of its own; read the code, and "
             "give --trust-remote-code (`trust_remote_code=True`) to run it."
         )
     if verify and plan.family.reference is None:
@@ -137,7 +137,7 @@ def _check_possible(plan: Plan, calibrate_on, calibration_width: int | None, ver
 
 
 def load_written(plan: Plan, folder: Path, dtype: torch.dtype) -> LoopMDMForMaskedLM:
-    """The model just written; its configuration is still in memory alone."""
+    """The model in a folder that does not have its config.json yet."""
     return LoopMDMForMaskedLM.from_pretrained(folder, config=plan.config, dtype=dtype).eval()
 
 
@@ -149,7 +149,7 @@ def _calibrate(
     width: int | None,
     progress: Callable[[str, int, int], Any],
 ) -> dict[str, Any]:
-    """Puts the plan's loop where `text` says, and writes what was measured."""
+    """Moves the plan's loop to the best window on `text`, and writes and returns the measurements."""
     config = plan.config
     record = calibrate(
         load_written(plan, folder, config.dtype),
@@ -162,6 +162,6 @@ def _calibrate(
     record |= {"text": text.name, "sequences": num_sequences, "length": length, "loop_update": config.loop_update}
     config.loop_start, config.loop_end = record["best"]
     plan.window_chosen = f"by calibration on {text.name}"
-    (folder / "calibration.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(folder / "calibration.json", record)
     plot_calibration(record, folder / "calibration.png")
     return record

@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What a family of checkpoints is to the converter: how to recognise it, its configuration in our words, and for every
-tensor of the result the recipe that makes it from tensors of the source.
+A family of checkpoints: how to recognise it, how to translate its configuration, and, for every tensor of the result,
+the recipe that makes it from tensors of the source.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,8 +21,9 @@ class Recipe:
 
     Args:
         sources (`tuple[str, ...]`): Names of the source's tensors.
-        how (`str`): What is done to them, in a few words, for the record.
-        compute (`Callable`): Does it: takes the tensors in that order. Runs on meta tensors too, for the shapes.
+        how (`str`): A short description of the computation, for the record.
+        compute (`Callable`): The computation: takes the tensors in that order. It also runs on meta tensors, to find
+            shapes.
     """
 
     sources: tuple[str, ...]
@@ -35,32 +36,32 @@ def copy(name: str) -> Recipe:
 
 
 def rows(name: str, start: int, stop: int) -> Recipe:
-    """Part of a fused tensor: `tensor[start:stop]`."""
+    """A part of a fused tensor: `tensor[start:stop]`."""
     return Recipe((name,), f"rows {start}:{stop}", lambda tensor: tensor[start:stop])
 
 
 def transposed(name: str, start: int | None = None, stop: int | None = None) -> Recipe:
-    """A weight stored as (in, out): columns `start:stop` of it, transposed."""
+    """The transposed columns `start:stop` of a weight that is stored as (in, out)."""
     part = "" if start is None else f" of columns {start}:{stop}"
     return Recipe((name,), f"transpose{part}", lambda tensor: tensor[:, start:stop].T)
 
 
 def scaled(name: str, factor: float) -> Recipe:
-    """`tensor * factor`, and a copy where the factor is 1."""
-    return (
-        copy(name) if factor == 1 else Recipe((name,), f"times {factor:.6g}", lambda tensor: tensor.double() * factor)
-    )
+    """`tensor * factor`, in float64; a copy if the factor is 1."""
+    if factor == 1:
+        return copy(name)
+    return Recipe((name,), f"times {factor:.6g}", lambda tensor: tensor.double() * factor)
 
 
 def zeros(like: str) -> Recipe:
-    """A vector of zeros, as long as the source's tensor `like` has rows."""
+    """A vector of zeros, one for each row of the source's tensor `like`."""
     return Recipe((like,), "0 for each row", lambda tensor: tensor.new_zeros(tensor.shape[0]))
 
 
 def per_layer(num_layers: int, layer: Mapping[str, str | Recipe]) -> dict[str, Recipe]:
     """
-    Repeats the recipes of one layer, by their names within it, for all layers: `{i}` in the source's names becomes the
-    index. A plain name is a copy.
+    The recipes of all layers, from those of one layer by their names within it: `{i}` in names of the source becomes
+    the index. A plain name is a copy.
     """
 
     def expand(recipe: str | Recipe, index: int) -> Recipe:
@@ -80,19 +81,19 @@ class Family:
     of subclasses; or pass such an object as `convert_checkpoint(..., family=)`.
 
     Attributes:
-        name (`str`): What `--family` calls it.
+        name (`str`): Its name for `--family`.
         models (`str`): The published models that it covers, for error messages.
         architectures (`tuple[str, ...]`):
-            The names in config.json by which it is recognised. A family whose files nothing tells from another's has
-            none, and is used on request (`--family`) alone.
+            The names in config.json that identify it. A family whose files look like another's has none, and is used
+            only on request (`--family`).
         tied_names (`tuple[str, ...]`):
-            Where the head shares the embedding's weight: names under which it may be stored once more.
-        ignored (`tuple[str, ...]`): Patterns (whole-name regular expressions) of tensors that are not needed.
+            If the head shares the embedding's weight, the names under which it may be stored a second time.
+        ignored (`tuple[str, ...]`): Regular expressions for whole names of tensors that are not needed.
         reference (`str`, *optional*):
-            The transformers class (e.g. `"Qwen2"`) that computes what the source computes, with attention over the
-            whole sequence; `--verify` loads the source into it.
-        from_causal (`bool`): The source is autoregressive: used with `--from-causal` alone.
-        stored (`dict`, *optional*): What config.json says in every checkpoint of a format that can be written too.
+            The transformers class (e.g. `"Qwen2"`) that computes the same as the source if attention is over the whole
+            sequence; `--verify` loads the source into it.
+        from_causal (`bool`): The source is autoregressive, so the family is used only with `--from-causal`.
+        stored (`dict`, *optional*): The constant part of config.json, for formats that `loopmdm export` writes.
     """
 
     name: str
@@ -105,7 +106,7 @@ class Family:
     stored: dict[str, Any] | None = None
 
     def matches(self, source: Source) -> bool:
-        """Recognises the family's checkpoints, and no other family's. `model_type` lies too often to be asked."""
+        """Whether the source is of this family. It must not match others'; `model_type` is too often wrong to help."""
         return not set(self.architectures).isdisjoint(source.architectures)
 
     def prepare(self, source: Source) -> Source:
@@ -114,31 +115,31 @@ class Family:
 
     def config(self, source: Source) -> dict[str, Any]:
         """
-        The arguments of a `LoopMDMConfig`, without the loop's. Sizes come from tensors. Of the special tokens only
-        `mask_token_id`, for checkpoints of which neither config.json nor the tokenizer names it.
+        The arguments of a `LoopMDMConfig`, without those of the loop. Sizes come from tensors. The only special token
+        is `mask_token_id`, for checkpoints that name it neither in config.json nor in the tokenizer.
         """
         raise NotImplementedError
 
     def recipes(self, source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
-        """The recipe of every tensor of the result, given also what `config` returned."""
+        """The recipe of every tensor of the result; `config` is what the method `config` returned."""
         raise NotImplementedError
 
     def generation(self, source: Source) -> dict[str, Any]:
-        """Defaults of `generate`: the family's usual settings."""
+        """The family's usual settings of `generate`, which become defaults."""
         return {}
 
     def reference_name(self, name: str) -> str:
-        """What the class `reference` calls the source's tensor `name`."""
+        """The name in the class `reference` of the source's tensor `name`."""
         return name
 
     def stored_config(self, config: LoopMDMConfig) -> dict[str, Any]:
-        """The reverse of `config`: config.json of a plain model, without special tokens and dtype."""
+        """The reverse of `config`: the config.json of a plain model, without special tokens and dtype."""
         raise NotImplementedError
 
     def stored_properties(self, config: LoopMDMConfig) -> dict[str, Any]:
-        """Fields of a configuration that models like this one cannot choose in this format, and their values."""
+        """The fields of a configuration whose values this format fixes for models like this one, and the values."""
         return {}
 
     def stored_name(self, name: str) -> str:
-        """The reverse of `recipes`: what the format calls the model's tensor `name`."""
+        """The reverse of `recipes`: the name in this format of the model's tensor `name`."""
         return name

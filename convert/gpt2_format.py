@@ -14,7 +14,7 @@ class GPT2Format(Family):
     reference = "GPT2"
 
     def names(self, source: Source) -> tuple[str, str]:
-        """What the names of layers and positions start with, and the name of the embedding."""
+        """The prefix of the names of layers and positions, and the name of the embedding."""
         raise NotImplementedError
 
     def config(self, source: Source) -> dict[str, Any]:

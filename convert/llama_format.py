@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-The tensor names and config.json keys of Llama, Qwen2 and Qwen3 in transformers, which most families share. The names
-are the model's own, so every recipe is a copy; what the config cannot be trusted with is read off the tensors.
+The format of Llama, Qwen2 and Qwen3 in transformers, which most families share. A LoopMDM has the same tensor names,
+so every recipe is a copy. Whatever the tensors tell is read from them, since the config is not always right.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from .family import Family, Recipe, copy
 from .source import Source
 
 LAYER = "model.layers.{i}."
-# The classes in transformers, and what their layers have whatever the config says
+# The classes in transformers, and the properties of their layers that the config cannot change
 CLASSES: dict[str, dict[str, Any]] = {
     "Llama": {"use_qk_norm": False},
     "Qwen2": {"use_qk_norm": False, "attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
@@ -26,7 +26,7 @@ MODULES = [
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5's `rope_parameters`, from either spelling (transformers 4: `rope_theta`, `rope_scaling`)."""
+    """`rope_parameters` as in transformers 5, from there or from `rope_theta` and `rope_scaling` of transformers 4."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"`rope_parameters` (`rope_scaling`) is {rope!r}; it must be an object.")
@@ -47,7 +47,7 @@ class LlamaFormat(Family):
     A family in this format.
 
     Attributes:
-        shift_logits (`bool`): The state of position i - 1 predicts token i, as in models made from causal ones.
+        shift_logits (`bool`): The state of position i - 1 predicts token i, as in models adapted from causal ones.
     """
 
     ignored = (r".*rotary_emb\.inv_freq",)  # caches that some versions of transformers saved
@@ -62,9 +62,7 @@ class LlamaFormat(Family):
         num_heads = source.setting("num_attention_heads")
         head_dim, rest = divmod(source.matrix(f"{first}self_attn.q_proj.weight")[0], num_heads)
         if rest:
-            raise ValueError(
-                f"The rows of the query projection are not a multiple of `num_attention_heads` ({num_heads})."
-            )
+            raise ValueError(f"The query projection's rows are not a multiple of `num_attention_heads` ({num_heads}).")
         is_layer_norm = "model.norm.bias" in source
         return {
             "vocab_size": vocab_size,
@@ -85,14 +83,14 @@ class LlamaFormat(Family):
             "attention_output_bias": f"{first}self_attn.o_proj.bias" in source,
             "mlp_bias": f"{first}mlp.up_proj.bias" in source,
             "use_qk_norm": f"{first}self_attn.q_norm.weight" in source,
-            # A head that is stored although it is tied must then equal the embedding.
+            # If a tied head is stored nevertheless, the plan checks that it equals the embedding.
             "tie_word_embeddings": bool(settings.get("tie_word_embeddings", "lm_head.weight" not in source)),
             "initializer_range": settings.get("initializer_range", 0.02),
             "shift_logits": self.shift_logits,
         }
 
     def recipes(self, source: Source, config: dict[str, Any]) -> dict[str, Recipe]:
-        """A copy of every tensor whose name the model knows. The plan finds out the missing ones."""
+        """A copy of every tensor with a name of the model's. The plan detects missing ones."""
         modules = ["model.embed_tokens", "model.norm", *["lm_head"] * (not config["tie_word_embeddings"])]
         for index in range(config["num_hidden_layers"]):
             modules += [LAYER.format(i=index) + module for module in MODULES]

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Which layers to loop: a default by depth, and a choice from data."""
+"""Which layers to loop: a default by depth, or a choice by measurement."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,16 +7,17 @@ from typing import Any
 
 import torch
 
+from ..data import encode, read_documents
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import nelbo
 
 
 def default_window(num_layers: int, loop_update: str) -> tuple[int, int]:
     """
-    `(loop_start, loop_end)` by depth. Loops that will be trained (`"replace"`): a sixth of the layers, from a twelfth
-    of the depth on, the early-middle layers that the paper loops (layers 1 and 2 of 12). Loops without training
-    (`"damped"`): an eighth of the layers around 47.5 % of the depth, where arXiv 2605.23872 finds that they do least
-    harm. Never fewer than one layer.
+    The default `(loop_start, loop_end)` for this depth, at least one layer. Loops that will be trained (`"replace"`)
+    get a sixth of the layers, from a twelfth of the depth on, like the early-middle layers in the paper (layers 1 and
+    2 of 12). Loops without training (`"damped"`) get an eighth of the layers around 47.5 % of the depth, where arXiv
+    2605.23872 finds that they do the least harm.
     """
     if loop_update == "damped":
         width = max(1, round(num_layers / 8))
@@ -29,15 +30,13 @@ def default_window(num_layers: int, loop_update: str) -> tuple[int, int]:
 
 
 def candidate_windows(num_layers: int, width: int) -> list[tuple[int, int]]:
-    """
-    Every window of `width` layers that leaves a layer to head and one to tail, if the model has enough layers.
-    """
+    """All windows of `width` layers. If the model has enough layers, head and tail keep at least one layer each."""
     first, last = (1, num_layers - 1) if width <= num_layers - 2 else (0, num_layers)
     return [(start, start + width) for start in range(first, last - width + 1)]
 
 
 def check_width(width: int, num_layers: int) -> None:
-    """Raises a ValueError where no window of `width` layers fits."""
+    """Raises a ValueError if no window of `width` layers fits."""
     if not 1 <= width <= num_layers:
         raise ValueError(f"The width of the loop is {width}; the model has {num_layers} layers.")
 
@@ -45,13 +44,9 @@ def check_width(width: int, num_layers: int) -> None:
 def read_sequences(tokenizer: Any, text: Path, num_sequences: int, length: int) -> torch.LongTensor:
     """
     Up to `num_sequences` pieces of `length` tokens, spread over the whole text: `(num_sequences, length)`. Raises a
-    ValueError where the file is not UTF-8 or too short for one.
+    ValueError if the file is not UTF-8, or too short for one piece.
     """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{text} is not a text in UTF-8: {error}") from error
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encode(tokenizer, next(read_documents(text, None)), str(text))
     count = min(len(ids) // length, num_sequences)
     if count == 0:
         raise ValueError(f"{text} has {len(ids)} tokens; calibration needs at least {length}.")
@@ -70,18 +65,21 @@ def calibrate(
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> dict[str, Any]:
     """
-    Measures the NELBO of `input_ids` with every candidate window applied `num_loops` times, with the same noise for
-    all.
+    Measures the NELBO of `input_ids` with every candidate window looped `num_loops` times, under the same masks.
 
     Args:
-        model: Any non-looped model as a LoopMDM; its window is left as it was.
+        model: A non-looped model as a LoopMDM; its window is restored.
         input_ids (`torch.LongTensor` of shape `(num_sequences, length)`): The text.
-        width (`int`): Layers in a window.
+        width (`int`): Number of layers in a window.
+        num_loops (`int`, defaults to 2): Loops of every window.
+        num_samples, batch_size, seed: As in [`~loopmdm.evaluation.nelbo`].
+        progress (*optional*): Called as `progress(done, total)` with numbers of estimates.
 
     Returns:
-        `dict`: `without_loops`, the NELBO in nats per token and its standard error; `windows`, for each from left to
-        right the same with the window looped, and the change against no loops. Its standard error (over sequences) is
-        much smaller, as both see the same masks. `best` is the window of the lowest NELBO.
+        `dict`: `without_loops` has the NELBO in nats per token and its standard error. `windows` has the same for
+        every window, from the first layers to the last, and the change against no loops with its standard error over
+        sequences (NaN for one), which is much smaller, as both see the same masks. `best` is the window of the lowest
+        NELBO.
     """
     config = model.config
     check_width(width, config.num_hidden_layers)
@@ -100,7 +98,7 @@ def calibrate(
         for window in windows:
             config.loop_start, config.loop_end = window
             looped, score = estimate(num_loops)
-            change = looped - plain  # what each sequence adds
+            change = looped - plain  # the part of each sequence
             error = len(change) ** 0.5 * change.std().item() if len(change) > 1 else float("nan")
             row = {"loop_start": window[0], "loop_end": window[1], **score}
             rows.append({**row, "change": change.sum().item(), "change_standard_error": error})
@@ -117,7 +115,7 @@ def calibrate(
 
 
 def plot_calibration(record: dict[str, Any], path: Path) -> None:
-    """Draws the NELBO of every window over its first layer."""
+    """Plots the NELBO of every window against its first layer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")

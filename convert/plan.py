@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The plan of a conversion. It is checked against every tensor's shape before anything is read or written."""
+"""The plan of a conversion, checked against the shape of every tensor before weights are read or written."""
 
 import contextlib
 import functools
@@ -34,14 +34,14 @@ from .tokenizer import (
 @dataclass
 class Weights:
     """
-    Tensors that are made of others.
+    The tensors of a result, and how to make them.
 
     Args:
-        source: What they are made of.
-        config: The configuration of what they make, and their dtype.
-        recipes (`dict[str, Recipe]`): How every stored tensor of the result is made.
-        copies (`dict[str, str]`): Tensors of the source that must equal another one, which is used in their place.
-        shapes (`dict[str, torch.Tensor]`): The result's tensors, without data, in their dtype.
+        source ([`Source`]): The checkpoint that they are made from.
+        config ([`LoopMDMConfig`]): The configuration of the result, including the dtype of its tensors.
+        recipes (`dict[str, Recipe]`): By name of the result's tensor, how it is made.
+        copies (`dict[str, str]`): By name, tensors of the source that are not used, because they must equal another.
+        shapes (`dict[str, torch.Tensor]`): The result's tensors on the meta device.
     """
 
     source: Source
@@ -58,13 +58,14 @@ class Weights:
 @dataclass
 class Plan(Weights):
     """
-    Everything about a conversion that can be known before it is done.
+    Everything about a conversion that is known before it is done.
 
     Args:
-        family, tokens, tokenizer, generation: As what the source is converted, and into what.
-        loaded_tokenizer: The result's tokenizer; None without one, and where it has code of its own, not admitted.
+        family ([`Family`]): The format of the source.
+        tokens, tokenizer, generation: The special tokens, tokenizer files and generation config of the result.
+        loaded_tokenizer: The tokenizer of the result; None if there is none, or its own code may not run.
         ignored (`list[str]`): Tensors of the source that are not needed.
-        window_chosen (`str`): How the loop's place was decided.
+        window_chosen (`str`): How the loop's place was chosen.
     """
 
     family: Family
@@ -76,7 +77,7 @@ class Plan(Weights):
     window_chosen: str
 
     def record(self) -> dict[str, Any]:
-        """What `conversion.json` keeps of the plan."""
+        """The plan as plain data, for `conversion.json`."""
         config = self.config
         counts = dict.fromkeys(("total", "head", "mid", "tail", "embeddings_and_head"), 0)
         for name, tensor in self.shapes.items():
@@ -123,23 +124,23 @@ def plan_conversion(
     Plans a conversion, without reading weights.
 
     Args:
-        source (`Source`): What [`open_source`] returns.
-        family (`str` or `Family`, *optional*): The source's family, where its files do not tell.
-        from_causal (`bool`): Take a causal language model as a start for adaptation to diffusion.
-        shift_logits (`bool`, defaults to `True`): With `from_causal`: the state of position i - 1 goes on predicting
-            token i.
-        mask_token_id (`int`, *optional*): Id of [MASK], where neither config, tokenizer nor family tells.
+        source ([`Source`]): The checkpoint, as [`open_source`] returns it.
+        family (`str` or [`Family`], *optional*): The source's family, if its files do not tell.
+        from_causal (`bool`, defaults to `False`): Convert a causal language model, to adapt it to diffusion.
+        shift_logits (`bool`, *optional*, defaults to `True`): With `from_causal`, the state of position i - 1 still
+            predicts token i.
+        mask_token_id (`int`, *optional*): Id of [MASK], if neither config, tokenizer nor family names it.
         dtype (`"float32"`, `"bfloat16"`, `"float16"`, *optional*): By default the source's.
-        num_loops (`int`, defaults to 1): Loops of an inference pass that names none.
-        loop_start, loop_end (`int`, *optional*): mid is `layers[loop_start:loop_end]`. By default by depth, see
-            [`~loopmdm.convert.default_window`].
-        loop_update (`"replace"` or `"damped"`, *optional*): By default `"damped"` where `num_loops` is above 1, as the
-            loops of the result are not trained, and `"replace"`, for training, otherwise.
-        max_train_loops (`int`, defaults to 12): S_max of a later training.
-        trust_remote_code (`bool`): Run the code that the tokenizer brings along, to check that it loads.
+        num_loops (`int`, defaults to 1): The result's default number of loops.
+        loop_start, loop_end (`int`, *optional*, default to [`~loopmdm.convert.default_window`]): The loop, mid, is
+            `layers[loop_start:loop_end]`.
+        loop_update (`"replace"` or `"damped"`, *optional*): By default `"damped"` if `num_loops` is above 1, since the
+            loops are not trained yet, and otherwise `"replace"`, for training.
+        max_train_loops (`int`, *optional*, defaults to 12): S_max of a later training.
+        trust_remote_code (`bool`, defaults to `False`): Run the tokenizer's own code, to check that it loads.
 
     Raises:
-        `ValueError`: For anything about the source or the arguments that does not fit.
+        ValueError: Anything about the source or the arguments does not fit.
     """
     with _in_words(source):
         family = choose_family(source, family, from_causal)
@@ -151,7 +152,7 @@ def plan_conversion(
         tokens.add_end(find_turn_end(tokenizer, loaded_tokenizer))
     if shift_logits is not None:
         if not family.from_causal:
-            raise ValueError("`shift_logits` is for --from-causal; the other families know theirs.")
+            raise ValueError("`shift_logits` is for --from-causal only; every other family decides it itself.")
         settings["shift_logits"] = shift_logits
     with _in_words(source):
         recipes = family.recipes(source, settings)
@@ -189,21 +190,21 @@ def plan_conversion(
 def _loop(
     num_layers: int, num_loops: int, loop_start: int | None, loop_end: int | None, loop_update: str | None
 ) -> tuple[dict[str, Any], str]:
-    """The loop's settings, and how its place was decided."""
+    """The settings of the loop, and how its place was chosen."""
     loop_update = loop_update or ("damped" if num_loops > 1 else "replace")
     window_chosen = "by hand"
     if loop_start is None and loop_end is None:
         loop_start, loop_end = default_window(num_layers, loop_update)
         window_chosen = "by depth"
     elif loop_start is None or loop_end is None:
-        raise ValueError("`loop_start` and `loop_end` go together; give both, or none for the default by depth.")
+        raise ValueError("`loop_start` and `loop_end` go together; give both, or neither for the default by depth.")
     loop = {"loop_start": loop_start, "loop_end": loop_end, "num_loops": num_loops, "loop_update": loop_update}
     return loop, window_chosen
 
 
 @contextlib.contextmanager
 def _in_words(source: Source) -> Iterator[None]:
-    """Makes a ValueError of what goes wrong where the source's files are read as if they were right."""
+    """Turns the errors that damaged files of the source cause into a ValueError."""
     try:
         yield
     except StrictDataclassError as error:
@@ -216,7 +217,7 @@ def _in_words(source: Source) -> Iterator[None]:
 
 
 def _with_mask_row(recipes: dict[str, Recipe], index: int) -> dict[str, Recipe]:
-    """Gives the new mask token the mean of the rows before it, in embedding and head, in a new row if need be."""
+    """Sets the mask token's row of embedding and head, a new one if necessary, to the mean of the rows before it."""
 
     def with_row(tensor: torch.Tensor) -> torch.Tensor:
         mean = tensor[:index].mean(0, keepdim=True, dtype=torch.float32).to(tensor.dtype)
@@ -231,7 +232,7 @@ def _with_mask_row(recipes: dict[str, Recipe], index: int) -> dict[str, Recipe]:
 
 
 def result_dtype(source: Source, recipes: dict[str, Recipe], dtype: str | None) -> str:
-    """The dtype of a result by name: the one asked for, or the source's."""
+    """The name of the result's dtype: the requested one, or the source's. Raises a ValueError for other names."""
     if dtype is None:
         names = {name for recipe in recipes.values() for name in recipe.sources if name in source}
         stored = {source.tensors[name].dtype for name in names} or {torch.float32}
@@ -245,7 +246,8 @@ def _account_for_all(
     source: Source, family: Family, recipes: dict[str, Recipe], config: LoopMDMConfig
 ) -> tuple[list[str], dict[str, str]]:
     """
-    The source's tensors that no recipe uses: those that may be ignored, and copies of others. Raises on the rest.
+    The tensors of the source that no recipe uses: those that may be ignored, and those that must equal others. Raises
+    a ValueError if there are any others, or if one is missing.
     """
 
     def listed(names: set[str]) -> str:
@@ -254,9 +256,7 @@ def _account_for_all(
     used = {name for recipe in recipes.values() for name in recipe.sources}
     missing = used - source.tensors.keys()
     if missing:
-        raise ValueError(
-            f"{source.name} lacks {len(missing)} tensors of a {family.name} checkpoint: {listed(missing)}."
-        )
+        raise ValueError(f"{source.name} lacks {len(missing)} tensors of the family {family.name}: {listed(missing)}.")
     left = source.tensors.keys() - used
     copies = {}
     if config.tie_word_embeddings:
@@ -266,21 +266,21 @@ def _account_for_all(
     surplus = left - ignored - copies.keys()
     if surplus:
         raise ValueError(
-            f"{source.name} has {len(surplus)} tensors that a {family.name} checkpoint has not: {listed(surplus)}; is "
-            "it another format, or quantised, or an adapter?"
+            f"{source.name} has {len(surplus)} tensors that a {family.name} checkpoint does not have: "
+            f"{listed(surplus)}; is it another format, or quantised, or an adapter?"
         )
     return sorted(ignored), copies
 
 
 def _result_shapes(source: Source, recipes: dict[str, Recipe], config: LoopMDMConfig) -> dict[str, torch.Tensor]:
-    """Runs all recipes on tensors without data and compares with what the model needs."""
+    """Runs all recipes on meta tensors, and compares the shapes with those of the model."""
     with torch.device("meta"):
         needed = dict(LoopMDMForMaskedLM(config).state_dict())
     if config.tie_word_embeddings:
         del needed["lm_head.weight"]
     missing, unknown = sorted(needed.keys() - recipes.keys()), sorted(recipes.keys() - needed.keys())
     if missing or unknown:
-        what = f"has nothing for {missing[0]!r}" if missing else f"has no place for what would be {unknown[0]!r}"
+        what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model does not have"
         raise ValueError(f"{source.name} {what}; its layers differ from each other, or it is incomplete.")
     shapes = {}
     for target in needed:  # the model's order

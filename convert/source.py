@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-A published checkpoint, opened for reading tensor by tensor: a folder or a Hub repository of safetensors, a single
-safetensors file, or, on request, pickled weights read without running anything that they contain.
+A published checkpoint, opened to be read tensor by tensor: a folder or Hub repository of safetensors files, a single
+safetensors file, or, on request, pickled weights, which are read without running any code in them.
 """
 
 import functools
@@ -27,7 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass
 class StoredTensor:
-    """A tensor of the source: what it looks like, and how to get it."""
+    """A tensor of the source: its shape and dtype, and a function that reads it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,16 +37,16 @@ class StoredTensor:
 @dataclass
 class Source:
     """
-    A checkpoint that is converted.
+    A checkpoint to convert.
 
     Args:
-        name (`str`): What the user called it.
-        folder (`Path`): Where its files are.
-        weights (`Path`): The file, or the first of the files, that the weights are in.
-        tensors (`dict[str, StoredTensor]`): Every tensor by name.
-        config (`dict`): config.json, or an empty dict.
-        extras (`dict`): What else a training checkpoint holds beside its weights.
-        sigma (`float`, *optional*): The noise level at which a model conditioned on it is to be converted.
+        name (`str`): The name that the user gave.
+        folder (`Path`): The folder of its files.
+        weights (`Path`): The file of its weights, or the first one.
+        tensors (`dict[str, StoredTensor]`): All tensors, by name.
+        config (`dict`): The contents of config.json, or an empty dict.
+        extras (`dict`): The entries of a training checkpoint other than its weights.
+        sigma (`float`, *optional*): The noise level at which to convert a model that is conditioned on it.
     """
 
     name: str
@@ -77,34 +77,32 @@ class Source:
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name not in self.tensors:
-            raise ValueError(f"{self.name} has no tensor {name!r}; the checkpoint is incomplete, or another format.")
+            raise ValueError(f"{self.name} has no tensor {name!r}; it is incomplete, or another format.")
         return self.tensors[name].shape
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """Rows and columns of a tensor that has both."""
+        """The shape of a matrix. Raises a ValueError for any other tensor."""
         shape = self.shape(name)
         if len(shape) != 2:
             raise ValueError(f"{name!r} of {self.name} has shape {shape}; it must have rows and columns.")
         return shape[0], shape[1]
 
     def setting(self, name: str) -> Any:
-        """A value of config.json that a conversion cannot do without."""
+        """A value of config.json. Raises a ValueError if it is missing."""
         if self.config.get(name) is None:
             raise ValueError(f"The config of {self.name} has no {name!r}; add it to config.json.")
         return self.config[name]
 
     def num_layers(self, template: str, declared: int | None) -> int:
         """
-        How many of `template`, e.g. `"layers.{i}.norm.weight"`, there are, counted from 0. Raises a ValueError where
-        the config declares another number.
+        The number of layers, counted by a tensor that each has, such as `"layers.{i}.norm.weight"`. Raises a
+        ValueError if it is not the number that the config declares.
         """
         count = 0
         while template.format(i=count) in self.tensors:
             count += 1
         if count == 0:
-            raise ValueError(
-                f"{self.name} has no tensor {template.format(i=0)!r}, so it has no layers of this format."
-            )
+            raise ValueError(f"{self.name} has no tensor {template.format(i=0)!r}, so no layers of this format.")
         if declared is not None and count != declared:
             raise ValueError(
                 f"{self.name} has no tensor {template.format(i=count)!r} behind those of {count} layers, and its "
@@ -115,7 +113,7 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         try:
             return self.tensors[name].read()
-        except (SafetensorError, OSError) as error:  # a file that has been damaged, or taken away, since it was opened
+        except (SafetensorError, OSError) as error:  # the file was damaged or removed after it had been opened
             raise ValueError(f"{name!r} of {self.name} cannot be read: {error}") from error
 
 
@@ -127,13 +125,17 @@ def open_source(
 
     Args:
         source: A folder, a file of weights, or an id on the Hugging Face Hub (`owner/name`).
-        revision: Branch, tag or commit on the Hub.
-        allow_pickle: Whether pickled weights (`.bin`, `.ckpt`, `.pt`, `.pth`) are read where there are no others.
-        sigma: See [`Source`].
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        allow_pickle (`bool`, defaults to `False`): Read pickled weights (`.bin`, `.ckpt`, `.pt`, `.pth`) if there are
+            no others.
+        sigma (`float`, *optional*): See [`Source`].
+
+    Raises:
+        ValueError: There is no complete checkpoint, or it is an adapter, quantised, or pickled without permission.
     """
     path = Path(source).expanduser()
     if path.exists() and revision is not None:
-        raise ValueError(f"A revision ({revision}) is of the Hub, and {source} is a path here; leave it out.")
+        raise ValueError(f"Only the Hub has revisions ({revision}), but {source} is a local path; leave it out.")
     if not path.exists():
         path = _download(str(source), revision, allow_pickle)
     folder = path if path.is_dir() else path.parent
@@ -147,8 +149,8 @@ def open_source(
     pickled = [file.name for file in files if file.suffix in PICKLES]
     if pickled and not allow_pickle:
         raise ValueError(
-            f"{pickled[0]} is a pickle, which can hold anything; give --allow-pickle (`allow_pickle=True`) to read it "
-            "through an unpickler that admits tensors alone."
+            f"{pickled[0]} is a pickle, which can contain any code; give --allow-pickle (`allow_pickle=True`) to read "
+            "it with an unpickler that admits only tensors."
         )
     tensors, extras = {}, {}
     for file in files:
@@ -160,7 +162,7 @@ def open_source(
             raise ValueError(f"{file} is not a file of weights; they end in .safetensors, {', '.join(PICKLES)}.")
         repeated = sorted(tensors.keys() & found.keys())
         if repeated:
-            raise ValueError(f"{file} holds {repeated[0]!r} again; which of the two counts?")
+            raise ValueError(f"{file} holds {repeated[0]!r} again; remove one of the two.")
         tensors |= found
     _check_index(folder, files, tensors)
     return Source(str(source), folder, files[0], tensors, config, extras, sigma)
@@ -180,7 +182,7 @@ def _download(source: str, revision: str | None, allow_pickle: bool) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: what an index names, or all of one kind."""
+    """The files of a folder's weights: those that an index names, or all of one kind."""
     for suffix in (".safetensors", ".bin"):
         for index_file in sorted(folder.glob(f"*{suffix}.index.json")):
             files = [folder / name for name in sorted(set(read_index(index_file, suffix).values()))]
@@ -208,15 +210,13 @@ def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTenso
             named = read_index(index_file, suffix)
             absent = sorted(name for name, file in named.items() if folder / file in files and name not in tensors)
             if absent:
-                raise ValueError(
-                    f"{index_file.name} says that {named[absent[0]]} holds {absent[0]!r}, but it does not."
-                )
+                raise ValueError(f"{index_file.name} says that {named[absent[0]]} has {absent[0]!r}, but it does not.")
 
 
 def _safetensors(file: Path) -> dict[str, StoredTensor]:
     def reader(name: str) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
-            # Opened for each tensor, so that no more than this one is mapped into memory.
+            # Opened for every tensor, so that only this one is mapped into memory.
             with safe_open(file, framework="pt") as tensors:
                 return tensors.get_tensor(name)
 
@@ -237,7 +237,7 @@ def _quantised(file: Path, name: str, dtype: Any) -> ValueError:
 
 
 class _Stub:
-    """What stands for an object of any class that tensors do not need: takes all arguments and keeps its state."""
+    """Replaces objects of all classes that tensors do not need: accepts any arguments, and keeps the state."""
 
     state: Any = None
 
@@ -252,12 +252,12 @@ class _Stub:
 
 
 def _empty_dict(*args):
-    """Stands for a defaultdict, which the unpickler would not fill."""
+    """Replaces defaultdict, which the unpickler cannot fill."""
     return {}
 
 
 def stub_value(value: Any) -> Any:
-    """The plain data that a stub of an omegaconf object holds: a dict, a list, or the value of a leaf."""
+    """The plain data in a stub of an omegaconf object: a dict, a list, or a value."""
     if isinstance(value, _Stub):
         state = value.state if isinstance(value.state, dict) else {}
         value = state.get("_content", state.get("_val"))
@@ -270,17 +270,15 @@ def stub_value(value: Any) -> Any:
 
 def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     if not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"{file} is not a complete file of torch.save's zip format; get it anew, or convert it to safetensors."
-        )
+        raise ValueError(f"{file} is not a complete file of torch.save's zip format; download it again.")
     try:
-        # torch's unpickler admits what tensors are made of. All else that the file names becomes inert.
+        # torch's unpickler admits what tensors consist of. All other classes in the file become stubs.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         stubs = [(_empty_dict if name == "collections.defaultdict" else _Stub, name) for name in names]
         with torch.serialization.safe_globals(stubs):
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        # torch puts the reason between two paragraphs of advice, the first of which is to trust the file.
+        # torch gives the reason in the second paragraph; the first one advises to trust the file.
         paragraphs = [part.strip() for part in str(error).split("\n\n") if part.strip()] or [type(error).__name__]
         reason = paragraphs[1 if len(paragraphs) > 1 else 0].splitlines()[0]
         raise ValueError(f"{file} cannot be read as pickled weights: {reason}") from error

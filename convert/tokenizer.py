@@ -28,7 +28,7 @@ FILES = (
     "tokenizer.model",
     "chat_template.json",
 )
-# What mask tokens are called in the tokenizers that have one without saying so
+# Names of mask tokens in tokenizers that do not declare theirs
 MASK_TOKENS = ("<|mask|>", "<|mdm_mask|>", "<|MASK|>", "[MASK]", "<mask>", "|<MASK>|")
 NEW_MASK_TOKEN = "<|mask|>"
 
@@ -36,8 +36,8 @@ NEW_MASK_TOKEN = "<|mask|>"
 @dataclass
 class SpecialTokens:
     """
-    Ids of the special tokens. `mask_found` says where that of [MASK] is from; `mask_token` is what the tokenizer calls
-    it, None where there is no tokenizer, or one that can have no token of that id.
+    Ids of the special tokens. `mask_found` says where the id of [MASK] was found. `mask_token` is its name in the
+    tokenizer, or None if there is no tokenizer, or it cannot have a token with that id.
     """
 
     mask_token_id: int
@@ -48,17 +48,17 @@ class SpecialTokens:
     eos_token_id: int | list[int] | None
 
     def ids(self) -> dict[str, Any]:
-        """The ids that a configuration has."""
+        """The ids, as arguments of a configuration."""
         return {name: value for name, value in asdict(self).items() if name.endswith("_id")}
 
     def ends(self) -> list[int]:
-        """The end tokens."""
+        """The ids of the end tokens."""
         if self.eos_token_id is None:
             return []
         return list(self.eos_token_id) if isinstance(self.eos_token_id, list) else [self.eos_token_id]
 
     def add_end(self, index: int | None) -> None:
-        """Adds the token with which a chat template ends turns to those that end generation."""
+        """Adds the token that ends turns in the chat template to the end tokens."""
         ends = self.ends()
         if index not in (None, self.mask_token_id, *ends):
             self.eos_token_id = [*ends, index] if ends else index
@@ -67,8 +67,8 @@ class SpecialTokens:
 
 class TokenizerFiles:
     """
-    The tokenizer beside a checkpoint, as far as special tokens go. `vocabulary` is all that its files list in JSON,
-    which for slow tokenizers can be the added tokens alone.
+    The files of a checkpoint's tokenizer, read as far as special tokens need it. `vocabulary` has all tokens that JSON
+    files list, which for slow tokenizers may be only the added ones.
     """
 
     def __init__(self, folder: Path):
@@ -87,7 +87,7 @@ class TokenizerFiles:
             **{token["content"]: token["id"] for token in model.get("added_tokens") or []},
         }
         self.vocabulary: dict[str, int] = {**vocabulary, **self.added}
-        # Whether the files list all tokens; a slow tokenizer's own format is not read here.
+        # Whether the files list all tokens; the formats of slow tokenizers are not read.
         self.is_complete = bool(vocabulary)
 
     def __bool__(self) -> bool:
@@ -99,7 +99,7 @@ class TokenizerFiles:
 
     @property
     def chat_template(self) -> str | None:
-        """The template of conversations, where there is one."""
+        """The chat template, or None."""
         file = self.folder / "chat_template.jinja"
         if file.is_file():
             return file.read_text(encoding="utf-8")
@@ -112,7 +112,7 @@ class TokenizerFiles:
 
     def turn_end(self) -> str | None:
         """
-        The token that the chat template puts behind an answer, as far as files tell: an added token, or one that is
+        The token that the chat template puts behind an answer, as far as the files tell: an added token, or one
         written like `<this>`.
         """
         if self.chat_template is None:
@@ -122,7 +122,7 @@ class TokenizerFiles:
         special = {name: token or "" for name, token in self.special.items()}
         try:
             rendered = render_jinja_template([messages], chat_template=self.chat_template, **special)[0][0]
-        except Exception:  # of the template: a conversation cannot be had with it at all
+        except Exception:  # a template can raise anything
             return None
         behind = rendered.rpartition(answer)[2].lstrip()
         names = [*self.added, *self.special.values(), *re.findall(r"^<[^<>\s]+>", behind)]
@@ -151,7 +151,7 @@ def _find_mask_token(
     if argument is None and None not in (declared, named) and declared != named:
         raise ValueError(
             f"The mask token is {declared} in config.json and {named} ({tokenizer.special['mask_token']!r}) in the "
-            "tokenizer; say which with --mask-token-id."
+            "tokenizer; choose one with --mask-token-id."
         )
     candidates = [
         (argument, "argument"),
@@ -162,14 +162,11 @@ def _find_mask_token(
     ]
     vocab_size = settings["vocab_size"]
     if family.from_causal:
-        # The tokenizer's first free id: often a row that the embedding has already, otherwise a new one.
+        # The first free id of the tokenizer. Often the embedding has a row for it already.
         candidates.append((len(tokenizer) or vocab_size, "new token"))
     index, found = next((candidate for candidate in candidates if candidate[0] is not None), (None, None))
     if index is None:
-        raise ValueError(
-            f"Neither the config nor the tokenizer of {source.name} names its mask token; give its id with "
-            "--mask-token-id."
-        )
+        raise ValueError(f"Neither config nor tokenizer of {source.name} names the mask token; give --mask-token-id.")
     if found == "new token" and index > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the embedding {vocab_size} rows, so they do not belong "
@@ -191,30 +188,31 @@ def find_special_tokens(
     mask_token_id: int | None = None,
 ) -> SpecialTokens:
     """
-    The special tokens of the result, whose configuration the family gives as `settings`. [MASK] is `mask_token_id`, or
-    what the first of these names: the config, the tokenizer, the family. A causal source that has none gets the first
-    id that its tokenizer leaves free.
+    The special tokens of the result. [MASK] is `mask_token_id`, or else what the config, the tokenizer or the family,
+    in this order, name. A causal source without a mask token gets the first free id of its tokenizer.
 
-    Raises a ValueError where [MASK] cannot be determined or is contradicted, and for ids outside the vocabulary.
+    Args:
+        source, family, tokenizer: The source, its family, and its tokenizer files.
+        settings (`dict`): The arguments of the result's configuration, as the family gives them.
+        mask_token_id (`int`, *optional*): Id of [MASK].
+
+    Raises:
+        ValueError: [MASK] is not known, or is contradicted, or an id is outside the vocabulary.
     """
     mask_token_id, found = _find_mask_token(source, family, tokenizer, settings, mask_token_id)
     vocab_size = settings["vocab_size"]
 
     def declared(name: str) -> list[int]:
-        """The ids that the source's files give, but for the mask token, which no other may be."""
+        """The ids that the source's files name, without the mask token, which cannot have a second role."""
         files = {"generation_config.json": source.generation_config, "config.json": source.config}
         places = [(content.get(f"{name}_id"), file) for file, content in files.items()]
         places.append((tokenizer.id_of(tokenizer.special[name]), "the tokenizer"))
         value, place = next((entry for entry in places if entry[0] is not None), (None, None))
-        if value is None or (name == "pad_token" and value == -1):  # as Llama's early configs say that there is none
+        if value is None or (name == "pad_token" and value == -1):  # -1 means none in early configs of Llama
             return []
         ids = value if isinstance(value, list) and name == "eos_token" else [value]
         for index in ids:
-            if (
-                isinstance(index, bool)
-                or not isinstance(index, int)
-                or not 0 <= index < max(vocab_size, mask_token_id + 1)
-            ):
+            if type(index) is not int or not 0 <= index < max(vocab_size, mask_token_id + 1):
                 raise ValueError(
                     f"`{name}_id` is {value!r} in {place} of {source.name}, and the embedding has {vocab_size} rows; "
                     "name the right token there, or none (null)."
@@ -224,7 +222,7 @@ def find_special_tokens(
     ends, pads, starts = declared("eos_token"), declared("pad_token"), declared("bos_token")
     return SpecialTokens(
         mask_token_id=mask_token_id,
-        # A tokenizer gives a new token the first free id, so only that one can be added.
+        # A tokenizer gives a new token its first free id, so no other id can be added.
         mask_token=tokenizer.token_of(mask_token_id)
         or (NEW_MASK_TOKEN if tokenizer and mask_token_id == len(tokenizer) else None),
         mask_found=found,
@@ -236,7 +234,7 @@ def find_special_tokens(
 
 def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTokens, output: Path) -> list[str]:
     """
-    Copies the tokenizer's files (its own code and chat template included) and tells it what its mask token is. Returns
+    Copies the tokenizer's files, including its code and chat template, and declares the mask token in them. Returns
     the names of the files.
     """
     if not tokenizer:
@@ -249,7 +247,7 @@ def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTo
 
     settings = dict(tokenizer.settings)
     if "tokenizer_class" not in settings and "auto_map" not in settings:
-        # Otherwise the class is looked up by the model's type, and ours is not in that table.
+        # Without it, transformers looks the class up by the model's type, and does not know ours.
         is_fast = (source.folder / "tokenizer.json").is_file()
         settings["tokenizer_class"] = "PreTrainedTokenizerFast" if is_fast else "GPT2Tokenizer"
     settings["mask_token"] = tokens.mask_token
@@ -267,8 +265,8 @@ def load_tokenizer(
     source: Source, tokenizer: TokenizerFiles, tokens: SpecialTokens, trust_remote_code: bool = False
 ) -> Any:
     """
-    The tokenizer as the result will have it. None where there is none, or where it has code of its own that
-    `trust_remote_code` does not admit. Raises a ValueError for one that does not load.
+    The tokenizer of the result. None if there is none, or if it needs `trust_remote_code` and that is False. Raises a
+    ValueError if it does not load.
     """
     if not tokenizer:
         return None
@@ -283,13 +281,13 @@ def load_tokenizer(
             if "trust_remote_code" in reason and not trust_remote_code:
                 return None
             raise ValueError(
-                f"The tokenizer of {source.name} does not load ({reason}); mend its files, install what it needs, or "
-                "convert a copy of the checkpoint without them."
+                f"The tokenizer of {source.name} does not load ({reason}); repair its files, install what it needs, "
+                "or convert a copy of the checkpoint without them."
             ) from error
 
 
 def find_turn_end(tokenizer: TokenizerFiles, loaded: Any) -> int | None:
-    """The token with which the chat template ends an answer, which training learns, too."""
+    """The token that ends an answer in the chat template."""
     if loaded is None:
         return tokenizer.id_of(tokenizer.turn_end())
     end = turn_end(loaded)
@@ -297,14 +295,14 @@ def find_turn_end(tokenizer: TokenizerFiles, loaded: Any) -> int | None:
 
 
 def token_ids(tokenizer: TokenizerFiles, loaded: Any) -> set[int] | None:
-    """The ids that have a token; None where that is not known."""
+    """The ids that have a token; None if they are not known."""
     if loaded is not None:
         return set(loaded.get_vocab().values())
     return set(tokenizer.vocabulary.values()) if tokenizer.is_complete else None
 
 
 def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: int) -> list[int] | None:
-    """The ids that mean nothing to the tokenizer, which `generate` must not produce; None where there are none."""
+    """The ids without a token in the tokenizer, which `generate` must not produce; None if there are none."""
     if ids is None:
         return None
     known = {*ids, *tokens.ends(), tokens.mask_token_id, tokens.pad_token_id, tokens.bos_token_id}
@@ -312,7 +310,7 @@ def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: i
 
 
 def check_size(source: Source, ids: set[int] | None, vocab_size: int) -> None:
-    """Raises a ValueError for a tokenizer that has more tokens than the embedding has rows."""
+    """Raises a ValueError if a token of the tokenizer has no row in the embedding."""
     highest = max(ids or {0})
     if highest >= vocab_size:
         raise ValueError(

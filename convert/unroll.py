@@ -4,6 +4,7 @@
 import importlib.metadata
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def plan_export(
 ) -> Export:
     """Plans an export, without reading weights. As [`export_checkpoint`]."""
     if num_loops is None:
-        raise ValueError("The number of loops to write out is missing; give --num-loops (`num_loops`).")
+        raise ValueError("The number of loops to write out is missing; give `num_loops`.")
     check_num_loops(num_loops)
     if format is not None and format not in formats():
         raise ValueError(f"There is no format {format!r} to write; there are {', '.join(formats())}.")
@@ -263,16 +264,22 @@ def _nearest(source: Source, config: LoopMDMConfig) -> Family:
     came_from = read_json(source.folder / "conversion.json").get("family")
     if came_from in formats():
         return formats()[came_from]
-    fitting, reasons = {}, []
+    fitting: dict[str, int] = {}
+    lacking: Counter[str] = Counter()
     for family in formats().values():
         try:
             fitted = _fitted(config, family)
         except ValueError as error:
-            reasons.append(str(error).partition(". Others are")[0])
+            lacking[str(error).partition("cannot express ")[2].partition(": its models")[0]] += 1
             continue
         fitting[family.name] = sum(getattr(fitted, name) != getattr(config, name) for name in BIASES)
     if not fitting:
-        raise ValueError(f"No format expresses {source.name}. {'. '.join(dict.fromkeys(reasons))}.")
+        ((what, count),) = lacking.most_common(1)
+        how = "none can" if count == len(formats()) else f"{count} of {len(formats())} cannot"
+        raise ValueError(
+            f"No format expresses {source.name}: {how} express {what}. Write ONNX graphs instead, which are looped by "
+            "who runs them (--format onnx)."
+        )
     return formats()[min(fitting, key=lambda name: fitting[name])]
 
 

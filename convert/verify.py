@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Comparison of a converted model, at one loop, with what the source computes."""
+"""Comparison of the logits of a converted model, at one loop, with the source's."""
 
 import zipfile
 from pathlib import Path
@@ -17,30 +17,26 @@ from .plan import Plan, Weights, plan_conversion
 from .source import Source, open_source
 from .write import make_tensor
 
-# In float32; relative to the largest logit where that is above 1.
-TOLERANCE = 5e-5
-# In float64
-EXACT = 1e-10
-# What the config of transformers' class gets otherwise, or not at all
+# The largest difference allowed in float32 and in float64, relative to the largest logit if that is above 1
+TOLERANCE, EXACT = 5e-5, 1e-10
+# Fields of config.json that are not passed to transformers' class, or not under their own names
 REPLACED = {
     *("architectures", "model_type", "auto_map", "torch_dtype", "dtype"),
     *("rope_theta", "rope_scaling", "layer_types"),
 }
 
 
-def verify_with_transformers(
-    model: LoopMDMForMaskedLM, plan: Plan, batch_size: int = 2, length: int = 32, seed: int = 0
-) -> dict[str, Any]:
+def verify_with_transformers(model: LoopMDMForMaskedLM, plan: Plan) -> dict[str, Any]:
     """
-    Runs the source's own weights in the transformers class of its family, with attention over the whole sequence (or
-    block by block), on random tokens. Both models run in `model`'s dtype. Returns what `conversion.json` keeps; raises
-    a ValueError where the difference exceeds the tolerance.
+    Compares with the source's own weights in the transformers class of its family, with attention over the whole
+    sequence (or block by block), on random tokens. Both models run in the dtype of `model`. Returns the entry for
+    `conversion.json`. Raises a ValueError if the difference exceeds the tolerance.
     """
     config = model.config
     (embedding,) = plan.recipes["model.embed_tokens.weight"].sources
     num_rows = plan.source.matrix(embedding)[0]
-    input_ids = _random_ids(config, min(config.vocab_size, num_rows), batch_size, length, seed)
-    if plan.tokens.mask_found == "new token":  # its row is not the source's
+    input_ids = _random_ids(config, min(config.vocab_size, num_rows))
+    if plan.tokens.mask_found == "new token":  # the source does not have its row
         input_ids = input_ids.masked_fill(input_ids == config.mask_token_id, 0)
     return _compare_with_reference(model, plan.source, plan.family, num_rows, input_ids)
 
@@ -49,13 +45,13 @@ def verify_export(
     plan: Weights, family: Family, stored_config: dict[str, Any], num_loops: int, folder: Path
 ) -> list[dict[str, Any]]:
     """
-    Compares a folder that [`export_checkpoint`] has written, except for its config.json, with the looped model: the
-    folder converted back, in float64, and transformers' own class of the format, where there is one, in float32.
-    Returns what `export.json` keeps; raises a ValueError where a difference exceeds the tolerance.
+    Compares a folder that [`export_checkpoint`] has written, except for its config.json, with the looped model: in
+    float64, after converting it back, and in float32, in transformers' own class of the format, if there is one.
+    Returns the entries for `export.json`. Raises a ValueError if a difference exceeds the tolerance.
     """
     written = open_source(folder)
     written.config, dtype = stored_config, plan.config.dtype
-    # In the written dtype first, so that rounding to it is no difference.
+    # Loaded in the written dtype first, so that rounding to it does not count as a difference
     looped = LoopMDMForMaskedLM.from_pretrained(plan.source.folder, dtype=dtype).double().eval()
     input_ids = _random_ids(looped.config, looped.config.vocab_size)
     back = plan_conversion(written, family=family, mask_token_id=looped.config.mask_token_id)
@@ -64,7 +60,7 @@ def verify_export(
     with torch.no_grad():
         logits = plain.double().eval()(input_ids=input_ids, num_loops=1).logits
     del plain, state
-    # Its logits are aligned already.
+    # These logits are aligned already.
     record = _compare(looped, input_ids, logits, num_loops, EXACT, shifts=False)
     found = [{"against": "the written model, converted back", **record}]
     if family.reference is not None:
@@ -73,11 +69,9 @@ def verify_export(
     return found
 
 
-def _random_ids(
-    config: LoopMDMConfig, num_tokens: int, batch_size: int = 2, length: int = 32, seed: int = 0
-) -> torch.Tensor:
-    size = (batch_size, min(length, config.max_position_embeddings))
-    return torch.randint(num_tokens, size, generator=torch.Generator().manual_seed(seed))
+def _random_ids(config: LoopMDMConfig, num_tokens: int) -> torch.Tensor:
+    size = (2, min(32, config.max_position_embeddings))
+    return torch.randint(num_tokens, size, generator=torch.Generator().manual_seed(0))
 
 
 def _compare_with_reference(
@@ -103,7 +97,7 @@ def _compare_with_reference(
 
 
 def _reference_model(source: Source, family: Family, vocab_size: int, dtype: torch.dtype) -> nn.Module:
-    """The source in transformers' own class, without any of our code between."""
+    """The source in transformers' own class, without any code of ours."""
     config_class = getattr(transformers, f"{family.reference}Config")
     known = set(config_class().to_dict()) - REPLACED
     settings = {name: value for name, value in source.config.items() if name in known}
@@ -125,8 +119,9 @@ def _reference_model(source: Source, family: Family, vocab_size: int, dtype: tor
 
 def read_reference(path: str | Path, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The arrays that `convert/write_reference.py` stored: `input_ids`, int64, and `logits` as the source returns them.
-    Raises a ValueError for a file that is damaged, or of another vocabulary.
+    Reads a file of `convert/write_reference.py`: `input_ids`, `(batch_size, length)` int64, and `logits`,
+    `(batch_size, length, vocab_size)`, as the source returns them. Raises a ValueError if the file is damaged, or of
+    another vocabulary.
     """
     import numpy
 
@@ -134,7 +129,7 @@ def read_reference(path: str | Path, vocab_size: int) -> tuple[torch.Tensor, tor
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
             content = {name: arrays[name] for name in arrays.files}
-    # A single array is no context manager, and what a file says of its size can be anything.
+    # A file of a single array is not a context manager, and a damaged header can claim any size.
     except (OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     for name, kinds, what in (("input_ids", "iu", "integers"), ("logits", "f", "floating point numbers")):
@@ -145,7 +140,7 @@ def read_reference(path: str | Path, vocab_size: int) -> tuple[torch.Tensor, tor
             raise ValueError(f"{name!r} in {path} is {found}; it must hold {what}.")
     input_ids, logits = torch.from_numpy(content["input_ids"]).long(), torch.from_numpy(content["logits"])
     if not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
-        raise ValueError(f"{path} holds tokens outside the vocabulary of {vocab_size}; another model's?")
+        raise ValueError(f"{path} holds tokens outside the vocabulary of {vocab_size}; is it another model's?")
     if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
         raise ValueError(
             f"{path} holds tokens {tuple(input_ids.shape)} and logits {tuple(logits.shape)}; they need shapes "
@@ -155,7 +150,7 @@ def read_reference(path: str | Path, vocab_size: int) -> tuple[torch.Tensor, tor
 
 
 def verify_with_file(model: LoopMDMForMaskedLM, path: str | Path) -> dict[str, Any]:
-    """Compares with what [`read_reference`] reads. As [`verify_with_transformers`]."""
+    """Like [`verify_with_transformers`], but compares with the logits in a file, see [`read_reference`]."""
     return {"against": Path(path).name, **_compare(model, *read_reference(path, model.config.vocab_size))}
 
 
@@ -167,7 +162,7 @@ def _compare(
     tolerance: float = TOLERANCE,
     shifts: bool = True,
 ) -> dict[str, Any]:
-    """Of all columns that both have, but for [MASK], which our model never predicts."""
+    """Compares all columns that both have, except [MASK]'s, which a LoopMDM never predicts."""
     with torch.no_grad():
         ours = model.eval()(input_ids=input_ids, num_loops=num_loops).logits
     if shifts and model.config.shift_logits:
@@ -176,7 +171,7 @@ def _compare(
     columns = columns[columns != model.config.mask_token_id]
     logits, ours = logits[..., columns].double(), ours[..., columns].double()
     if not logits.isfinite().all():
-        raise ValueError("The reference logits are not finite, so they say nothing; make them in float32.")
+        raise ValueError("The reference logits are not finite, so there is nothing to compare; make them in float32.")
     difference, largest = (logits - ours).abs().max().item(), logits.abs().max().item()
     tolerance = tolerance * max(1.0, largest)
     if not difference <= tolerance:

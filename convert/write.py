@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What a conversion writes: tensor after tensor into shards, in a folder that gets its name when it is complete."""
+"""The files of a conversion: tensors, one at a time, in shards, in a folder that gets its name when it is complete."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .plan import Plan, Weights
 
-# What a folder needs besides its weights, in bytes, by a generous guess
+# Bytes for all files other than weights, a generous guess
 SMALL_FILES = 64 * 2**20
-# Held by the process that fills a folder
+# Locked by the process that fills a folder
 LOCK = ".conversion.lock"
 
 
 def check_output(output: Path) -> None:
-    """Raises a ValueError where there is something at `output`."""
+    """Raises a ValueError if `output` exists."""
     if output.exists() or output.is_symlink():
         raise ValueError(f"{output} exists already; name a new folder, or remove it.")
 
@@ -38,11 +38,11 @@ def check_shard_size(size: int | str) -> None:
 
 
 def check_space(plan: Weights, output: Path) -> None:
-    """Raises a ValueError where the disk has no room for the result."""
+    """Raises a ValueError if the disk has no room for the result."""
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     free, needed = shutil.disk_usage(existing).free, plan.num_bytes + SMALL_FILES
     left = _partial(output)
-    if (left / LOCK).is_file():  # of a conversion that was killed, to be removed
+    if (left / LOCK).is_file():  # a killed conversion left it, and `new_folder` will empty it
         free += sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
     if free < needed:
         raise ValueError(
@@ -52,22 +52,22 @@ def check_space(plan: Weights, output: Path) -> None:
 
 
 def _partial(output: Path) -> Path:
-    """Where `output` is filled until it is complete."""
+    """The name of `output` until it is complete."""
     return output.with_name(f".{output.name}.partial")
 
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """
-    A folder to fill under another name, which becomes `output` at the end. If anything goes wrong before, nothing is
-    left; if the process is killed, a hidden folder without config.json, which the next conversion to `output` empties
-    and takes. Raises a ValueError while another process fills it.
+    A folder to fill, under a hidden name; at the end of the block it is renamed to `output`, and after an error it is
+    removed. If the process is killed, the folder stays behind without config.json, and the next conversion to `output`
+    empties and reuses it. Raises a ValueError if another process is filling it.
     """
     check_output(output)
     created = [parent for parent in output.absolute().parents if not parent.exists()]
     folder = _partial(output)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / LOCK).is_file():
-        raise ValueError(f"{folder} is in the way, and not of a conversion; move it.")
+        raise ValueError(f"{folder} is in the way, and no conversion has made it; move it.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -79,11 +79,11 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise ValueError(f"Another conversion is writing {output}; wait for it, or name another folder.") from None
     try:
         for path in folder.iterdir():
-            if path.name != LOCK:  # left by a conversion that was killed
+            if path.name != LOCK:  # a killed conversion left it
                 path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
         yield folder
         if output.exists():
-            raise ValueError(f"{output} has come into being during the conversion; remove it and convert again.")
+            raise ValueError(f"{output} was made by someone else during the conversion; remove it, and convert again.")
         os.rename(folder, output)
         (output / LOCK).unlink()
     except BaseException:
@@ -103,14 +103,14 @@ def write_weights(
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> None:
     """
-    Writes the plan's tensors as safetensors, one shard in memory at a time. `progress` is called with the bytes done
-    and to do. Raises a ValueError for NaN and infinite values.
+    Writes the plan's tensors into safetensors files, with one shard at a time in memory. `progress(done, total)` is
+    called with numbers of bytes. Raises a ValueError for NaN and infinite values.
     """
     for name, original in plan.copies.items():
         if not torch.equal(plan.source.read(name), plan.source.read(original)):
             raise ValueError(
                 f"{name!r} of {plan.source.name} differs from {original!r}, but its config ties the two "
-                "(`tie_word_embeddings`, `weight_tying`); one of them is wrong."
+                "(`tie_word_embeddings`, `weight_tying`); correct whichever is wrong."
             )
     shards = split_torch_state_dict_into_shards(plan.shapes, max_shard_size=max_shard_size)
     done = 0
@@ -121,7 +121,7 @@ def write_weights(
             done += shard[name].nbytes
             progress(done, plan.num_bytes)
         save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # as any other file, not for this user alone
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by this user only
     if shards.is_sharded:
         total = {"total_parameters": sum(tensor.numel() for tensor in plan.shapes.values()), **shards.metadata}
         index = {"metadata": total, "weight_map": shards.tensor_to_filename}
@@ -129,7 +129,7 @@ def write_weights(
 
 
 def make_tensor(plan: Weights, name: str) -> torch.Tensor:
-    """One tensor of the result, from those of the source."""
+    """Makes one tensor of the result from those of the source. Raises a ValueError if it is not finite."""
     recipe, dtype = plan.recipes[name], plan.config.dtype
     result = recipe.compute(*(plan.source.read(source) for source in recipe.sources))
     made = torch.empty(result.shape, dtype=dtype).copy_(result)
@@ -142,7 +142,7 @@ def make_tensor(plan: Weights, name: str) -> torch.Tensor:
 
 
 def write_code(plan: Plan, folder: Path) -> None:
-    """The modeling files, so that the folder loads with `trust_remote_code=True` alone."""
+    """Writes the modeling files, so that the folder loads with `trust_remote_code=True` without this package."""
     with torch.device("meta"):
         model = LoopMDMForMaskedLM(plan.config)
     custom_object_save(model, folder)

@@ -1,13 +1,23 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Data: read from files, tokenised, packed into rows, put in the order of a run."""
+"""Data for training and evaluation: read from files, tokenised, packed into rows, and ordered for a run."""
 
 from .chat import turn_end
 from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns
 from .encode import encode_answer, encode_prompt, first_text, prompt_column, text_of
 from .examples import least_tokens, read_examples
-from .files import SEPARATORS, json_lines, load_dataset_rows, read_documents, read_jsonl, read_rows
+from .files import (
+    SEPARATORS,
+    json_lines,
+    load_dataset_rows,
+    read_documents,
+    read_jsonl,
+    read_rows,
+    write_atomically,
+    write_json,
+)
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
+from .processes import Process, this_process
 from .stream import ExampleStream, StreamedExamples
 from .tokens import check_tokens, encode, encode_with_bytes
 
@@ -15,6 +25,7 @@ __all__ = [
     "SEPARATORS",
     "TOKEN_COLUMNS",
     "ExampleStream",
+    "Process",
     "StreamedExamples",
     "UnusedColumns",
     "adapter_base",
@@ -38,6 +49,9 @@ __all__ = [
     "read_jsonl",
     "read_rows",
     "text_of",
+    "this_process",
     "turn_end",
     "vocabulary_size",
+    "write_atomically",
+    "write_json",
 ]

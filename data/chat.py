@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Conversations as tokens: where a chat template puts the answer, and with which token it ends a turn."""
+"""Conversations as tokens: where a chat template puts the answer, and which token ends a turn."""
 
 import contextlib
 import re
@@ -7,7 +7,7 @@ from typing import Any
 
 from .tokens import encode
 
-# Stands for an answer where what a template puts behind it is looked for
+# A mark in place of an answer, to find what a template puts behind it
 _ANSWER = "LOOPMDM-ANSWER"
 
 
@@ -15,16 +15,22 @@ def encode_conversation(
     tokenizer: Any, prompt: list[dict], answer: list[dict], where: str, tools: list | None = None
 ) -> dict[str, Any]:
     """
-    Tokens of a conversation: `input_ids`, of which the first `prompt_length` are the prompt, up to and with the
-    opening of the assistant's turn. The rest is the answer up to and with its turn end. What a template puts behind
-    that, such as the opening of another turn, is left out.
+    Tokenises a conversation. What a template puts behind the end of the answer's turn, such as the opening of another
+    turn, is left out.
 
     Args:
-        tokenizer: With a chat template. It may open an assistant's turn whether it is asked or not, end turns with any
-            token, and needs no `{% generation %}`.
-        prompt, answer: Messages `{"role": ..., "content": ...}`; the last one is the assistant's.
-        where: What to call the conversation in errors.
-        tools (*optional*): As the template takes them.
+        tokenizer: A tokenizer with a chat template. The template may ignore `add_generation_prompt`, may end turns
+            with any token, and needs no `{% generation %}`.
+        prompt, answer (`list[dict]`): Messages `{"role": ..., "content": ...}`; the last one is the assistant's.
+        where (`str`): The name of the conversation in errors.
+        tools (`list`, *optional*): Tools, as the template expects them.
+
+    Returns:
+        `dict`: `input_ids` (`list[int]`), and `prompt_length` (`int`), the number of tokens up to the end of the
+        opening of the assistant's turn. The others are the answer and the end of its turn.
+
+    Raises:
+        ValueError: Messages that the template does not take, or a template that does not tell where an answer is.
     """
     if not isinstance(answer, list) or not answer or not _is_by_assistant(answer[-1]):
         raise ValueError(f"{where}: the answer must be a list of messages that ends with one of the role `assistant`.")
@@ -38,27 +44,27 @@ def encode_conversation(
         start = next((i for i, (a, b) in enumerate(zip(opened, whole, strict=False)) if a != b), len(whole))
         raise ValueError(
             f"{where}: the chat template does not put the answer behind the prompt: it ends a prompt with "
-            f"{opened[start:]!r}, and goes on with {whole[start:][:40]!r} where there is an answer. The "
-            "tokenizer needs a template that does the same in both."
+            f"{opened[start:]!r}, but continues with {whole[start:][:40]!r} if there is an answer. The tokenizer "
+            "needs a template that does the same in both cases."
         )
     end, rest = _behind_answer(tokenizer, prompt, answer, where, tools)
     if whole.endswith(end + rest):
         whole = whole[: len(whole) - len(rest)]
     elif rest.strip():
         raise ValueError(
-            f"{where}: the chat template puts {rest!r} behind the turn end of other answers, and ends this one in "
-            f"{whole[-40:]!r}; what belongs to the answer cannot be told."
+            f"{where}: the chat template puts {rest!r} behind the turn end of other answers, but ends this one in "
+            f"{whole[-40:]!r}, so that it is not clear where the answer ends."
         )
     given, ids = encode(tokenizer, opened, where), encode(tokenizer, whole, where)
-    if ids[: len(given)] != given:  # a token spans the border; in generation none does
+    if ids[: len(given)] != given:  # a token spans the border, which cannot happen in generation
         ids = given + encode(tokenizer, whole[len(opened) :], where)
     return {"input_ids": ids, "prompt_length": len(given)}
 
 
 def encode_question(tokenizer: Any, messages: Any, where: str, tools: list | None = None) -> list[int]:
     """
-    Tokens of a conversation up to and with the opening of the assistant's next turn. An answer at its end is left out,
-    so that a conversation to learn from is a question too. Arguments are those of [`encode_conversation`].
+    Tokens of a conversation up to and including the opening of the assistant's next turn. An answer at its end is left
+    out, so that training examples can serve as questions. Arguments as in [`encode_conversation`].
     """
     messages = _check_messages(tokenizer, messages, where)
     messages = messages[:-1] if messages and _is_by_assistant(messages[-1]) else messages
@@ -72,7 +78,7 @@ def _is_by_assistant(message: Any) -> bool:
 
 
 def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
-    """The messages without fields that are None: data sets fill them up so, and templates take it for a value."""
+    """The messages without fields that are None, which data sets add and templates would take for values."""
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
     for number, message in enumerate(messages, start=1):
@@ -86,15 +92,15 @@ def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The token with which the chat template ends an assistant's turn; None without a template, or such a token."""
+    """The token that ends an assistant's turn in the chat template; None if there is no template or no such token."""
     if tokenizer.chat_template is None:
         return None
     end = ""
     for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
         messages = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-        with contextlib.suppress(ValueError):  # the template wants the other kind, or more than this
+        with contextlib.suppress(ValueError):  # the template needs the other kind of content, or more messages
             end = end or _behind_answer(tokenizer, messages[:1], messages[1:], "A conversation", None)[0]
-    end = end.strip()  # white space ends no turn: it stands within answers too
+    end = end.strip()  # white space cannot end a turn, since it occurs in answers
     ids = encode(tokenizer, end, "A turn end")
     if not ids:
         return None
@@ -105,10 +111,10 @@ def turn_end(tokenizer: Any) -> int | None:
 def _behind_answer(
     tokenizer: Any, prompt: list[dict], answer: list[dict], where: str, tools: list | None
 ) -> tuple[str, str]:
-    """What the template puts behind an answer: the end of the turn, and what comes after that."""
+    """What the template puts behind an answer: the end of the turn, and what follows it."""
     content = answer[-1].get("content")
     mark = [{"type": "text", "text": _ANSWER}] if isinstance(content, list) else _ANSWER
-    # Calls of tools end like texts.
+    # A message that only calls tools ends like a text.
     last = {"role": "assistant"} if content is None else answer[-1]
     marked = _render(tokenizer, [*prompt, *answer[:-1], {**last, "content": mark}], where, tools)
     _, found, end = marked.rpartition(_ANSWER)
@@ -121,7 +127,7 @@ def _behind_answer(
     if opening and end.rstrip().endswith(opening):
         end = end.rstrip()[: -len(opening)]
     special = "|".join(map(re.escape, sorted(_special_tokens(tokenizer), key=len, reverse=True)))
-    # Several in a row end a turn together, unless the last ones may open the next turn.
+    # Several special tokens in a row end a turn together, unless the last ones may open the next turn.
     first = re.search(rf"({special})+" if heeds else special, end) if special else None
     if first is not None:
         end = end[: first.end()]
@@ -130,10 +136,10 @@ def _behind_answer(
 
 
 def _opening(tokenizer: Any) -> str:
-    """What the template puts before an answer; an empty text where it does not begin with one."""
+    """The text that the template puts before an answer at the start; empty if it does not allow one there."""
     try:
         text = _render(tokenizer, [{"role": "assistant", "content": _ANSWER}], "A conversation")
-    except ValueError:  # some want the user's turn first
+    except ValueError:  # some templates need the user's turn first
         return ""
     before, found, _ = text.partition(_ANSWER)
     return before.strip().removeprefix(tokenizer.bos_token or "").strip() if found else ""
@@ -142,7 +148,7 @@ def _opening(tokenizer: Any) -> str:
 def _render(tokenizer: Any, messages: list[dict], where: str, tools: list | None = None, opens: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, tools=tools)
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"{where}: the chat template does not take these messages: {error}.") from error
 
 

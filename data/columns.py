@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Rows of tokens, and what their columns say is to be learnt."""
+"""Rows of tokens, and the columns that say which of them are learnt."""
 
 import logging
 from collections.abc import Iterable
@@ -27,18 +27,18 @@ def read_columns(row: dict[str, Any], where: str, mask_token_id: int) -> dict[st
     The tokens of a row without its padding, and which of them may be masked and learnt.
 
     Args:
-        row: `input_ids`, each of what follows a list or tensor of one number a token, and optional. Padding is where
-            `attention_mask` is 0. A token is learnt where `labels` is not -100, and `maskable`, `assistant_masks` and
-            `completion_mask` are not 0, and behind the first `prompt_length` (`int`) real tokens. `document_ids` are
-            numbers of packed documents.
-        where: What to call the row in errors.
-        mask_token_id (`int`): Id of [MASK], which clean rows do not hold.
+        row (`dict`): `input_ids` and, optionally, further lists or tensors with a number for each token:
+            `attention_mask` is 0 on padding; a token is learnt if `labels` is not -100 and `maskable`,
+            `assistant_masks` and `completion_mask` are not 0; `document_ids` are numbers of packed documents. The
+            first `prompt_length` (`int`) tokens that are not padding are not learnt.
+        where (`str`): The name of the row in errors.
+        mask_token_id (`int`): Id of [MASK], which rows must not contain.
 
     Returns:
         `dict`: `input_ids`, int64, `maskable`, bool, and `document_ids`, int64, if there are any, each `(length,)`.
 
     Raises:
-        ValueError: Columns that contradict one another, do not fit the tokens, or would be lost; nothing to learn.
+        ValueError: Columns contradict one another, do not fit the tokens or would be lost, or nothing is learnt.
     """
     for name, fix in _REFUSED.items():
         if row.get(name) is not None:
@@ -75,7 +75,7 @@ def read_columns(row: dict[str, Any], where: str, mask_token_id: int) -> dict[st
 
 
 def says_what_is_learnt(row: dict[str, Any]) -> bool:
-    """Whether columns of a row of tokens tell what is learnt from the rest."""
+    """Whether a row of tokens has columns that say which tokens are learnt."""
     return any(row.get(name) is not None for name in (*_SAY_WHAT_IS_LEARNT, "prompt_length"))
 
 
@@ -97,7 +97,7 @@ def _learnt(found: dict[str, torch.Tensor], tokens: torch.Tensor, where: str) ->
 
 
 def _leave_prompt(result: dict[str, torch.Tensor], length: Any, where: str) -> None:
-    """Takes the prompt from what is learnt."""
+    """Removes the prompt from the tokens that are learnt."""
     if length is None:
         return
     if isinstance(length, torch.Tensor) and length.numel() == 1:
@@ -113,7 +113,7 @@ def _leave_prompt(result: dict[str, torch.Tensor], length: Any, where: str) -> N
 def _integers(values: Any, name: str, where: str) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # texts, lists of different lengths, numbers beyond int64
+    except (TypeError, ValueError, RuntimeError) as error:  # texts, ragged lists, numbers beyond int64
         raise ValueError(f"{where}: `{name}` does not hold integers: {error}.") from error
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"{where}: `{name}` holds {tensor.dtype} numbers; it must hold integers.")
@@ -129,13 +129,13 @@ def _mask(found: dict[str, torch.Tensor], name: str, where: str) -> torch.BoolTe
 
 
 class UnusedColumns:
-    """Says once, in the log, which columns of rows nothing is made of."""
+    """Warns in the log, once for each name, of columns that are not used."""
 
     def __init__(self):
         self._seen: set[str] = set()
 
     def note(self, row: dict[str, Any], used: Iterable[str], where: str) -> None:
-        """`used` are the names that mean something; `where` says what the rows are."""
+        """Warns of the columns of `row` that are not in `used`; `where` is the name of the rows in the log."""
         unused = [name for name in row if name not in self._seen and name not in used]
         if unused:
             self._seen.update(unused)

@@ -7,10 +7,10 @@ from typing import Any
 from .chat import encode_conversation, encode_question
 from .tokens import encode, tokenize
 
-# What prompts and answers are called in examples
+# Names of the fields with prompts and answers
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
-# What would be lost of a row, and what to do about it
+# Fields that would be lost, and what to do about them
 _BESIDE_PAIRS = dict.fromkeys(("input", "context", "system", "history"), "write it into the prompt")
 _BESIDE_MESSAGES = {
     "chat_template_kwargs": "write the template so that it needs none",
@@ -24,25 +24,25 @@ _OTHER_FORMATS = {
 
 def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An example") -> dict[str, Any]:
     """
-    Tokens of a prompt and its answer, of which only the answer is learnt.
+    Tokenises a prompt and its answer, of which only the answer is learnt.
 
     Args:
-        tokenizer: With a chat template where examples are conversations; with an end token, which is put behind the
-            answer of a plain pair that does not end with it.
-        example: `{"messages": [{"role": ..., "content": ...}, ...]}`, whose last message is the answer; or
-            `{"prompt": ..., "completion": ...}`, both texts, or both lists of messages. `question`, `instruction` and
-            `answer`, `response`, `output` are understood too. `tools` are given to the chat template. Of several, the
-            first in this order counts.
-        where: What to call the example in errors.
+        tokenizer: A tokenizer, with a chat template if the example is a conversation. Its end token, if it has one, is
+            added to the answer of a plain pair that does not end with it.
+        example (`dict`): `{"messages": [{"role": ..., "content": ...}, ...]}`, whose last message is the answer, or
+            `{"prompt": ..., "completion": ...}`, both texts or both lists of messages. The prompt may also be called
+            `question` or `instruction`, and the answer `answer`, `response` or `output`. `tools` go to the chat
+            template. `messages` take precedence.
+        where (`str`): The name of the example in errors.
 
     Returns:
-        `dict`: `input_ids` (`list[int]`), and `prompt_length` (`int`), how many of them are the prompt.
+        `dict`: `input_ids` (`list[int]`), and `prompt_length` (`int`), the number of tokens of the prompt.
 
     Raises:
-        ValueError: What is not there, is another format, or would be lost.
+        ValueError: A part is missing, is in another format, or would be lost.
     """
     if isinstance(example, str):
-        raise ValueError(f"{where} is a text; what is needed are prompts and answers (.jsonl).")
+        raise ValueError(f"{where} is a text; give prompts and answers (.jsonl).")
     messages = example.get("messages")
     if messages is not None:
         is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
@@ -63,7 +63,7 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
 
 
 def columns_of_answer(example: dict[str, Any]) -> set[str]:
-    """The names of what [`encode_answer`] reads of an example."""
+    """The names of the fields that [`encode_answer`] reads."""
     if example.get("messages") is not None:
         return {"messages", "tools"}
     kind = list if any(isinstance(example.get(name), list) for name in (*PROMPT_NAMES, *ANSWER_NAMES)) else str
@@ -75,17 +75,18 @@ def encode_prompt(
     tokenizer: Any, example: dict[str, Any], where: str = "An example", text_column: str | None = None
 ) -> list[int]:
     """
-    Tokens of a text to continue or to fill in, with the special ones that the tokenizer puts around it; or of a
-    conversation to answer, see [`~loopmdm.data.chat.encode_question`].
+    Tokens of a text to continue or to fill in, with the special tokens that the tokenizer adds, or of a conversation
+    to answer, see [`~loopmdm.data.chat.encode_question`].
 
     Args:
-        tokenizer: With a chat template where examples are conversations.
-        example: What [`encode_answer`] reads, with or without an answer, or `{"text": ...}`; the prompt counts first.
-        where: What to call the example in errors.
-        text_column (`str`, *optional*): Where the text is, whatever else there is.
+        tokenizer: A tokenizer, with a chat template if the example is a conversation.
+        example (`dict`): What [`encode_answer`] reads, with or without an answer, or `{"text": ...}`; a prompt takes
+            precedence over `text`.
+        where (`str`): The name of the example in errors.
+        text_column (`str`, *optional*): Read this field, whatever others there are.
 
     Raises:
-        ValueError: What is not there, is another format, or would be lost.
+        ValueError: The text is missing, is in another format, or a part of the example would be lost.
     """
     name = prompt_column(example, text_column)
     if name == "messages" or isinstance(example.get(name), list):
@@ -100,7 +101,7 @@ def encode_prompt(
 
 
 def prompt_column(example: dict[str, Any], text_column: str | None = None) -> str:
-    """The name of what [`encode_prompt`] reads of an example; empty where there is nothing."""
+    """The name of the field that [`encode_prompt`] reads; empty if there is none."""
     if text_column is not None:
         return text_column
     names = ("messages", *PROMPT_NAMES, "text")
@@ -113,7 +114,7 @@ def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[s
         tokenize(tokenizer, prompt, where, add_special_tokens=add)["input_ids"] for add in (True, False)
     )
     if end and given[-1:] == end != text_ids[-1:]:
-        given = given[:-1]  # some tokenizers end every text
+        given = given[:-1]  # some tokenizers add an end token to every text
     ids = encode(tokenizer, answer, where)
     return {"input_ids": [*given, *ids, *([] if ids[-1:] == end else end)], "prompt_length": len(given)}
 
@@ -127,7 +128,7 @@ def _tools(example: dict[str, Any], where: str) -> Any:
     tools = example.get("tools") or None
     if not isinstance(tools, str):
         return tools
-    try:  # as TRL's data sets hold them
+    try:  # TRL's data sets hold them as JSON
         return json.loads(tools)
     except ValueError as error:
         raise ValueError(f"{where}: `tools` is not a list, and not valid JSON: {error}.") from error
@@ -146,7 +147,7 @@ def _refuse(example: dict[str, Any], lost: dict[str, str], where: str) -> None:
 
 
 def text_of(row: str | dict[str, Any], name: str, where: str) -> str:
-    """A row that is a text itself, or its field `name`. Raises a ValueError where that is not a text."""
+    """The row itself if it is a text, or else its field `name`. Raises a ValueError if that is not a text."""
     if isinstance(row, str):
         return row
     if isinstance(row.get(name), str):
@@ -155,7 +156,7 @@ def text_of(row: str | dict[str, Any], name: str, where: str) -> str:
 
 
 def first_text(example: dict[str, Any], names: tuple[str, ...], where: str) -> str:
-    """The first of the fields `names` that holds a text. Raises a ValueError where none does."""
+    """The first of the fields `names` that holds a text. Raises a ValueError if none does."""
     for name in names:
         if isinstance(example.get(name), str):
             return example[name]
@@ -163,6 +164,6 @@ def first_text(example: dict[str, Any], names: tuple[str, ...], where: str) -> s
 
 
 def _names(row: dict[str, Any]) -> str:
-    """The fields of a row, and of those that are not texts what they are."""
+    """The fields of a row, with the types of those that are not texts."""
     kinds = (name if isinstance(value, str) else f"{name} ({type(value).__name__})" for name, value in row.items())
     return ", ".join(kinds) or "nothing"

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Rows of files and data sets as examples of a training, each checked when it is read."""
+"""Rows of files and data sets as training examples, each checked when it is read."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from .files import read_rows
 from .pack import pack_documents
 from .tokens import check_tokens, encode
 
-# Characters that one token stands for at most, in any tokenizer
+# Most characters of one token, in any tokenizer
 _LONGEST_TOKEN = 256
 
 
@@ -27,18 +27,18 @@ def read_examples(
     dataset: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """
-    Examples as [`~loopmdm.training.MaskedDiffusionCollator`] takes them, one after the other.
+    Yields examples for [`~loopmdm.training.MaskedDiffusionCollator`].
 
     Args:
         sources, documents, dataset: Files and data sets, see [`read_rows`].
-        tokenizer: The model's.
-        config ([`LoopMDMConfig`]): The model's.
-        task (`"pretrain"` or `"answers"`): Texts, packed into rows; or what [`encode_answer`] reads, one a row. Both
-            take rows of tokens (`input_ids`, see [`read_columns`]).
-        length (`int`): Tokens of a row.
-        text_column (`str`, defaults to `"text"`): Where texts are in JSON and data sets.
+        tokenizer: The model's tokenizer.
+        config ([`LoopMDMConfig`]): The model's configuration.
+        task (`"pretrain"` or `"answers"`): Pack texts into rows, or read one prompt and answer per row with
+            [`encode_answer`]. Both tasks also take rows of tokens (`input_ids`, see [`read_columns`]).
+        length (`int`): Most tokens of a row.
+        text_column (`str`, defaults to `"text"`): The field of JSON objects and data sets that holds the text.
         isolate_documents (`bool`, defaults to `False`): Keep packed documents from seeing each other.
-        skip_long (`bool`, defaults to `False`): Leave out answers longer than a row instead of raising.
+        skip_long (`bool`, defaults to `False`): Skip examples longer than a row instead of raising an error.
 
     Raises:
         ValueError: A row that cannot be used, named by file and line.
@@ -55,37 +55,28 @@ def read_examples(
 def _document(
     where: str, row: str | dict[str, Any], tokenizer: Any, config: Any, text_column: str, unused: UnusedColumns
 ) -> list[int]:
-    """Tokens of a text; none of an empty one."""
+    """The tokens of a text, which may be empty."""
     if isinstance(row, dict):
         is_tokens = row.get("input_ids") is not None
         unused.note(row, TOKEN_COLUMNS if is_tokens else (text_column,), _source(where))
         if is_tokens:
             columns = read_columns(row, where, config.mask_token_id)
             if not columns["maskable"].all() or "document_ids" in columns:
-                raise ValueError(
-                    f"{where} has tokens that are not learnt, or documents of its own; use `task: answers`."
-                )
+                raise ValueError(f"{where} has tokens that are not learnt, or its own documents; use `task: answers`.")
             return check_tokens(columns["input_ids"].tolist(), config.vocab_size, where)
         if not isinstance(row.get(text_column), str) and {"messages", *PROMPT_NAMES} & row.keys():
-            raise ValueError(
-                f"{where} has no text in {text_column!r}, but a prompt and its answer; use `task: answers`."
-            )
+            raise ValueError(f"{where} has no text in {text_column!r}, but prompt and answer; use `task: answers`.")
     ids = encode(tokenizer, text_of(row, text_column, where), where)
     return check_tokens(ids, config.vocab_size, where, config.mask_token_id)
 
 
 def _answers(
-    rows: Iterable[tuple[str, Any]],
-    tokenizer: Any,
-    config: Any,
-    length: int,
-    skip_long: bool,
-    unused: UnusedColumns,
+    rows: Iterable[tuple[str, Any]], tokenizer: Any, config: Any, length: int, skip_long: bool, unused: UnusedColumns
 ) -> Iterator[dict[str, Any]]:
     for where, row in rows:
         example, size = None, 0
         if isinstance(row, dict):
-            # A row that cannot fit is not tokenised, which takes a hundred times its memory.
+            # Tokenising takes a hundred times the memory of a text, so rows that cannot fit are not tokenised.
             size = least_tokens(row, columns_of_answer(row) - {"tools"})
         if size <= length:
             example = _answer(where, row, tokenizer, config, unused)
@@ -120,7 +111,7 @@ def _answer(where: str, row: Any, tokenizer: Any, config: Any, unused: UnusedCol
 
 
 def least_tokens(row: dict[str, Any], names: Iterable[str]) -> int:
-    """Tokens that the columns `names` of a row have at least, by their characters."""
+    """A lower bound on the number of tokens in the fields `names` of a row, from their number of characters."""
     return sum(_characters(row.get(name)) for name in names) // _LONGEST_TOKEN
 
 
@@ -131,5 +122,5 @@ def _characters(value: Any) -> int:
 
 
 def _source(where: str) -> str:
-    """The file or data set of a row."""
+    """The name of a row's file or data set."""
     return where.rpartition(", ")[0]

@@ -1,38 +1,42 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Documents and examples read from files and data sets, each named by its place."""
+"""Documents and examples read from files and data sets, with their places; and files that are written atomically."""
 
 import codecs
 import itertools
 import json
+import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# What stands between the documents of a text file
+import torch
+
+# Separators of the documents in a text file
 SEPARATORS = {"blank_line": "\n\n", "line": "\n", "file": None}
-# Bytes of a line of JSON: more than any row needs, and little enough to be held in memory
+# Most bytes of a line of JSON: more than any row needs, and few enough for the memory
 LONGEST_LINE = 2**28
 BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_rows(
-    source: str | Path,
-    documents: str = "blank_line",
-    dataset: dict[str, Any] | None = None,
-    keep_errors: bool = False,
+    source: str | Path, documents: str = "blank_line", dataset: dict[str, Any] | None = None, keep_errors: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """
-    The texts of a `.txt` or the objects of anything else, each with what to call it in errors: file and line, or data
-    set and number.
+    Yields the texts of a `.txt` or the objects of anything else, each after its name for errors: file and line, or
+    data set and number.
 
     Args:
-        source: A text file (`.txt`), a file of one JSON object a line (`.jsonl`), a `.parquet` file, or the name or
-            folder of a data set that the `datasets` library loads.
+        source: A text file (`.txt`), a file with one JSON object per line (`.jsonl`), a `.parquet` file, or the name
+            or folder of a data set that the `datasets` library loads.
         documents (`"blank_line"`, `"line"` or `"file"`, defaults to `"blank_line"`): What separates the texts of a
             `.txt`.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
-        keep_errors (`bool`, defaults to `False`): In place of a line that is not a JSON object give the ValueError
-            that says so, and go on.
+        keep_errors (`bool`, defaults to `False`): For a line that is not a JSON object, yield the ValueError instead
+            of raising it, and continue.
+
+    Raises:
+        ValueError: The source does not exist, is empty, or cannot be read.
     """
     path = Path(source).expanduser()
     if path.suffix in (".txt", ".jsonl", ".parquet") and not path.is_file():
@@ -51,7 +55,7 @@ def read_rows(
     elif path.is_file():
         raise ValueError(
             f"{source} is not a .txt, .jsonl or .parquet file. The `datasets` library reads other kinds: name the "
-            f"kind in place of the file (json, csv), and the file as its `data_files`."
+            f"kind instead of the file (json, csv), and the file as its `data_files`."
         )
     else:
         unit, rows = "example", _numbered(load_dataset_rows(str(source), dataset or {}), source)
@@ -65,14 +69,14 @@ def read_documents(path: str | Path, separator: str | None = "\n\n") -> Iterator
 
     Args:
         path: The file.
-        separator (`str`, *optional*, defaults to a blank line): What stands between documents; None: the whole file
-            is one.
+        separator (`str`, *optional*, defaults to a blank line): The separator of documents; with None the whole file
+            is one document.
     """
     return (document for _, document in _documents(Path(path), separator))
 
 
 def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
-    """The documents, each with the number of its first line. Empty ones are left out."""
+    """The documents that are not empty, each with the number of its first line."""
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8")
@@ -82,7 +86,7 @@ def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     line, is_empty = 1, True
     for part in [text] if separator is None else text.split(separator):
-        # Files that were joined have byte-order marks in their middle.
+        # Concatenated files have byte-order marks in the middle.
         begun = part.lstrip().removeprefix(BYTE_ORDER_MARK).lstrip()
         if begun:
             yield line + part.count("\n", 0, len(part) - len(begun)), begun.rstrip()
@@ -93,12 +97,12 @@ def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line. Empty lines are skipped; a bad one is named by number."""
+    """The objects of a file with one JSON object per line. Empty lines are skipped; an error names the bad line."""
     return [row for _, row in json_lines(Path(path))]
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file with one JSON object a line, each with the number of its line, see [`read_jsonl`]."""
+    """Yields the objects of [`read_jsonl`], each after the number of its line."""
     for number, row in _lines_or_errors(path):
         if isinstance(row, ValueError):
             raise row
@@ -106,7 +110,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _lines_or_errors(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """The same, with an error in place of a line that is not an object."""
+    """Like [`json_lines`], with a ValueError in place of a line that is not an object."""
     is_empty = True
     with path.open("rb") as file:
         for number in itertools.count(1):
@@ -133,7 +137,7 @@ def _lines_or_errors(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueEr
 
 def _object(line: bytes, where: str) -> dict[str, Any] | ValueError:
     try:
-        # Decoded here, as `json` guesses at the encoding of bytes.
+        # `json` would guess the encoding of bytes.
         row = json.loads(line.decode("utf-8"), object_pairs_hook=_no_name_twice)
     except (ValueError, RecursionError) as error:
         return ValueError(f"{where} is not valid JSON: {error}.")
@@ -148,8 +152,38 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """
+    Writes a text in UTF-8, with backslash escapes for what UTF-8 cannot encode (file names in other encodings). At
+    every moment `path` holds either what it held before or all of the text.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes strict JSON, in which NaN and infinities are null, atomically. Tensors become lists."""
+    write_atomically(path, json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """The rows of a data set, its training split by default; `options` are arguments of `datasets.load_dataset`."""
+    """The rows of a data set, by default its training split; `options` are arguments of `datasets.load_dataset`."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -161,7 +195,7 @@ def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, 
 
 
 def _numbered(rows: Iterable[dict[str, Any]], source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows with their numbers; a streamed one that cannot be read is named by its."""
+    """Yields rows after their numbers, which also name a row of a stream that cannot be read."""
     rows = iter(rows)
     for number in itertools.count(1):
         try:

@@ -11,17 +11,18 @@ def pack_documents(
     documents: Iterable[list[int]], length: int, end_token_id: int | None = None, isolate: bool = False
 ) -> Iterator[dict[str, Any]]:
     """
-    Packs tokenised documents one behind the other into rows of `length` tokens; what is left at the end makes a short
-    row.
+    Packs tokenised documents, one after the other, into rows of `length` tokens; the last row may be shorter.
 
     Args:
-        documents: Lists of token ids. Empty ones are left out.
-        length (`int`): Tokens per row. A document that is longer, or does not fit into what is left of a row, goes on
-            in the next one.
-        end_token_id (`int`, *optional*): Put behind every document that does not end with it.
+        documents (`Iterable[list[int]]`): Token ids of each document. Empty ones are skipped.
+        length (`int`): Tokens per row. A document that does not fit into the rest of a row continues in the next one.
+        end_token_id (`int`, *optional*): Added to every document that does not end with it.
         isolate (`bool`, defaults to `False`):
-            Whether documents in one row are kept from seeing each other (`document_ids`). Otherwise attention runs
-            over the whole row, as is usual in pretraining.
+            Add `document_ids`, which keep documents in one row from seeing each other. Otherwise attention is over the
+            whole row, as is usual in pretraining.
+
+    Returns:
+        Iterator of `dict`: `input_ids` and, with `isolate`, `document_ids`, `(length,)` int64.
     """
     if length < 1:
         raise ValueError(f"`length` is {length}; it must be at least 1.")
@@ -41,6 +42,6 @@ def pack_documents(
         whole = len(tokens) // length * length
         for start in range(0, whole, length):
             yield row(start)
-        del tokens[:whole], ids[:whole]  # at once: a document may be a book
+        del tokens[:whole], ids[:whole]  # once per document, which may be a book
     if tokens:
         yield row(0)

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What folders and the Hub hold: tokenizers, and adapters with the models that they belong to."""
+"""Folders and Hub ids: tokenizers, and the base models of adapters."""
 
 import functools
 import json
@@ -12,14 +12,14 @@ from transformers import AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# How to make one model of an adapter and its base
+# Code that merges an adapter into its base model
 MERGE = 'AutoPeftModelForCausalLM.from_pretrained("{}").merge_and_unload().save_pretrained("merged")'
 
 
 def locate(name: str, what: str) -> str:
     """
-    A folder, as a path without `~`, or a Hub id. Raises a ValueError, which says `what` is looked for ("a model"), for
-    the path of a folder that is missing.
+    The path of a folder, without `~`, or a Hub id. Raises a ValueError if `name` is neither; `what` is the thing that
+    is looked for, such as "a model".
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -36,15 +36,15 @@ def locate(name: str, what: str) -> str:
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """
-    The tokenizer of a folder or Hub id; of an adapter without one, that of its base model.
+    Loads the tokenizer of a folder or Hub id; for an adapter without one, its base model's.
 
     Args:
-        name: The folder or id.
-        trust_remote_code (`bool`, defaults to `False`): Let a tokenizer run code of its own.
+        name (`str`): The folder or id.
+        trust_remote_code (`bool`, defaults to `False`): Run the tokenizer's own code.
         options: Other arguments of `AutoTokenizer.from_pretrained`, such as `revision`.
 
     Raises:
-        ValueError: There is none, or it does not load.
+        ValueError: There is no tokenizer, or it does not load.
     """
     place = locate(name, "a tokenizer")
     base = adapter_base(place, options.get("revision"))
@@ -52,11 +52,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
         return load_tokenizer(base, trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # transformers raises many kinds, and speaks of backends
+    except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in reason and not trust_remote_code:
             raise ValueError(
-                f"The tokenizer of {name} has code of its own, which runs on request alone; read it, and give "
+                f"The tokenizer of {name} has code of its own, which runs only on request; read it, and give "
                 "--trust-remote-code (`trust_remote_code=True`)."
             ) from error
         fix = (
@@ -67,8 +67,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
 
 def adapter_base(name: str, revision: str | None = None) -> str | None:
     """
-    The model that a PEFT adapter belongs to, given the adapter's folder or Hub id; None where it is not an adapter, or
-    holds the whole model beside it.
+    The base model of a PEFT adapter, given the adapter's folder or Hub id; None if it is not an adapter, or holds a
+    whole model too. Raises a ValueError if the adapter is damaged.
     """
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -82,9 +82,7 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
         if not isinstance(base, str):
             raise TypeError("`base_model_name_or_path` is not a text")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} does not name the model of the adapter (`base_model_name_or_path`): {error}."
-        ) from error
+        raise ValueError(f"{file} does not name the adapter's model (`base_model_name_or_path`): {error}.") from error
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{name} is an adapter without adapter_model.safetensors; only safetensors files are read.")
     return locate(base, f"the base model of the adapter {name}")
@@ -92,16 +90,16 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
 
 @functools.lru_cache
 def _adapter_file_of_hub(name: str, revision: str | None) -> str | None:
-    return find_adapter_config_file(name, revision=revision)  # asks the Hub every time
+    return find_adapter_config_file(name, revision=revision)  # without the cache it would ask the Hub every time
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """Rows that an embedding of all tokens needs: ids may have gaps, so they can be more than there are tokens."""
+    """Rows that an embedding needs for all tokens. Ids can have gaps, so this may exceed the number of tokens."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Raises a ValueError where the special tokens of a tokenizer are not those of a model with this `config`."""
+    """Raises a ValueError if the special tokens of a tokenizer do not fit a model with this `config`."""
     mask = tokenizer.mask_token_id
     if mask is not None and mask != config.mask_token_id:
         raise ValueError(

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Training examples in the order that they are seen."""
+"""Training examples in the order in which they are seen."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,19 +12,18 @@ from ..objective.seeds import seeded_generator
 
 class ExampleStream(Dataset):
     """
-    The examples of a whole run in the order they are seen: epoch after epoch, every epoch in an order of its own.
+    The examples of a whole run in the order in which they are seen: epoch after epoch, each shuffled differently.
 
-    Use it with `TrainingArguments(train_sampling_strategy="sequential")`: an example's place in the run is then all
-    that its augmentation and its noise derive from.
+    Use it with `TrainingArguments(train_sampling_strategy="sequential")`. The augmentation and the noise of an example
+    then depend only on its place in the run.
 
     Args:
-        examples: Indexable source of examples, each a `dict`.
+        examples: A sequence of examples, each a `dict`.
         num_examples (`int`): Length of the run: optimiser steps times examples per step.
         seed (`int`): Seed of the order.
-        transform (*optional*): `transform(example, generator) -> example`, a random augmentation with its own
-            generator.
+        transform (*optional*): A random augmentation, `transform(example, generator) -> example`.
 
-    Items are copies of the examples with `"index"`, their place in the run, and `"row"`, that in `examples`.
+    Items are copies of the examples with `"index"`, their place in the run, and `"row"`, their place in `examples`.
     """
 
     def __init__(
@@ -61,9 +60,9 @@ class ExampleStream(Dataset):
 
 class StreamedExamples(IterableDataset):
     """
-    Examples that come one after the other, from a data set too large to hold, again from the start when they end.
-    Items have `"index"`, their place in the run, as in [`ExampleStream`]; the order is the source's. Each of several
-    workers takes every n-th example.
+    The examples of a data set that is too large for the memory, in its own order, and again from the start when they
+    end. Items have `"index"`, their place in the run, as in [`ExampleStream`]. Each of n workers takes every n-th
+    example.
 
     Args:
         examples (`Callable[[], Iterable[dict]]`): Starts a pass over the data.

@@ -1,24 +1,24 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Texts as tokens, and checks of tokens."""
+"""Tokenisation of texts, and checks of tokens."""
 
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-# Characters that are tokenised at once; a tokenizer takes over a hundred times their memory.
+# Most characters that are tokenised at once; a tokenizer takes over a hundred times their memory.
 _PIECE = 2**20
 
 
 def encode(tokenizer: Any, text: str, where: str) -> list[int]:
-    """Tokens of a text, without special ones; `where` is what to call it in errors."""
+    """Tokens of a text, without special ones; `where` is its name in errors."""
     return [token for piece in _pieces(text) for token in tokenize(tokenizer, piece, where)["input_ids"]]
 
 
 def encode_with_bytes(tokenizer: Any, text: str, where: str) -> tuple[list[int], list[int] | None]:
     """
-    The same, and the bytes of UTF-8 that each token stands for: what comes before the next token's first character, so
-    that they add up to the bytes of the text, white space that the tokenizer drops included. None for a tokenizer
-    without offsets.
+    The tokens of [`encode`], and the number of UTF-8 bytes of each: those up to the first character of the next token,
+    so that they add up to the bytes of the text, including white space that the tokenizer drops. None instead for a
+    tokenizer without offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         return encode(tokenizer, text, where), None
@@ -26,7 +26,7 @@ def encode_with_bytes(tokenizer: Any, text: str, where: str) -> tuple[list[int],
     sizes: list[int] = []
     for piece in _pieces(text):
         encoded = tokenize(tokenizer, piece, where, return_offsets_mapping=True)
-        # Tokens of a part of a character share its offsets; it counts where they begin.
+        # Tokens of parts of one character share its offsets, and all but one of them get no bytes.
         starts = [0, *(start for start, _ in encoded["offset_mapping"][1:]), len(piece)]
         sizes += [len(piece[a:b].encode()) for a, b in pairwise(starts)][: len(encoded["input_ids"])]
         ids += encoded["input_ids"]
@@ -34,15 +34,15 @@ def encode_with_bytes(tokenizer: Any, text: str, where: str) -> tuple[list[int],
 
 
 def tokenize(tokenizer: Any, text: str, where: str, **options: Any) -> Any:
-    """What the tokenizer makes of a text. Raises a ValueError that says `where` for what it cannot read."""
+    """Calls the tokenizer on a text. Raises a ValueError that names `where` if it cannot read the text."""
     try:
         return tokenizer(text, verbose=False, **{"add_special_tokens": False, **options})
-    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
+    except Exception as error:  # the tokenizers library raises nothing more specific for unknown characters
         raise ValueError(f"The tokenizer cannot read {where}: {error}") from error
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in parts of bounded size, cut before a space, where tokenizers cut too."""
+    """The text in parts of bounded size, cut before a space, as tokenizers do."""
     start = 0
     while len(text) - start > _PIECE:
         limit = start + _PIECE
@@ -54,8 +54,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def check_tokens(ids: list[int], vocab_size: int, where: str, mask_token_id: int | None = None) -> list[int]:
     """
-    The tokens again. Raises a ValueError where one is outside a vocabulary of `vocab_size`, or is the mask token,
-    which clean texts do not hold.
+    Returns the tokens. Raises a ValueError if one is outside a vocabulary of `vocab_size`, or is the mask token, which
+    clean texts must not contain.
     """
     wrong = next((token for token in (max(ids, default=0), min(ids, default=0)) if not 0 <= token < vocab_size), None)
     if wrong is not None:

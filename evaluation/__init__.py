@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Measuring models at any number of loops: likelihood, generative perplexity, attention and states by loop, and how few
-loops are enough; and answers to any number of rows. The lm-eval adapter is `loopmdm.evaluation.lm_eval_model`, which
-needs `pip install loopmdm[eval]`.
+Evaluation of models at any number of loops: likelihood, generative perplexity, attention and states by loop, and the
+number of loops that is enough; and answers to any number of rows. The lm-eval adapter is
+`loopmdm.evaluation.lm_eval_model`, which needs `pip install loopmdm[eval]`.
 """
 
 from ..objective import NelboEstimate, nelbo

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What happens inside the loop: attention between masked and visible tokens, states, and predictions by loop."""
+"""Dynamics of the loop: attention between masked and visible tokens, states, and predictions after every loop."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ from torch import nn
 from ..configuration_loopmdm import check_num_loops
 from ..objective import CleanRows, clean_rows, draw_share, evaluating, find_model, input_device, seeded_generator
 
-# Distances are looked at to the states of so many loops before.
+# The longest cycle of loops that `recurrence` looks for
 MAX_PERIOD = 4
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -24,31 +24,32 @@ _ONE_AT_A_TIME = threading.Lock()
 @dataclass
 class Dynamics:
     """
-    T timesteps, S loops, E executed layers (head, S times mid, tail), N predicted tokens. Every array is a mean over
-    the masks of a timestep, each mask counting alike.
+    The result of [`measure_dynamics`], for T timesteps, S loops, E executed layers (head, S times mid, tail) and N
+    masked tokens. Arrays with a dimension T are means over the masks of a timestep; every mask counts the same.
 
     Args:
         timesteps (`(T,)` float): Shares of masked tokens. At least one token is masked.
-        num_masks (`int`): Masks per timestep: texts times masks for each.
-        layer (`(E,)` int), loop (`(E,)` int): Physical layer of each executed one, and its loop: 0 in head, 1 to S in
-            mid, S + 1 in tail.
+        num_masks (`int`): Masks per timestep: texts times masks per text.
+        layer (`(E,)` int), loop (`(E,)` int): Physical layer of each executed layer, and the loop that it belongs to:
+            0 in head, 1 to S in mid, S + 1 in tail.
         attention (`(T, E, 2, 2)` float, *optional*): Share of attention that [masked, visible] tokens pay to
-            [masked, visible] ones, over heads and tokens. The last dimension sums to 1.
-        uniform_attention (`(T, 2, 2)` float, *optional*): The same if attention were spread evenly over what a token
-            may see.
-        change (`(T, S, 3)` float): `||h_s - h_(s-1)|| / ||h_(s-1)||` of the state after loop s, over the
+            [masked, visible] tokens, averaged over heads and tokens. The last dimension sums to 1.
+        uniform_attention (`(T, 2, 2)` float, *optional*): The same share if every token paid equal attention to all
+            tokens that it sees.
+        change (`(T, S, 3)` float): `||h_s - h_(s-1)|| / ||h_(s-1)||` for the state h_s after loop s, over the
             [masked, visible, all] tokens of a text; h_0 is the state that enters mid.
-        distance (`(T, S, 3)` float): `||h_s - h_S|| / ||h_S||`, the distance that is left.
-        recurrence (`(T, S, 4)` float): `||h_s - h_(s-p)|| / ||h_s||` over all tokens for p = 1 to 4, NaN for p > s.
-            A cycle of p loops shows as a value far below that of p = 1.
-        loss, loss_error, accuracy (`(T, S)` float, *optional*): Logit lens: -log p of the masked tokens in nats when
-            mid stops after loop s, its standard error (over masks), and the share predicted correctly.
-        changed (`(T, S)` float, *optional*): Share of masked tokens whose prediction is another than one loop earlier.
-        corrected, spoiled (`(T, S)` float, *optional*): The share that thereby became, or ceased to be, correct. All
-            three NaN at the first loop.
-        token_timestep, token_text, token_position, token_target (`(N,)` int, *optional*): Every masked token: index of
-            its timestep and text, its place, and the true token.
-        token_predictions (`(N, S)` int, *optional*): What is predicted for it after every loop.
+        distance (`(T, S, 3)` float): `||h_s - h_S|| / ||h_S||`, the distance to the last state.
+        recurrence (`(T, S, 4)` float): `||h_s - h_(s-p)|| / ||h_s||` over all tokens for p = 1 to 4; NaN if p > s. In
+            a cycle of p loops, the value for p is far below that for 1.
+        loss, loss_error, accuracy (`(T, S)` float, *optional*): Logit lens, that is, mid stops after loop s: mean
+            -log p of the masked tokens in nats, its standard error over masks, and the share predicted correctly.
+        changed (`(T, S)` float, *optional*): Share of masked tokens whose prediction differs from that of the loop
+            before; NaN for the first loop, like the next two.
+        corrected, spoiled (`(T, S)` float, *optional*): Share of masked tokens whose prediction became correct, or
+            ceased to be.
+        token_timestep, token_text, token_position, token_target (`(N,)` int, *optional*): For every masked token the
+            index of its timestep and text, its position, and the true token.
+        token_predictions (`(N, S)` int, *optional*): The token predicted for it after every loop.
     """
 
     timesteps: np.ndarray
@@ -77,13 +78,14 @@ class Dynamics:
         return self.change.shape[1]
 
     def attention_of_mid(self) -> np.ndarray:
-        """Attention by loop, the mean over mid's layers: `(T, S, 2, 2)`."""
+        """Attention by loop, averaged over the layers of mid: `(T, S, 2, 2)`."""
         return np.stack([self.attention[:, self.loop == s].mean(1) for s in range(1, self.num_loops + 1)], axis=1)
 
     def save(self, path: str | Path) -> None:
-        """Writes the arrays to an `.npz` file."""
+        """Writes the arrays to a file in the `.npz` format, under exactly this name."""
         arrays = {one.name: getattr(self, one.name) for one in fields(self)}
-        np.savez_compressed(path, **{name: value for name, value in arrays.items() if value is not None})
+        with Path(path).open("wb") as file:  # numpy adds .npz to names without it
+            np.savez_compressed(file, **{name: value for name, value in arrays.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | Path) -> "Dynamics":
@@ -93,7 +95,7 @@ class Dynamics:
         return cls(**values | {"num_masks": int(values["num_masks"])})
 
     def plot(self, path: str | Path) -> None:
-        """Draws the curves by loop, one for each timestep, as a PNG."""
+        """Draws the curves over loops, one for each timestep, into an image file."""
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -112,15 +114,13 @@ class Dynamics:
         if self.attention is not None:
             mass = self.attention_of_mid()
             for axis, (a, b, title) in zip(
-                axes.flat[:2],
-                ((0, 0, "masked to masked"), (1, 0, "visible to masked")),
-                strict=True,
+                axes.flat[:2], ((0, 0, "masked to masked"), (1, 0, "visible to masked")), strict=True
             ):
                 draw(axis, f"Attention in mid: {title}", mass[..., a, b], "share (dotted: even attention)")
                 for value, color in zip(self.uniform_attention[:, a, b], colors, strict=True):
                     axis.axhline(value, color=color, linestyle=":", linewidth=1)
         draw(axes.flat[2], "Change of the state", self.change[..., 2], "relative to the state before", log=True)
-        # The last loop's distance to itself is 0.
+        # A logarithmic axis cannot show the distance of the last loop, 0.
         left = np.where(self.distance[..., 2] > 0, self.distance[..., 2], np.nan)
         draw(axes.flat[3], "Distance to the last loop's state", left, "relative", log=self.num_loops > 1)
         if self.loss is not None:
@@ -133,7 +133,7 @@ class Dynamics:
         figure.savefig(path, dpi=110)
 
     def summary(self) -> list[dict[str, float]]:
-        """Means over the timesteps, one row for each loop."""
+        """Means over the timesteps, a row for each loop."""
         rows = []
         mass = None if self.attention is None else self.attention_of_mid().mean(0)
         for s in range(self.num_loops):
@@ -145,10 +145,8 @@ class Dynamics:
                     "visible_to_masked": mass[s, 1, 0],
                 }
             if self.loss is not None:
-                row |= {
-                    name: getattr(self, name)[:, s].mean() for name in ("loss", "accuracy", "changed", "corrected")
-                }
-                row["spoiled"] = self.spoiled[:, s].mean()
+                names = ("loss", "accuracy", "changed", "corrected", "spoiled")
+                row |= {name: getattr(self, name)[:, s].mean() for name in names}
             rows.append({name: value if name == "loop" else float(value) for name, value in row.items()})
         return rows
 
@@ -171,24 +169,29 @@ def measure_dynamics(
     """
     Masks texts at given timesteps, runs `num_loops` loops, and records attention, states and predictions by loop.
 
-    Of a text's L maskable tokens, `round(t L)` are masked, at least one. In a block-causal model they are of one
-    block, drawn uniformly; what comes after it is left out, as when it decodes.
+    In a text with L maskable tokens, `round(t L)` are masked, at least one. In a block-causal model, L counts the
+    tokens of one block, drawn uniformly, and later blocks are left out, as in decoding.
 
     Args:
-        model: A [`LoopMDMForMaskedLM`]. It runs in eval mode, for attention with eager attention, and is put back.
+        model: A [`LoopMDMForMaskedLM`]. It runs in eval mode, with eager attention if `attention` is measured; its
+            mode and its kind of attention are restored.
         input_ids (`torch.LongTensor` of shape `(num_texts, length)`): Clean tokens.
         attention_mask (`torch.Tensor` of shape `(num_texts, length)`, *optional*): 0 on padding.
         maskable (`torch.BoolTensor` of shape `(num_texts, length)`, *optional*): Tokens that may be masked; by default
             all real ones.
-        num_loops (`int`, *optional*, defaults to `config.max_train_loops`): Loops to follow.
+        num_loops (`int`, *optional*, defaults to `config.max_train_loops`): Number of loops.
         timesteps (`list[float]`): Shares of masked tokens, in (0, 1].
-        masks_per_text (`int`, defaults to 2): Masks of each text and timestep.
-        attention (`bool`, defaults to `True`): Measure attention; it holds every executed layer's maps at once.
-        lens (`bool`, defaults to `True`): Read out predictions after every loop. A damped model's earlier state is
-            not that of fewer loops, so it takes `lens=False`; its states and attention are those of `num_loops` steps.
+        masks_per_text (`int`, defaults to 2): Masks per text and timestep.
+        attention (`bool`, defaults to `True`): Measure attention. The maps of all executed layers are kept in memory.
+        lens (`bool`, defaults to `True`): Read out predictions after every loop. Models with `loop_update="damped"`
+            need `lens=False`, since their state after s of S loops is not the state of a pass with s loops.
         batch_size (`int`, defaults to 4): Masked texts per forward pass.
-        seed (`int`, defaults to 0): Seed of the masks, which depend on it, the text's place and the timestep.
-        progress (*optional*): `progress(done, total)`, called with numbers of masked texts.
+        seed (`int`, defaults to 0): Seed of the masks. A mask depends on the seed, the index of its text and the index
+            of its timestep.
+        progress (*optional*): Called as `progress(done, total)` with numbers of masked texts.
+
+    Raises:
+        ValueError: Arguments that do not fit the model or one another, or a text without a maskable token.
     """
     model = find_model(model)
     config = model.config
@@ -210,12 +213,12 @@ def measure_dynamics(
 def check_settings(
     config: Any, num_loops: int | None, timesteps: list[float], masks_per_text: int, batch_size: int, lens: bool
 ) -> int:
-    """Raises a ValueError for what [`measure_dynamics`] cannot do with a model of this config; returns the loops."""
+    """Raises a ValueError for bad arguments of [`measure_dynamics`]. Returns the number of loops."""
     num_loops = check_num_loops(config.max_train_loops if num_loops is None else num_loops)
     if lens and config.loop_update == "damped":
         raise ValueError(
             'The model\'s `loop_update` is "damped": its steps depend on the number of loops, so the state after an '
-            "earlier loop is not the result of fewer loops and there is nothing to read out. Leave the logit lens out "
+            "earlier loop is not the result of fewer loops and there is nothing to read out. Leave out the logit lens "
             "(`lens=False`, --no-lens)."
         )
     if not timesteps or not all(0 < timestep <= 1 for timestep in timesteps):
@@ -228,7 +231,7 @@ def check_settings(
 
 @contextlib.contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Eager attention meanwhile. It is a setting of the model, so that threads that measure wait for one another."""
+    """Eager attention inside the block. It is a setting of the model, so only one thread at a time may change it."""
     with _ONE_AT_A_TIME:
         implementation = model.config._attn_implementation
         model.set_attn_implementation("eager")
@@ -239,7 +242,7 @@ def _eager_attention(model: nn.Module) -> Iterator[None]:
 
 
 class _Job(NamedTuple):
-    """One masked text: indices of its timestep and text, `(length,)` masked tokens, and those that may be seen."""
+    """A masked text: the indices of its timestep and text, its masked tokens, and those it sees, `(length,)` bool."""
 
     step: int
     text: int
@@ -251,18 +254,18 @@ def _draw(rows: CleanRows, step: int, timestep: float, text: int, number: int, s
     mask = draw_share(rows.split(text), timestep, seeded_generator(seed, "dynamics", text, step, number))
     masked = torch.zeros_like(rows.maskable[text])
     masked[mask.positions] = True
-    # What comes after the block is out of its sight.
+    # Later blocks are not seen.
     return _Job(step, text, masked, rows.real[text] & (rows.blocks[text] <= rows.blocks[text][mask.block[0]]))
 
 
 class _Recorder:
-    """Sums up, timestep by timestep, what each masked text shows."""
+    """Collects the measurements of all masked texts, and averages them by timestep."""
 
     def __init__(self, config: Any, timesteps: list[float], num_loops: int, attention: bool, lens: bool):
         self.config, self.timesteps, self.num_loops = config, timesteps, num_loops
         self.with_attention, self.with_lens = attention, lens
         self.steps: list[int] = []  # the timestep of every mask
-        self.records: dict[str, list[torch.Tensor]] = {}  # by name, batches with a row for every mask
+        self.records: dict[str, list[torch.Tensor]] = {}  # by name, a tensor per batch with a row for every mask
         self.tokens: list[tuple[torch.Tensor, ...]] = []
 
     def add(self, model: nn.Module, rows: CleanRows, batch: list[_Job]) -> None:
@@ -293,14 +296,14 @@ class _Recorder:
             self._add_attention(maps, kinds[:, :2], seen, blocks)
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
-        """`values` has a row for each mask of the batch."""
+        """Keeps `values`, which have a row for each mask of the batch."""
         self.records.setdefault(name, []).append(values.double().cpu())
 
     def _add_states(self, states: list[torch.Tensor], kinds: torch.Tensor) -> None:
         states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
 
         def norms(state: torch.Tensor) -> torch.Tensor:
-            """Over the tokens of each kind and their features, `(batch, 3)`."""
+            """Norms over the tokens of each kind and their features, `(batch, 3)`."""
             return (state.square().sum(-1)[:, None] * kinds).sum(-1).sqrt()
 
         sizes = [norms(state) for state in states]
@@ -341,7 +344,7 @@ class _Recorder:
         self.tokens.append((steps, texts, positions, targets, predictions))
 
     def _add_attention(self, maps, kinds: torch.Tensor, seen: torch.Tensor, blocks: torch.Tensor) -> None:
-        # Without a visible token there are no rows to average; NaN then, which means over masks leave out.
+        # Without visible tokens the mean over them is NaN, which the mean over masks leaves out.
         kinds = kinds.double()
         counts = kinds.sum(-1)
         masses = []
@@ -376,6 +379,6 @@ class _Recorder:
 
 
 def _standard_error(values: torch.Tensor) -> torch.Tensor:
-    """Of the mean over the first dimension; NaN of a single value."""
+    """Standard error of the mean over the first dimension; NaN for a single value."""
     count = len(values)
     return values.std(0) / count**0.5 if count > 1 else torch.full_like(values[0], torch.nan)

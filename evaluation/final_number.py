@@ -10,15 +10,15 @@ NUMBER = re.compile(r"(?<![\w.,])[-\u2212+]?\$?(?:\d[\d,]*)?\.?\d+|\d[\d,]*(?:\.
 
 def final_number(text: str, strict: bool = False) -> Decimal | None:
     """
-    The number behind the last `####`, or else the last number of the text. Thousands commas, dollar signs, and zeros
-    that change nothing make no difference: `$1,234.50` is `1234.5`.
+    The number behind the last `####`, or else the last number of the text. Thousands commas, dollar signs and trailing
+    zeros do not matter: `$1,234.50` equals `1234.5`.
 
     Args:
         text (`str`): An answer.
-        strict (`bool`, defaults to `False`): Take a number behind `####` alone.
+        strict (`bool`, defaults to `False`): Accept only a number behind `####`.
 
     Returns:
-        `Decimal`, or None where there is none.
+        `Decimal`, or None if there is no number.
     """
     _, marker, marked = text.rpartition("####")
     if marker:

@@ -1,6 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-LoopMDM for EleutherAI's lm-eval: importing this module registers the model type `loopmdm`.
+LoopMDM in EleutherAI's lm-eval. Importing this module registers the model type `loopmdm`:
 
     import loopmdm.evaluation.lm_eval_model
     lm_eval.simple_evaluate(model="loopmdm", model_args="pretrained=FOLDER,num_loops=4", tasks=[...])
@@ -11,7 +11,6 @@ tasks at several numbers of loops.
 
 import atexit
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
-from ..data import encode
+from ..data import encode, this_process
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
@@ -33,28 +32,28 @@ from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_
 
 logger = logging.getLogger(__name__)
 
-# What lm-eval writes into its results
+# Attributes that lm-eval writes into its results
 SETTINGS = ("num_loops", "num_samples", "seed", "max_length", "stride", "max_gen_toks", "add_bos_token", "generation")
 WHY_NOT_HF = (
-    "lm-eval's model type `hf` scores a text as a causal language model does: it shows the model the whole text and "
-    "takes the logits of position i for those of token i + 1. A masked diffusion model sees both neighbours of a "
-    "position, and the answer itself, so the numbers would mean nothing. Use `--model loopmdm`, which masks what is "
-    "to be scored (NELBO) and generates by denoising."
+    "lm-eval's model type `hf` scores a text as a causal language model does: it shows the model the whole text, and "
+    "takes the logits at position i as the prediction of token i + 1. A masked diffusion model sees that token, so "
+    "the numbers would mean nothing. Use `--model loopmdm`, which masks what is to be scored (NELBO) and generates by "
+    "denoising."
 )
 
 
 class _Processes(TemplateLM):
-    """Several processes that share the requests, by way of accelerate."""
+    """lm-eval's interface to several processes that share the requests, through accelerate."""
 
     def start_processes(self, device: str | None) -> None:
-        """Sets the device, the rank and their number."""
+        """Sets the device, the rank and the number of processes."""
         self.accelerator = None
         self._device = check_device(device)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if this_process().number > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator(cpu=self._device.type == "cpu")
-            # A process that ends with an open group may abort: the threads of gloo outlive what they work on.
+            # A process that exits with an open group may abort, since gloo's threads outlive the objects they use.
             atexit.register(self.accelerator.end_training)
             self._device = self.accelerator.device
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -77,16 +76,17 @@ class _Processes(TemplateLM):
 @register_model("loopmdm")
 class LoopMDMEvalModel(_Processes):
     """
-    A LoopMDM as lm-eval sees it.
+    lm-eval's interface to a LoopMDM.
 
-    - `loglikelihood`: minus the NELBO of the continuation given the context, a Monte-Carlo estimate
-      ([`~loopmdm.evaluation.nelbo`]; LLaDA, arXiv 2502.09992, evaluates so). It depends on the seed and the two texts
-      alone; continuations of the same length meet the same masks, which makes comparing them more exact. A
-      continuation of one token is scored exactly. "Greedy" is a continuation that the model fills in itself,
-      committing its most certain token a pass (in a block-causal model block by block).
-    - `loglikelihood_rolling`: minus the NELBO of the whole text, in windows of `max_length` with `stride` fresh ones.
+    - `loglikelihood`: minus the NELBO of the continuation given the context, a Monte Carlo estimate
+      ([`~loopmdm.evaluation.nelbo`], as in LLaDA, arXiv 2502.09992). It depends only on the seed and the two texts.
+      Continuations of the same length get the same masks, which makes comparisons between them more exact. A
+      continuation of one token is scored exactly. "Greedy" says whether the model fills in the continuation itself
+      when every pass commits its most certain token (in a block-causal model, block by block).
+    - `loglikelihood_rolling`: minus the NELBO of the whole text, in windows of `max_length` tokens that score `stride`
+      tokens each.
     - `generate_until`: `model.generate`, cut at the first of the `until` strings. `max_gen_toks` tokens are denoised;
-      with a `block_length` a row ends after the block that holds a stop string.
+      with a `block_length`, a row stops after the block that contains a stop string.
 
     Args:
         pretrained (`str`): Folder of the model or of an adapter, or its Hub id; or a loaded [`LoopMDMForMaskedLM`].
@@ -95,18 +95,22 @@ class LoopMDMEvalModel(_Processes):
         num_samples (`int`, defaults to 32): Masks per continuation or window; even.
         seed (`int`, defaults to 0): Seed of masks and of sampling.
         batch_size (`int`, defaults to 16): Masked texts, or prompts, per forward pass.
-        max_length (`int`, *optional*, defaults to `max_position_embeddings`, at most 4096): Tokens seen at once. Of a
-            longer context the end is kept.
-        stride (`int`, *optional*, defaults to `max_length`): Fresh tokens of a window.
-        max_gen_toks (`int`, *optional*, defaults to half of `max_length`, at most 256): Tokens to generate where a
-            task does not say.
+        max_batch_size (`int`, *optional*): Not used; lm-eval passes it for its automatic batch size.
+        max_length (`int`, *optional*, defaults to `max_position_embeddings`, at most 4096): Most tokens of a forward
+            pass. A longer context loses its beginning.
+        stride (`int`, *optional*, defaults to `max_length`): Tokens that each further window scores.
+        max_gen_toks (`int`, *optional*, defaults to half of `max_length`, at most 256): Tokens to generate if a task
+            does not say.
         add_bos_token (`bool`, defaults to `False`): Put the tokenizer's start token before every text.
         dtype (`str`, defaults to `"auto"`), device (`str`, *optional*, by default a GPU if there is one),
-            revision (`str`, *optional*), trust_remote_code (`bool`, defaults to `False`, for tokenizers with code of
-            their own): As in transformers. Under `accelerate launch` or `torchrun` every process
-            takes its own device and its share of the requests.
+            revision (`str`, defaults to `"main"`), trust_remote_code (`bool`, defaults to `False`, for tokenizers with
+            code of their own): As in transformers. Under `accelerate launch` or `torchrun` every process takes its
+            own device and its share of the requests.
         generation: Any argument of [`LoopMDMGenerationConfig`] (`unmasking`, `block_length`, `max_denoising_steps`,
-            `confidence_threshold`, ...). What a task's `generation_kwargs` name wins.
+            `confidence_threshold`, ...). The `generation_kwargs` of a task take precedence.
+
+    Raises:
+        ValueError: The model cannot be loaded, or an argument does not fit it.
     """
 
     def __init__(
@@ -206,7 +210,7 @@ class LoopMDMEvalModel(_Processes):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
         for context, continuation in (request.args for request in requests):
-            if context == "":  # nothing need stand before the first token
+            if context == "":  # the model needs no token before the first one
                 start = [self.tokenizer.bos_token_id] if self.add_bos_token else []
                 pairs.append(((context, continuation), start, self.tok_encode(continuation, False)))
             else:
@@ -216,7 +220,7 @@ class LoopMDMEvalModel(_Processes):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        results = [(0.0, True)] * len(requests)  # of an empty continuation, which is certain
+        results = [(0.0, True)] * len(requests)  # an empty continuation is certain
         places = [place for place, ((_, text), _, ids) in enumerate(requests) if ids or text.strip()]
         requests, windows = [requests[place] for place in places], []
         for (_, text), _, continuation in requests:
@@ -253,9 +257,9 @@ class LoopMDMEvalModel(_Processes):
         return totals
 
     def _score(self, windows: list[Window], disable_tqdm: bool) -> list[float]:
-        """Minus the NELBO in nats of what the windows score."""
+        """Minus the NELBO in nats of each window."""
         scores = [0.0] * len(windows)
-        # Of one token there is one mask only, which two samples score exactly.
+        # A single token has only one mask, so the fewest samples allowed score it exactly.
         single = [index for index, window in enumerate(windows) if sum(window.maskable) == 1]
         several = [index for index, window in enumerate(windows) if sum(window.maskable) > 1]
         with tqdm(total=len(windows), desc="NELBO", disable=disable_tqdm or self.rank != 0) as bar:
@@ -290,7 +294,7 @@ class LoopMDMEvalModel(_Processes):
             text = request.args[0]
             contexts.append(self.tok_encode(text))
             rooms.append(self.max_length - arguments["max_new_tokens"])
-            # A prompt that is asked several times gets several answers, where they are drawn.
+            # With sampling, a prompt that is asked several times gets several answers.
             seeds.append((self.seed, "generate", seen[text], text))
             seen[text] += 1
         contexts = shorten(contexts, rooms)
@@ -309,7 +313,7 @@ class LoopMDMEvalModel(_Processes):
         return answers
 
     def generation_plan(self, arguments: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-        """The stop strings and the arguments of `generate` that a task's `generation_kwargs` ask for."""
+        """The stop strings, and the arguments of `generate`, of a task's `generation_kwargs`."""
         arguments = dict(arguments)
         until = arguments.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
@@ -321,22 +325,18 @@ class LoopMDMEvalModel(_Processes):
                 f"({self.max_length}) to the prompt."
             )
         settings = {"num_loops": self.num_loops, **self.generation, **arguments}
-        # Tasks say `temperature: 0` for greedy decoding, and leave sampling arguments beside `do_sample: false`.
+        # Tasks ask for greedy decoding by `temperature: 0`, or by `do_sample: false` with sampling arguments left in.
         if settings.get("temperature") == 0:
             settings["do_sample"] = False
         if not settings.get("do_sample"):
             for name in ("temperature", "top_k", "top_p", "min_p"):
                 settings.pop(name, None)
-        settings |= {"max_new_tokens": count}
+        settings["max_new_tokens"] = count
         LoopMDMGenerationConfig(**settings)  # checks
         return until, settings
 
     def _generate(
-        self,
-        contexts: list[list[int]],
-        generators: list[torch.Generator],
-        until: list[str],
-        arguments: dict[str, Any],
+        self, contexts: list[list[int]], generators: list[torch.Generator], until: list[str], arguments: dict[str, Any]
     ) -> list[str]:
         input_ids, attention_mask = pad_left(contexts)
         width = input_ids.shape[1]
@@ -352,7 +352,7 @@ class LoopMDMEvalModel(_Processes):
         return [answer(self.tokenizer, self.model, row[width:].tolist(), until) for row in sequences]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval adds to its results."""
+        """Facts that lm-eval adds to its results."""
         from importlib.metadata import version
 
         return {
@@ -371,8 +371,8 @@ class LoopMDMEvalModel(_Processes):
 @torch.no_grad()
 def fills_in(model: LoopMDMForMaskedLM, windows: list[Window], num_loops: int) -> list[bool]:
     """
-    Whether the model would fill in what the windows score: one forward pass, one commitment of the most certain
-    token, until all is filled in or a token is not the one asked for.
+    Whether the model fills in the scored tokens of each window itself: every forward pass commits the most certain
+    token, until all are filled in or one is wrong.
     """
     device, mask_token_id = input_device(model), model.config.mask_token_id
     targets, attention_mask, to_fill = pad_windows(windows)
@@ -382,9 +382,7 @@ def fills_in(model: LoopMDMForMaskedLM, windows: list[Window], num_loops: int) -
     while bool((alive & (tokens == mask_token_id).any(-1)).any()):
         rows = (alive & (tokens == mask_token_id).any(-1)).nonzero().flatten()
         logits = model(
-            tokens[rows].to(device),
-            attention_mask=attention_mask[rows].to(device),
-            num_loops=num_loops,
+            tokens[rows].to(device), attention_mask=attention_mask[rows].to(device), num_loops=num_loops
         ).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         confidence, choice = (part.cpu() for part in logits.softmax(-1).max(-1))
@@ -398,7 +396,7 @@ def fills_in(model: LoopMDMForMaskedLM, windows: list[Window], num_loops: int) -
 
 
 def shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
-    """The ends of contexts that are longer than there is room for."""
+    """Contexts cut to the number of tokens that there is room for; the end is kept."""
     cut = sum(len(ids) > room for ids, room in zip(contexts, rooms, strict=True))
     if cut:
         longest = max(map(len, contexts))
@@ -407,9 +405,9 @@ def shorten(contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
 
 
 def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Iterable[str]) -> str:
-    """The text of new tokens, up to the first end token or string of `until`, which may be a special token."""
+    """The text of new tokens up to the first end token or string in `until`, which may name special tokens."""
     special = set(tokenizer.all_special_tokens)
-    of_model = [model.config.eos_token_id, model.generation_config.eos_token_id]  # the latter with learnt turn ends
+    of_model = [model.config.eos_token_id, model.generation_config.eos_token_id]  # the latter includes turn ends
     of_model = [end for part in of_model for end in (part if isinstance(part, list | tuple) else [part])]
     ends = {tokenizer.eos_token_id, *of_model, *(tokenizer.convert_tokens_to_ids(w) for w in until if w in special)}
     end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
@@ -420,7 +418,7 @@ def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Ite
 
 
 class StopAtText(StoppingCriteria):
-    """Stops rows whose new tokens hold one of the strings `until`. `generate` asks after every block."""
+    """Stops rows whose new text contains one of the strings `until`. `generate` calls it after every block."""
 
     def __init__(self, lm: LoopMDMEvalModel, prompt_length: int, until: list[str]):
         self.lm, self.prompt_length, self.until = lm, prompt_length, until

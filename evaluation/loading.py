@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Models and tokenizers as commands and metrics load them: quietly, in eval mode, with errors that name what to do."""
+"""Loading of models and tokenizers for commands and metrics: quiet, in eval mode, with errors that name a fix."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,32 +18,25 @@ from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import check_folder, read_json
 from .perplexity import check_judge
 
-__all__ = [
-    "check_device",
-    "load_judge",
-    "load_model",
-    "load_tokenizer",
-    "read_generation_config",
-    "read_model_config",
-]
+__all__ = ["check_device", "load_judge", "load_model", "load_tokenizer", "read_generation_config", "read_model_config"]
 
 
 def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:
     """
-    The configuration of the LoopMDM in a folder or on the Hub, or of the base model of a PEFT adapter there. Raises a
-    ValueError for other models.
+    The configuration of a LoopMDM, given its folder or Hub id or that of a PEFT adapter on it. Raises a ValueError for
+    other models.
     """
     config = _read_config(model, revision=revision)
     if config.model_type != "loopmdm":
         raise ValueError(
-            f"{model} is a {config.model_type!r} model, not a LoopMDM; `loopmdm convert` makes one of a masked "
-            "diffusion model."
+            f"{model} is a {config.model_type!r} model, not a LoopMDM; `loopmdm convert` turns a masked diffusion "
+            "model into one."
         )
     return config
 
 
 def read_generation_config(model: str) -> LoopMDMGenerationConfig | None:
-    """The settings of `generate` saved with a model, or with an adapter, or else with its base; None without any."""
+    """The generation config of a model, or of an adapter or else its base model; None if there is none."""
     for place in (model, adapter_base(model)):
         folder = Path(place or "").expanduser()
         if place is None or (folder.is_dir() and not (folder / "generation_config.json").is_file()):
@@ -59,8 +52,16 @@ def load_model(
     model: str, dtype: str = "auto", device: str | None = None, revision: str | None = None
 ) -> LoopMDMForMaskedLM:
     """
-    A LoopMDM in eval mode, on a GPU if there is one and no `device` is named; with its adapter, where `model` is the
-    folder or id of one.
+    Loads a LoopMDM in eval mode.
+
+    Args:
+        model (`str`): Folder or Hub id of a model, or of an adapter, which is loaded together with its base model.
+        dtype (`str`, defaults to `"auto"`): float32, bfloat16, float16, or auto for the dtype of the files.
+        device (`str`, *optional*): By default a GPU if there is one.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: It is not a LoopMDM or not complete, or the dtype or device does not work.
     """
     dtype, place = _check_dtype(dtype), check_device(device)
     read_model_config(model, revision)
@@ -86,8 +87,8 @@ def _check_adapter(model: str, source: str) -> None:
     settings = PeftConfig.from_pretrained(source)
     if settings.is_prompt_learning:
         raise ValueError(
-            f"{model} is an adapter of soft prompts ({settings.peft_type.value}), which commands do not apply; train "
-            "one of the weights (LoRA, DoRA, IA3)."
+            f"{model} is an adapter of soft prompts ({settings.peft_type.value}), which commands do not apply; use an "
+            "adapter of the weights (LoRA, DoRA, IA3)."
         )
 
 
@@ -95,8 +96,8 @@ def load_judge(
     judge: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """
-    A causal language model in eval mode, from safetensors files alone, and its tokenizer. Both are checked. Code that
-    they bring along runs with `trust_remote_code` alone.
+    Loads a causal language model, from safetensors files only, in eval mode, and its tokenizer. Their own code runs
+    only with `trust_remote_code`. Raises a ValueError if they do not load or do not fit [`generative_perplexity`].
     """
     dtype, place = _check_dtype(dtype), check_device(device)
     if _read_config(judge, trust_remote_code).model_type == "loopmdm":
@@ -116,7 +117,7 @@ def _read_config(model: str, trust_remote_code: bool = False, revision: str | No
     base = adapter_base(place, revision)
     if base is not None:
         place, revision = base, None
-    # transformers would take the path of a missing folder for a misspelt Hub id.
+    # Without this check, transformers would report a misspelt Hub id.
     if Path(place).is_dir() and not (Path(place) / "config.json").is_file():
         of_adapter = "" if base is None else f", the base model of the adapter {model},"
         raise ValueError(f"{place}{of_adapter} does not hold a model: there is no config.json in it.")
@@ -129,8 +130,8 @@ def _read_config(model: str, trust_remote_code: bool = False, revision: str | No
 @contextlib.contextmanager
 def _in_words(model: str) -> Iterator[None]:
     """
-    Makes a ValueError of what transformers raises where it reads a model's files as if they were right, without the
-    reports that it shows before.
+    Turns the errors that transformers raises for a model's damaged files into a ValueError, and silences its
+    warnings.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -145,9 +146,7 @@ def _in_words(model: str) -> Iterator[None]:
         raise ValueError(f"{model} is not a folder here, and the Hub does not give it: {reason}") from error
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{model} cannot be loaded; are its files damaged? ({type(error).__name__}: {reason})"
-        ) from error
+        raise ValueError(f"{model} cannot be loaded; is it damaged? ({type(error).__name__}: {reason})") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -160,13 +159,13 @@ def _check_dtype(name: str) -> str:
 
 
 def check_device(name: str | None) -> torch.device:
-    """The device called `name`, by default a GPU if there is one. Raises a ValueError where it does not work."""
+    """The device called `name`, by default a GPU if there is one. Raises a ValueError if it does not work."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(name).type == "meta":
-            raise NotImplementedError("nothing is computed there")
+            raise NotImplementedError("it computes nothing")
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, by kind of device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depending on the kind of device
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"`device` is {name!r}, which does not work here ({reason}); try cpu.") from error

@@ -1,11 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-How few loops are enough: settings of `generate` (fewer loops, fewer for visible tokens, adaptive loops) are tried on
-examples, and the cheapest that keeps the quality is chosen, by measurement rather than by hand.
+The loop budget: settings of `generate` (fewer loops, fewer loops for visible tokens, adaptive loops) are measured on
+examples, and the cheapest one that keeps the quality is chosen.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,14 +13,14 @@ from typing import Any
 import torch
 
 from ..configuration_loopmdm import check_num_loops
-from ..data import encode_answer, json_lines
+from ..data import encode_answer, json_lines, write_atomically
 from ..generation_utils import LoopMDMGenerationConfig
 from ..objective import input_device
 from .loading import read_generation_config
 from .texts import batches_by_length, pad_left
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
-# What a setting may change, and what is taken back to its default where it does not.
+# The arguments of `generate` that a setting may hold. Those that it leaves out get their defaults.
 BUDGET_ARGUMENTS = ("num_loops", "loop_tolerance", "visible_loops")
 COSTS = ("forward_passes", "loops", "flops")
 
@@ -29,12 +28,13 @@ COSTS = ("forward_passes", "loops", "flops")
 @dataclass
 class BudgetResult:
     """
-    One setting, measured.
+    The measurement of one setting.
 
     Args:
         arguments (`dict`): Arguments of `generate`.
-        quality, standard_error (`float`): Mean over the examples, from 0 to 1, and its standard error.
-        loss, loss_standard_error (`float`): Quality below that of the most loops, on the same examples (paired).
+        quality, standard_error (`float`): Mean quality of the examples, from 0 to 1, and its standard error.
+        loss, loss_standard_error (`float`): Quality lost against the most loops, and its standard error, from the
+            differences between the same examples.
         forward_passes, loops, flops (`float`): Mean cost of an example, as `generate` reports it.
     """
 
@@ -49,23 +49,24 @@ class BudgetResult:
 
     @property
     def mean_loops(self) -> float:
-        """Loops of a forward pass."""
+        """Mean loops of a forward pass."""
         return self.loops / self.forward_passes
 
 
 @dataclass
 class LoopBudget:
     """
-    Outcome of [`calibrate_loops`].
+    The result of [`calibrate_loops`].
 
     Args:
-        full (`BudgetResult`): The setting with the most loops, to which the others are compared.
-        results (`list[BudgetResult]`): All settings on the examples that the choice was made on.
-        best (`BudgetResult`): The chosen one on these.
-        check (`BudgetResult`): The chosen one on the other examples, which had no part in the choice.
-        check_full (`BudgetResult`): The most loops on those.
-        checks (`list[BudgetResult]`): All settings that were tried there, the cheapest first; the last one held.
-        settings (`dict`): How it was measured.
+        full (`BudgetResult`): The most loops, on the examples that the choice was made on.
+        results (`list[BudgetResult]`): All settings, on the same examples.
+        best (`BudgetResult`): The chosen setting, on the same examples.
+        check (`BudgetResult`): The chosen setting on the other examples, which had no part in the choice.
+        check_full (`BudgetResult`): The most loops on the other examples.
+        checks (`list[BudgetResult]`): All settings that were tried on the other examples, the cheapest first. The last
+            one kept the quality.
+        settings (`dict`): The arguments of the measurement.
     """
 
     full: BudgetResult
@@ -82,9 +83,7 @@ class LoopBudget:
 
 
 def budget_settings(num_loops: int) -> list[dict[str, Any]]:
-    """
-    Settings that spend at most `num_loops`: every smaller number, fewer loops for visible tokens, and tolerances.
-    """
+    """Settings with at most `num_loops` loops: every smaller number, fewer for visible tokens, and tolerances."""
     settings: list[dict[str, Any]] = [{"num_loops": loops} for loops in range(1, num_loops)]
     settings += [
         {"num_loops": loops, "visible_loops": visible}
@@ -109,24 +108,28 @@ def calibrate_loops(
     **generate_arguments,
 ) -> LoopBudget:
     """
-    Measures settings of `generate` on examples and chooses the one of the fewest FLOPs whose quality is at most
-    `max_loss` below that of `num_loops` loops in every step. Settings are compared on every other example, and the
-    cheapest has to hold on the rest too, or the next one is taken: the best of many settings looks better than it is.
+    Measures settings of `generate` on examples, and chooses the setting with the fewest FLOPs whose quality is at most
+    `max_loss` below that of `num_loops` loops in every step. The best of many settings looks better than it is, so the
+    settings are compared on every second example, and the cheapest has to keep the quality on the rest too, or else
+    the next one is tried.
 
     Args:
         model: A [`LoopMDMForMaskedLM`] with `loop_update="replace"`.
-        examples: `{"input_ids": (length,), "target": (length,)}`, int64: tokens with [MASK]s to fill in, and what
-            belongs there. At least 4.
-        num_loops (`int`, defaults to `config.num_loops`): The most loops, and what quality is compared with.
-        max_loss (`float`, defaults to 0.005): Largest loss of quality, 0.005 being half a point of 100.
-        quality (`"exact"`, `"tokens"` or `"agreement"`):
-            Share of examples with every [MASK] filled in right, share of the tokens, or share of the tokens that are
-            those of `num_loops` loops, which needs no right answers.
-        settings: Arguments of `generate` to try; by default [`budget_settings`].
+        examples (`list[dict]`): At least 4 dicts of `input_ids`, the tokens with [MASK]s to fill in, and `target`, the
+            right tokens, each `(length,)` int64.
+        num_loops (`int`, *optional*, defaults to `config.num_loops`): The most loops, which quality is compared with.
+        max_loss (`float`, defaults to 0.005): Largest loss of quality; 0.005 is half a percentage point.
+        quality (`"exact"`, `"tokens"` or `"agreement"`, defaults to `"exact"`):
+            Share of examples with every [MASK] filled in right; share of tokens that are right; or share of tokens
+            that equal those of `num_loops` loops, which needs no right answers.
+        settings (`list[dict]`, *optional*, defaults to [`budget_settings`]): Arguments of `generate` to try.
         batch_size (`int`, defaults to 32): Examples generated together.
-        seed (`int`, defaults to 0): Where tokens are drawn.
-        progress: Called with the settings measured so far and their number.
-        generate_arguments: Further arguments of `generate`, for all settings alike.
+        seed (`int`, defaults to 0): Seed of the drawn tokens, if `generate_arguments` ask for sampling.
+        progress (*optional*): Called as `progress(done, total)` with numbers of settings.
+        generate_arguments: Further arguments of `generate` for all settings.
+
+    Raises:
+        ValueError: Bad arguments, examples or settings, before anything is generated.
     """
     num_loops = check_num_loops(model.config.num_loops if num_loops is None else num_loops)
     settings = budget_settings(num_loops) if settings is None else settings
@@ -140,7 +143,6 @@ def calibrate_loops(
         results.append(first.measure(setting))
         if progress is not None:
             progress(number, len(settings))
-    # The cheapest of many settings is often a lucky one: it has to hold on the other examples too.
     for best in sorted((result for result in results if result.loss <= max_loss), key=lambda result: result.flops):
         check = second.full if best is first.full else second.measure(best.arguments)
         checks.append(check)
@@ -162,19 +164,17 @@ def _check(
     """Raises a ValueError for bad arguments of [`calibrate_loops`], before the first of many runs."""
     if model.config.loop_update != "replace":
         raise ValueError(
-            'The loops of a model with `loop_update="damped"` are steps towards one result, whose number is not a '
-            "budget; calibrate a model that was trained with loops."
+            'The loops of a model with `loop_update="damped"` are steps towards one result, so fewer loops are not a '
+            "smaller budget; calibrate a model that was trained with loops."
         )
     if num_loops < 2:
         raise ValueError("`num_loops` is 1, which leaves nothing to save; give the most loops that may be spent.")
     if len(examples) < 4:
-        raise ValueError(f"There are {len(examples)} examples; give at least 4, and some hundred to tell 1 % apart.")
+        raise ValueError(f"There are {len(examples)} examples; give at least 4, and hundreds to resolve 1 %.")
     if quality not in ("exact", "tokens", "agreement"):
         raise ValueError(f'`quality` is {quality!r}; choose "exact", "tokens" or "agreement".')
     if not 0 <= max_loss <= 1:
-        raise ValueError(
-            f"`max_loss` is {max_loss}; it is a share of the quality, from 0 to 1 (0.005 is half a point)."
-        )
+        raise ValueError(f"`max_loss` is {max_loss}; it is a share of the quality, 0 to 1 (0.005 is half a point).")
     for name in BUDGET_ARGUMENTS:
         if name in generate_arguments:
             raise ValueError(f"`{name}` is what is calibrated; leave it out.")
@@ -184,7 +184,7 @@ def _check(
         if example["input_ids"].shape != example["target"].shape:
             raise ValueError(
                 f"Example {number} has {len(example['input_ids'])} tokens and a target of {len(example['target'])}; "
-                "they stand for each other one by one."
+                "give one target for each token."
             )
     for setting in settings:
         if not set(setting) <= set(BUDGET_ARGUMENTS):
@@ -194,8 +194,8 @@ def _check(
 
 def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     """
-    Makes `arguments`, as [`calibrate_loops`] chose them, the defaults of the model or adapter in `folder`: writes its
-    generation_config.json anew. Returns the file.
+    Makes `arguments`, the choice of [`calibrate_loops`], the defaults of the model or adapter in `folder`. Returns its
+    generation_config.json, which is rewritten.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -204,21 +204,18 @@ def write_budget(folder: str | Path, arguments: dict[str, Any]) -> Path:
     config = read_generation_config(str(folder)) or LoopMDMGenerationConfig()
     config.update(**_complete(arguments))
     config.validate()
-    part = folder / ".generation_config.json.part"
-    try:
-        part.write_text(config.to_json_string(use_diff=False), encoding="utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(file, config.to_json_string(use_diff=False))
     return file
 
 
 def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[dict[str, torch.Tensor]]:
     """
     Examples for [`calibrate_loops`] from JSON lines `{"prompt": ..., "answer": ...}` (or the other names that
-    `data.encode_answer` takes): the answer's tokens are to be filled in behind the prompt. Where the prompt holds
-    mask tokens itself, the answer is the whole text and they are filled in.
+    `data.encode_answer` reads). The [MASK]s to fill in are the tokens of the answer, which follows the prompt. If the
+    prompt contains mask tokens itself, these are filled in, and the answer is the complete text.
     """
+    if Path(path).suffix == ".txt":
+        raise ValueError(f'{path} is a text; give answers as JSON lines, {{"prompt": ..., "answer": ...}}.')
     examples = []
     for number, item in json_lines(Path(path)):
         where = f"{path}, line {number}"
@@ -233,8 +230,8 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
                 tokens = tokens[:-1]
             if len(tokens) != len(input_ids):
                 raise ValueError(
-                    f"{where}: the prompt has mask tokens among its {len(input_ids)} tokens, and the answer, which "
-                    f"has to repeat it with them filled in, has {len(tokens)}."
+                    f"{where}: the prompt has mask tokens and {len(input_ids)} tokens in all, and the answer has "
+                    f"{len(tokens)}; it has to repeat the prompt with the mask tokens filled in."
                 )
         else:
             input_ids = [*tokens[:prompt_length], *[mask_token_id] * (len(tokens) - prompt_length)]
@@ -253,17 +250,17 @@ def describe(arguments: dict[str, Any]) -> str:
 
 
 def _complete(setting: dict[str, Any]) -> dict[str, Any]:
-    """A setting with defaults for what it leaves open, so that nothing of an earlier calibration remains."""
+    """A setting with defaults for the arguments that it leaves out, so that no earlier calibration shows through."""
     return {name: setting.get(name, LoopMDMGenerationConfig.FIELDS[name][0]) for name in BUDGET_ARGUMENTS}
 
 
 class _Half:
-    """Half of the examples, with what the most loops make of them."""
+    """Half of the examples, with their results at the most loops."""
 
     def __init__(self, model, examples, quality, num_loops, batch_size, seed, generate_arguments):
         self.model, self.examples, self.quality = model, examples, quality
         self.batch_size, self.seed, self.generate_arguments = batch_size, seed, generate_arguments
-        # `full_score` is set by the first measurement, of which nothing is lost against itself.
+        # Both are set by the first measurement, which the others are compared with.
         self.full_sequences = self.full_score = None
         self.full = self.measure({"num_loops": num_loops})
 
@@ -288,7 +285,7 @@ class _Half:
             output = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
-                # One for each row, so that a row's tokens do not depend on its batch.
+                # A generator per row, so that its tokens do not depend on the batch.
                 generator=[torch.Generator().manual_seed(self.seed + number) for number in numbers],
                 return_dict_in_generate=True,
                 **{"max_new_tokens": 0, **_complete(setting), **self.generate_arguments},

@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Perplexity in two senses: that of whole texts under a masked diffusion model ([`text_likelihood`], the NELBO by
-windows), and that of a model's samples under a causal one ([`generative_perplexity`]), with their entropy beside it,
+Two kinds of perplexity: of texts under a masked diffusion model ([`text_likelihood`], the NELBO in windows), and of a
+model's samples under a causal language model ([`generative_perplexity`]). The latter comes with the samples' entropy,
 since a model that repeats one likely word has a low perplexity.
 """
 
@@ -25,8 +25,8 @@ class TextLikelihood:
     The NELBO of texts.
 
     Args:
-        estimate ([`NelboEstimate`]): Of each window.
-        windows (`list[Window]`), texts (`list[Text]`): What was scored.
+        estimate ([`NelboEstimate`]): The NELBO of each window.
+        windows (`list[Window]`), texts (`list[Text]`): The windows and the texts that were scored.
     """
 
     estimate: NelboEstimate
@@ -35,24 +35,24 @@ class TextLikelihood:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens scored."""
+        """Number of tokens that were scored."""
         return int(self.estimate.num_tokens.sum())
 
     @property
     def num_bytes(self) -> int | None:
-        """Bytes of UTF-8 that they stand for; None where that is not known."""
+        """Number of UTF-8 bytes that these tokens stand for; None if it is not known."""
         sizes = [window.num_bytes for window in self.windows]
         return None if None in sizes else sum(sizes)
 
     def per_token(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """As [`NelboEstimate.per_token`]: nats per token and their standard error from the sampling of masks."""
+        """Nats per token and their standard error from the sampling of masks, see [`NelboEstimate.per_token`]."""
         return self.estimate.per_token()
 
     def error_between_texts(self) -> torch.Tensor:
         """
-        Standard error of [`~TextLikelihood.per_token`] for other texts of this kind, `(len(num_loops),)`: from the
-        spread between texts, or between windows where there is one text. The sampling of masks is part of it. NaN with
-        a single window.
+        Standard error of [`~TextLikelihood.per_token`] as an estimate for other texts of this kind,
+        `(len(num_loops),)`. It comes from the spread between texts, or between the windows of a single text, and
+        includes the sampling of masks. NaN for a single window.
         """
         texts = torch.tensor([window.text for window in self.windows])
         groups = texts.unique(return_inverse=True)[1]
@@ -72,7 +72,7 @@ class TextLikelihood:
         return nats.exp(), nats.exp() * error
 
     def bits_per_byte(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The same per byte of the text's UTF-8 and in bits, comparable between tokenizers; None: bytes not known."""
+        """Bits per byte of UTF-8, which tokenizers do not change, and the standard error; None without bytes."""
         if not self.num_bytes:
             return None
         scale = self.num_tokens / self.num_bytes / math.log(2)
@@ -80,7 +80,7 @@ class TextLikelihood:
         return nats * scale, error * scale
 
     def by_text(self) -> list[dict]:
-        """Of each text its name, tokens and bytes, and by number of loops its NELBO in nats and the standard error."""
+        """For each text: name, tokens, bytes, and, by number of loops, lists of the NELBO in nats and its error."""
         rows = []
         for index in sorted({window.text for window in self.windows}):
             members = [i for i, window in enumerate(self.windows) if window.text == index]
@@ -98,9 +98,9 @@ class TextLikelihood:
 
     def by_token(self) -> dict[str, torch.Tensor]:
         """
-        Every scored token: `text`, `position` (in the text) and `token`, each `(num_tokens,)`, and `nats`,
-        `(len(num_loops), num_tokens)`, what it adds to the NELBO. A single token's is a rough estimate, as few of the
-        masks hold it.
+        All scored tokens: `text`, `position` (in the text) and `token`, each `(num_tokens,)` int64, and `nats`,
+        `(len(num_loops), num_tokens)` float64, their parts of the NELBO. For a single token it is a rough estimate,
+        since few masks contain the token.
         """
         parts = []
         for index, window in enumerate(self.windows):
@@ -130,16 +130,19 @@ def text_likelihood(
     progress: Callable[[int, int], None] | None = None,
 ) -> TextLikelihood:
     """
-    The NELBO of texts of any length, by windows ([`~loopmdm.evaluation.texts.make_windows`]).
+    The NELBO of texts of any length, computed in windows ([`~loopmdm.evaluation.texts.make_windows`]).
 
     Args:
         model: A [`LoopMDMForMaskedLM`].
-        texts: From [`~loopmdm.evaluation.texts.read_texts`].
+        texts (`list[Text]`): The texts, as [`~loopmdm.evaluation.texts.read_texts`] returns them.
         num_loops, num_samples, batch_size, seed: As in [`nelbo`].
-        length (`int`, *optional*, defaults to `max_position_embeddings`, at most 1024): Tokens seen at once.
-        stride (`int`, *optional*, defaults to `length`): Fresh tokens of a window.
-        max_windows (`int`, *optional*): Take this many windows, evenly spread.
-        progress (*optional*): `progress(done, total)`, called with numbers of windows.
+        length (`int`, *optional*, defaults to `max_position_embeddings`, at most 1024): Tokens of a window.
+        stride (`int`, *optional*, defaults to `length`): Tokens that each further window scores.
+        max_windows (`int`, *optional*): Score only this many windows, evenly spread.
+        progress (*optional*): Called as `progress(done, total)` with numbers of windows.
+
+    Raises:
+        ValueError: A window does not fit the model, or there is nothing to score.
     """
     longest = find_model(model).config.max_position_embeddings
     length = min(1024, longest) if length is None else length
@@ -155,7 +158,7 @@ def text_likelihood(
 
     longest = max(len(window.input_ids) for window in windows)
     order, parts = [], []
-    # A window's masks depend on its index alone.
+    # The masks of a window depend only on its index, and so not on the batches.
     for chosen in batches_by_length([window.input_ids for window in windows], 8):
         rows = pad_windows([windows[index] for index in chosen])
         part = nelbo(model, *rows, None, num_loops, num_samples, batch_size, seed, chosen)
@@ -173,15 +176,18 @@ def text_likelihood(
 @dataclass
 class GenerativePerplexity:
     """
+    The perplexity of samples under a judge, in the judge's tokens.
+
     Args:
         nats (`torch.DoubleTensor` of shape `(num_samples,)`): Negative log-likelihood of each sample in nats.
-        num_tokens (`torch.LongTensor` of shape `(num_samples,)`): The judge's tokens that were scored of each; 0
-            where a sample is too short.
-        entropy (`torch.DoubleTensor` of shape `(num_samples,)`): Unigram entropy of each in nats per token: of the
-            distribution of its tokens over the vocabulary, at most the logarithm of its length. NaN if empty.
-        repetition (`torch.DoubleTensor` of shape `(num_samples,)`): Share of each one's 4-grams that occurred in it
-            before. NaN below four tokens.
-        distinct (`dict[int, float]`): Different n-grams as a share of all of them over all samples, for n = 1, 2, 3.
+        num_tokens (`torch.LongTensor` of shape `(num_samples,)`): Number of scored tokens of each sample; 0 if it is
+            too short.
+        entropy (`torch.DoubleTensor` of shape `(num_samples,)`): Unigram entropy of each sample in nats, that is, of
+            the distribution of its tokens over the vocabulary; at most the logarithm of its length. NaN if empty.
+        repetition (`torch.DoubleTensor` of shape `(num_samples,)`): Share of the 4-grams of each sample that occurred
+            in it before. NaN below four tokens.
+        distinct (`dict[int, float]`): For n = 1, 2, 3 the number of different n-grams of all samples together, as a
+            share of all their n-grams.
     """
 
     nats: torch.Tensor
@@ -191,7 +197,7 @@ class GenerativePerplexity:
     distinct: dict[int, float]
 
     def per_token(self) -> tuple[float, float]:
-        """Nats per token over all samples together, and its standard error, from the spread between samples."""
+        """Nats per token of all samples together, and the standard error from the spread between samples."""
         total = self.num_tokens.sum().double()
         mean = self.nats.sum() / total
         count = int((self.num_tokens > 0).sum())
@@ -203,10 +209,11 @@ class GenerativePerplexity:
     def perplexity(self) -> tuple[float, float]:
         """`exp` of the nats per token, and its standard error."""
         mean, error = self.per_token()
-        return math.exp(mean), math.exp(mean) * error
+        perplexity = torch.tensor(mean, dtype=torch.float64).exp().item()  # infinite where `math.exp` raises
+        return perplexity, perplexity * error
 
     def summary(self) -> dict[str, Any]:
-        """All of it over all samples, as plain numbers."""
+        """All measures of all samples together, as plain numbers."""
         nats, nats_error = self.per_token()
         perplexity, error = self.perplexity()
         return {
@@ -234,20 +241,21 @@ def generative_perplexity(
     progress: Callable[[int, int], None] | None = None,
 ) -> GenerativePerplexity:
     """
-    Scores samples under a causal language model, the judge, in the judge's own tokens.
-
-    Where the judge has a start token, every token of a sample is scored; otherwise the first one only serves as
-    context.
+    Scores samples under a causal language model, the judge, in the judge's own tokens. If the judge has a start token,
+    every token of a sample is scored; otherwise the first one is only context.
 
     Args:
-        samples (`list[str]`): Texts. Token ids are refused: another model's mean something else to the judge.
+        samples (`list[str]`): Texts. Token ids are refused, since those of another model mean something else here.
         judge: A causal language model of transformers, in eval mode.
-        tokenizer: The judge's.
+        tokenizer: The judge's tokenizer.
         length (`int`, *optional*, defaults to the judge's `max_position_embeddings`, at most 1024):
-            Tokens seen at once, the start token included.
-        stride (`int`, *optional*, defaults to half of `length`): Fresh tokens of each further window of a long sample.
+            Tokens of a window, the start token included.
+        stride (`int`, *optional*, defaults to half of `length`): Tokens that each further window of a sample scores.
         batch_size (`int`, defaults to 8): Windows per forward pass.
-        progress (*optional*): `progress(done, total)`, called with numbers of windows.
+        progress (*optional*): Called as `progress(done, total)` with numbers of windows.
+
+    Raises:
+        ValueError: The judge is not causal, the tokenizer is not the judge's, or there is nothing to score.
     """
     if isinstance(samples, str) or not all(isinstance(sample, str) for sample in samples):
         raise ValueError(
@@ -300,12 +308,12 @@ def generative_perplexity(
 
 
 def check_window(judge: nn.Module, length: int | None, stride: int | None) -> tuple[int, int]:
-    """`length` and `stride` of [`generative_perplexity`], by default the usual ones; a ValueError for others."""
+    """`length` and `stride` of [`generative_perplexity`] with defaults filled in. Raises a ValueError for bad ones."""
     longest = getattr(judge.config, "max_position_embeddings", None) or 1024
     length = min(1024, longest) if length is None else length
     if not 2 <= length <= longest:
         raise ValueError(f"The window is {length} tokens long; the judge takes 2 to {longest}.")
-    # A window's first token is context alone.
+    # The first token of a window is only context.
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride < length:
         raise ValueError(f"The stride is {stride}; it must be at least 1 and under the window's length ({length}).")
@@ -314,8 +322,8 @@ def check_window(judge: nn.Module, length: int | None, stride: int | None) -> tu
 
 def check_judge(judge: nn.Module, tokenizer: Any) -> None:
     """
-    Raises a ValueError unless `judge` predicts every token from those before it alone: a bidirectional model sees the
-    token that it is asked for, and its "perplexity" means nothing.
+    Raises a ValueError unless the prediction of a token depends only on the tokens before it: a bidirectional model
+    sees the token that it has to predict, and its "perplexity" means nothing.
     """
     if getattr(judge.config, "model_type", None) == "loopmdm":
         raise ValueError("The judge is a LoopMDM; it must be a causal language model, such as GPT-2.")
@@ -325,7 +333,7 @@ def check_judge(judge: nn.Module, tokenizer: Any) -> None:
     changed[0, -1] = (changed[0, -1] + 1) % vocabulary
     with torch.no_grad():
         before, after = (judge(input_ids=one).logits[0, :-1].float() for one in (ids, changed))
-    # Kernels may round differently; seeing the last token changes far more.
+    # Kernels may round differently, but a model that sees the last token changes far more.
     if (before - after).abs().max() > 1e-3 * before.abs().max().clamp(min=1):
         raise ValueError(
             f"The judge ({type(judge).__name__}) is not causal: its logits depend on later tokens. Name a causal "

@@ -1,9 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What makes a result repeatable: versions, hashes, settings and machine; and folders that are complete or absent."""
+"""The protocol that makes a result repeatable (versions, hashes, settings, machine), and how results are written."""
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import platform
@@ -19,26 +18,26 @@ import torch
 from ..data import adapter_base
 from ..objective import input_device
 
-# What decides a model's results; generation_config.json holds defaults of `generate`.
+# The files that decide a model's results; generation_config.json holds the defaults of `generate`.
 SETTINGS = ("config.json", "adapter_config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES = ("*.safetensors", "*.jinja", *SETTINGS)
 PACKAGES = ("loopmdm", "torch", "transformers", "datasets", "lm_eval", "evaluate")
 TIMING = (
-    "seconds of wall time (time.perf_counter) of the evaluation alone: without imports, loading of models and data, "
-    "and writing; without warm-up; the device is waited for at both ends"
+    "seconds of wall time (time.perf_counter) of the evaluation only: without imports, loading of models and data, "
+    "and writing; without warm-up; the device is synchronised at both ends"
 )
 
 
 class Stopwatch:
-    """Wall time in seconds as `TIMING` defines it: `with Stopwatch(device) as watch: ...; watch.seconds`."""
+    """Measures wall time as `TIMING` defines it: `with Stopwatch(device) as watch: ...`, then `watch.seconds`."""
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.seconds = math.nan
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def __enter__(self) -> "Stopwatch":
@@ -54,10 +53,13 @@ def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = N
     The protocol of a result.
 
     Args:
-        settings (`dict`): All arguments of the evaluation, its seed among them.
-        model (*optional*): The model as it ran, for its device, dtype and attention.
-        folder (`str`, *optional*): Where it was loaded from: a folder, or a Hub id that is in the cache by now.
-        files: By what they are, more folders or files to hash, e.g. `data="text.txt"`.
+        settings (`dict`): All arguments of the evaluation, including its seed.
+        model (*optional*): The model that ran; its device, dtype and kind of attention are recorded.
+        folder (`str`, *optional*): The folder or Hub id that it was loaded from.
+        files: Further folders or files to hash, by their names in the protocol, e.g. `data="text.txt"`.
+
+    Returns:
+        `dict`: Plain data for JSON.
     """
     record: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
@@ -90,7 +92,7 @@ def protocol(settings: dict[str, Any], model: Any = None, folder: str | None = N
 
 
 def hash_files(path: Path | None, patterns: Iterable[str] = ("*",)) -> dict[str, str]:
-    """SHA-256 of a file, or of a folder's files whose names match, by name; nothing where there is no such path."""
+    """SHA-256 by name of a file, or of a folder's files that match `patterns`; empty if the path does not exist."""
     if path is None or not path.exists():
         return {}
     files = [path] if path.is_file() else sorted({file for pattern in patterns for file in path.glob(pattern)})
@@ -103,15 +105,12 @@ def hash_files(path: Path | None, patterns: Iterable[str] = ("*",)) -> dict[str,
 
 
 def hash_model(name: str) -> dict[str, str]:
-    """
-    SHA-256 of the files that decide a model's results, by name: of its folder, or of a Hub id's in the cache. Nothing
-    for an empty name.
-    """
+    """SHA-256 by name of the files that decide the results of a folder's or Hub id's model; empty without a name."""
     return hash_files(_local(name) if name else None, MODEL_FILES)
 
 
 def _local(name: str) -> Path | None:
-    """The folder or file itself, or the cached files of a Hub id."""
+    """The folder or file itself, or the folder in the cache of a Hub id; None for any other name."""
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -119,12 +118,12 @@ def _local(name: str) -> Path | None:
 
     try:
         return Path(snapshot_download(name, local_files_only=True))
-    except (ValueError, OSError):  # no id, or nothing cached: a data set's name
+    except (ValueError, OSError):  # not an id, or not in the cache, such as the name of a data set
         return None
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """The versions of packages by name; None for one that is not installed."""
+    """The versions of packages, by name; None if one is not installed."""
     found: dict[str, str | None] = {}
     for name in packages:
         found[name] = None
@@ -140,7 +139,7 @@ def _processor() -> str:
 
 
 def check_output(path: str | os.PathLike) -> Path:
-    """Raises a ValueError where [`output_folder`] could not write `path`."""
+    """Raises a ValueError if [`output_folder`] could not write `path`; returns it as a `Path`."""
     path = Path(path).expanduser()
     if path.exists():
         raise ValueError(f"{path} exists already; name another folder for the results.")
@@ -153,7 +152,7 @@ def check_output(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def output_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write results to, which appears as `path` when all is written, and not at all after an error."""
+    """A folder to write results into. It is renamed to `path` at the end of the block, and removed after an error."""
     path = check_output(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
@@ -162,27 +161,3 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Strict JSON, all or nothing: numbers that are none (NaN, infinities) become null."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n"
-    try:
-        # Arguments may hold what is not text (a file's name in another encoding).
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

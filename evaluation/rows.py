@@ -23,7 +23,17 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..data import UnusedColumns, adapter_base, check_tokens, encode_prompt, least_tokens, prompt_column, read_rows
+from ..data import (
+    Process,
+    UnusedColumns,
+    adapter_base,
+    check_tokens,
+    encode_prompt,
+    least_tokens,
+    prompt_column,
+    read_rows,
+    this_process,
+)
 from ..generation_outputs import LoopMDMGenerationOutput
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
@@ -102,8 +112,7 @@ def generate_rows(
         batch_size (`int`, *optional*): Rows of a batch at most; 32 where `max_batch_tokens` is not given either.
         max_batch_tokens (`int`, *optional*): Tokens of a batch at most, with padding and new ones; a longer row is
             alone. Either this or `batch_size`.
-        seed (`int`, defaults to 0): Every answer draws from random numbers of its own, which derive from the seed and
-            the row's number.
+        seed (`int`, defaults to 0): Seed; every answer has random numbers of its own, by the row's number.
         text_column (`str`, *optional*): Where the texts are, if they are called otherwise.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
         window (`int`, defaults to 4096): Rows that are held in memory and planned together.
@@ -120,7 +129,7 @@ def generate_rows(
           lines, with `answer_index` from 0.
 
     Raises:
-        ValueError: Arguments or data that cannot be used; an output of other ones; another process of the same rank.
+        ValueError: Arguments, data or ranks that cannot be used; an output of others; a process of the same rank.
     """
     if batch_size is not None and max_batch_tokens is not None:
         raise ValueError("`batch_size` and `max_batch_tokens` both say how large a batch is; give one.")
@@ -130,10 +139,11 @@ def generate_rows(
             raise ValueError(f"`{name}` is {value}; it must be at least 1.")
     # Checks what can be without the model, whose own settings may be what makes it draw.
     LoopMDMGenerationConfig(**options | {"do_sample": True})
-    run = _Run(Path(output).expanduser())
+    process = this_process()
+    run = _Run(Path(output).expanduser(), process)
     read_model_config(model)  # checks
     tokenizer = load_tokenizer(model, trust_remote_code)
-    place = check_device(device or _own_gpu(run.processes))
+    place = check_device(device or _own_gpu(process))
     # The files of a model on the Hub are in the cache then.
     loaded = None if Path(model).expanduser().is_dir() else load_model(model, dtype, str(place))
     source = _Source(data, dataset)
@@ -152,11 +162,11 @@ def generate_rows(
         return run.assemble(result, window)
 
 
-def _own_gpu(processes: int) -> str | None:
+def _own_gpu(process: Process) -> str | None:
     """The GPU of this one of several processes."""
-    if processes == 1 or not torch.cuda.is_available():
+    if process.number == 1 or not torch.cuda.is_available():
         return None
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    return f"cuda:{process.local_rank % torch.cuda.device_count()}"
 
 
 def new_tokens(model: LoopMDMForMaskedLM, tokens: Sequence[int], asked: int | None, where: str) -> int:
@@ -219,9 +229,8 @@ class _Source:
 class _Run:
     """The folder beside the output. In it are `run.json`, what the run is made of, and files of finished batches."""
 
-    def __init__(self, output: Path):
-        self.output = output
-        self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, output: Path, process: Process):
+        self.output, self.rank, self.processes = output, process.rank, process.number
         self.folder = output.with_name(f"{output.name}.run")
         self.record = self.folder / "run.json"
         if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):

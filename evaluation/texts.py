@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Texts to measure a model on: read from files and data sets, tokenised, cut into windows."""
+"""Texts to evaluate a model on: read from files and data sets, tokenised, and cut into windows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Text:
     A tokenised text.
 
     Args:
-        name (`str`): What to call it in errors and results.
+        name (`str`): Its name in errors and results.
         input_ids (`list[int]`): Its tokens.
-        maskable (`list[bool]`): The tokens to score; the others are given.
-        num_bytes (`list[int]`, *optional*): Bytes of its UTF-8 that each token stands for; None where that is not
-            known (a tokenizer without offsets, conversations, texts to fill in).
+        maskable (`list[bool]`): Which tokens to score; the others are given.
+        num_bytes (`list[int]`, *optional*): UTF-8 bytes that each token stands for; None if they are not known (slow
+            tokenizers, conversations, texts to fill in).
     """
 
     name: str
@@ -37,14 +37,14 @@ class Text:
 @dataclass
 class Window:
     """
-    Part of a text that the model sees at once.
+    The part of a text that goes through the model at once.
 
     Args:
         text (`int`): Index of the text.
-        start (`int`): Place of the window's first token in it.
+        start (`int`): Position in the text of the window's first token.
         input_ids (`list[int]`): The window's tokens.
-        maskable (`list[bool]`): The tokens that this window scores; every token of a text is scored in one window.
-        num_bytes (`int`, *optional*): Bytes of the scored tokens.
+        maskable (`list[bool]`): Which tokens this window scores. Every token of a text is scored in one window.
+        num_bytes (`int`, *optional*): UTF-8 bytes of the scored tokens.
     """
 
     text: int
@@ -56,15 +56,15 @@ class Window:
 
 def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) -> list[Window]:
     """
-    Cuts texts into windows. The first window of a text scores its first `length` tokens; each further one scores
-    `stride` fresh tokens and sees the `length - stride` tokens before them. By the chain rule the sum over the windows
-    bounds the text's negative log-likelihood as one pass over the whole text would, with less context.
+    Cuts texts into windows. The first window of a text scores its first `length` tokens; each further window scores
+    the next `stride` tokens and sees the `length - stride` tokens before them. By the chain rule, the sum over the
+    windows is a bound on the negative log-likelihood of the text, like one pass over all of it, but with less context.
 
     Args:
-        texts: The texts.
-        length (`int`): Tokens that the model sees at once.
-        stride (`int`, *optional*, defaults to `length`): Fresh tokens of a window, 1 to `length`. Smaller ones give
-            every token more context, and cost more passes.
+        texts (`list[Text]`): The texts.
+        length (`int`): Tokens of a window.
+        stride (`int`, *optional*, defaults to `length`): Tokens that each further window scores, 1 to `length`. A
+            smaller stride gives tokens more context, and costs more passes.
     """
     stride = length if stride is None else stride
     if length < 1:
@@ -89,8 +89,8 @@ def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) 
 
 def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    `input_ids` and `attention_mask`, int64, and `maskable`, bool, each `(len(windows), length)` of the longest one,
-    filled up on the right.
+    `input_ids` and `attention_mask`, int64, and `maskable`, bool, each `(len(windows), length of the longest)`, padded
+    on the right.
     """
     length = max(len(window.input_ids) for window in windows)
     input_ids = torch.zeros(len(windows), length, dtype=torch.long)
@@ -107,15 +107,15 @@ def batches_by_length(
     rows: Sequence[Sequence[int]], batch_size: int | None, max_tokens: int | None = None, new: int = 0
 ) -> Iterator[list[int]]:
     """
-    Indices of `rows` in batches of similar length, the shortest first, since batches are filled up. Empty rows have
-    batches of their own: beside others they would be nothing but padding.
+    Indices of `rows` in batches of similar length, which need little padding, the shortest rows first. Empty rows get
+    batches of their own, since among others they would be nothing but padding.
 
     Args:
-        rows: Their tokens.
-        batch_size (`int`, *optional*): Rows of a batch at most.
-        max_tokens (`int`, *optional*): Tokens of a batch at most, padding and the `new` tokens of each row included. A
-            row that has more is alone.
-        new (`int`, defaults to 0): Tokens that every row gets.
+        rows: The tokens of every row.
+        batch_size (`int`, *optional*): Most rows of a batch.
+        max_tokens (`int`, *optional*): Most tokens of a batch, including padding and `new` tokens per row. A row with
+            more tokens gets a batch of its own.
+        new (`int`, defaults to 0): Tokens to be generated for every row.
     """
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
@@ -131,7 +131,7 @@ def batches_by_length(
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids` and `attention_mask`, int64, each `(len(rows), length)` of the longest, filled up on the left."""
+    """`input_ids` and `attention_mask`, int64, each `(len(rows), length of the longest)`, padded on the left."""
     length = max(map(len, rows))
     input_ids, attention_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
     for number, row in enumerate(rows):
@@ -154,23 +154,23 @@ def read_texts(
     Reads and tokenises texts, without special tokens.
 
     Args:
-        source: A text file (`.txt`), a file of one JSON object a line (`.jsonl`), or the name or folder of a data set
-            that the `datasets` library loads.
-        tokenizer: The model's.
-        config ([`LoopMDMConfig`]): The model's.
-        task (`str`, defaults to `"texts"`):
-            `"texts"`: score every token; `"answers"`: score answers given prompts, as
-            [`~loopmdm.training.encode_answer`] reads them; `"fill"`: score the tokens that stand for mask tokens. The
-            latter are lines of a text with mask tokens and the complete text, apart by white space (`.txt`), or
-            objects with `masked` and `text` (`.jsonl`, data sets).
-        text_column (`str`, defaults to `"text"`): Where texts are in JSON and data sets.
+        source: A text file (`.txt`), a file with one JSON object per line (`.jsonl`), a `.parquet` file, or the name
+            or folder of a data set that the `datasets` library loads.
+        tokenizer: The model's tokenizer.
+        config ([`LoopMDMConfig`]): The model's configuration.
+        task (`"texts"`, `"answers"` or `"fill"`, defaults to `"texts"`):
+            `"texts"` scores every token. `"answers"` scores answers given prompts, as
+            [`~loopmdm.training.encode_answer`] reads them. `"fill"` scores the tokens in place of mask tokens; its
+            rows are a text with mask tokens and the complete text, separated by white space on a line (`.txt`), or as
+            `masked` and `text` (`.jsonl`, data sets).
+        text_column (`str`, defaults to `"text"`): The field of JSON objects and data sets that holds the text.
         documents (`"file"`, `"blank_line"` or `"line"`, defaults to `"file"`): What separates the texts of a `.txt`.
         dataset (`dict`, *optional*): Further arguments of `datasets.load_dataset` (`name`, `split`, ...).
-        limit (`int`, *optional*): Take this many texts, from the first on.
+        limit (`int`, *optional*): Read only the first `limit` texts.
 
     Raises:
-        ValueError: Nothing to score (but for empty ones among `"texts"`), a bad line or example (named by its number),
-            tokens that the model does not have, mask tokens where clean ones are needed.
+        ValueError: A line or example (named by its number) that is damaged, has tokens that the model does not have or
+            mask tokens that do not belong there, or has nothing to score (empty `"texts"` are allowed).
     """
     if task not in TASKS:
         raise ValueError(f"The task is {task!r}; choose one of {', '.join(TASKS)}.")
@@ -202,7 +202,7 @@ def _read_answer(where: str, row: Any, tokenizer: Any, config: Any, text_column:
     num_bytes = None
     if row.get("messages") is None and not any(isinstance(row.get(name), list) for name in ANSWER_NAMES):
         _, num_bytes = encode_with_bytes(tokenizer, first_text(row, ANSWER_NAMES, where), where)
-    if num_bytes is not None:  # a prompt's are never asked for; an end token stands for none
+    if num_bytes is not None:  # the bytes of the prompt are not needed, and an end token has none
         num_bytes = [0] * prompt_length + num_bytes
         num_bytes += [0] * (len(ids) - len(num_bytes))
     return Text(where, list(ids), [position >= prompt_length for position in range(len(ids))], num_bytes)
@@ -212,19 +212,17 @@ def _read_masked(where: str, row: Any, tokenizer: Any, config: Any, text_column:
     if isinstance(row, str):
         fields = row.split()
         if len(fields) != 2:
-            raise ValueError(
-                f"{where} has {len(fields)} fields; it needs two, a text with mask tokens and the complete one."
-            )
+            raise ValueError(f"{where} has {len(fields)} fields; give two, the text with mask tokens and without.")
         masked, text = fields
     else:
         masked, text = text_of(row, "masked", where), text_of(row, text_column, where)
     masked_ids, ids = encode(tokenizer, masked, where), encode(tokenizer, text, where)
     if len(masked_ids) != len(ids):
-        raise ValueError(f"{where} has {len(masked_ids)} tokens with mask tokens and {len(ids)} complete.")
+        raise ValueError(f"{where}: {len(masked_ids)} tokens with mask tokens, but {len(ids)} in the complete text.")
     maskable = [token == config.mask_token_id for token in masked_ids]
     for position, (given, token) in enumerate(zip(masked_ids, ids, strict=True)):
         if not maskable[position] and given != token:
-            raise ValueError(f"{where}: token {position + 1} is {given} in the text with mask tokens, else {token}.")
+            raise ValueError(f"{where}: token {position + 1} is {given} with mask tokens, and {token} without.")
     if not any(maskable):
         raise ValueError(f"{where} holds no mask token ({config.mask_token_id}), so there is nothing to fill in.")
     return Text(where, ids, maskable)

@@ -1,11 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-The card of a model: README.md, with metadata for the Hub, made from what the folder's own records say. There is no
-figure in it that was not measured.
+The card of a model: README.md, with metadata for the Hub, made from the records in the model's folder. All its figures
+were measured.
 """
 
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..configuration_loopmdm import LoopMDMConfig
-from ..data import adapter_base
+from ..data import adapter_base, write_atomically
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
 from .sections import BUDGET, how_it_was_made, is_hub_data, limits, most_loops, paragraph, unrolled, what_loops_buy
@@ -24,17 +23,17 @@ from .snippet import loading_snippet
 from .source import SourceCard, read_metadata
 
 CARD = "README.md"
-# The card of the model that a converted one is made of
+# The source's card, in the folder of a converted model
 SOURCE_CARD = "README.source.md"
-# By this line a card is known as written here. It holds a checksum, so that one that was edited is the user's.
+# This line identifies a card that was written here. Its checksum tells whether the user has edited the card.
 _MARK = re.compile(r"<!-- written by loopmdm, which replaces it while it is as written: ([0-9a-f]{16}) -->")
 _TAGS = ["masked-diffusion", "diffusion-language-model", "looped-transformer", "recurrent-depth"]
 
 
 def is_own_card(folder: str | Path) -> bool:
     """
-    Whether [`write_card`] may write README.md of a folder: where there is none, or one that it wrote itself and that
-    nobody has changed since. Changes of the metadata do not count, as they are kept.
+    Whether [`write_card`] may write the folder's README.md: there is none, or it was written by this function and has
+    not been changed since. Changes of the metadata do not count, since they are kept.
     """
     file = Path(folder) / CARD
     if not file.exists():
@@ -59,18 +58,19 @@ def write_card(
     conversion: dict[str, Any] | None = None,
 ) -> Path | None:
     """
-    Writes README.md of a model or adapter, from what its folder holds: config.json, training.json, conversion.json and
-    loop_budget.json. Metadata that are there already stay, but for the results.
+    Writes the README.md of a model or adapter, from config.json, training.json, conversion.json and loop_budget.json
+    in its folder. Metadata of an earlier README.md are kept, except for the results.
 
     Args:
         folder: The model's folder.
-        name (`str`, *optional*, defaults to the folder's): What the card calls the model, and loads.
-        config (*optional*): The model's configuration, where it is not in the folder yet.
-        source (*optional*): The card of the model that it is made of ([`read_source_card`]), whose licence is kept.
-        training, conversion (`dict`, *optional*): What is not in training.json or conversion.json yet.
+        name (`str`, *optional*, defaults to the folder's name): The model's name in the card and its example.
+        config ([`LoopMDMConfig`], *optional*): The model's configuration, if it is not in the folder yet.
+        source ([`SourceCard`], *optional*): The card of the model that this one is made from; its licence is kept.
+        training, conversion (`dict`, *optional*): The contents of training.json and conversion.json, if they are not
+            in the folder yet.
 
     Returns:
-        `Path`: The file; None where README.md is the user's, which is left as it is.
+        `Path`: The file; None if README.md is the user's, which is not changed.
 
     Raises:
         ValueError: The folder does not hold a model, or its records are damaged.
@@ -116,14 +116,14 @@ def write_export_card(
     folder: str | Path, name: str, record: dict[str, Any], config: LoopMDMConfig, source: SourceCard
 ) -> Path:
     """
-    Writes README.md of a model whose loops have become layers, from the record of its export (export.json).
+    Writes the README.md of a model whose loops have been exported as layers, and returns its path.
 
     Args:
-        folder: The folder of the result.
-        name: What the card calls it.
-        record: What `export.json` holds.
-        config: The configuration of the result as a LoopMDM of one loop.
-        source: The card of the looped model, whose licence is kept.
+        folder: The folder of the exported model.
+        name (`str`): The model's name in the card.
+        record (`dict`): The contents of `export.json`.
+        config ([`LoopMDMConfig`]): The configuration of the exported model as a LoopMDM without loops.
+        source ([`SourceCard`]): The card of the looped model; its licence is kept.
     """
     folder = Path(folder)
     for file in source.license_files:
@@ -137,17 +137,12 @@ def write_export_card(
 
 def _write(file: Path, data: ModelCardData, body: str) -> Path:
     mark = _MARK.pattern.replace("([0-9a-f]{16})", _checksum(body))
-    part = file.with_name(f".{CARD}.tmp")
-    try:
-        part.write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n{mark}\n", encoding="utf-8")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(file, f"---\n{data.to_yaml()}\n---\n\n{body}\n{mark}\n")
     return file
 
 
 def _checksum(body: str) -> str:
-    """Of the words: line ends and blank lines at the ends do not count."""
+    """A checksum of the text without kinds of line ends, and without white space at both ends."""
     return hashlib.sha256("\n".join(body.strip().splitlines()).encode()).hexdigest()[:16]
 
 
@@ -156,7 +151,7 @@ def _metadata(folder: Path, origin: SourceCard, records: dict[str, dict[str, Any
     run = records["training"].get("run", {})
     data = run.get("data") or []
     names = [one for one in ([data] if isinstance(data, str) else data) if is_hub_data(one)]
-    # The Hub's words; of what is merely converted it has none.
+    # The Hub's names for relations; it has none for a conversion.
     relation = "adapter" if is_adapter else "finetune" if run else None
     return {
         **origin.metadata,

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""A model's folder on its way to the Hub: what is checked, what goes, and what stays."""
+"""Publishing a model's folder on the Hub: checks, the choice of files, and the upload."""
 
 import fnmatch
 import json
@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..data import adapter_base
 from .card import CARD, write_card
 
-# Checkpoints, states of optimisers, pickles of trainers, hidden files: of no use to who loads the model
+# Files that nobody needs to load the model: checkpoints, states of optimisers, pickles of trainers, hidden files
 IGNORED = (
     ".*",
     "*/.*",
@@ -29,13 +29,14 @@ IGNORED = (
     "scheduler.pt",
     "rng_state*",
     "training_args.bin",
+    "__pycache__/*",
+    "*.pyc",
 )
-_IGNORED_NAMES = ("__pycache__/*", "*.pyc")
 LICENSE_FIX = (
-    f"write it into {CARD}, between the lines of `---` at the top (`license: apache-2.0`, or that of the model and "
-    "data it is made of; https://huggingface.co/docs/hub/repositories-licenses lists them)"
+    f"write it into {CARD}, between the lines of `---` at the top (`license: apache-2.0`, or the licence of the model "
+    "and data it is made from; https://huggingface.co/docs/hub/repositories-licenses lists them)"
 )
-# Run where nothing but the folder defines the model: the package counts as not installed.
+# This runs as if the package were not installed, so that only the folder defines the model.
 _LOAD = """
 import json, sys
 sys.modules["loopmdm"] = None
@@ -68,10 +69,10 @@ class Upload:
     A folder that may go to the Hub.
 
     Args:
-        folder (`Path`), repo (`str`): From where, to where.
-        files (`dict[str, int]`): What goes, by path, in bytes.
-        license (`str` or `list[str]`): What the card says.
-        is_adapter (`bool`): Whether it holds an adapter alone.
+        folder (`Path`), repo (`str`): The folder, and the id of the repository.
+        files (`dict[str, int]`): Bytes of the files to upload, by path.
+        license (`str` or `list[str]`): The licence that the card names.
+        is_adapter (`bool`): Whether the folder holds only an adapter.
     """
 
     folder: Path
@@ -83,10 +84,11 @@ class Upload:
 
 def check_upload(folder: str | Path, repo: str) -> Upload:
     """
-    Checks a model's folder as far as that goes without loading it, and changes nothing.
+    Checks a model's folder without loading the model and without changing anything.
 
     Raises:
-        ValueError: It does not hold a model, its card does not name a licence, or its adapter belongs to a folder.
+        ValueError: It does not hold a model, its card does not name a licence, or the base model of its adapter is a
+            local folder.
     """
     folder = Path(folder).expanduser()
     try:
@@ -112,11 +114,11 @@ def check_upload(folder: str | Path, repo: str) -> Upload:
 
 
 def _is_ignored(path: str) -> bool:
-    return any(fnmatch.fnmatch(path, pattern) for pattern in (*IGNORED, *_IGNORED_NAMES))
+    return any(fnmatch.fnmatch(path, pattern) for pattern in IGNORED)
 
 
 def _check_card(folder: Path) -> str | list[str]:
-    """The licence that the card names."""
+    """The licence that the card names. Raises a ValueError if there is none, or it is incomplete."""
     file = folder / CARD
     if not file.is_file():
         raise ValueError(
@@ -132,7 +134,7 @@ def _check_card(folder: Path) -> str | list[str]:
     if not license or not isinstance(license, str | list):
         raise ValueError(f"{file} names no licence, without which nobody may use the model; {LICENSE_FIX}.")
     if license == "other" and not data.license_name:
-        raise ValueError(f"The licence in {file} is `other`; say which with `license_name` and `license_link`.")
+        raise ValueError(f"The licence in {file} is `other`; name it with `license_name` and `license_link`.")
     link = data.license_link
     if isinstance(link, str) and "://" not in link and not (folder / link).is_file():
         raise ValueError(f"{file} links its licence to {link}, which is not in {folder}; put it there.")
@@ -141,18 +143,18 @@ def _check_card(folder: Path) -> str | list[str]:
 
 def load_in_fresh_process(folder: str | Path) -> dict[str, Any]:
     """
-    Loads a folder as a user of the Hub does, who does not have this package, and makes a forward pass.
+    Loads a folder in a new process that does not see this package, as a user of the Hub does, and runs a forward pass.
 
     Returns:
         `dict`: The `class` and the number of `parameters`.
 
     Raises:
-        ValueError: It does not load there, gives values that are not finite, or its tokenizer does not fit.
+        ValueError: It does not load, its logits are not finite, or its tokenizer does not fit.
     """
     folder = Path(folder).expanduser().absolute()
     is_adapter = not (folder / "config.json").is_file()
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    with tempfile.TemporaryDirectory() as place:  # code of an earlier state of the folder is kept elsewhere
+    with tempfile.TemporaryDirectory() as place:  # a fresh cache, without code of an earlier state of the folder
         result = subprocess.run(
             [sys.executable, "-c", _LOAD, str(folder), str(is_adapter), str(has_tokenizer)],
             cwd=place,
@@ -172,24 +174,22 @@ def load_in_fresh_process(folder: str | Path) -> dict[str, Any]:
 
 def upload(checked: Upload, private: bool = False, message: str | None = None) -> str:
     """
-    Creates the repository where it does not exist, and uploads the folder in one commit. A card that loopmdm wrote is
-    written anew before, with the repository's id in place of the folder.
+    Creates the repository if it does not exist, and uploads the folder in one commit. A card that [`write_card`] may
+    write is rewritten first, with the repository's id as the model's name.
 
     Args:
-        checked: What [`check_upload`] gave.
-        private (`bool`, defaults to `False`): Only those whom you admit see it.
-        message (`str`, *optional*): Of the commit.
+        checked ([`Upload`]): The result of [`check_upload`].
+        private (`bool`, defaults to `False`): Make the repository visible only to people whom you admit.
+        message (`str`, *optional*, defaults to "Upload model"): The commit message.
 
     Returns:
-        `str`: The address of the model.
+        `str`: The URL of the model.
 
     Raises:
         ValueError: Nobody is logged in, the Hub refuses, or the repository is public already.
     """
     if get_token() is None:
-        raise ValueError(
-            "You are not logged in to the Hub; `hf auth login`, or set HF_TOKEN to a token that can write."
-        )
+        raise ValueError("You are not logged in to the Hub; `hf auth login`, or set HF_TOKEN to a token that writes.")
     api = HfApi()
     try:
         repo = api.create_repo(checked.repo, private=private, exist_ok=True).repo_id
@@ -200,11 +200,9 @@ def upload(checked: Upload, private: bool = False, message: str | None = None) -
             repo_id=repo,
             folder_path=checked.folder,
             commit_message=message or "Upload model",
-            ignore_patterns=[*IGNORED, *_IGNORED_NAMES],
+            ignore_patterns=list(IGNORED),
         )
     except HfHubHTTPError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"The Hub refuses to take {checked.repo} ({reason}); does `hf auth whoami` own it?"
-        ) from error
+        raise ValueError(f"The Hub refuses {checked.repo} ({reason}); does `hf auth whoami` own it?") from error
     return str(commit.repo_url) if getattr(commit, "repo_url", None) else f"https://huggingface.co/{repo}"

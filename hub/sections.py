@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What a card says from the records of trainings, conversions and calibrations."""
+"""The sections of a card, made from the records of trainings, conversions and calibrations."""
 
 import math
 import re
@@ -12,9 +12,9 @@ from huggingface_hub import EvalResult
 
 from ..configuration_loopmdm import LoopMDMConfig
 
-# Of a model's folder, what `loopmdm calibrate` measured
+# The file in a model's folder with the measurements of `loopmdm calibrate`
 BUDGET = "loop_budget.json"
-# Loaders of files, which the `datasets` library calls by these names as if they were data sets
+# Names of data sets in the `datasets` library that are loaders of files
 _LOADERS = {"arrow", "csv", "json", "pandas", "parquet", "sql", "text", "webdataset", "xml"}
 _QUALITIES = {
     "exact": "examples with every token right",
@@ -24,20 +24,21 @@ _QUALITIES = {
 
 
 def is_hub_data(name: str) -> bool:
-    """Whether a run's data are a data set of the Hub, not files."""
-    is_path = name.startswith((".", "/", "~")) or Path(name).suffix in (".txt", ".jsonl") or Path(name).exists()
+    """Whether the data of a run are a data set on the Hub, and not files."""
+    is_path = name.startswith((".", "/", "~")) or Path(name).exists()
+    is_path = is_path or Path(name).suffix in (".txt", ".jsonl", ".parquet")
     return not is_path and name not in _LOADERS
 
 
 def data_names(data: str | Sequence[str]) -> str:
-    """What a card calls data: ids of the Hub as they are, files by their names, without the folders they were in."""
+    """The names of data in a card: ids on the Hub as they are, and files without their folders."""
     names = [data] if isinstance(data, str) else list(data)
     shown = [f"`{name if is_hub_data(name) else Path(name).name}`" for name in names]
     return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
 
 
 def measured(value: float, error: float | None) -> str:
-    """A value with its error, both to the second digit of the error."""
+    """A value with its error, both rounded to the second significant digit of the error."""
     if error is None or not 0 < error < math.inf:
         return f"{value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
@@ -45,7 +46,7 @@ def measured(value: float, error: float | None) -> str:
 
 
 def paragraph(text: str, indent: str = "") -> str:
-    """Markdown in lines of a readable length."""
+    """Markdown wrapped into lines of a readable length."""
     wrapper = textwrap.TextWrapper(110, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return wrapper.fill(text) + "\n"
 
@@ -62,7 +63,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def what_loops_buy(
     records: dict[str, dict[str, Any]], config: LoopMDMConfig, name: str
 ) -> tuple[str, list[EvalResult]]:
-    """The section on loops in Markdown, and the results for the metadata."""
+    """The section on loops, in Markdown, and the results for the metadata."""
     parts: list[str] = []
     results: list[EvalResult] = []
     for part, found in (
@@ -74,7 +75,7 @@ def what_loops_buy(
         results += found
     if not parts:
         parts = [
-            "Not measured yet. This shows it on a text of yours:\n",
+            "Not measured yet. This measures it on your own text:\n",
             f"```bash\nloopmdm eval likelihood {name} --text TEXT.txt --num-loops 1,2,4\n```\n",
         ]
     return "\n".join(["## What loops buy\n", *parts]), results
@@ -90,9 +91,9 @@ def _of_training(record: dict[str, Any], config: LoopMDMConfig) -> tuple[list[st
     rows = [[n, config.num_executed_layers(n), measured(*scores[n])] for n in loops]
     text = [
         paragraph(
-            "The NELBO (a bound from above on the negative log-likelihood, in nats per token; lower is better) on at "
-            f"most {run['eval_sequences']} rows of {data}, which training evaluated on. Standard errors are over "
-            f"{run['eval_samples']} masks a row, not over training runs."
+            "The NELBO (an upper bound on the negative log-likelihood, in nats per token; lower is better) on at most "
+            f"{run['eval_sequences']} rows of {data}, on which training evaluated. Standard errors are over "
+            f"{run['eval_samples']} masks per row, not over training runs."
         ),
         _table(["`num_loops`", "layers executed", "NELBO"], rows),
         _compare(scores),
@@ -101,16 +102,16 @@ def _of_training(record: dict[str, Any], config: LoopMDMConfig) -> tuple[list[st
 
 
 def _compare(scores: dict[int, tuple[float, float]]) -> str:
-    """A sentence on the best number of loops against one, as far as the errors allow it."""
+    """A sentence that compares the best number of loops with one, as far as the errors allow it."""
     best = min(scores, key=lambda n: scores[n][0])
     if 1 not in scores or len(scores) == 1:
         return ""
     (one, one_error), (lowest, lowest_error) = scores[1], scores[best]
     error = math.hypot(one_error, lowest_error)
     if best == 1:
-        return "More loops than one did not lower it here.\n"
+        return "More than one loop did not lower it here.\n"
     if one - lowest <= 2 * error:
-        return f"It is lowest at {best} loops, but the errors do not tell that from one loop.\n"
+        return f"It is lowest at {best} loops, but within the errors it does not differ from that of one loop.\n"
     return f"It is lowest at {best} loops: {measured(one - lowest, error)} below that of one loop.\n"
 
 
@@ -122,8 +123,6 @@ def _nelbo_results(data: str, scores: dict[int, tuple[float, float]]) -> list[Ev
 
 
 def _of_conversion(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]:
-    if not record:
-        return [], []
     calibration = record.get("calibration")
     if not calibration:
         return [], []
@@ -133,9 +132,9 @@ def _of_conversion(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]
     scores = {1: (plain["nelbo"], plain["standard_error"]), loops: (looped["nelbo"], looped["standard_error"])}
     text = [
         paragraph(
-            f"The NELBO (a bound from above on the negative log-likelihood, in nats per token; lower is better) on "
+            f"The NELBO (an upper bound on the negative log-likelihood, in nats per token; lower is better) on "
             f"{calibration['sequences']} rows of {calibration['length']} tokens of {data}, by which the looped layers "
-            f"were chosen among {len(calibration['windows'])} places:"
+            f"were chosen from {len(calibration['windows'])} candidates:"
         ),
         _table(["`num_loops`", "NELBO"], [[n, measured(*score)] for n, score in scores.items()]),
         f"Untrained, {loops} loops change it by {measured(looped['change'], looped['change_standard_error'])}.\n",
@@ -147,7 +146,7 @@ def _of_budget(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]:
     if not record:
         return [], []
     settings, data = record["settings"], data_names(record["data"])
-    quality, half = settings["quality"], settings["examples"] // 2  # the half that checks
+    quality, half = settings["quality"], settings["examples"] // 2  # the examples that check the choice
 
     def row(where: str, result: dict[str, Any]) -> list[Any]:
         score = measured(100 * result["quality"], 100 * result["standard_error"])
@@ -164,19 +163,19 @@ def _of_budget(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]:
     text = [
         paragraph(
             f"Measured with `generate` on {data}{with_}: {_QUALITIES[quality]}, in percent. Half of "
-            f"{settings['examples']} examples decided on the setting, and the other half checked it; errors are over "
-            "examples."
+            f"{settings['examples']} examples decided on the setting, and the other half checked it; standard errors "
+            "are over examples."
         ),
-        _table(["examples, setting", "quality, %", "loops a step", "GFLOP an example"], rows),
+        _table(["examples, setting", "quality, %", "loops per step", "GFLOPs per example"], rows),
         paragraph(
             f"The defaults of `generate` are {_setting(record['best']['arguments'])}: the cheapest of "
-            f"{len(record['results'])} settings that lost at most {100 * settings['max_loss']:g} points of 100 "
+            f"{len(record['results'])} settings that lost at most {100 * settings['max_loss']:g} percentage points "
             "against the most loops, on both halves."
         ),
     ]
-    if quality == "agreement":  # says nothing about right answers
+    if quality == "agreement":  # it does not tell whether answers are right
         return text, []
-    # On the examples that decided, the chosen setting looks better than it is; on the others it does not.
+    # The chosen setting looks better than it is on the examples that decided, so its result is from the others.
     kept = [(one, settings["examples"] - half) for one in plain if one["arguments"] != record["best"]["arguments"]]
     results = [
         _result(
@@ -206,14 +205,14 @@ def _result(data: str, metric: str, value: float, name: str, **arguments: Any) -
         metric_type=metric,
         metric_value=value,
         metric_name=name,
-        metric_args={key: one for key, one in arguments.items() if not (isinstance(one, float) and math.isnan(one))},
+        metric_args={key: one for key, one in arguments.items() if one is not None and one == one},  # NaN differs
     )
 
 
 def how_it_was_made(
     records: dict[str, dict[str, Any]], config: LoopMDMConfig, base: str | list[str] | None, has_source_card: bool
 ) -> str:
-    """The section on the origin of a model, in Markdown; empty where nothing is known."""
+    """The section on the origin of a model, in Markdown; empty if nothing is known."""
     items = []
     conversion, training = records["conversion"], records["training"]
     if conversion:
@@ -243,12 +242,12 @@ def how_it_was_made(
 
 
 def _origin(name: str, base: str | list[str] | None) -> str:
-    """What a model is made of: a link, or the name of a folder and what that is made of."""
+    """The origin of a model: a link, or the name of a local folder and the models that it comes from."""
     bases = [base] if isinstance(base, str) else base or []
     links = ", ".join(f"[{one}](https://huggingface.co/{one})" for one in bases)
     if name in bases:
         return f"[{name}](https://huggingface.co/{name})"
-    return f"`{Path(name).name}`, a local folder" + (f" (of, or made of, {links})" if links else "")
+    return f"`{Path(name).name}`, a local folder" + (f" (made from {links})" if links else "")
 
 
 def most_loops(records: dict[str, dict[str, Any]], config: LoopMDMConfig) -> int:
@@ -257,38 +256,38 @@ def most_loops(records: dict[str, dict[str, Any]], config: LoopMDMConfig) -> int
 
 
 def limits(records: dict[str, dict[str, Any]], config: LoopMDMConfig) -> str:
-    """The section on limits, in Markdown: what follows from the configuration and the records."""
+    """The section on limits, in Markdown, from the configuration and the records."""
     training, conversion = records["training"], records["conversion"]
-    lines = [f"It takes at most {config.max_position_embeddings:,} tokens, those to be generated included."]
+    lines = [f"It takes at most {config.max_position_embeddings:,} tokens, including those to be generated."]
     if training:
-        lines.append(f"It was trained with at most {most_loops(records, config)} loops. More run, untested.")
+        lines.append(f"It was trained with at most {most_loops(records, config)} loops. More loops run, but untested.")
     elif conversion:
         lines.append(
-            "It has never been trained with loops: it is an initialisation, to be trained before loops can gain."
+            "It has never been trained with loops: it is an initialisation, to be trained before loops can help."
         )
     if not config.attention_block_size:
         lines.append("Caches (`cache_implementation`) are approximate, as its attention sees the whole sequence.")
     if records["budget"] or (training.get("evaluation") or {}):
-        lines.append("The figures above are of one model on the data named there, not of other data or other seeds.")
-    lines.append("Nothing else was measured: neither the truth of what it writes, nor its biases.")
+        lines.append("The figures above hold for this model on the data named there, not for other data or seeds.")
+    lines.append("Nothing else was measured, neither the truth of its texts nor its biases.")
     return "\n".join(["## Limits\n", *_items(lines), ""])
 
 
 def unrolled(record: dict[str, Any], config: LoopMDMConfig, has_source_card: bool) -> list[str]:
-    """The sections of a card on a model whose loops have become layers, in Markdown."""
+    """The sections of the card of an exported model, whose loops have become layers, in Markdown."""
     card = ", whose card is [README.source.md](README.source.md)" if has_source_card else ""
     items = [
         f"Exported from {_origin(record['source'], None)}{card}: {record['num_loops']} loops as layers, "
         f"{record['dtype']}. `export.json` says which layer is which (`layers_from`)."
     ]
     items += [
-        f"Its logits were compared with those of the looped model at {record['num_loops']} loops by way of "
+        f"Its logits were compared with those of the looped model at {record['num_loops']} loops through "
         f"{found['against']}: the largest difference is {found['max_difference']:.2g}, in logits up to "
         f"{found['max_logit']:.1f} ({found['dtype']})."
         for found in record["verification"]
     ]
     rules = [
-        f"It takes at most {config.max_position_embeddings:,} tokens, those to be generated included.",
+        f"It takes at most {config.max_position_embeddings:,} tokens, including those to be generated.",
         f"Its mask token is {config.mask_token_id}, which the looped model never writes; engines may.",
     ]
     if config.shift_logits:
@@ -299,10 +298,10 @@ def unrolled(record: dict[str, Any], config: LoopMDMConfig, has_source_card: boo
         rules.append("Attention is over the whole sequence: the engine must not apply a causal mask.")
     return [
         paragraph(
-            f"A masked diffusion language model in the format {record['format']}, of {record['parameters']:,} "
-            f"parameters in {record['layers']} layers. It computes what a looped model "
-            f"([LoopMDM](https://arxiv.org/abs/2605.26106)) does with {record['num_loops']} loops, for engines that "
-            "know no loops. The layers that were looped are stored once for each loop."
+            f"A masked diffusion language model in the format {record['format']}, with {record['parameters']:,} "
+            f"parameters in {record['layers']} layers. It computes the same as a looped model "
+            f"([LoopMDM](https://arxiv.org/abs/2605.26106)) with {record['num_loops']} loops, for engines without "
+            "loops. The looped layers are stored once for each loop."
         ),
         "\n".join(["## How it was made\n", *_items(items), ""]),
         "\n".join(["## Limits\n", *_items(rules), ""]),

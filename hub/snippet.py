@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The lines of a card that load a model and generate with it."""
+"""The example in a card, which loads a model and generates with it."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 
 
 def loading_snippet(folder: Path, name: str, config: LoopMDMConfig, most_loops: int) -> str:
-    """Markdown with Python that runs where `name` is a folder or an id of the Hub."""
+    """Markdown with Python code that loads `name`, a folder or Hub id, and generates."""
     settings = read_json(folder / "generation_config.json")
     loops = min(settings.get("num_loops") or config.num_loops, most_loops)
     is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()

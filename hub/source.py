@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What the card of a model says of its licence and origin, for the cards of models that are made of it."""
+"""The licence and origin that a model's card names, for the cards of models that are made from it."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,24 +12,24 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-# Of a repository, what a card needs of it
+# The files of a repository that cards of derived models need
 CARD_FILES = ("README.md", *LICENSES)
-# Longer cards, and licences, are not read.
+# Longer cards and licences are not read.
 MAX_CARD = 2**20
-# Metadata that hold for what is made of a model too
+# Metadata that derived models inherit
 KEPT = ("license", "license_name", "license_link", "language")
 
 
 @dataclass
 class SourceCard:
     """
-    The card of the model that another one is made of.
+    The card of the model that another one is made from.
 
     Args:
-        hub_id (`str`, *optional*): The model on the Hub: itself, or what its own card names as its base.
-        metadata (`dict`): What passes on: `license`, `license_name`, `license_link`, `language`.
-        text (`str`, *optional*): All of README.md.
-        license_files (`list[Path]`): LICENSE, NOTICE and their like.
+        hub_id (`str` or `list[str]`, *optional*): Its id on the Hub, or the base models that its card names.
+        metadata (`dict`): What derived models inherit: `license`, `license_name`, `license_link`, `language`.
+        text (`str`, *optional*): The whole README.md.
+        license_files (`list[Path]`): LICENSE, NOTICE and similar files.
     """
 
     hub_id: str | list[str] | None = None
@@ -40,11 +40,11 @@ class SourceCard:
 
 def read_source_card(name: str | Path, folder: str | Path | None = None) -> SourceCard:
     """
-    The card of a model. A missing or damaged one, or a Hub that cannot be reached, gives an empty card.
+    Reads the card of a model. If it is missing or damaged, or the Hub cannot be reached, the result is empty.
 
     Args:
         name: A folder, a file in one, or an id on the Hub.
-        folder (*optional*): Where the files of a Hub id have been downloaded to.
+        folder (*optional*): The folder that the files of a Hub id have been downloaded to.
     """
     place = Path(folder or name).expanduser()
     is_id = not Path(name).expanduser().exists() and _is_id(str(name))
@@ -68,7 +68,7 @@ def read_source_card(name: str | Path, folder: str | Path | None = None) -> Sour
 
 
 def read_metadata(text: str) -> dict[str, Any]:
-    """The metadata of a card, as they stand there; none of a damaged one."""
+    """The metadata of a card, unchanged; empty if they are damaged."""
     if not REGEX_YAML_BLOCK.search(text):
         return {}
     try:

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The masked diffusion objective: what is masked, how it is weighed, and the bound that follows."""
+"""The masked diffusion objective: masks, their weights, and the bound on the likelihood that they estimate."""
 
 from .log_probs import nelbo_log_probs, trace_log_probs
 from .masking import CleanRows, Mask, block_ids, clean_rows, draw_mask, draw_share, split_blocks

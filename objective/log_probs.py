@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 Log-probabilities of generated tokens with gradients, for reinforcement learning: exact ones of the sampler's own
-decisions, and estimates of a whole answer's by masking it anew.
+decisions, and estimates for a whole answer under new masks.
 """
 
 from collections.abc import Sequence
@@ -45,8 +45,8 @@ def trace_log_probs(
         the first and last dimension is the log-probability of a row's trajectory, given which positions were chosen.
 
     Raises:
-        ValueError: There is no trace, or the arguments make a pass that cannot be repeated with gradients
-            (approximate caches, guidance, `visible_loops`).
+        ValueError: There is no trace, or the passes of the call cannot be repeated with gradients (approximate caches,
+            guidance, `visible_loops`).
     """
     base = find_model(model)
     if not output.trace:
@@ -60,7 +60,7 @@ def trace_log_probs(
     # (steps, num_rows, length): tokens after a step, what it committed, and the states before
     tokens, committed = (torch.stack([getattr(step, name) for step in trace]) for name in ("tokens", "committed"))
     tokens, committed = tokens.to(device), committed.to(device)
-    # No step sends tokens back before it has committed some.
+    # Nothing is remasked before it was committed, so this is the state before the first step.
     first = output.trace[0].tokens.masked_fill(output.trace[0].committed, base.config.mask_token_id)
     before = [first, *(step.tokens for step in output.trace[:-1])]
     states = torch.stack([before[index] for index in chosen]).to(device)
@@ -73,7 +73,7 @@ def trace_log_probs(
         group = torch.tensor(places, device=device)
         busy, rows = committed[group].any(-1).nonzero(as_tuple=True)
         for t, r in zip(group[busy].split(batch_size), rows.split(batch_size), strict=True):
-            # The committed positions of every state, filled up with others
+            # The committed positions of every state, padded with others
             order = committed[t, r].long().argsort(dim=-1, descending=True, stable=True)
             positions = order[:, : int(committed[t, r].sum(-1).max())]
             scores = model(
@@ -94,7 +94,7 @@ def trace_log_probs(
 
 
 def _check_repeatable(config: Any, model_config: Any) -> None:
-    """Raises a ValueError for arguments whose passes cannot be repeated with gradients."""
+    """Raises a ValueError for arguments of `generate` whose passes cannot be repeated with gradients."""
     is_causal, by_rows = model_config.attention_block_size is not None, config.loop_policy or config.loop_tolerance
     per_position = config.visible_loops is not None or getattr(config.loop_policy, "per_position", False)
     for name, is_wrong, why in (
@@ -108,7 +108,7 @@ def _check_repeatable(config: Any, model_config: Any) -> None:
 
 
 def _real(output: LoopMDMGenerationOutput, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens of the canvas are real, `(num_rows, length)`."""
+    """Which tokens of the output are not padding, `(num_rows, length)` bool."""
     real = torch.ones_like(output.sequences, dtype=torch.bool)
     if attention_mask is not None:
         copies, rest = divmod(len(real), len(attention_mask))
@@ -132,11 +132,11 @@ def nelbo_log_probs(
     indices: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """
-    Estimates the log-likelihood of sequences from below, token by token, by [`nelbo`]'s masks with gradients. Each
-    mask comes with its complement, so that every token is predicted once by each pair (coupled sampling, DiffuCoder,
-    arXiv 2506.20639); the weights are those of the NELBO, so that the sum over a row is an unbiased estimate of minus
-    its NELBO. The same seed masks the same tokens, whatever the weights: the difference between two models (the
-    importance ratio of d1, arXiv 2504.12216, and its successors) is known far better than either.
+    Estimates a lower bound on the log-likelihood of sequences, token by token, under [`nelbo`]'s masks, with
+    gradients. Each mask comes with its complement, so that every pair predicts every token once (coupled sampling,
+    DiffuCoder, arXiv 2506.20639). With the weights of the NELBO, the sum over a row is an unbiased estimate of minus
+    its NELBO. The same seed masks the same tokens for all models, so the error of the difference between two models
+    (the importance ratio of d1, arXiv 2504.12216, and its successors) is far smaller than that of either.
 
     Args:
         model: A [`LoopMDMForMaskedLM`], wrapped by PEFT or not, in the mode that it is in.
@@ -146,7 +146,7 @@ def nelbo_log_probs(
             The tokens to score, given all others (the answer). By default all real ones.
         num_loops (`int`, *optional*, defaults to `config.num_loops`): Applications of mid.
         num_masks (`int`, defaults to 1): Pairs of masks for each sequence.
-        seed (`int`, defaults to 0): Seed of the masks. A sequence's masks depend on the seed and its index alone.
+        seed (`int`, defaults to 0): Seed of the masks. A sequence's masks depend only on the seed and its index.
         indices (`list[int]`, *optional*): Index of each sequence; by default its place in `input_ids`.
 
     Returns:

@@ -1,10 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What is masked and how it is weighed. The collator of training, the NELBO and the dynamics draw their masks here.
+Masks and their weights, for the collator of training, the NELBO and the dynamics.
 
-A sequence falls into B blocks: one, or those that a block-causal model decodes one after the other. A mask hides k of
-the L maskable tokens of one block. Weighed by B L/k, the sum of -log p of the hidden tokens estimates the NELBO of the
-sequence without bias when block and k are drawn uniformly.
+A sequence consists of B blocks: a single one, or those that a block-causal model decodes one after the other. A mask
+hides k of the L maskable tokens of one block. If the block and k are drawn uniformly, B L/k times the sum of -log p of
+the hidden tokens is an unbiased estimate of the NELBO of the sequence.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch
 
 from ..loop_context import document_starts
 
-# Block ids count up within a document; those of the next document begin this much higher.
+# Block ids count up within a document. Those of the next document start this much higher.
 _DOCUMENT = 2**32
 
 
@@ -24,7 +24,7 @@ class Mask:
     Masked tokens of one block of a sequence.
 
     Args:
-        positions (`torch.LongTensor` of shape `(k,)`): The masked tokens, in no order.
+        positions (`torch.LongTensor` of shape `(k,)`): The masked tokens, in random order.
         block (`torch.LongTensor` of shape `(L,)`): The maskable tokens of the block.
         num_blocks (`int`): B, the number of blocks that this one was drawn from.
     """
@@ -44,7 +44,7 @@ class Mask:
         return self.num_blocks * len(self.block) / len(self.positions)
 
     def complement(self) -> "Mask":
-        """The rest of the block; of a block that is masked whole, all of it again."""
+        """A mask of the rest of the block, or, if the block is masked entirely, of all of it again."""
         rest = self.block[~torch.isin(self.block, self.positions)]
         return Mask(self.block if len(rest) == 0 else rest, self.block, self.num_blocks)
 
@@ -53,8 +53,8 @@ def draw_mask(
     blocks: list[torch.Tensor], uniform: float, generator: torch.Generator, ratio: tuple[float, float] = (0.0, 1.0)
 ) -> Mask:
     """
-    A mask by one number `uniform`, from 0 to 1: it names the block and, by its place within it, k, so that evenly
-    spread numbers spread both. k/L comes from the range `ratio`. `generator` draws which tokens are masked.
+    Draws a mask. The number `uniform`, from 0 to 1, decides both the block and k, so that evenly spread numbers spread
+    both evenly. k/L lies in the range `ratio`. `generator` draws the k tokens.
     """
     place = uniform * len(blocks)
     block = blocks[min(int(place), len(blocks) - 1)]
@@ -64,7 +64,7 @@ def draw_mask(
 
 
 def draw_share(blocks: list[torch.Tensor], share: float, generator: torch.Generator) -> Mask:
-    """A mask of a given share of a block, at least one token; `generator` draws the block too."""
+    """Draws a mask of a given share of a block, at least one token; `generator` also draws the block."""
     block = blocks[int(torch.randint(len(blocks), (), generator=generator))]
     return _mask(blocks, block, max(1, round(share * len(block))), generator)
 
@@ -75,8 +75,8 @@ def _mask(blocks: list[torch.Tensor], block: torch.Tensor, count: int, generator
 
 def block_ids(real: torch.Tensor, documents: torch.Tensor, block_size: int | None) -> torch.Tensor:
     """
-    The block of every token, `(num_sequences, length)` int64, by position within each document; different documents
-    never share a block. All 0 where attention is not block-causal (`block_size=None`).
+    The id of every token's block, `(num_sequences, length)` int64. Blocks are counted within each document, and
+    documents never share ids. Without block-causal attention (`block_size=None`) all ids are 0.
     """
     if block_size is None:
         return torch.zeros_like(documents)
@@ -87,13 +87,13 @@ def block_ids(real: torch.Tensor, documents: torch.Tensor, block_size: int | Non
 
 
 def split_blocks(maskable: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
-    """The maskable positions of a sequence by block; `maskable` and `blocks` have the shape `(length,)`."""
+    """The maskable positions of each block of a sequence, given `maskable` and `blocks` of shape `(length,)`."""
     positions = maskable.nonzero().squeeze(-1)
     return [positions[blocks[positions] == block] for block in blocks[positions].unique()]
 
 
 def split_documents(maskable: torch.Tensor, blocks: torch.Tensor) -> list[list[torch.Tensor]]:
-    """The same for every document, in order: each has blocks of its own."""
+    """The result of [`split_blocks`] for each document, in order."""
     documents = blocks // _DOCUMENT
     return [split_blocks(maskable & (documents == document), blocks) for document in documents[maskable].unique()]
 
@@ -120,7 +120,7 @@ class CleanRows:
     packed: bool
 
     def split(self, row: int) -> list[torch.Tensor]:
-        """The maskable positions of a row by block."""
+        """The maskable positions of each block of a row."""
         return split_blocks(self.maskable[row], self.blocks[row])
 
 
@@ -132,17 +132,17 @@ def clean_rows(
     document_ids: torch.Tensor | None = None,
 ) -> CleanRows:
     """
-    Checks sequences, of which `maskable` (by default all real tokens) will be masked. Raises a ValueError where shapes
-    differ, a sequence has nothing to mask, or what is to be masked is the mask token already.
+    Checks sequences whose `maskable` tokens (by default all but padding) are going to be masked. Raises a ValueError
+    if shapes differ, a sequence has no maskable token, or one of them is the mask token.
     """
     if input_ids.ndim != 2 or len(input_ids) == 0:
-        raise ValueError(
-            f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (num_sequences, length), at least one sequence."
-        )
+        raise ValueError(f"`input_ids` has shape {tuple(input_ids.shape)}; it needs (num_sequences > 0, length).")
     for name, tensor in (("attention_mask", attention_mask), ("maskable", maskable), ("document_ids", document_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; `input_ids` has {tuple(input_ids.shape)}.")
-    input_ids = input_ids.cpu()
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`input_ids` is {input_ids.dtype}; it must be int64 or int32.")
+    input_ids = input_ids.cpu().long()
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
     maskable = real if maskable is None else real & maskable.cpu().bool()
     empty = (~maskable.any(-1)).nonzero().flatten().tolist()

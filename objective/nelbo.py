@@ -16,7 +16,7 @@ from ..configuration_loopmdm import check_num_loops
 from .masking import CleanRows, Mask, clean_rows, draw_mask
 from .seeds import seeded_generator
 
-# Logits of at most so many numbers are held at a time.
+# Most numbers of logits in memory at a time
 MAX_LOGITS = 2**26
 
 
@@ -32,11 +32,11 @@ class NelboEstimate:
             Standard error of each, from the sampling of masks alone.
         num_tokens (`torch.LongTensor` of shape `(num_sequences,)`): Tokens that were predicted.
         samples (`torch.DoubleTensor` of shape `(len(num_loops), num_sequences, num_samples)`):
-            What each mask says of the NELBO; `nats` is their mean. All numbers of loops see the same masks.
+            The estimate from each mask; `nats` is their mean. All numbers of loops see the same masks.
         masked_share (`torch.DoubleTensor` of shape `(num_sequences, num_samples)`):
             The timestep of each mask: its share k/L of the maskable tokens (of its block, in a block-causal model).
         token_nats (`torch.DoubleTensor` of shape `(len(num_loops), num_sequences, length)`):
-            What each token adds to `nats`: the mean over the masks of L/k times its -log p, 0 where it is visible.
+            The part of each token in `nats`: the mean over masks of its weight times -log p, 0 where it is visible.
     """
 
     num_loops: list[int]
@@ -49,8 +49,8 @@ class NelboEstimate:
 
     def per_token(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        NELBO in nats per token over all sequences together, and its standard error (sampling of masks), each
-        `(len(num_loops),)`. `exp` of the former bounds the perplexity from above.
+        NELBO in nats per token of all sequences together, and its standard error (from the sampling of masks), each
+        `(len(num_loops),)`. `exp` of the NELBO is an upper bound on the perplexity.
         """
         total = self.num_tokens.sum()
         return self.nats.sum(-1) / total, self.standard_error.square().sum(-1).sqrt() / total
@@ -58,7 +58,7 @@ class NelboEstimate:
     def change(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Change of [`~NelboEstimate.per_token`] against the first number of loops, and its standard error, each
-        `(len(num_loops),)`. As the masks are the same, this is known far better than the two values are.
+        `(len(num_loops),)`. Since the masks are the same, the error is far smaller than those of the two values.
         """
         total = self.num_tokens.sum()
         difference = self.samples - self.samples[:1]
@@ -67,19 +67,19 @@ class NelboEstimate:
 
     def by_timestep(self, num_bins: int = 10) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Mean -log p of a masked token by timestep t, the share of masked tokens: bin b holds the masks with
-        `b / num_bins < t <= (b + 1) / num_bins`. Long sequences weigh more, so that the mean of a fine curve is
-        [`~NelboEstimate.per_token`].
+        Mean -log p of a masked token by timestep t, the share of masked tokens: bin b has the masks with
+        `b / num_bins < t <= (b + 1) / num_bins`. Sequences are weighted by their length, so that the mean of a fine
+        curve is [`~NelboEstimate.per_token`].
 
         Returns:
             Means and standard errors, each `(len(num_loops), num_bins)`, NaN in bins without a mask, and the number of
-            masks in each bin, `(num_bins,)`. The errors come from the spread between sequences where there are several
-            (so they hold for other texts of this kind), and from that between masks where there is one.
+            masks in each bin, `(num_bins,)`. The errors come from the spread between sequences (and so hold for other
+            texts of this kind), or, for a single sequence, from the spread between masks.
         """
         if num_bins < 1:
             raise ValueError(f"`num_bins` is {num_bins}; it must be at least 1.")
-        # A sample is (its weight B L/k) x (sum of -log p over its k masked tokens): L times the mean of a masked token
-        # (times the number of blocks B, which a block-causal model's tokens come in).
+        # A sample is its weight B L/k times the sum of -log p over its k masked tokens: B L times the mean of a masked
+        # token.
         tokens = self.num_tokens[:, None].expand(self.masked_share.shape).double()
         per_masked = self.samples / tokens
         index = (self.masked_share * num_bins - 1e-9).floor().long().clamp(0, num_bins - 1)
@@ -100,8 +100,8 @@ class NelboEstimate:
 
 def _standard_error(samples: torch.Tensor) -> torch.Tensor:
     """
-    Of the mean over the last dimension. Two samples fall into each stratum: a quarter of their squared difference
-    estimates the variance of their mean.
+    Standard error of the mean over the last dimension. Each stratum has two samples; a quarter of their squared
+    difference estimates the variance of their mean.
     """
     num_samples = samples.shape[-1]
     pairs = samples.unflatten(-1, (num_samples // 2, 2))
@@ -122,28 +122,35 @@ def nelbo(
     indices: Sequence[int] | None = None,
 ) -> NelboEstimate:
     """
-    Estimates the NELBO of sequences: of a sequence's L maskable tokens, k uniform in 1..L are masked, and L/k times
-    the sum of their -log p estimates it without bias (method of LLaDA's evaluation; lower variance than masking each
-    token independently). The draws of k are stratified, two in each stratum, from which the standard error comes.
+    Estimates the NELBO of sequences. In a sequence with L maskable tokens, k of them are masked, with k uniform in
+    1..L, and L/k times the sum of their -log p is an unbiased estimate (as in LLaDA's evaluation, with less variance
+    than masking every token independently). The draws of k are stratified, two per stratum, which gives the standard
+    error.
 
-    A block-causal model (`config.attention_block_size`) is scored as it decodes, block by block: a sample masks
-    tokens of one block, drawn uniformly, whose earlier blocks are clean and whose later ones are out of its sight.
+    A block-causal model (`config.attention_block_size`) is scored as it decodes, block by block: a sample masks tokens
+    of one block, drawn uniformly; the model sees the earlier blocks clean, and does not see the later ones.
 
     Args:
-        model: A [`LoopMDMForMaskedLM`], wrapped by PEFT or not. It is evaluated in eval mode and put back.
+        model: A [`LoopMDMForMaskedLM`], wrapped by PEFT or not. It runs in eval mode; its own mode is restored.
         input_ids (`torch.LongTensor` of shape `(num_sequences, length)`): Clean tokens.
         attention_mask (`torch.Tensor` of shape `(num_sequences, length)`, *optional*): 0 on padding.
         maskable (`torch.BoolTensor` of shape `(num_sequences, length)`, *optional*):
             The tokens to score, given all others (a prompt). By default all real ones.
         document_ids (`torch.LongTensor` of shape `(num_sequences, length)`, *optional*):
-            Documents packed into a row, which do not see each other.
-        num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`):
-            With `loop_update="replace"` a list costs one pass of the most loops and a tail for each of the others;
-            with `"damped"` one pass each.
+            Ids of documents packed into a row, which do not see each other.
+        num_loops (`int` or `list[int]`, *optional*, defaults to `config.num_loops`): Numbers of loops to evaluate.
+            With `loop_update="replace"` a list costs one pass with the most loops, and the tail once more for each of
+            the others; with `"damped"` it costs one pass each.
         num_samples (`int`, defaults to 32): Masks per sequence; even, as they are drawn in pairs.
         batch_size (`int`, defaults to 16): Masked sequences per forward pass.
-        seed (`int`, defaults to 0): Seed of the masks. A sequence's masks depend on the seed and its index alone.
+        seed (`int`, defaults to 0): Seed of the masks. A sequence's masks depend only on the seed and its index.
         indices (`list[int]`, *optional*): Index of each sequence; by default its place in `input_ids`.
+
+    Returns:
+        [`NelboEstimate`], with tensors on the CPU.
+
+    Raises:
+        ValueError: Bad arguments, shapes that differ, or a sequence without a maskable token.
     """
     config = find_model(model).config
     wanted = config.num_loops if num_loops is None else num_loops
@@ -172,7 +179,7 @@ def nelbo(
 
 
 def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
-    """Raises a ValueError where [`nelbo`] cannot read out `num_loops`, or draw masks in pairs."""
+    """Raises a ValueError for numbers of loops or samples that [`nelbo`] does not take."""
     if len(num_loops) == 0:
         raise ValueError("`num_loops` is an empty list; give at least one number of loops.")
     for loops in num_loops:
@@ -183,8 +190,8 @@ def check_settings(num_loops: Sequence[int], num_samples: int) -> None:
 
 def find_model(model: nn.Module) -> nn.Module:
     """
-    The LoopMDMForMaskedLM within the wrappers of PEFT, DDP and others. Raises a ValueError where there is none, and
-    where a wrapper adds soft prompts, which the model within knows nothing of.
+    The LoopMDMForMaskedLM inside the wrappers of PEFT, DDP and others. Raises a ValueError if there is none, or if a
+    wrapper does something that the model inside does not know of, such as adding soft prompts.
     """
     for module in model.modules():
         soft = getattr(getattr(module, "active_peft_config", None), "is_prompt_learning", False)
@@ -197,15 +204,15 @@ def find_model(model: nn.Module) -> nn.Module:
         if hasattr(type(module), "align"):
             adapters = getattr(module, "peft_config", {}).values()
             if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
-                raise ValueError("The wrapper alone knows where activated LoRA begins in a row; use LoRA.")
+                raise ValueError("Only the wrapper knows where activated LoRA begins in a row; use LoRA.")
             return module
     raise ValueError(f"{type(model).__name__} holds no LoopMDMForMaskedLM.")
 
 
 def input_device(model: nn.Module) -> torch.device:
     """
-    Where a model takes its inputs. Weights that are elsewhere are on `meta`: accelerate's hooks name the device, and
-    without such a hook it is that of the others, or the CPU.
+    The device for a model's inputs. Offloaded weights are on `meta`, and then accelerate's hooks name the device.
+    Without such a hook it is the device of the weights, or the CPU.
     """
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     named = [getattr(hook, "execution_device", None) for hook in hooks]
@@ -215,7 +222,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode meanwhile; every module is put back into its own."""
+    """Puts the model into eval mode inside the block, and restores the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -226,7 +233,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _draw(blocks: list[torch.Tensor], num_samples: int, generator: torch.Generator) -> list[Mask]:
-    """Masks of one sequence; samples 2i and 2i + 1 share a stratum."""
+    """The masks of one sequence; samples 2i and 2i + 1 share a stratum."""
     masks = []
     for sample in range(num_samples):
         within = torch.rand((), generator=generator, dtype=torch.float64).item()
@@ -238,8 +245,8 @@ def weighted_losses(
     model: nn.Module, rows: CleanRows, masks: list[tuple[int, Mask]], wanted: list[int], by_parts: bool = True
 ) -> torch.Tensor:
     """
-    Weight times -log p of masked tokens, 0 elsewhere: `(len(wanted), len(masks), length)` float64 on the CPU.
-    `by_parts` shares the loops among the numbers `wanted`, and does without the wrappers of the model.
+    Weight times -log p of masked tokens, 0 elsewhere: `(len(wanted), len(masks), length)` float64 on the CPU. With
+    `by_parts`, the numbers of loops in `wanted` share their loops, but the wrappers of the model are not called.
     """
     chosen = torch.tensor([row for row, _ in masks])
     ids, real = rows.input_ids[chosen], rows.real[chosen]
@@ -252,7 +259,7 @@ def weighted_losses(
         "attention_mask": None if bool(real.all()) else real.long().to(device),
         "document_ids": rows.documents[chosen].to(device) if rows.packed else None,
     }
-    # FSDP gathers the weights of a module in its forward method alone, so the parts cannot be called one by one.
+    # FSDP gathers weights only in the forward method of the whole model, so its parts cannot be called.
     is_sharded = any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
     score = _losses_by_parts if by_parts and not is_sharded else _losses_by_forward
     found = score(model, inputs, masked.to(device), ids[masked].to(device), wanted)
@@ -263,7 +270,7 @@ def weighted_losses(
 def _losses_by_parts(
     model: nn.Module, inputs: dict, masked: torch.Tensor, targets: torch.Tensor, wanted: list[int]
 ) -> dict[int, torch.Tensor]:
-    """-log p of the masked tokens, `(num_masked,)`, by number of loops, which share as many loops as they can."""
+    """By number of loops, -log p of the masked tokens, `(num_masked,)`; loops are shared if possible."""
     model = find_model(model)
     config, transformer = model.config, model.model
     start, context = transformer.prelude(**inputs)
@@ -275,7 +282,7 @@ def _losses_by_parts(
         chunks = zip(picked.split(size), targets.split(size), strict=True)
         return torch.cat([_cross_entropy(model.logits(part), target) for part, target in chunks])
 
-    # Replaced loops pass by the result of fewer loops; damped ones are steps whose size depends on their number.
+    # With "replace" the states of fewer loops occur on the way; with "damped" a loop's step depends on their number.
     found, together = {}, config.loop_update == "replace"
     for most in [max(wanted)] if together else set(wanted):
         for loops, (state, _) in enumerate(transformer.iterate(start, context, most), start=1):
@@ -287,8 +294,8 @@ def _losses_by_parts(
 def _losses_by_forward(
     model: nn.Module, inputs: dict, masked: torch.Tensor, targets: torch.Tensor, wanted: list[int]
 ) -> dict[int, torch.Tensor]:
-    """The same by way of the model's forward method, one pass for each number of loops."""
-    # The masked positions of every row, filled up with others
+    """The same through the model's forward method, with one pass for each number of loops."""
+    # The masked positions of every row, padded with others
     positions = masked.long().argsort(dim=-1, descending=True, stable=True)[:, : int(masked.sum(-1).max())]
     counts = masked.gather(1, positions)
     found = {}

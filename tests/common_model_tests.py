@@ -78,6 +78,8 @@ modeling_tests, configuration_tests = import_common_tests(Path(os.environ["TRANS
 # The tests look here for what a class is, above all whether it takes labels.
 MODEL_MAPPING_NAMES["loopmdm"] = "LoopMDMModel"
 MODEL_FOR_MASKED_LM_MAPPING_NAMES["loopmdm"] = "LoopMDMForMaskedLM"
+# The original writes an epsilon under the names of all models; LoopMDM refuses those that look like its own misspelt.
+modeling_tests.set_config_for_less_flaky_test = lambda config: setattr(config, "rms_norm_eps", 1.0)
 
 
 class LoopMDMConfigTester(configuration_tests.ConfigTester):

@@ -98,8 +98,8 @@ def commit_steps(trace) -> torch.Tensor:
 @contextmanager
 def counted(model, flops: bool = True):
     """
-    Counts what runs within: lists of (rows, positions), one for each call, of the `passes`, of every layer
-    (`layers[i]`), of the last layer's MLP (`last`) and of the output `head`; and `flops`, which is slow.
+    Counts what runs within: `flops`, which is slow, and lists of (rows, positions), one for each call, of the
+    `passes`, of every layer (`layers[i]`), of the last layer's MLP (`last`) and of the output `head`.
     """
     counts = SimpleNamespace(flops=0, passes=[], layers=[[] for _ in model.model.layers], last=[], head=[])
 
@@ -150,7 +150,7 @@ def block_exits(model, length, keeps=True, **exits):
         ids, cache, source, filled = torch.tensor([tokens[:stop]]), None, start, []
         if start > 0:
             output = model(ids[:, :start], num_loops=num_loops, use_cache=True, **visible)
-            cache, filled = output.past_key_values, [int(output.loops)] if step == 0 or not keeps else []
+            cache, filled = output.cache, [int(output.loops)] if step == 0 or not keeps else []
             source = start - int(model.config.shift_logits)  # whose state predicts the block's first token
         output = model(
             ids[:, source:],

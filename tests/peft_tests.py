@@ -177,7 +177,7 @@ class TestCustomModels(custom_tests.TestPeftCustomModel):
 
 
 # Those that make a model of their own do not apply.
-for name, test in vars(custom_tests.TestPeftCustomModel).items():
-    marks = [mark.args for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+for name, method in vars(custom_tests.TestPeftCustomModel).items():
+    marks = [mark.args for mark in getattr(method, "pytestmark", ()) if mark.name == "parametrize"]
     if name.startswith("test_") and not any(args[1] is custom_tests.TEST_CASES for args in marks):
         setattr(TestCustomModels, name, None)

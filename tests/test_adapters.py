@@ -128,7 +128,7 @@ def test_adapters_are_not_converted_but_merged(base, adapter, tmp_path):
     ("change", "message"),
     [
         ({"base_model_name_or_path": "./nowhere"}, "./nowhere does not hold the base model of the adapter"),
-        ({"base_model_name_or_path": None}, "does not name the model of the adapter"),
+        ({"base_model_name_or_path": None}, "does not name the adapter's model"),
         ("weights", "is an adapter without adapter_model.safetensors; only safetensors files are read"),
     ],
     ids=str,
@@ -289,10 +289,10 @@ def test_the_end_of_plain_answers_is_an_end_token(run_file, tmp_path):
     [
         (
             {"target_modules": ["q_proj", "attn_out", "ff_proj"]},
-            "`target_modules` has 'attn_out', which is nothing in",
+            "`target_modules` has 'attn_out', which is not in",
         ),
-        ({"target_modules": ["lm_head", "q_proj"], "layers": "mid"}, "'lm_head', which is nothing in layers [1, 2]"),
-        ({"target_modules": ".*attn_out.*"}, "'.*attn_out.*', which is nothing in the model; its projections are"),
+        ({"target_modules": ["lm_head", "q_proj"], "layers": "mid"}, "'lm_head', which is not in layers [1, 2]"),
+        ({"target_modules": ".*attn_out.*"}, "'.*attn_out.*', which is not in the model; use"),
         ({"target_modules": []}, "`target_modules` is []"),
         ({"modules_to_save": ["head"]}, "`modules_to_save` has 'head'"),
         ({"exclude_modules": ["out_proj"]}, "`exclude_modules` has 'out_proj'"),
@@ -311,7 +311,7 @@ def test_names_that_match_nothing_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         lora_config(tiny_config(), **options)
     assert message in str(error.value)
-    if "which is nothing" in message:
+    if "which is not in" in message:
         assert "down_proj, gate_proj, k_proj, lm_head" in str(error.value)
 
 

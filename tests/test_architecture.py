@@ -323,6 +323,10 @@ def test_learned_positions_are_limited_and_rotary_ones_are_not():
     assert model(random_ids(1, 64)).logits.shape == (1, 64, 23)
     with pytest.raises(ValueError, match=r"has 65 positions, more than `max_position_embeddings` \(64\)"):
         model(random_ids(1, 65))
+    with pytest.raises(ValueError, match="has 65 positions"):
+        model(random_ids(1, 2), position_ids=torch.tensor([[0, 64]]))
+    with pytest.raises(ValueError, match="`position_ids` holds -1"):
+        model(random_ids(1, 2), position_ids=torch.tensor([[0, -1]]))
 
 
 @pytest.mark.parametrize("overrides", [{"attention_block_size": 2}, {}], ids=str)

@@ -49,6 +49,13 @@ def solve_rate(model, tokenizer, pairs, **kwargs) -> float:
 # The bundled model
 
 
+def test_a_tokenizer_that_cannot_look_for_stop_strings(model, tokenizer):
+    """Its tokens are single characters, and it has none for others."""
+    ids = torch.tensor([[tokenizer.mask_token_id] * 3])
+    with pytest.raises(ValueError, match="`stop_strings` is '12', which this tokenizer cannot look for"):
+        model.generate(ids, stop_strings="12", tokenizer=tokenizer)
+
+
 def test_more_loops_solve_more_puzzles(model, tokenizer, puzzles):
     easy = puzzles.generate_puzzles(40, seed=11, min_clues=32, max_clues=46)
     minimal = puzzles.generate_puzzles(40, seed=11, min_clues=None, max_clues=None)
@@ -154,3 +161,26 @@ def test_readme_table_is_the_measured_one():
     table = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     for name, cells in rows.items():
         assert [cell.strip() for cell in table[name].split("|")[2 : 2 + len(cells)]] == cells, name
+
+
+def test_rules_that_stop_loops_are_compared_on_recorded_passes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sudoku_stopping
+
+    sizes = {"count": 6, "validation": 4, "train": 3, "trajectories": 1, "four-steps": 1, "epochs": 1}
+    output, options = tmp_path / "result.json", [f"--{name}={value}" for name, value in sizes.items()]
+    command = ["", "--model", str(ROOT), "--work", str(tmp_path), "--output", str(output), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    sudoku_stopping.main()
+    result = json.loads(output.read_text())
+    assert sum(row["puzzles"] for row in result["rows"] if "technique" in row) == 6
+    # A pass with so many loops and one denoising step give the same answers as the recorded pass.
+    model, boards = LoopMDMForMaskedLM.from_pretrained(ROOT).eval(), sudoku_stopping.puzzles.generate_puzzles
+    inputs = AutoTokenizer.from_pretrained(ROOT)([puzzle for puzzle, _ in boards(6, 1, None, None)])["input_ids"]
+    recorded = sudoku_stopping.record(model, torch.tensor(inputs))["answers"]
+    for loops in (4, 16):
+        given = model.generate(torch.tensor(inputs), num_loops=loops, max_denoising_steps=1)
+        assert torch.equal(recorded[loops - 1].long(), given)
+    assert {row["rule"] for row in result["stopping"]} >= {"gate", "loop_tolerance"}
+    scores = torch.tensor([[9.0, 9.0], [1.0, 3.0], [0.0, 2.0]])
+    assert sudoku_stopping.stop(scores, 2.0).tolist() == [1, 2]

@@ -43,7 +43,7 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 
 
 def filled(model, ids, num_loops=None) -> LoopMDMCache:
-    return model(ids, use_cache=True, num_loops=num_loops).past_key_values
+    return model(ids, use_cache=True, num_loops=num_loops).cache
 
 
 def lay_out(rows: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ def assert_chunks_equal_plain(model, counts, sides, num_loops=None, cache=None, 
             use_cache=True,
             num_loops=num_loops,
         )
-        cache = outputs.past_key_values
+        cache = outputs.cache
         for row, (start, end) in enumerate(zip(starts, done, strict=True)):
             logits[row].append(outputs.logits[row, mask[row].bool()][end - start :])
         done = [end + n for end, n in zip(done, chunk, strict=True)]
@@ -138,7 +138,7 @@ def test_a_pass_without_use_cache_stores_nothing(model):
 def test_embeddings_and_chosen_positions_behind_a_cache(model):
     ids, keep = random_ids(2, 20), torch.tensor([[7, 0, 3], [2, 2, 5]])
     embeddings = model.get_input_embeddings()(ids)
-    cache = model(inputs_embeds=embeddings[:, :12], use_cache=True).past_key_values
+    cache = model(inputs_embeds=embeddings[:, :12], use_cache=True).cache
     found = model(inputs_embeds=embeddings[:, 12:], past_key_values=cache, logits_to_keep=keep).logits
     for row in range(2):
         torch.testing.assert_close(found[row], plain(model, ids[row])[12:][keep[row]], **EXACT)
@@ -186,7 +186,7 @@ def test_a_cropped_cache_is_filled_anew(model, crop, kept):
 def test_cropping_rows_of_different_lengths(model):
     rows = [tokens(12, 0), tokens(20, 1)]
     ids, mask = lay_out(rows, "left")
-    cache = model(ids, mask, use_cache=True).past_key_values
+    cache = model(ids, mask, use_cache=True).cache
     cache.crop(16)
     assert cache.lengths.tolist() == [12, 16]
     new = random_ids(2, 4, seed=7)
@@ -199,7 +199,7 @@ def test_copies_go_their_own_ways(model):
     ids = random_ids(2, 16)
     cache = filled(model, ids[:, :8])
     copied = copy.deepcopy(cache)
-    filled_on = model(random_ids(2, 8, seed=3), past_key_values=cache, use_cache=True).past_key_values
+    filled_on = model(random_ids(2, 8, seed=3), past_key_values=cache, use_cache=True).cache
     assert (filled_on.length, copied.length) == (16, 8)
     logits = model(ids[:, 8:], past_key_values=copied).logits
     torch.testing.assert_close(logits, torch.stack([plain(model, row)[8:] for row in ids]), **EXACT)
@@ -261,7 +261,7 @@ def test_visible_loops_equal_one_pass(visible_loops):
     for start, stop in ((0, 8), (8, 12), (12, 20)):
         arguments = {"past_key_values": cache, "use_cache": True, "num_loops": 4, "visible_loops": visible_loops}
         outputs = model(ids[:, start:stop], **arguments)
-        cache = outputs.past_key_values
+        cache = outputs.cache
         found.append(outputs.logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, **EXACT)
     with pytest.raises(ValueError, match=f"made for visible_loops={visible_loops} and is used with None"):
@@ -323,12 +323,12 @@ def test_what_makes_no_cache():
     with torch.enable_grad(), pytest.raises(ValueError, match=r"model\.eval\(\)"):
         block_model().train()(ids, use_cache=True)
     with torch.no_grad():  # callbacks generate while a model trains
-        assert block_model().train()(ids, use_cache=True).past_key_values.length == 8
+        assert block_model().train()(ids, use_cache=True).cache.length == 8
     with pytest.raises(ValueError, match="needs block-causal attention"):
         tiny_model()(ids, use_cache=True)
     for model in (block_model(), tiny_model()):
         model.config.use_cache = True  # a default of transformers, which training scripts set back
-        assert model(ids).past_key_values is None
+        assert model(ids).cache is None
     with pytest.raises(ValueError, match="is a DynamicCache; a looped model needs"):
         block_model(shift_logits=True)(ids, past_key_values=DynamicCache())
 
@@ -364,5 +364,5 @@ def test_tokens_are_remembered(model):
     cache = filled(model, ids[:, :8])
     model(ids[:, 8:], past_key_values=cache, use_cache=True)
     assert torch.equal(cache.tokens[:, :12], ids) and (ids == MASK).any()
-    embedded = model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=True).past_key_values
+    embedded = model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=True).cache
     assert (embedded.tokens == -1).all()

@@ -3,6 +3,7 @@
 
 import io
 import json
+import math
 import re
 
 import pytest
@@ -123,14 +124,15 @@ def screen(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_drafts_are_dim_and_make_way_for_the_text(is_terminal):
+@pytest.mark.parametrize(("is_terminal", "no_color"), [(True, False), (True, True), (False, False)])
+def test_drafts_are_dim_and_coloured_and_make_way_for_the_text(is_terminal, no_color):
     file, tokenizer = io.StringIO(), word_tokenizer()
-    console = Console(file=file, force_terminal=is_terminal, width=20, height=6, color_system="standard")
+    colours = {"color_system": "standard", "no_color": no_color}
+    console = Console(file=file, force_terminal=is_terminal, width=20, height=6, **colours)
     streamer = DraftStreamer(tokenizer, console)
     ids = tokenizer("w1 w2 w3 <mask> w4 <mask> w5 <end>", return_tensors="pt").input_ids[0]
     streamer.put(ids[:2])
-    streamer.put_draft(ids[2:6])
+    streamer.put_draft(ids[2:6], torch.tensor([0.95, 0.5, math.nan, 0.49]))
     streamer.live.refresh()
     draft = file.getvalue()
     streamer.put(torch.cat((ids[2:3], ids[4:5])))
@@ -139,7 +141,9 @@ def test_drafts_are_dim_and_make_way_for_the_text(is_terminal):
     assert streamer.text() == "w3 w4 w5"
     assert screen(file.getvalue()).rstrip().endswith("w5")
     if is_terminal:
-        assert "\x1b[2m" in draft and f"w3{MASK}w4{MASK}" in screen(draft).replace(" ", "")
+        codes = ("2",) * 4 if no_color else ("2;32", "2;33", "2", "2;31")  # green, yellow, none and red
+        pieces = zip(codes, ("w3", MASK, "w4", MASK), strict=True)
+        assert "".join(f"\x1b[{code}m{piece}\x1b[0m" for code, piece in pieces) in draft
     else:
         assert draft == "" and file.getvalue() == "w3 w4 w5\n"
 

@@ -15,8 +15,9 @@ from loopmdm import LoopMDMForMaskedLM
 from loopmdm.evaluation import nelbo
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "claims"))
+sys.path[:0] = [str(ROOT / "benchmarks" / "claims"), str(ROOT / "benchmarks")]
 import arms  # noqa: E402
+import healing  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -51,7 +52,7 @@ def command(monkeypatch, folder, *arguments):
     run.main()
 
 
-@pytest.mark.parametrize("name", list(tasks.TASKS))
+@pytest.mark.parametrize("name", ["sudoku6", "arithmetic", "language"])
 def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     command(monkeypatch, folder, "--task", name, "--arms", ",".join(NAMES))
     path = folder / "results" / f"{name}.json"
@@ -68,7 +69,13 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     assert records["same_size"]["training"]["examples"] > records["looped"]["training"]["examples"]
     assert records["same_size"]["training"]["parameters"] == records["looped"]["training"]["parameters"]
     if name == "language":
-        assert list(records["looped"]["likelihood"]) == ["held_out", "other"]
+        by_text = {name: record["likelihood"] for name, record in records.items()}
+        assert list(by_text["looped"]) == ["held_out", "other"]
+        for text, loops in itertools.product(("held_out", "other"), ("1", "6")):
+            found = by_text["looped"][text][loops]
+            difference = found["nelbo"] - by_text["same_size"][text]["1"]["nelbo"]
+            assert found["to_base"] == pytest.approx(difference, abs=1e-5)
+            assert 0 < found["to_base_error"] < found["error"]  # on the same rows and masks
     else:
         assert set(records["looped"]["one_step"]["solved"]) == {str(loops) for loops in range(1, 13)}
         options = ("--grid", "--grid-loops", "1", "2", "--grid-steps", "1", "2")
@@ -97,6 +104,38 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     assert all(f"| {arm} |" in printed for arm in NAMES)
     assert (plots / f"{name}.png").stat().st_size > 10_000
     assert (plots / f"{name}-grid.png").exists() == (name != "language")
+
+
+def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "healing.json"
+    options = ["--quick", "--shares", "25", "--threads", "1", "--work", str(tmp_path), "--output", str(path)]
+    for more in ([], ["--pilots"]):
+        monkeypatch.setattr(sys, "argv", ["healing.py", *options, *more])
+        healing.main()
+    records = {record["arm"]: record for record in study.read(path)}
+    assert list(records) == [
+        "base",
+        "plain-25",
+        "looped-25",
+        "pilot-base",
+        *(f"pilot-{n}" for n in healing.QUICK),
+    ]
+    # Both went on with a quarter of the FLOPs, and the converted one with loops
+    for name in ("plain-25", "looped-25"):
+        assert records[name]["training"]["training_flops"] == pytest.approx(0.001e12, rel=0.25)
+    assert records["looped-25"]["training"]["steps"] < records["plain-25"]["training"]["steps"]
+    # An adapter of mid leaves the others' weights alone, and the converted model starts from the base's.
+    base, lora = (
+        LoopMDMForMaskedLM.from_pretrained(tmp_path / name / "model").state_dict()
+        for name in ("base-0", "pilot-lora-0")
+    )
+    changed = {name.split(".")[2] for name in base if not torch.equal(base[name], lora[name])}
+    assert changed == {"1"}
+    assert LoopMDMForMaskedLM.from_pretrained(tmp_path / "pilot-damped-0" / "model").config.loop_update == "damped"
+
+    monkeypatch.setattr(arms, "train", None)  # nothing is run again
+    healing.main()
+    assert "| pilot-lora | 1 | 6 |" in capsys.readouterr().out
 
 
 def test_an_interrupted_arm_ends_as_an_uninterrupted_one(tmp_path, task):

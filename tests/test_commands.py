@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import loopmdm_cli
+from loopmdm_cli import output
 
 ROOT = Path(__file__).resolve().parents[1]
 PUZZLE = "..7.583.6.8...1.4734..628.9..497..8.9.8..5..475..2.1.35...496..87..1.4..4..58...."
@@ -298,3 +299,12 @@ def test_info_measures_a_generation():
     assert measured["tokens_per_second"] == pytest.approx(2 * 20 / measured["seconds"])
     assert measured["flops_per_row"] > 0
     assert "tokens per second" in run(*arguments)
+
+
+def test_numbers_stay_whole_on_a_narrow_screen(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(output, "console", Console(file=file, width=80))
+    cells = ["4", "5.8861 ± 0.0053", "360.0 ± 1.9", "4.6102 ± 0.0041", "-0.01162 ± 0.00076"]
+    output.show_table("NELBO", ["num_loops", "nats/token", "perplexity at most", "bits/byte", "change"], [cells])
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and any(all(cell in line for cell in cells) for line in lines)

@@ -13,10 +13,12 @@ from transformers import AutoConfig
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 
 SIZES = ["vocab_size", "hidden_size", "intermediate_size", "head_dim", "max_position_embeddings", "num_hidden_layers"]
-SIZES += ["num_attention_heads", "num_key_value_heads", "attention_block_size", "num_loops", "max_train_loops"]
+SIZES += ["num_attention_heads", "num_key_value_heads", "attention_block_size"]
 # Overrides of a valid configuration, and what the error must say: the value and how to repair it.
 BAD_VALUES = [
     *(({name: value}, f"`{name}` is {value}; it must be at least 1") for name in SIZES for value in (0, -4)),
+    ({"num_loops": 0}, "`num_loops` is 0; it must be an integer of at least 1"),
+    ({"max_train_loops": -4}, "`max_train_loops` is -4; it must be an integer of at least 1"),
     ({"num_loops": 1.5}, "'num_loops' expected int, got float (value: 1.5)"),
     ({"num_loops": "3"}, "'num_loops' expected int, got str (value: '3')"),
     ({"num_loops": True}, "'num_loops' expected int, got bool (value: True)"),

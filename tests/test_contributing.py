@@ -86,7 +86,7 @@ def test_loop_schedule(model, tmp_path):
 
 def test_family(src, out, tmp_path, monkeypatch):
     edited("a2d_llama3", src, config={"architectures": ["MyModelForDiffusion"], "mask_token_id": 125})
-    refuse(src, out, "MyModelForDiffusion", "no known format")
+    refuse(src, out, "MyModelForDiffusion", "not in a known format")
     (tmp_path / "my_model.py").write_text(EXAMPLES["Add a family of checkpoints"])
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     monkeypatch.setattr(families, "FAMILIES", families.discover())

@@ -203,7 +203,7 @@ def test_rows_that_would_be_misread_are_refused(example, message):
         (
             "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %} <think>{% endif %}",
             "4",
-            "it ends a prompt with ' <think>', and goes on with '4' where there is an answer",
+            "it ends a prompt with ' <think>', but continues with '4' if there is an answer",
         ),
         (
             "{% for m in messages %}{% for part in m['content'] %}{{ part.text }}{% endfor %}{% endfor %}",
@@ -228,7 +228,7 @@ def test_calls_of_tools_are_answers():
         tokenizer = tokenizer_with(template.replace("{{ m['content'] }}", body))
         assert parts(tokenizer, {"messages": [USER, call]}) == ("<user> 2+2? <eot> <assistant>", "<tools> kind <eot>")
     tokenizer.chat_template += "{% if messages[-1]['tool_calls'] %} 5{% endif %}"
-    with pytest.raises(ValueError, match="what belongs to the answer cannot be told"):
+    with pytest.raises(ValueError, match="so that it is not clear where the answer ends"):
         encode_answer(tokenizer, {"messages": [USER, call]})
 
 

@@ -46,6 +46,7 @@ import loopmdm.convert.plan as plan_module
 import loopmdm.convert.write as write
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.convert import Source, convert_checkpoint, default_window
+from loopmdm.convert.loop_window import read_sequences
 from loopmdm.objective import nelbo
 
 SCRIPT = Path(__file__).parents[1] / "convert" / "write_reference.py"
@@ -101,7 +102,7 @@ def test_output_that_appears_during_the_conversion(out):
         out.mkdir(exist_ok=True)
         (out / "mine.txt").write_text("keep")
 
-    with pytest.raises(ValueError, match="has come into being"):
+    with pytest.raises(ValueError, match="was made by someone else"):
         convert("llada", out, progress=appear)
     assert os.listdir(out.parent) == ["out"]
     assert os.listdir(out) == ["mine.txt"]
@@ -491,6 +492,12 @@ def test_calibration_measures_what_the_model_scores(readable, out):
     for num_loops, value in expected.items():
         measured = nelbo(load(out), ids, num_loops=num_loops, num_samples=8, batch_size=8).per_token()[0]
         assert measured.item() == pytest.approx(value, abs=1e-5)
+    # One sequence has no standard error, and JSON no NaN.
+    for name in ("calibration.json", "conversion.json"):
+        json.loads((out / name).read_text(), parse_constant=pytest.fail)
+    (readable / "marked.txt").write_text("\ufeff" + text)
+    marked = read_sequences(AutoTokenizer.from_pretrained(out), readable / "marked.txt", 1, 40)
+    assert torch.equal(marked, ids), "a byte-order mark is no part of the text"
 
 
 @pytest.mark.parametrize(("width", "windows"), [(2, [(1, 3)]), (3, [(0, 3), (1, 4)])])
@@ -546,7 +553,7 @@ def test_dry_run_and_verify_options(out):
         ("a2d_qwen3", [], "--mask-token-id"),
         ("dream", ["--loop-start", "1", "--loop-end", "9"], "layers[1:9]"),
         ("dream", ["--no-shift-logits"], "`shift_logits`"),
-        ("dream", ["--from-causal"], "not one of the causal models"),
+        ("dream", ["--from-causal"], "not a causal model"),
         ("mdlm_ckpt", [], "--allow-pickle"),
         ("dream", ["--max-shard-size", "100KB"], "No space left on device"),
     ],

@@ -66,7 +66,7 @@ def test_folders_without_weights_or_config(tmp_path, src, out):
     refuse(src / "config.json", out, "config.json is not a file of weights", ".safetensors")
     shutil.copytree(FIXTURES / "llada", tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
-    refuse(tmp_path / "bare", out, "has no config.json", "put the one of the checkpoint there")
+    refuse(tmp_path / "bare", out, "cannot be recognised without a config.json", "put it into")
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", '{"architectures": ['])
@@ -93,7 +93,7 @@ def test_shards_that_do_not_fit_their_index(tmp_path, out):
     weights = load_file(tmp_path / "lacking" / first)
     gone = weights.popitem()[0]
     save_file(weights, tmp_path / "lacking" / first)
-    refuse(tmp_path / "lacking", out, f"{first} holds {gone!r}, but it does not")
+    refuse(tmp_path / "lacking", out, f"{first} has {gone!r}, but it does not")
     shutil.copy(tmp_path / "repeated" / first, tmp_path / "repeated" / second)
     (tmp_path / "repeated" / "model.safetensors.index.json").unlink()
     refuse(tmp_path / "repeated", out, f"{second} holds", "again")
@@ -132,7 +132,7 @@ ones = torch.ones
         ("llada", {f"{LLADA}blocks.1.k_proj.weight": REMOVED}, ["lacks 1 tensors", "blocks.1.k_proj.weight"]),
         ("llada", {f"{LLADA}ff_out.weight": REMOVED}, ["lacks 1 tensors", f"{LLADA}ff_out.weight"]),
         ("llada", {f"{LLADA}blocks.3.ff_out.weight": REMOVED}, ["blocks.3."]),
-        ("llada", {f"{LLADA}blocks.0.ff_norm.weight": REMOVED}, ["blocks.0.ff_norm.weight", "norms without weights"]),
+        ("llada", {f"{LLADA}blocks.0.ff_norm.weight": REMOVED}, ["blocks.0.ff_norm.weight", "norms need weights"]),
         ("a2d_qwen3", {"model.embed_tokens.weight": REMOVED}, ["no tensor 'model.embed_tokens.weight'"]),
         ("a2d_qwen3", {"model.norm.weight": REMOVED}, ["model.norm.weight", "incomplete"]),
         ("a2d_qwen3", {"model.layers.0.self_attn.q_proj.weight": REMOVED}, ["layers.0.self_attn.q_proj.weight"]),
@@ -323,7 +323,7 @@ class Scripted(torch.nn.Module):
 def test_pickles_of_other_formats(tmp_path, out, monkeypatch):
     file = tmp_path / "model.bin"
     torch.save(fixture_weights("llada"), file, _use_new_zipfile_serialization=False)
-    refuse(file, out, str(file), "zip format", "convert it to safetensors", allow_pickle=True)
+    refuse(file, out, str(file), "zip format", "download it again", allow_pickle=True)
     for content, part in (([torch.ones(2)], "list"), ({"a": 1}, "no tensors"), ({}, "no tensors")):
         torch.save(content, file)
         refuse(file, out, str(file), part, allow_pickle=True)

@@ -88,7 +88,7 @@ def test_mask_in_a_vocabulary_with_scores(src, out):
 
 
 def test_masks_that_cannot_be_determined(tmp_path, out):
-    refuse(FIXTURES / "a2d_qwen3", out, "Neither the config nor the tokenizer", "--mask-token-id")
+    refuse(FIXTURES / "a2d_qwen3", out, "Neither config nor tokenizer", "--mask-token-id")
     small = edited("llada", tmp_path / "small", config=NO_MASK)
     refuse(small, out, "mask token is 126336 (family llada)", "128 rows", "--mask-token-id")
     contradicted = edited("llada", tmp_path / "contradicted")

@@ -200,7 +200,7 @@ def test_code_of_a_folder_is_never_asked_about(file, tmp_path, monkeypatch):
     if file == "config.json":  # of a model; the tokenizer needs none of it
         assert load_tokenizer(str(tmp_path)).mask_token_id == word_tokenizer().mask_token_id
     else:
-        with pytest.raises(ValueError, match="has code of its own, which runs on request alone"):
+        with pytest.raises(ValueError, match="has code of its own, which runs only on request"):
             load_tokenizer(str(tmp_path))
 
 
@@ -332,7 +332,7 @@ def test_conversations():
         ({"answer": "two"}, None, "Row 3 has no text called prompt or question or instruction"),
         ({}, None, "it has nothing"),
         ({"prompt": 5, "answer": "two"}, None, "no text called prompt"),
-        ("two", None, "Row 3 is a text; what is needed are prompts and answers"),
+        ("two", None, "Row 3 is a text; give prompts and answers"),
         ({"messages": []}, TEMPLATE, "Row 3: `messages` must be a list that ends with one of the role `assistant`"),
         ({"messages": "two"}, TEMPLATE, "Row 3: `messages` must be a list"),
         ({"messages": ["two", "six"]}, TEMPLATE, "Row 3: `messages` must be a list"),
@@ -389,7 +389,7 @@ def test_documents_longer_than_a_row_go_on_in_the_next(tmp_path):
         ('{"text": "w1 <mask>"}', "line 3 holds the mask token (2); give clean text"),
         ('{"text": "\\ud800"}', "The tokenizer cannot read {path}, line 3"),
         ('{"text": null}', "line 3 has no text in 'text'; it has text (NoneType)"),
-        ('{"prompt": "w1"}', "line 3 has no text in 'text', but a prompt and its answer; use `task: answers`"),
+        ('{"prompt": "w1"}', "line 3 has no text in 'text', but prompt and answer; use `task: answers`"),
     ],
 )
 def test_bad_texts_of_training_are_named_by_file_and_line(tmp_path, line, message):
@@ -453,13 +453,18 @@ def test_what_mask_tokens_stand_for_is_scored(tmp_path, suffix):
         ("t.txt", "w1", {"task": "chat"}, "The task is 'chat'; choose one of texts, answers, fill"),
         ("t.txt", "w1", {"documents": "page"}, "separated by 'page'"),
         ("t.txt", "w1", {"limit": 0}, "The limit is 0"),
-        ("t.txt", "w1", {"task": "fill"}, "line 1 has 1 fields; it needs two"),
-        ("t.txt", "w1 w2", {"task": "fill"}, "line 1: token 1 is 4 in the text with mask tokens, else 5"),
+        ("t.txt", "w1", {"task": "fill"}, "line 1 has 1 fields; give two"),
+        ("t.txt", "w1 w2", {"task": "fill"}, "line 1: token 1 is 4 with mask tokens, and 5 without"),
         ("t.txt", "w1 w1", {"task": "fill"}, "holds no mask token (2), so there is nothing to fill in"),
         ("t.txt", "w28", {"config": tiny_config()}, "gives the token 31, outside the model's vocabulary of 23"),
         ("t.jsonl", '{"text": 3}\n', {}, "line 1 has no text in 'text'; it has text (int)"),
         ("t.jsonl", '{"body": "w1"}\n', {}, "line 1 has no text in 'text'; it has body"),
-        ("t.jsonl", '{"masked": "<mask> w1", "text": "w1"}\n', {"task": "fill"}, "has 2 tokens with mask"),
+        (
+            "t.jsonl",
+            '{"masked": "<mask> w1", "text": "w1"}\n',
+            {"task": "fill"},
+            "2 tokens with mask tokens, but 1",
+        ),
         ("t.jsonl", "{\n", {}, "line 1 is not valid JSON"),
     ],
     ids=str,

@@ -223,6 +223,8 @@ def test_resize_token_embeddings(tmp_path, tied, bias):
     assert model.generate(torch.full((1, 4), 29), max_new_tokens=4).shape == (1, 8)
     model.save_pretrained(tmp_path)
     assert_same(LoopMDMForMaskedLM.from_pretrained(tmp_path), model)
+    with pytest.raises(ValueError, match=r"22 tokens do not hold the mask token \(22\)"):
+        model.resize_token_embeddings(22)
 
 
 def test_set_embeddings():

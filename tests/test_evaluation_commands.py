@@ -233,7 +233,7 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
         ([*DYNAMICS, "--timesteps", "x"], "--timesteps is 'x'"),
         ([*DYNAMICS, "--window", "65"], "--window is 65 tokens"),
         ([*DYNAMICS[:3], "empty.txt"], "holds no text"),
-        (["dynamics", "damped", "--text", "text.txt"], "Leave the logit lens out"),
+        (["dynamics", "damped", "--text", "text.txt"], "Leave out the logit lens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

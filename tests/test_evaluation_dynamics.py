@@ -213,6 +213,8 @@ def test_saved_arrays_and_pictures(tmp_path):
     bare = measure_dynamics(tiny_model(), IDS, num_loops=1, attention=False, lens=False)
     bare.save(tmp_path / "bare.npz")
     assert Dynamics.load(tmp_path / "bare.npz").attention is None
+    result.save(tmp_path / "no suffix")
+    assert Dynamics.load(tmp_path / "no suffix").num_masks == result.num_masks
     bare.plot(tmp_path / "bare.png")
     assert set(bare.summary()[0]) == {"loop", "change", "distance"}
 

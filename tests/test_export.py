@@ -178,7 +178,9 @@ def test_the_nearest_format_is_found(saved, tmp_path):
         [({"use_qk_norm": True}, "a2d-qwen3"), ({}, "a2d-llama"), ({"shift_logits": True}, "diffullama")]
     ):
         assert export_checkpoint(saved(**overrides), tmp_path / str(index), num_loops=1)["format"] == name
-    refuse(saved(use_gated_mlp=False), tmp_path / "out", "No format expresses", "`use_gated_mlp` False", num_loops=1)
+    message = "No format expresses {}: none can express `use_gated_mlp` False. Write ONNX graphs instead"
+    model = saved(use_gated_mlp=False, position_embedding_type="rope")
+    refuse(model, tmp_path / "out", message.format(model), num_loops=1)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +217,10 @@ def test_wrong_numbers_of_loops_are_refused(saved, tmp_path):
     model = saved()
     for wrong in (0, -1, 10_001, True, [1, 2], 2.0):
         refuse(model, tmp_path / "out", "num_loops", num_loops=wrong)
-    refuse(model, tmp_path / "out", "give --num-loops", num_loops=None)
+    refuse(model, tmp_path / "out", "give `num_loops`", num_loops=None)
     refuse(model, tmp_path / "out", "Take fewer loops", num_loops=6000)
     assert "--num-loops" in refusal("export", model, tmp_path / "out", "--num-loops", "1,2")
+    assert "give --num-loops" in refusal("export", model, tmp_path / "out")
 
 
 def test_other_models_are_refused(saved, tmp_path):

@@ -171,7 +171,7 @@ def test_chunks_behind_a_cache_equal_one_pass(data, config):
             positions[row, places] = torch.arange(first, stop)
         where = positions if shift else None
         output = model(ids, mask, position_ids=where, past_key_values=cache, use_cache=True, **arguments)
-        cache = output.past_key_values
+        cache = output.cache
         for row, (first, start) in enumerate(zip(firsts, done, strict=True)):
             found[row].append(output.logits[row, mask[row].bool()][start - first :])
         done = stops
@@ -330,10 +330,10 @@ def test_a_cache_that_is_handed_on_changes_nothing(case, data):
     longer = torch.cat((first.sequences, torch.tensor(more, dtype=torch.long).expand(len(ids), -1)), 1)
     real = torch.nn.functional.pad(mask, (0, longer.shape[1] - mask.shape[1]), value=1)
     assume(arguments["max_new_tokens"] > 0 or config["mask_token_id"] in more)
-    assert first.past_key_values is not None and width == ids.shape[1] + arguments["max_new_tokens"]
+    assert first.cache is not None and width == ids.shape[1] + arguments["max_new_tokens"]
     found, expected = (
         run(model, longer, real, generator=generators(), past_key_values=cache, **arguments)
-        for cache in (first.past_key_values, None)
+        for cache in (first.cache, None)
     )
     assert torch.equal(found.sequences, expected.sequences)
     assert (found.flops <= expected.flops).all()

@@ -564,3 +564,6 @@ def test_stop_strings(model, block_length, words):
     assert model.generate(prompt, stopping_criteria=criteria, **arguments).tolist() == expected
     with pytest.raises(ValueError, match="`stop_strings` needs the `tokenizer`"):
         model.generate(prompt, stop_strings=stop, **arguments)
+    for bad in ("", [""], [3]):
+        with pytest.raises(ValueError, match=r"`stop_strings` is .*; give a text that is not empty"):
+            model.generate(prompt, stop_strings=bad, tokenizer=tokenizer, **arguments)

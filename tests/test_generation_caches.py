@@ -75,7 +75,7 @@ def test_exact_caching_changes_nothing(overrides, use_cache):
 def test_exact_caching_saves_what_is_finished(causal):
     cached, plain = (run(causal, PROMPT, max_new_tokens=14, use_cache=use_cache) for use_cache in (None, False))
     assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
-    assert plain.past_key_values is None and cached.past_key_values.get_seq_length() == 16
+    assert plain.cache is None and cached.cache.get_seq_length() == 16
 
 
 def test_guidance_and_lists_of_loops_with_use_cache(causal):
@@ -83,13 +83,13 @@ def test_guidance_and_lists_of_loops_with_use_cache(causal):
     options = {"use_cache": True}
     for arguments in ({"guidance_scale": 1.7}, {"num_loops": [1, 3]}):
         output = assert_equals_reference(causal, options=options, max_new_tokens=9, block_length=4, **arguments)
-        assert output.past_key_values is None
+        assert output.cache is None
 
 
 def test_use_cache_has_no_effect_on_models_of_whole_sequence_attention(model):
     outputs = [run(model, PROMPT, max_new_tokens=5, use_cache=use_cache) for use_cache in (None, True, False)]
     for output in outputs:
-        assert torch.equal(output.sequences, outputs[0].sequences) and output.past_key_values is None
+        assert torch.equal(output.sequences, outputs[0].sequences) and output.cache is None
         assert torch.equal(output.flops, outputs[0].flops)
 
 
@@ -295,7 +295,7 @@ def test_turns_go_on_from_a_cache(name, more):
         )
         assert torch.equal(cached.sequences, plain.sequences)
         assert turn == 0 or (cached.flops < plain.flops).all()
-        cache = cached.past_key_values
+        cache = cached.cache
         rows = [[*row, 4 + turn, 9] for row in real_tokens(cached.sequences, mask)]
         assert all(length % BLOCK == 0 for length in cache.lengths.tolist())
         assert 0 < cache.get_seq_length() <= max(map(len, rows))
@@ -311,7 +311,7 @@ def test_the_next_turn_leaves_out_what_follows_an_end(causal):
     assert first.attention_mask[0].tolist() == [1] * length + [0] * (12 - length)
     arguments = {"max_new_tokens": 5, "eos_token_id": None}
     longer = torch.cat((first.sequences, question), 1), torch.cat((first.attention_mask, torch.ones_like(question)), 1)
-    second = run(causal, *longer, past_key_values=first.past_key_values, **arguments)
+    second = run(causal, *longer, past_key_values=first.cache, **arguments)
     for row in range(2):
         alone = torch.cat((first.sequences[row, first.attention_mask[row] == 1], question[row]))[None]
         assert torch.equal(second.sequences[row, -5:], causal.generate(alone, **arguments)[0, -5:])
@@ -320,7 +320,7 @@ def test_the_next_turn_leaves_out_what_follows_an_end(causal):
 
 def test_a_cropped_cache_serves_another_continuation(causal):
     first = run(causal, PROMPT, max_new_tokens=14)
-    other, cache = first.sequences.clone(), first.past_key_values
+    other, cache = first.sequences.clone(), first.cache
     other[:, 10:] = 1 + (other[:, 10:] + 5) % 20
     with pytest.raises(ValueError, match=r"from position 10 of row 0 on; `past_key_values.crop\(10\)`"):
         causal.generate(other, max_new_tokens=5, past_key_values=cache)
@@ -334,19 +334,19 @@ def test_a_cropped_cache_serves_another_continuation(causal):
 
 def test_caches_of_generate_and_of_forward_serve_each_other(causal):
     output = run(causal, torch.tensor([[5, 3, 8, 1, 9, 2], [6, 4, 2, 2, 7, 1]]), max_new_tokens=12)
-    ids, cache = output.sequences, output.past_key_values
+    ids, cache = output.sequences, output.cache
     assert cache.get_seq_length() == 16
     logits = causal(ids[:, 16:], past_key_values=cache).logits
     torch.testing.assert_close(logits, causal(ids).logits[:, 16:], rtol=1e-10, atol=1e-10)
 
-    cache = causal(ids[:, :8], use_cache=True).past_key_values
+    cache = causal(ids[:, :8], use_cache=True).cache
     cached, plain = (run(causal, ids[:, :9], max_new_tokens=9, past_key_values=past) for past in (cache, None))
     assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
 
 
 def test_a_failed_call_leaves_the_cache_usable(causal):
     output = run(causal, PROMPT, max_new_tokens=6)
-    cache, ids = output.past_key_values, output.sequences
+    cache, ids = output.cache, output.sequences
     with pytest.raises(ValueError, match="No token can be chosen"):
         causal.generate(
             ids,
@@ -362,10 +362,9 @@ def test_a_failed_call_leaves_the_cache_usable(causal):
 def test_rows_that_had_nothing_to_do_are_stored_in_the_next_turn(causal):
     ids = torch.tensor([[5, 3, 8, 1, 9, 2], [5, 3, 8, 1, 9, MASK]])
     output = run(causal, ids)
-    assert output.past_key_values.lengths.tolist() == [0, 4]
+    assert output.cache.lengths.tolist() == [0, 4]
     plain, cached = (
-        causal.generate(output.sequences, max_new_tokens=4, past_key_values=past)
-        for past in (None, output.past_key_values)
+        causal.generate(output.sequences, max_new_tokens=4, past_key_values=past) for past in (None, output.cache)
     )
     assert torch.equal(plain, cached)
 
@@ -386,7 +385,7 @@ def test_rows_that_had_nothing_to_do_are_stored_in_the_next_turn(causal):
 )
 def test_foreign_caches_are_refused_before_anything_runs(monkeypatch, causal, change, arguments, message):
     output = run(causal, PROMPT, max_new_tokens=6)
-    cache = change(causal.config, output.past_key_values)
+    cache = change(causal.config, output.cache)
     monkeypatch.setattr(type(causal.model), "forward", lambda *args, **kwargs: pytest.fail("ran all the same"))
     with pytest.raises(ValueError, match=re.escape(message)):
         causal.generate(output.sequences, max_new_tokens=6, past_key_values=cache, **arguments)

@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What `generate` reports besides the tokens: costs against counts from outside, the trace, and streams."""
 
+import math
 import re
 from collections import Counter
 
@@ -120,7 +121,7 @@ def test_speed_counts_what_was_denoised(model):
     output = run(model, torch.tensor([[5, MASK, 3], [4, 8, 1]]), max_new_tokens=4, max_denoising_steps=2)
     assert output.tokens_per_forward.tolist() == [2.5, 2.0]
     assert output.seconds > 0 and output.tokens_per_second == pytest.approx(9 / output.seconds)
-    assert output.past_key_values is None
+    assert output.cache is None
 
 
 class HostReads(TorchDispatchMode):
@@ -293,6 +294,29 @@ def test_drafts_show_the_block_as_it_stands(model):
         assert drafts[-1] == streamer.puts[block]
 
 
+def test_drafts_come_with_the_confidence_of_the_token_chosen_last(model):
+    class Confident(DraftRecorder):
+        takes_confidence = True
+
+        def put_draft(self, value, confidence):
+            super().put_draft(value)
+            self.confidence = [*getattr(self, "confidence", []), confidence.tolist()]
+
+    for arguments in ({}, {"remask_probability": 0.3, "max_denoising_steps": 5}):
+        streamer, prompt = Confident(), torch.tensor([[PAD, 5, MASK, 9, MASK]])
+        arguments = {**arguments, "max_new_tokens": 3, "block_length": 4, "do_sample": True, "top_k": 3}
+        torch.manual_seed(0)
+        output = model.generate(
+            prompt, streamer=streamer, output_trace=True, return_dict_in_generate=True, **arguments
+        )
+        assert len(output.trace) == len(streamer.drafts)
+        last = torch.full((8,), math.nan)
+        for step, (puts, draft), shown in zip(output.trace, streamer.drafts, streamer.confidence, strict=True):
+            last = torch.where(step.predictions[0] >= 0, step.confidence[0], last)
+            start = 1 + sum(map(len, streamer.puts[:puts]))  # behind the padding
+            torch.testing.assert_close(torch.tensor(shown), last[start : start + len(draft)], equal_nan=True)
+
+
 def test_one_row_is_streamed(model):
     for batch, arguments in ((2, {}), (1, {"num_return_sequences": 2, "do_sample": True})):
         with pytest.raises(ValueError, match="`streamer` shows one row, and there are 2"):
@@ -405,3 +429,5 @@ def test_names_of_other_samplers_are_answered():
     again = [torch.Generator().manual_seed(0)]
     drawn = [tiny_model().generate(ids, max_new_tokens=3, do_sample=True, generator=g) for g in (generators, again)]
     assert torch.equal(*drawn)
+    with pytest.raises(ValueError, match="holds one generator several times"):
+        tiny_model().generate(ids.repeat(2, 1), max_new_tokens=3, do_sample=True, generator=again * 2)

@@ -203,6 +203,7 @@ def test_nothing_but_the_line_is_shown(model):
     assert "model.norm.weight" in lines[0] and "surplus" in lines[1]
 
 
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("info", "convert")])
 def test_tokenizers_that_do_not_load(shared, model, command):
     (model / "tokenizer.json").write_text('{"model": 1}')
     assert "tokenizer" in refusal(*every_command(model, shared)[command])
@@ -291,8 +292,8 @@ def test_code_of_a_model_never_runs(shared, model, modules, tmp_path):
         (["generate", "MODEL", "w1", "--max-new-tokens", "99"], "the model has 64 positions"),
         (["calibrate", "MODEL", "--data", "TEXT", "--limit", "-1"], "--limit is -1; it must be at least 1"),
         (["calibrate", "MODEL", "--data", "TEXT", "--output", "/nowhere/at/all.json"], "cannot be written"),
-        (["convert", "MODEL", "OUT", "--revision", "main"], "A revision (main) is of the Hub"),
-        (["convert", "MODEL", "OUT", "--family", "dream", "--from-causal"], "leave it out, or --from-causal"),
+        (["convert", "MODEL", "OUT", "--revision", "main"], "Only the Hub has revisions (main)"),
+        (["convert", "MODEL", "OUT", "--family", "dream", "--from-causal"], "leave out either it or --from-causal"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -523,7 +524,7 @@ def test_what_is_not_a_file_is_not_waited_for(src, out, name, make):
     (src / name).unlink(missing_ok=True)
     make(src / name)
     if name in ("model.safetensors", "config.json"):
-        refuse(src, out, "holds no weights" if name == "model.safetensors" else "has no config.json")
+        refuse(src, out, "holds no weights" if name == "model.safetensors" else "without a config.json")
     else:
         convert_checkpoint(src, out)
 
@@ -653,7 +654,7 @@ def test_a_folder_of_that_name_that_is_not_ours(out):
     other = out.parent / ".out.partial"
     other.mkdir()
     (other / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="is in the way, and not of a conversion"):
+    with pytest.raises(ValueError, match="is in the way, and no conversion has made it"):
         convert("llada", out)
     assert (other / "mine.txt").read_text() == "keep"
 

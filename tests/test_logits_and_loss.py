@@ -89,7 +89,7 @@ def test_flops_are_those_that_torch_counts(overrides):
 def test_flops_behind_a_cache(overrides):
     model = tiny_model(attn_implementation="eager", attention_block_size=4, **overrides)
     ids, keep = random_ids(2, 12), torch.tensor([[3], [11]])
-    cache = model(random_ids(2, 16), use_cache=True).past_key_values
+    cache = model(random_ids(2, 16), use_cache=True).cache
     assert counted(lambda: model(ids, past_key_values=cache)) == model.flops(2, 12, num_keys=28)
     found = counted(lambda: model(ids, past_key_values=cache, logits_to_keep=keep))
     assert found == model.flops(2, 12, num_keys=28, num_logits=1, last_layer=1)
@@ -185,6 +185,7 @@ ONES = torch.ones(2, 5, dtype=torch.long)
         ({"labels": ONES * -100}, "`labels` holds -100 only"),
         ({"labels": ONES * MASK}, "`labels` holds 22, which is the mask token or outside the vocabulary of 23"),
         ({"labels": ONES * 23}, "`labels` holds 23, which is the mask token or outside the vocabulary of 23"),
+        ({"labels": ONES.float()}, r"`labels` is torch.float32; it must be int64 or int32"),
         ({"labels": ONES * -1}, "`labels` holds -1, which is the mask token or outside the vocabulary of 23"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -218,7 +219,13 @@ def test_bad_labels_are_named(arguments, message):
         ({"position_ids": torch.tensor([[0, 1, 2]])}, r"`position_ids` has shape \(1, 3\)"),
         ({"attention_mask": torch.ones(2, 2)}, r"`attention_mask` has shape \(2, 2\)"),
         ({"document_ids": torch.zeros(1, 1)}, r"`document_ids` has shape \(1, 1\)"),
+        ({"position_ids": torch.tensor([[0.0, 1.0]])}, "`position_ids` is torch.float32"),
         ({"logits_to_keep": -1}, "`logits_to_keep` is -1"),
+        ({"logits_to_keep": [1]}, r"`logits_to_keep` is \[1\]; it must be a number of last positions"),
+        ({"logits_to_keep": torch.tensor([2])}, r"torch.int64 of shape \(1,\); .* integer positions within the input"),
+        ({"logits_to_keep": torch.tensor([[-1]])}, r"torch.int64 of shape \(1, 1\)"),
+        ({"logits_to_keep": torch.tensor([[1], [1]])}, r"torch.int64 of shape \(2, 1\)"),
+        ({"logits_to_keep": torch.tensor([[True, False]])}, r"torch.bool of shape \(1, 2\)"),
         ({"num_loops": 10**30}, "at most 10000"),
     ],
     ids=str,

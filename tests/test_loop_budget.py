@@ -200,7 +200,7 @@ def test_command_writes_what_it_chose(folder, tmp_path):
     ("lines", "arguments", "message"),
     [
         ('{"prompt": "12", "answer": "3"}\n' * 3, [], "There are 3 examples"),
-        ('{"prompt": "1.", "answer": "123"}\n' * 4, [], "the prompt has mask tokens among its 2 tokens"),
+        ('{"prompt": "1.", "answer": "123"}\n' * 4, [], "the prompt has mask tokens and 2 tokens in all"),
         ('{"text": "12"}\n' * 4, [], "prompt"),
         ('{"prompt": "12", "answer": "3"}\n' * 4, ["--max-loss", "2"], "`max_loss` is 2.0"),
     ],
@@ -211,6 +211,8 @@ def test_command_refuses_bad_input_and_leaves_the_model(folder, tmp_path, lines,
     data.write_text(lines)
     before = (folder / "generation_config.json").read_text()
     assert message in refusal("calibrate", folder, "--data", data, *arguments)
+    data.rename(tmp_path / "data.txt")
+    assert "is a text; give answers" in refusal("calibrate", folder, "--data", tmp_path / "data.txt", *arguments)
     assert (folder / "generation_config.json").read_text() == before
 
 

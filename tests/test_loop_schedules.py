@@ -121,7 +121,7 @@ def test_max_loops_is_the_models_by_default():
         assert make_loop_schedule(name, config, 1).draw(0, 0, 1) == 1
     own = EvenLoops(6)
     assert make_loop_schedule(own, config) is own
-    with pytest.raises(ValueError, match="EvenLoops is a schedule with its own `max_loops` and options"):
+    with pytest.raises(ValueError, match="EvenLoops has its own `max_loops` and options"):
         make_loop_schedule(own, config, 8)
     with pytest.raises(NotImplementedError):
         LoopSchedule(3).draw(0, 0)
@@ -140,7 +140,7 @@ def test_max_loops_is_the_models_by_default():
         ("growing", 4, {"growth": 1.5}, "`growth` is 1.5"),
         ("late", 4, {"start": 1.0}, "`start` is 1.0; .* from 0 to below 1"),
         ("late", 4, {"start": -0.1}, "`start` is -0.1"),
-        ("late", 4, {"min_loops": 5}, r"`min_loops` is 5; .* from 1 to `max_loops` \(4\)"),
+        ("late", 4, {"min_loops": 5}, r"`min_loops` is 5; .* 1 to `max_loops` \(4\)"),
         ("late", 4, {"min_loops": 0}, "`min_loops` is 0"),
         ("late", 4, {"min_loops": 1.5}, "`min_loops` is 1.5"),
         ("late", 4, {"plain": 1}, "`plain` is 1"),

@@ -2,6 +2,7 @@
 """Perplexities: of texts by windows against `nelbo` and enumeration, of samples against transformers itself."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -201,6 +202,7 @@ def test_error_is_the_spread_between_samples(judge, tokenizer):
     mean, error = score.per_token()
     assert error == pytest.approx((score.nats / 3).std().item() / 20**0.5)
     assert score.perplexity() == (pytest.approx(math.exp(mean)), pytest.approx(math.exp(mean) * error))
+    assert replace(score, nats=1000.0 * score.num_tokens).perplexity()[0] == math.inf
     assert math.isnan(generative_perplexity(samples[:1], judge, tokenizer).per_token()[1])
 
 

@@ -102,7 +102,7 @@ def test_a_users_card_goes_as_it_is(folder, hub, loads):
     [
         ("library_name: transformers", "names no licence"),
         ("license:", "names no licence"),
-        ("license: other", "say which with `license_name`"),
+        ("license: other", "name it with `license_name`"),
         ("license: other\nlicense_name: x\nlicense_link: LICENSE.txt", "which is not in"),
         ("license: [", "cannot be read"),
         ("- mit", "cannot be read"),

@@ -192,6 +192,13 @@ def test_workers_belong_to_a_stream(tmp_path):
         assert (one == two) == (name == "list")
 
 
+def test_a_range_given_as_a_list_belongs_to_the_run(tmp_path):
+    ratios = (0.1, 0.9), [0.1, 0.9], [0.1, 0.8]
+    collators = [MaskedDiffusionCollator(MASK, PAD, mask_ratio=ratio) for ratio in ratios]
+    one, two, other = (run_identity(make_trainer(tmp_path, data_collator=each))["noise"] for each in collators)
+    assert one == two != other
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -233,7 +240,9 @@ def test_checkpoints_of_another_run_are_refused(folder, change, message):
     if "optimizer" in change:
         change["optimizers"] = (MuonAdamW(model, lr=1e-2), None)
         del change["optimizer"]
-    with pytest.raises(ValueError, match=r"checkpoint-4 is of another run: .*Start anew in another folder") as error:
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4 is of another run: .*Start a new run in another folder"
+    ) as error:
         resume(folder, model=model, callbacks=[EachStep(steps.append)], **change)
     assert message in str(error.value)
     assert not steps, "refused before training"
@@ -305,7 +314,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(folder):
 def test_checkpoints_without_the_optimiser_cannot_be_resumed(tmp_path):
     args = {"save_only_model": True}
     build_run(tmp_path, max_steps=2, args=args).train()
-    with pytest.raises(ValueError, match=r"checkpoint-2 holds the model alone \(`save_only_model`\)"):
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds only the model \(`save_only_model`\)"):
         build_run(tmp_path, max_steps=4, args=args).train(resume_from_checkpoint=True)
 
 
@@ -336,7 +345,7 @@ def test_the_time_and_the_history_of_all_parts_are_kept(folder):
     resumed = resume(folder)
     assert resumed.seconds > record["seconds"] > 0
     assert resumed.resumed == [{"step": 4, "max_steps_before": 4}]
-    with pytest.raises(ValueError, match="The checkpoint is of step 4, and the run has 3"):
+    with pytest.raises(ValueError, match="The checkpoint is of step 4, but the run has only 3"):
         resume(folder, checkpoint=str(folder / "checkpoint-4"), args={"max_steps": 3})
 
 
@@ -349,7 +358,7 @@ def test_callbacks_with_a_state_are_resumed_with_it(tmp_path):
         build_run(tmp_path, max_steps=4, callbacks=[stop], **options).train(resume_from_checkpoint=bool(more) or None)
 
     go()
-    with pytest.raises(ValueError, match="EarlyStoppingCallback has a state, which would begin anew"):
+    with pytest.raises(ValueError, match="EarlyStoppingCallback has a state, which would be reset"):
         go(restore_callback_states_from_checkpoint=False)
     go(restore_callback_states_from_checkpoint=True)
 

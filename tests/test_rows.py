@@ -244,6 +244,7 @@ def test_a_line_that_a_kill_cut_off_is_made_again(model, data, whole, tmp_path, 
     output, options = tmp_path / "out.jsonl", {"batch_size": 4, "window": 32, **SAMPLED}
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
+        patch.setenv("RANK", "0")
         generate_rows(model, data, output, **options)
     part = min(output.with_name("out.jsonl.run").glob("0*.jsonl"))
     part.write_bytes(part.read_bytes()[:-30])
@@ -330,3 +331,26 @@ def test_commands_that_are_refused(model, tmp_path, monkeypatch, arguments, erro
     monkeypatch.chdir(tmp_path)
     assert error in refusal("generate", model, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "error"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "this is process 2 of 2 (RANK, WORLD_SIZE); ranks are 0 to 1"),
+        ({"RANK": "1"}, "this is process 1 of 1"),
+        ({"WORLD_SIZE": "2"}, "this is process (RANK is not set) of 2"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'; it must be a whole number of at least 0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; it must be a whole number of at least 1"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+    ],
+)
+def test_processes_that_make_no_sense_are_refused(model, data, tmp_path, monkeypatch, environment, error):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "out.jsonl"
+    assert error in refusal("generate", model, "--data", data, "--output", output)
+    assert error in refusal("train", tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match="environment"):
+        generate_rows(model, data, output)
+    assert not [*tmp_path.iterdir()]

@@ -21,9 +21,10 @@ from evaluation_models import WORDS, save_judge, save_looped, word_tokenizer
 from peft import LoraConfig
 from processes import start
 from test_snippets import ROOT, examples_of
+from transformers.cli.chat import load_generation_config
 
 import loopmdm_cli
-from loopmdm import LoopMDMForMaskedLM
+from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
 
 LENGTH = 1024
 
@@ -204,8 +205,21 @@ def test_bad_requests_are_refused(client, folder, options, message, stream):
     assert message in error.value.body["detail"]
 
 
+def test_transformers_chat_is_a_client(client, folder, model, tmp_path):
+    """What `transformers chat` sends, without its terminal; `--generation-config` names a folder of ours."""
+    LoopMDMGenerationConfig(num_loops=1).save_pretrained(tmp_path)
+    config = load_generation_config(str(tmp_path))
+    config.update(do_sample=False, max_new_tokens=8)
+    root = str(client.base_url).removesuffix("v1/")
+    assert '"ready"' in client.post(f"{root}load_model", cast_to=str, body={"model": folder})
+    answer = ask(client, folder, "w3 w4", extra_body={"generation_config": config.to_json_string()})
+    expected = direct(model, "w3 w4", max_new_tokens=8, num_loops=1)
+    assert expected != direct(model, "w3 w4", max_new_tokens=8)
+    assert answer.choices[0].message.content == text_of(expected)
+
+
 def test_other_routes_do_not_exist(client):
-    for path in ("reset", "load_model", "v1/responses", "v1/audio/transcriptions"):
+    for path in ("reset", "v1/responses", "v1/audio/transcriptions"):
         with pytest.raises(openai.NotFoundError):
             client.post(f"{str(client.base_url).removesuffix('v1/')}{path}", cast_to=dict, body={"model": "x"})
 

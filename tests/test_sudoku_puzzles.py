@@ -2,6 +2,7 @@
 """Tests of the Sudoku generator and solver, against an independent naive solver."""
 
 import importlib.util
+import itertools
 import os
 import random
 import subprocess
@@ -371,3 +372,48 @@ def test_random_grids_have_no_preferred_place():
     # About 43 of 1000 in each; a search without the random symmetry gives 66 in one band and 24 in another.
     assert len(counts) == 6
     assert all(28 <= count <= 58 for count in counts.values()), counts
+
+
+def naive_technique(puzzle):
+    """The level of a puzzle from sets of candidates, one deduction after another."""
+    lines = [[9 * i + j for j in range(9)] for i in range(9)] + [[9 * j + i for j in range(9)] for i in range(9)]
+    units = [set(line) for line in lines]
+    units += [{9 * (r + i) + c + j for i in range(3) for j in range(3)} for r in (0, 3, 6) for c in (0, 3, 6)]
+    options = [DIGITS - {puzzle[p] for p in PEERS[c]} if puzzle[c] == "." else {puzzle[c]} for c in range(81)]
+
+    def deduce(size):
+        """Removals that `size` cells or digits of a unit allow; with size 2, pointing and claiming too."""
+        for unit in units:
+            for cells in itertools.combinations(sorted(unit), size):
+                digits = set().union(*(options[cell] for cell in cells))
+                if len(digits) == size:
+                    yield from ((cell, digit) for cell in unit - set(cells) for digit in digits & options[cell])
+            for digits in itertools.combinations(sorted(DIGITS), size):
+                cells = {cell for cell in unit if options[cell] & set(digits)}
+                if len(cells) == size:
+                    yield from ((cell, digit) for cell in cells for digit in options[cell] - set(digits))
+        if size == 2:
+            for unit, other, digit in itertools.product(units, units, DIGITS):
+                if {cell for cell in unit if digit in options[cell]} <= other:
+                    yield from ((cell, digit) for cell in other - unit if digit in options[cell])
+
+    level = "singles"
+    while any(len(option) > 1 for option in options):
+        removals = list(deduce(1))
+        if not removals:
+            level, removals = "pairs", list(deduce(2))
+        if not removals:
+            return "beyond"
+        for cell, digit in removals:
+            options[cell].discard(digit)
+    return level
+
+
+def test_techniques_are_those_of_a_naive_grader():
+    found = Counter()
+    for puzzle, _ in puzzles.generate_puzzles(25, seed=3, min_clues=None, max_clues=None):
+        found[puzzles.technique(puzzle)] += 1
+        assert puzzles.technique(puzzle) == naive_technique(puzzle)
+    assert set(found) == {"singles", "pairs", "beyond"}, found
+    with pytest.raises(ValueError, match="contradict"):
+        puzzles.technique("11" + 79 * ".")

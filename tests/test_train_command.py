@@ -21,9 +21,10 @@ from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.objective import seeded_generator
 from loopmdm.training import LoopMDMTrainer
 from loopmdm.training.checkpoints import locked
-from loopmdm.training.run import read_config, train
+from loopmdm.training.run import make_parts, read_config, train
 
 TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
 
@@ -99,6 +100,41 @@ def test_pretraining_makes_a_model_that_loads(run, tmp_path):
     assert not list((tmp_path / "out").glob("*.bin")) and not (tmp_path / "out" / ".saving").exists()
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
+def test_evaluations_show_texts_at_every_number_of_loops(run, tmp_path, tokenizer, capsys, ema_decay):
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    options = {"eval_data": str(tmp_path / "text.txt"), "eval_loops": [1, 3], "eval_sequences": 4}
+    path = run(**options, ema_decay=ema_decay, trainer=settings)
+    before = go(path, f"output={tmp_path / 'plain'}")
+    record = go(path, "eval_texts=2")
+    shown = capsys.readouterr().out
+    logged = [line for line in record["log"] if "eval_texts" in line]
+    assert [line["step"] for line in logged] == [1, 2]
+    words, model = AutoTokenizer.from_pretrained(tokenizer), LoopMDMForMaskedLM.from_pretrained(tmp_path / "out")
+    rows = make_parts(read_config(path), words, tmp_path).eval_examples
+    for index, texts in enumerate(logged[-1]["eval_texts"]):
+        ids = rows[index]["input_ids"][None, :8]
+        assert texts["prompt"] == words.decode(ids[0]) and list(texts) == ["prompt", "1", "3"]
+        for loops in (1, 3):
+            drawn = {"do_sample": True, "generator": seeded_generator(3, "texts", index), "max_denoising_steps": 16}
+            made = model.generate(ids, num_loops=loops, max_new_tokens=24, **drawn)[0, 8:]
+            assert texts[str(loops)] == words.decode(made, skip_special_tokens=True)
+            assert f"loops {loops}  {texts[str(loops)]}" in shown
+    # Training does not notice.
+    whole, plain = weights(tmp_path / "out"), weights(tmp_path / "plain")
+    assert before["evaluation"]["eval_loss"] == record["evaluation"]["eval_loss"]
+    assert all(torch.equal(whole[name], plain[name]) for name in whole)
+
+
+def test_answers_are_shown_to_prompts(run, tmp_path):
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": " w3 w4"} for i in range(1, 9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = dict.fromkeys(("data", "eval_data"), str(tmp_path / "rows.jsonl"))
+    record = go(run(task="answers", eval_loops=[2], eval_sequences=2, eval_texts=1, trainer={"max_steps": 1}, **files))
+    (line,) = [line for line in record["log"] if "eval_texts" in line]
+    assert [text["prompt"] for text in line["eval_texts"]] == ["w1 w2"]
+
+
 def test_training_learns(run, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(" ".join([f"w{i % 29}"] * 15) for i in range(58)))
     settings = {"max_steps": 60, "per_device_train_batch_size": 16, "save_strategy": "no", "eval_strategy": "no"}
@@ -132,6 +168,7 @@ def test_a_finished_folder_is_left_alone(run, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="holds a finished model already"):
             go(path, resume=resume)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert go(path) == {}, "the first process speaks for all"
 
 
@@ -153,7 +190,7 @@ def test_what_changes_the_result_cannot_change_on_resume(begun):
         "optimizer=muon": "its optimizer is None, here MuonAdamW",
         "collator={mask_ratio: [0.1, 0.9]}": "its noise is",
     }.items():
-        with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start anew") as error:
+        with pytest.raises(ValueError, match=r"checkpoint-2 is of another run: .*Start a new run") as error:
             go(path, change, resume=True)
         assert message in str(error.value)
 
@@ -194,7 +231,7 @@ def test_a_folder_that_holds_anything_else_is_refused(run, tmp_path):
         with pytest.raises(ValueError, match=r"out holds README.md, which no training wrote; name a new or an empty"):
             go(path, resume=resume)
     assert [path.name for path in output.iterdir()] == ["README.md"], "nothing is left behind"
-    with pytest.raises(ValueError, match=r"text.txt/run/checkpoints cannot be made, as a file is in its way"):
+    with pytest.raises(ValueError, match=r"text.txt/run/checkpoints cannot be made, as .* is a file"):
         go(path, f"output={tmp_path / 'text.txt' / 'run'}")
 
 
@@ -475,7 +512,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_weights(run, monk
 
 
 def test_a_model_generates_with_no_more_loops_than_it_was_trained_with(run, tmp_path):
-    with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3; lower it"):
+    with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3 loops; lower it"):
         go(run(), "model_config.num_loops=4")
     go(run(), "trainer.max_steps=1")
     assert json.loads((tmp_path / "out/config.json").read_text())["num_loops"] == 3
@@ -514,14 +551,14 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"sequence_length": 64}, ["`sequence_length` is 64", "1 to 32"]),
         ({"data": "nowhere.txt"}, ["nowhere.txt is not a file"]),
         ({"data": None}, ["has no `data`"]),
-        ({"model_config": None}, ["no `model` to start from", "`model_config`"]),
+        ({"model_config": None}, ["neither a `model` to start from", "`model_config`"]),
         ({"tokenizer": None}, ["`tokenizer` is missing"]),
         ({"ema_decay": 1.5}, ["`ema_decay` is 1.5"]),
         ({"trainer": {"save_total_limit": 1}}, ["`save_total_limit` is 1"]),
         ({"trainer": 3}, ["`trainer` is 3"]),
         ({"trainer": {"label_smoothing_factor": 0.1}}, ["`label_smoothing_factor` is 0.1, which does not work here"]),
         ({"trainer": {"resume_from_checkpoint": "x"}}, ["`resume_from_checkpoint`, which this command sets itself"]),
-        ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` says when to evaluate", "`eval_data`"]),
+        ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` needs `eval_data`", "`eval_data`"]),
         ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, ["`trainer`: ", "min_lr"]),
         ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
         ({"tokenizer": "./nowhere"}, ["./nowhere does not hold a tokenizer; it is not a folder"]),

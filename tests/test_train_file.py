@@ -78,6 +78,7 @@ def read(tmp_path):
         ({"output": ""}, "`output` is ''; it should have at least 1 character."),
         # Without effect
         ({"eval_loops": [1, 2]}, "`eval_loops` has no effect, as there is no `eval_data`; leave it out."),
+        ({"eval_texts": 1}, "`eval_texts` has no effect, as there is no `eval_data`; leave it out."),
         ({"skip_long": True}, "`skip_long` has no effect"),
         ({"task": "answers", "isolate_documents": True}, "`isolate_documents` has no effect"),
         ({"task": "answers", "text_column": "x"}, "`text_column` has no effect"),

@@ -66,6 +66,9 @@ def test_it_writes_nothing_and_says_what_the_run_will_say(run, tmp_path):
     assert found.facts["training FLOPs"] == pytest.approx(record["training_flops"], rel=1e-6)
     assert found.is_measured and found.facts["seconds"] > 0
     assert found.facts["parameters"] == LoopMDMForMaskedLM.from_pretrained("out").num_parameters()
+    for name in ("text.txt", "text.txt/run"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be made, as .*text.txt is a file"):
+            look(path, f"output={tmp_path / name}")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,7 @@ def test_what_is_too_large_is_estimated_without_being_loaded(run, monkeypatch):
 def test_the_command_shows_plain_text_in_a_pipe(run, tmp_path):
     shown = command("train", run(), "--dry-run")
     assert re.search(r"\[\[w\d+( w\d+)*\]\]", shown) and "\x1b" not in shown and "Nothing was written." in shown
+    assert re.search(r"weights +│ 0\.[0-9]*[1-9]", shown)  # of a model so small, in MiB
     assert "measured on three steps" in shown and not (tmp_path / "out").exists()
     train(read_config("run.yaml"))
     assert "holds a finished model already" in refusal("train", "run.yaml", "--dry-run")

@@ -62,7 +62,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 def test_damaged_weights_are_named_before_training(tmp_path):
     trainer = make_trainer(tmp_path)
     break_weight(trainer.model)
-    with pytest.raises(ValueError, match=r"up_proj.weight holds NaN or infinite values before the first step"):
+    with pytest.raises(ValueError, match=r"up_proj.weight is NaN or infinite before the first step"):
         trainer.train()
 
 
@@ -88,16 +88,16 @@ def test_weights_in_float16_are_refused(tmp_path):
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size` is True"),
         ({}, {"ignore_data_skip": True}, "`ignore_data_skip` is True"),
         ({"compute_loss_func": lambda *args, **kwargs: 0}, {}, "`compute_loss_func` does not work here"),
-        ({"compute_metrics": lambda pair: {}, "eval_loops": [1]}, {}, "`compute_metrics` is never called beside"),
+        ({"compute_metrics": lambda pair: {}, "eval_loops": [1]}, {}, "`compute_metrics` is never called with"),
         (
             {"preprocess_logits_for_metrics": lambda logits, labels: logits, "eval_loops": [1]},
             {},
-            "`preprocess_logits_for_metrics` is never called beside",
+            "`preprocess_logits_for_metrics` is never called with",
         ),
         (
             {"eval_dataset": StreamedExamples(lambda: examples(3)), "eval_loops": [1]},
             {},
-            "The evaluation set is a stream that begins anew at its end",
+            "The evaluation set is a stream that starts again at its end",
         ),
         ({"data_collator": None}, {}, "There is no `data_collator` that masks tokens"),
     ],

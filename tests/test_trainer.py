@@ -276,7 +276,7 @@ def test_accumulated_steps_equal_whole_ones(tmp_path, adapted):
 @pytest.mark.parametrize(
     ("options", "args", "message"),
     [
-        ({"gradient_loops": 5}, {}, r"`gradient_loops` is 5; it must be from 1 to the most loops of training \(4\)"),
+        ({"gradient_loops": 5}, {}, r"`gradient_loops` is 5; it must be 1 to S_max \(4\)"),
         ({"gradient_loops": 3, "max_loops": 2}, {}, r"`gradient_loops` is 3.*\(2\)"),
         ({"gradient_loops": 0}, {}, "`gradient_loops` is 0"),
         ({"ema_decay": 0.0}, {}, r"`ema_decay` is 0.0; it must be between 0 and 1"),
@@ -289,7 +289,7 @@ def test_accumulated_steps_equal_whole_ones(tmp_path, adapted):
             {"metric_for_best_model": "nelbo_4"},
             "nelbo_4.*choose one of eval_loss, eval_nel",
         ),
-        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, which leaves nothing"),
+        ({}, {"save_strategy": "steps", "save_total_limit": 1}, "`save_total_limit` is 1, which leaves none"),
     ],
     ids=str,
 )
@@ -405,3 +405,17 @@ def test_muon_adamw_learns(tmp_path):
     trainer.train()
     losses = [line["loss"] for line in steps_logged(trainer)]
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
+
+
+def test_muon_takes_parameters_that_are_all_matrices_of_the_layers():
+    """Such as those of an adapter."""
+    model = tiny_model().train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers." in name and parameter.ndim == 2)
+    optimizer, ids = MuonAdamW(model, lr=1e-2), random_ids(2, 8).clamp(max=MASK - 1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, new) != new.requires_grad

@@ -195,7 +195,7 @@ def test_the_final_text_and_the_cost_are_there_without_scripts(model):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"trace": None}, "output_trace=True"),
+        ({"trace": None}, "`return_dict_in_generate` and `output_trace`"),
         ({"trace": []}, "nothing to show"),
         ({"columns": 0}, "`columns` is 0"),
         ({"columns": 2.5}, "`columns` is 2.5"),

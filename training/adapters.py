@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Options of LoraConfig that hold names of modules
+# Arguments of LoraConfig that hold names of modules
 _NAMES = ("target_modules", "modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern")
 
 
@@ -46,18 +46,18 @@ def lora_config(
         options: Other arguments of `LoraConfig` (`r`, `lora_alpha`, `use_dora`, ...).
 
     Raises:
-        ValueError: An option that does not exist, or a name or layer that the model does not have; peft would leave it
-            out without a word.
+        ValueError: An option that does not exist, or a name or layer that the model does not have; peft would skip it
+            silently.
     """
     from peft import LoraConfig
 
     chosen = layers_of(config, layers)
     if not target_modules and not options.get("target_parameters"):
-        raise ValueError(f"`target_modules` is {target_modules!r}; name projections, or say all-linear.")
+        raise ValueError(f"`target_modules` is {target_modules!r}; name projections, or use all-linear.")
     if layers != "all":
         if options.get("layers_to_transform") is not None:
             raise ValueError(f"`layers` is {layers!r}, and `layers_to_transform` names layers too; give one of them.")
-        # peft takes layers by index only together with names.
+        # peft accepts layer indices only together with names of modules.
         if target_modules == "all-linear":
             target_modules = [name for name in PROJECTIONS if name != "gate_proj" or config.use_gated_mlp]
         options = {**options, "layers_to_transform": chosen, "layers_pattern": "layers"}
@@ -71,7 +71,7 @@ def lora_config(
 
 
 def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
-    """Raises a ValueError where a name or layer of a `LoraConfig` is none of the model's."""
+    """Raises a ValueError if the model lacks a name or layer that a `LoraConfig` has."""
     with torch.device("meta"):
         model = LoopMDMForMaskedLM(config)
     modules = [name for name, _ in model.named_modules() if name]
@@ -88,33 +88,31 @@ def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
         if names == "all-linear":
             continue
         is_pattern = isinstance(names, str) or option.endswith("_pattern")
-        # Layers are looked for among the targets alone.
+        # `layers_to_transform` restricts only the targets.
         places = modules
         if option == "target_modules" and wanted:
             places = [name for name in modules if any(f".layers.{layer}." in name for layer in wanted)]
         for name in [names] if isinstance(names, str) else sorted(names):
-            # A pattern stands for the end of a name too, except where it is all of the targets.
+            # As in peft, a string of targets has to match whole names, and anything else the end of a name.
             pattern = name if isinstance(names, str) else rf"(.*\.)?({name if is_pattern else re.escape(name)})"
             if not any(re.fullmatch(pattern, place) for place in places):
                 where = f"layers {wanted}" if places is not modules else "the model"
-                raise ValueError(
-                    f"`{option}` has {name!r}, which is nothing in {where}; its projections are {', '.join(linear)}."
-                )
+                raise ValueError(f"`{option}` has {name!r}, which is not in {where}; use {', '.join(linear)}.")
 
 
 def adapter_to_continue(model: str | None, changes: dict[str, Any], lora: dict[str, Any] | None) -> str | None:
     """
-    The folder or Hub id of the adapter that a training goes on from, or None. Checks what can be before weights are
-    loaded.
+    The folder or Hub id of the adapter that a training continues, or None. Checks everything that can be checked
+    before weights are loaded.
 
     Args:
-        model (`str`, *optional*): What the training starts from.
-        changes (`dict`): What it changes of the model's configuration.
+        model (`str`, *optional*): Folder or Hub id that the training starts from.
+        changes (`dict`): What the run changes in the model's configuration.
         lora (`dict`, *optional*): Arguments of [`lora_config`] for a new adapter.
 
     Raises:
-        ValueError: The adapter would be trained under another one, on a model that is not saved, or on one that is
-            changed and does not hold the change; it is of soft prompts; it stands beside a whole model.
+        ValueError: There is no model for a new adapter, or another adapter below it; the configuration changes, which
+            the adapter's folder does not record; the adapter is of soft prompts, or lies beside a whole model.
     """
     adapter = None if model is None or adapter_base(model) is None else locate(model, "an adapter")
     if adapter is None and lora is None:
@@ -130,8 +128,8 @@ def adapter_to_continue(model: str | None, changes: dict[str, Any], lora: dict[s
         )
     if changes:
         raise ValueError(
-            f"`model_config` changes {', '.join(changes)}, which the folder of an adapter does not hold; change "
-            "config.json of the base model itself (`loops: {max_loops: ...}` sets the loops of the training alone)."
+            f"`model_config` changes {', '.join(changes)}, which the folder of an adapter does not record; change "
+            "config.json of the base model itself (`loops: {max_loops: ...}` sets the loops of the training only)."
         )
     if adapter is not None:
         from peft import PeftConfig
@@ -143,8 +141,8 @@ def adapter_to_continue(model: str | None, changes: dict[str, Any], lora: dict[s
 
 def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: "LoraConfig | None") -> nn.Module:
     """
-    What a training trains: the `model` with the `adapter` (folder or Hub id) that it goes on from, or with a new
-    `lora`, in a `PeftModel`; the `model` itself where there is neither.
+    The model to train: a `PeftModel` of `model` and the `adapter` (folder or Hub id) to continue or a new one, `lora`;
+    or `model` itself, if both are None.
     """
     if adapter is None and lora is None:
         return model

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The file that describes a training run."""
+"""The YAML file that describes a training run."""
 
 import difflib
 import inspect
@@ -35,7 +35,7 @@ Text = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rows = Annotated[int, Field(gt=0, le=2**15)]
 Level = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
-# Of `TrainingArguments`: ranges that it does not check itself, and a type that says too little
+# Arguments of `TrainingArguments` whose range it does not check itself, or whose type is too wide
 LIMITS: dict[str, Any] = {
     "max_steps": Annotated[int, Field(gt=0, lt=2**31)] | Literal[-1],
     "num_train_epochs": PositiveFloat,
@@ -53,7 +53,7 @@ LIMITS: dict[str, Any] = {
     "data_seed": Seed | None,
     "fsdp": bool | str | list[str] | None,
     **dict.fromkeys(["log_level", "log_level_replica"], Level),
-    "parallelism_config": None,  # an object, which YAML does not hold
+    "parallelism_config": None,  # an object, which YAML cannot hold
 }
 LORA = {"layers": str, "r": PositiveInt, "lora_alpha": PositiveFloat, "lora_dropout": Share}
 COLLATOR = {"mask_ratio": tuple[float, float], "complementary": bool, "learn_padding": bool}
@@ -65,35 +65,39 @@ class TrainConfig:
     A training run. Every key of the YAML file is one of these; unknown ones raise.
 
     Args:
-        output (`str`): Folder of the trained model. Checkpoints go into `checkpoints` inside.
-        data (`str` or `list[str]`): Text files (`.txt`), files of one JSON object a line (`.jsonl`), or the name of a
-            data set that the `datasets` library loads.
-        model (`str`, *optional*): Folder or Hub id to start from. Without it a fresh model is made of `model_config`.
-        model_config (`dict`): Arguments of [`LoopMDMConfig`]: all of a fresh model's, or what to change of `model`'s
-            (`loop_update`, `max_train_loops`, ...). `num_loops` is at most S_max, also where it is not given.
+        output (`str`): Folder of the trained model. Its subfolder `checkpoints` holds the checkpoints.
+        data (`str` or `list[str]`): Text files (`.txt`), files with one JSON object per line (`.jsonl`), `.parquet`
+            files, or the name of a data set that the `datasets` library loads.
+        model (`str`, *optional*): Folder or Hub id to start from. By default a fresh model is made from
+            `model_config`.
+        model_config (`dict`): Arguments of [`LoopMDMConfig`]: all of a fresh model's, or the changes to `model`'s
+            (`loop_update`, `max_train_loops`, ...). `num_loops` is lowered to S_max if it is not given.
         tokenizer (`str`, *optional*, defaults to `model`): Folder or Hub id.
         task (`"pretrain"` or `"answers"`, defaults to `"pretrain"`): Learn texts, or answers given prompts
             (`prompt` and `answer`, or `messages`).
-        eval_data (*optional*): As `data`; evaluated by its NELBO.
+        eval_data (`str` or `list[str]`, *optional*): As `data`. The NELBO on it is the evaluation.
         dataset (`dict`): Further arguments of `datasets.load_dataset` (`name`, `split`, `streaming`, ...).
-        text_column (`str`, defaults to `"text"`): Where texts are in JSON and data sets.
+        text_column (`str`, defaults to `"text"`): The field of JSON objects and data sets that holds the text.
         documents (`"blank_line"`, `"line"` or `"file"`, defaults to `"blank_line"`): What separates documents in text
             files.
-        sequence_length (`int`, *optional*, defaults to `max_position_embeddings`, at most 1024): Tokens of a row.
+        sequence_length (`int`, *optional*, defaults to `max_position_embeddings`, at most 1024): Tokens per row.
         isolate_documents (`bool`, defaults to `False`): Keep documents in one row from seeing each other.
-        skip_long (`bool`, defaults to `False`): Leave out answers longer than a row instead of raising.
-        loops (`dict`): `schedule` (`"uniform"`), `max_loops`, and options of the schedule.
+        skip_long (`bool`, defaults to `False`): Skip examples longer than a row instead of raising an error.
+        loops (`dict`): `schedule` (`"uniform"` by default), `max_loops` (S_max, by default `max_train_loops`), and
+            options of the schedule.
         gradient_loops (`int`, *optional*), checkpoint_loops (`bool`), ema_decay (`float`, *optional*): As in
             [`LoopMDMTrainer`].
         collator (`dict`): `mask_ratio`, `complementary`, `learn_padding` of [`MaskedDiffusionCollator`].
         lora (`dict`, *optional*): Train an adapter: `layers`, and arguments of peft's `LoraConfig`.
         optimizer (`"adamw"` or `"muon"`, defaults to `"adamw"`).
-        dtype (`str`, defaults to `"float32"`): Of the weights. `trainer: {bf16: true}` computes in bfloat16 all the
-            same.
-        eval_loops (`list[int]`, defaults to 1, 2, 4 up to S_max): Numbers of loops of the evaluation.
-        eval_sequences (`int`, defaults to 64): Rows of `eval_data` that are used: evenly spread ones, or the first
-            ones of a stream.
-        eval_samples (`int`, defaults to 8): Masks for each.
+        dtype (`"float32"`, `"bfloat16"` or `"float16"`, defaults to `"float32"`): Dtype of the weights; float16 only
+            with `lora`. `trainer: {bf16: true}` computes in bfloat16 with weights in float32.
+        eval_loops (`list[int]`, defaults to 1, 2, 4, 8 below S_max, and S_max): Numbers of loops of the evaluation.
+        eval_sequences (`int`, defaults to 64): Number of rows of `eval_data` to use: spread evenly, or the first ones
+            of a stream.
+        eval_samples (`int`, defaults to 8): Masks per row; even.
+        eval_texts (`int`, defaults to 0): Number of rows of `eval_data` that each evaluation also continues, by 32
+            sampled tokens at each number of loops. The texts are printed and logged. Not with FSDP.
         trainer (`dict`): Arguments of transformers' `TrainingArguments`.
     """
 
@@ -121,13 +125,12 @@ class TrainConfig:
     eval_loops: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
     eval_sequences: PositiveInt = 64
     eval_samples: PositiveInt = 8
+    eval_texts: NonNegativeInt = 0
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.model is None and not self.model_config:
-            raise ValueError(
-                "There is no `model` to start from and no `model_config` to make one of; give one of them."
-            )
+            raise ValueError("There is neither a `model` to start from nor a `model_config` for a new one; give one.")
         if self.model is None and self.tokenizer is None:
             raise ValueError("`tokenizer` is missing; a fresh model needs one (a folder, or an id on the Hub).")
         if self.dtype == "float16" and self.lora is None:
@@ -138,7 +141,7 @@ class TrainConfig:
         self._check_effect()
         for name, value in self.trainer.items():
             if name.endswith("_strategy") and value is False:
-                self.trainer[name] = "no"  # as YAML reads `no`
+                self.trainer[name] = "no"  # YAML reads `no` as False
         check_section("model_config", self.model_config, inspect.get_annotations(LoopMDMConfig))
         check_section("trainer", self.trainer, {**_arguments_of(TrainingArguments), **LIMITS})
         check_section("collator", self.collator, COLLATOR)
@@ -163,9 +166,10 @@ class TrainConfig:
             ("eval_loops", self.eval_data is not None, "there is no `eval_data`"),
             ("eval_sequences", self.eval_data is not None, "there is no `eval_data`"),
             ("eval_samples", self.eval_data is not None, "there is no `eval_data`"),
+            ("eval_texts", self.eval_data is not None, "there is no `eval_data`"),
             ("text_column", not answers, "`task: answers` reads prompts and answers"),
             ("isolate_documents", not answers, "`task: answers` gives every row one example"),
-            ("skip_long", answers, "`task: pretrain` goes on with a long text in the next row"),
+            ("skip_long", answers, "`task: pretrain` continues a long text in the next row"),
             ("documents", texts, "`data` holds no .txt files"),
             ("dataset", not all(path.endswith((".txt", ".jsonl")) for path in paths), "`data` names files"),
         ):
@@ -177,20 +181,20 @@ class TrainConfig:
 
 
 def _arguments_of(takes: Any) -> dict[str, Any]:
-    """The arguments of a class, with their types."""
+    """The arguments of a class and their types."""
     hints = typing.get_type_hints(takes if "__annotations__" in vars(takes) else takes.__init__)
     return {name: hints.get(name, Any) for name in inspect.signature(takes).parameters}
 
 
 def check_section(name: str, values: dict[str, Any], types: dict[str, Any]) -> None:
-    """Raises a ValueError where a key of `values` is not one of `types`, or its value is not of that type."""
+    """Raises a ValueError if a key of `values` is not in `types`, or its value is not of that type."""
     settings: dict[str, Any] = {one: (hint, None) for one, hint in types.items()}
     schema = create_model(name, __config__=ConfigDict(**STRICT, protected_namespaces=()), **settings)
     _validate(schema, values, f"`{name}`", settings, f"{name}.")
 
 
 def _validate(schema: Any, values: dict[str, Any], where: str, known: Iterable[str], prefix: str = "") -> Any:
-    """Reads values by a schema. The ValueError names every value that is wrong, and what it should be."""
+    """Reads values by a schema. The ValueError names every wrong value, and says what it should be."""
     text = json.dumps(values, default=str)
     try:
         return TypeAdapter(schema).validate_json(text)
@@ -199,7 +203,7 @@ def _validate(schema: Any, values: dict[str, Any], where: str, known: Iterable[s
         for one in error.errors():
             path: list[str] = []
             value = json.loads(text)
-            for part in one["loc"]:  # ends with the member of a union that was tried
+            for part in one["loc"]:  # which may end with the member of a union that was tried
                 known_parts = (
                     value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
                 )
@@ -223,18 +227,18 @@ def _validate(schema: Any, values: dict[str, Any], where: str, known: Iterable[s
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-3` is a number, and a key that stands twice is an error."""
+    """YAML as people write it: `1e-3` is a number, and a repeated key is an error."""
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value if isinstance(key.value, str) and key.value != "<<"]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"the block at line {node.start_mark.line + 1} has `{twice}` twice; leave one of them")
+            raise ValueError(f"the block at line {node.start_mark.line + 1} has `{twice}` twice; remove one of them")
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node):
         value = float(node.value.replace("_", ""))
-        return int(value) if value.is_integer() else value  # 1e4 steps
+        return int(value) if value.is_integer() else value  # for `max_steps: 1e4`
 
 
 _Loader.add_implicit_resolver("number", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
@@ -243,8 +247,15 @@ _Loader.add_constructor("number", _Loader.construct_number)
 
 def read_config(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """
-    Reads a run from a YAML file. `overrides` are `key=value`, with dots into nested keys (`trainer.max_steps=100`) and
-    YAML values. Raises a ValueError that names every key and value that is wrong.
+    Reads a run from a YAML file.
+
+    Args:
+        path: The file, in UTF-8.
+        overrides: Texts `key=value` that change it, with dots into nested keys (`trainer.max_steps=100`) and values in
+            YAML.
+
+    Raises:
+        ValueError: The file cannot be read, or keys and values are wrong; it names all of them.
     """
     path = Path(path)
     if not path.is_file():

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers.utils import logging
 
-from ..data import ExampleStream, StreamedExamples
+from ..data import ExampleStream, StreamedExamples, write_json
 
 if TYPE_CHECKING:
     from .trainer import LoopMDMTrainer
@@ -26,18 +25,12 @@ logger = logging.get_logger("transformers.loopmdm")
 
 # Written last into a checkpoint, with the run's identity and the sizes and checksums of all files.
 COMPLETE = "complete.json"
-# Of a configuration and of `TrainingArguments`, what two parts of one run may differ in: it changes no weight, or more
-# than rounding of none. A name that is not here, such as one of a newer transformers, may not differ.
+# Fields of a configuration and of `TrainingArguments` that may change when a run is resumed, since they change the
+# weights by rounding at most. Any other name, such as one that a newer transformers adds, has to stay the same.
 _FREE_CONFIG = {
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "architectures",
-    "auto_map",
-    "num_loops",
-    "use_cache",
+    *("_name_or_path", "transformers_version", "dtype", "architectures", "auto_map", "num_loops", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),  # the Trainer copies these from the tokenizer
 }
-_FREE_CONFIG |= {"bos_token_id", "eos_token_id", "pad_token_id"}  # the Trainer takes these over from the tokenizer
 _FREE_ARGUMENTS = (
     "activation_checkpointing activation_checkpointing_kwargs auto_find_batch_size batch_eval_metrics bf16_full_eval "
     "dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory "
@@ -62,20 +55,18 @@ _FREE_ADAPTER = {"base_model_name_or_path", "inference_mode", "peft_version", "r
 
 
 def complete_checkpoint(folder: Path, record: dict[str, Any]) -> None:
-    """Makes a checkpoint complete: writes `record` and what all of its files are."""
+    """Makes a checkpoint complete: writes complete.json with `record` and the size and checksum of every file."""
     files = {path.relative_to(folder).as_posix(): _describe(path) for path in folder.rglob("*") if path.is_file()}
-    temporary = folder / f"{COMPLETE}.tmp"
-    temporary.write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
-    os.replace(temporary, folder / COMPLETE)
+    write_json(folder / COMPLETE, {**record, "files": files})
 
 
 def read_checkpoint(folder: Path, verify: bool = True) -> dict[str, Any]:
     """
-    What complete.json of a checkpoint holds. Raises a ValueError where it was not finished, or, with `verify`, where a
-    file of it is missing or has changed.
+    The contents of a checkpoint's complete.json. Raises a ValueError if the checkpoint was not finished, or, with
+    `verify`, if one of its files is missing or has changed.
     """
     try:
-        record = json.loads((folder / COMPLETE).read_text())
+        record = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
         files = dict(record["files"])
     except OSError:
         raise ValueError(
@@ -110,8 +101,8 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """
-    The checkpoint of the most steps in `folder` that is complete and undamaged, or None. A damaged one is named in a
-    warning: the run repeats the steps from the one before.
+    The latest checkpoint in `folder` that is complete and undamaged, or None. The log warns of each damaged one that
+    is passed over, since the run then repeats steps.
     """
     for path in checkpoints_in(folder):
         if not (path / COMPLETE).exists():
@@ -126,15 +117,15 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Deletes a checkpoint, which is incomplete from the first moment."""
+    """Deletes a checkpoint; complete.json goes first, so that a half-deleted one does not count as complete."""
     (path / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def rotate_checkpoints(folder: str | Path, limit: int | None, keep: set[Path]) -> None:
     """
-    Deletes the complete checkpoints of the fewest steps until `limit` are left, and those that a killed run left
-    unfinished. `keep` names the ones that stay. A `limit` of None deletes none.
+    Deletes the oldest complete checkpoints until `limit` are left, and the unfinished ones of killed runs, but none
+    of those in `keep`. A `limit` of None deletes nothing.
     """
     if limit is None or limit < 1:
         return
@@ -145,17 +136,25 @@ def rotate_checkpoints(folder: str | Path, limit: int | None, keep: set[Path]) -
         remove_checkpoint(path)
 
 
+def check_folder(folder: Path) -> list[Path]:
+    """The folders to make so that `folder` exists, innermost first. Raises a ValueError if a file is in their way."""
+    paths = [folder.absolute(), *folder.absolute().parents]
+    missing = list(itertools.takewhile(lambda path: not path.exists(), paths))
+    existing = paths[len(missing)]
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be made, as {existing} is a file; name another folder.")
+    return missing
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
-    Holds the lock of a folder, which is made where it is missing, and removed again if it stays empty. The lock ends
-    with the process, however that ends. Raises a ValueError where another process holds it.
+    Holds the lock of a folder inside the block. The folder is made if it is missing, and removed again if it stays
+    empty. The operating system releases the lock when the process ends, even if it is killed. Raises a ValueError if
+    another process holds the lock.
     """
-    created = [parent for parent in (folder.absolute(), *folder.absolute().parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"{folder} cannot be made, as a file is in its way; name another folder.") from error
+    created = check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.absolute() / ".lock", timeout=0, is_singleton=True)
     try:
         lock.acquire()
@@ -164,7 +163,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock.lock_counter == 1:  # not within itself
+        if lock.lock_counter == 1:  # the outermost of nested blocks
             with contextlib.suppress(OSError):
                 (folder / ".lock").unlink()
                 for path in created:
@@ -177,8 +176,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def run_identity(trainer: "LoopMDMTrainer") -> dict[str, Any]:
     """
-    Everything that has to be the same for a resumed run to repeat an uninterrupted one, by name. Left out is what
-    changes no result (logging, saving, devices), and the length of the run, which may change.
+    By name, everything that has to stay the same so that a resumed run repeats an uninterrupted one. Whatever does not
+    change the result (logging, saving, devices) is left out, and so is the length of the run.
     """
     args, model, dataset = trainer.args, trainer.looped_model, trainer.train_dataset
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
@@ -200,15 +199,15 @@ def run_identity(trainer: "LoopMDMTrainer") -> dict[str, Any]:
         **trainer.given_optimizer,
         **{name: value for name, value in args.to_dict().items() if name not in _FREE_ARGUMENTS.split()},
     }
-    if not isinstance(dataset, ExampleStream):  # workers take turns at the rows of a stream
+    if not isinstance(dataset, ExampleStream):  # the number of workers changes the order of a stream
         run["dataloader_num_workers"] = args.dataloader_num_workers
-    if args.metric_for_best_model is not None:  # then evaluation decides which weights are kept
+    if args.metric_for_best_model is not None:  # the evaluation decides which weights are kept
         run["evaluation"] = [trainer.eval_loops, trainer.eval_samples, str(args.eval_strategy), args.eval_steps]
     return json.loads(json.dumps(run, default=_plain))
 
 
 def optimizer_identity(optimizer: torch.optim.Optimizer | None, scheduler: Any) -> dict[str, Any]:
-    """What the caller of a trainer made instead of it."""
+    """Optimiser and scheduler as far as the caller passed them in; None for those that the Trainer makes."""
     groups = [] if optimizer is None else optimizer.param_groups
     return {
         "optimizer": None if optimizer is None else type(optimizer).__name__,
@@ -218,7 +217,7 @@ def optimizer_identity(optimizer: torch.optim.Optimizer | None, scheduler: Any) 
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Where two identities differ, in words."""
+    """The differences between two identities, in words."""
     found = []
     for name in sorted({*before, *now}):
         was, is_ = before.get(name), now.get(name)
@@ -234,7 +233,7 @@ def _plain(value: Any) -> Any:
 
 
 def _adapter_identity(model: nn.Module) -> dict[str, Any]:
-    """Of a PEFT model: the adapters, and the weights below, which a checkpoint does not hold."""
+    """A PEFT model's adapters, and a checksum of its base weights, which checkpoints do not hold; else nothing."""
     if not hasattr(model, "peft_config"):
         return {}
     adapters = {
@@ -249,7 +248,7 @@ def _adapter_identity(model: nn.Module) -> dict[str, Any]:
 
 
 def plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a quantised one, or this rank's part of a sharded one, consists of; of any other, itself."""
+    """Flat plain tensors: the parts of a quantised tensor, this rank's part of a sharded one, or the tensor itself."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from plain_tensors(getattr(tensor, name))
@@ -258,19 +257,19 @@ def plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
 
 
 def _settings(thing: Any) -> str:
-    """The class and the plain attributes of an object, as text."""
+    """The class of an object and those of its attributes that are plain data, as text."""
     plain = {
         name: value
         for name, value in getattr(thing, "__dict__", {}).items()
-        if isinstance(value, bool | int | float | str | tuple)
+        if isinstance(value, bool | int | float | str | tuple | list)
     }
     return f"{getattr(thing, '__qualname__', type(thing).__name__)} {json.dumps(plain, sort_keys=True, default=str)}"
 
 
 def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
     """
-    A hash of a data set: of all examples of a list, of a [`StreamedExamples`]' first `num_examples`, of the length of
-    others and as many examples spread over them; of other streams, "stream".
+    A hash of all examples of a list, of the first `num_examples` of a [`StreamedExamples`], or of the length of an
+    indexable data set and `num_examples` rows spread over it. Other streams cannot be read twice: "stream".
     """
     examples = dataset.examples if isinstance(dataset, ExampleStream) else dataset
     digest = hashlib.sha256()
@@ -290,7 +289,7 @@ def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
         for name, value in sorted(example.items()):
             try:
                 content = torch.as_tensor(value).numpy().tobytes()
-            except (TypeError, ValueError, RuntimeError):  # no numbers
+            except (TypeError, ValueError, RuntimeError):  # not numbers
                 content = repr(value).encode()
             digest.update(f"{name} {len(content)} ".encode() + content)
     return digest.hexdigest()[:16]

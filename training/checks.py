@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What a training refuses: options that would give a wrong result, and numbers that are not finite."""
+"""Checks of a training: options that would give a wrong result, and numbers that are not finite."""
 
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,13 @@ from .loop_schedules import LoopSchedule
 if TYPE_CHECKING:
     from .trainer import LoopMDMTrainer
 
-ENDLESS = "The evaluation set is a stream that begins anew at its end; give a list of its first examples."
-# Of `TrainingArguments`: the values that work, and why others do not.
+ENDLESS = "The evaluation set is a stream that starts again at its end; give a list of its first examples."
+# Arguments of `TrainingArguments`: the values that work, and why others do not
 NEUTRAL = {
-    "label_smoothing_factor": (
-        (0,),
-        "the Trainer would put a loss of its own over all labels in place of the model's",
-    ),
+    "label_smoothing_factor": ((0,), "the Trainer would replace the model's loss by its own, over all labels"),
     "use_liger_kernel": ((False,), "its kernels compute the loss of other models"),
     "label_names": ((None, ["labels"]), "the model finds its loss by `labels`"),
-    "auto_find_batch_size": ((False,), "it changes the batch size in silence, and with it the run"),
+    "auto_find_batch_size": ((False,), "it silently changes the batch size, and so the result"),
     "ignore_data_skip": ((False,), "a resumed run would see the same examples again"),
     "dataloader_in_order": ((True,), "the order of the examples would depend on the machine's load"),
 }
@@ -37,12 +34,9 @@ def check_options(
     eval_loops: list[int] | None = None,
     eval_samples: int = 8,
 ) -> None:
-    """Raises a ValueError where the settings of a [`LoopMDMTrainer`] cannot give a right result."""
+    """Raises a ValueError if settings of a [`LoopMDMTrainer`] cannot give a right result."""
     if gradient_loops is not None and not 1 <= gradient_loops <= schedule.max_loops:
-        raise ValueError(
-            f"`gradient_loops` is {gradient_loops}; it must be from 1 to the most loops of training "
-            f"({schedule.max_loops})."
-        )
+        raise ValueError(f"`gradient_loops` is {gradient_loops}; it must be 1 to S_max ({schedule.max_loops}).")
     if ema_decay is not None and not 0 < ema_decay < 1:
         raise ValueError(f"`ema_decay` is {ema_decay}; it must be between 0 and 1, e.g. 0.999.")
     if ema_decay is not None and args.load_best_model_at_end:
@@ -57,8 +51,7 @@ def check_options(
             )
     if args.save_strategy != "no" and args.save_total_limit == 1:
         raise ValueError(
-            "`save_total_limit` is 1, which leaves nothing to go on from where the last checkpoint is damaged; use 2 "
-            "or more."
+            "`save_total_limit` is 1, which leaves none if the last checkpoint is damaged; use 2 or more."
         )
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(args, name)
@@ -67,16 +60,14 @@ def check_options(
 
 
 def check_parts(trainer: "LoopMDMTrainer") -> None:
-    """Raises a ValueError for what was given to the Trainer and would be wrong, or never be called."""
+    """Raises a ValueError for arguments of the Trainer that would give a wrong result, or that it would never call."""
     for name in ("compute_loss_func", "model_init"):
         if getattr(trainer, name) is not None:
             fix = "leave it out" if name == "compute_loss_func" else "give the model itself"
-            raise ValueError(f"`{name}` does not work here: the loss is that of the model that is given; {fix}.")
+            raise ValueError(f"`{name}` does not work here: the loss comes from the model that is given; {fix}.")
     for name in ("compute_metrics", "preprocess_logits_for_metrics"):
         if trainer.eval_loops is not None and getattr(trainer, name) is not None:
-            raise ValueError(
-                f"`{name}` is never called beside `eval_loops`, whose evaluation is the NELBO; leave one of them out."
-            )
+            raise ValueError(f"`{name}` is never called with `eval_loops`, which is the NELBO; leave one of them out.")
     datasets = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
     if trainer.eval_loops is not None and any(isinstance(dataset, StreamedExamples) for dataset in datasets):
         raise ValueError(ENDLESS)
@@ -88,31 +79,28 @@ def check_parts(trainer: "LoopMDMTrainer") -> None:
     if halves:
         raise ValueError(
             f"{halves[0]} is trained in float16, which loses small updates and overflows; load the model in "
-            "float32 (`fp16=True` computes in float16 all the same) or in bfloat16."
+            "float32 (with `fp16=True` it still computes in float16) or in bfloat16."
         )
     if trainer.data_collator is default_data_collator or isinstance(trainer.data_collator, DataCollatorWithPadding):
         raise ValueError("There is no `data_collator` that masks tokens; give a MaskedDiffusionCollator.")
 
 
 def check_weights(trainer: "LoopMDMTrainer", before: bool = False) -> None:
-    """Raises a ValueError where a weight is NaN or infinite; `before`: and training has not begun."""
+    """Raises a ValueError if a weight is NaN or infinite; `before` says that training has not begun."""
     for name, parameter in trainer.model.named_parameters():
         for tensor in plain_tensors(parameter.detach()):
             if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
                 if before:
-                    raise ValueError(
-                        f"The weight {name} holds NaN or infinite values before the first step; the checkpoint that "
-                        "it is from is damaged."
-                    )
+                    raise ValueError(f"{name} is NaN or infinite before the first step; its checkpoint is damaged.")
                 raise diverged(trainer, f"The weight {name} holds NaN or infinite values", trainer.state.global_step)
 
 
 def diverged(trainer: "LoopMDMTrainer", what: str, step: int) -> ValueError:
-    """The error of a training that has become worthless, with what to do."""
+    """The error for a training that has diverged, with what to do about it."""
     args = trainer.args
     return ValueError(
-        f"{what} in step {step}: training has diverged and stops, and nothing of it is saved. Lower `learning_rate` "
+        f"{what} in step {step}: training has diverged and stops, and the model is not saved. Lower `learning_rate` "
         f"({args.learning_rate:g}) or `max_grad_norm` ({args.max_grad_norm:g}), or warm up longer (`warmup_steps`)"
-        f"{', or compute in bfloat16 (`bf16`)' if args.fp16 else ''}, and start anew, from the weights of an earlier "
-        "checkpoint if you like."
+        f"{', or compute in bfloat16 (`bf16`)' if args.fp16 else ''}, and start a new run, from the weights of an "
+        "earlier checkpoint if you like."
     )

@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-The number of loops of every training step: schedules, and how a drawn number reaches the model. A draw depends on the
-seed and the optimiser step alone, so that all ranks and micro-batches loop alike (ranks that do not would wait for
-each other for ever under FSDP), and a resumed run goes on as it would have.
+The number of loops of every training step: schedules, and how a drawn number reaches the model. A draw depends only on
+the seed and the optimiser step. So all ranks and micro-batches loop alike (under FSDP, ranks that did not would wait
+for each other for ever), and a resumed run draws what an uninterrupted one would have drawn.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from ..objective.seeds import seeded_generator
 
 class LoopSchedule:
     """
-    A distribution of the number of loops S over 1..max_loops, which may change over training. To make another one,
-    subclass it, say its `probabilities`, and pass an object of it wherever a schedule is taken:
+    A distribution of the number of loops S over 1..max_loops, which may change during training. To make another one,
+    subclass it, implement `probabilities`, and pass an instance wherever a schedule is accepted:
 
     ```python
     >>> class LargeLoops(LoopSchedule):
@@ -37,13 +37,13 @@ class LoopSchedule:
 
     def probabilities(self, progress: float) -> torch.Tensor:
         """
-        Probability of S = 1, ..., max_loops, `(max_loops,)` float64, after a share `progress`, from 0 to 1, of the
-        training steps.
+        Probabilities of S = 1, ..., max_loops, `(max_loops,)` float64, when the share `progress` (0 to 1) of the
+        training steps is done.
         """
         raise NotImplementedError
 
     def draw(self, seed: int, step: int, max_steps: int | None = None) -> int:
-        """S of optimiser step `step` (from 0) of `max_steps`."""
+        """S of the optimiser step `step` (counted from 0) of `max_steps`."""
         progress = step / max_steps if max_steps else 0.0
         cumulative = self.probabilities(min(progress, 1.0)).cumsum(0)
         uniform = torch.rand((), generator=seeded_generator(seed, "loops", step), dtype=torch.float64)
@@ -55,7 +55,7 @@ class LoopSchedule:
 
 
 class UniformLoops(LoopSchedule):
-    """S ~ Uniform{1..max_loops}, the paper's (arXiv 2605.26106)."""
+    """S ~ Uniform{1..max_loops}, as in the paper (arXiv 2605.26106)."""
 
     def probabilities(self, progress):
         return torch.full((self.max_loops,), 1 / self.max_loops, dtype=torch.float64)
@@ -73,8 +73,12 @@ class FixedLoops(LoopSchedule):
 
 class GrowingLoops(LoopSchedule):
     """
-    S ~ Uniform{1..M}, with M growing evenly from 1 to max_loops over a first share `growth` of the training steps
-    (arXiv 2511.07384 finds such a curriculum to save computation when pretrained models are made recurrent).
+    S ~ Uniform{1..M}, where M grows linearly from 1 to max_loops. arXiv 2511.07384 finds that such a curriculum saves
+    computation when pretrained models are made recurrent.
+
+    Args:
+        max_loops (`int`): S_max.
+        growth (`float`, defaults to 0.5): Share of the training steps after which M is max_loops, above 0, at most 1.
     """
 
     def __init__(self, max_loops: int, growth: float = 0.5):
@@ -90,15 +94,15 @@ class GrowingLoops(LoopSchedule):
 
 class LateLoops(LoopSchedule):
     """
-    S = 1 for a first share `start` of the training steps; after it S = 1 in a share `plain`, and in the others S ~
-    Uniform{min_loops..max_loops}. Early on a model learns from many cheap steps, and loops teach it little; plain
-    steps among the later ones keep it good without loops. docs/results.md compares it with the paper's distribution.
+    First S = 1; later S ~ Uniform{min_loops..max_loops}, with steps of S = 1 in between. Early on a model learns more
+    from many cheap steps than from loops, and the later steps of S = 1 keep it good without loops. docs/results.md
+    compares this schedule with the paper's.
 
     Args:
         max_loops (`int`): S_max.
-        start (`float`, *optional*, defaults to 0.5): Share of the steps before the first loop, from 0 to below 1.
-        min_loops (`int`, *optional*): Fewest loops drawn after it; defaults to half of `max_loops`, rounded up.
-        plain (`float`, *optional*, defaults to 0.25): Share of the steps after it that have S = 1 nevertheless.
+        start (`float`, defaults to 0.5): Share of the training steps before S grows, from 0 to below 1.
+        min_loops (`int`, *optional*, defaults to half of `max_loops`, rounded up): Fewest loops drawn after `start`.
+        plain (`float`, defaults to 0.25): Share of the steps after `start` with S = 1, from 0 to below 1.
     """
 
     def __init__(self, max_loops: int, start: float = 0.5, min_loops: int | None = None, plain: float = 0.25):
@@ -107,9 +111,7 @@ class LateLoops(LoopSchedule):
         if not 0 <= start < 1:
             raise ValueError(f"`start` is {start}; it is a share of the training steps, from 0 to below 1.")
         if isinstance(min_loops, bool) or not isinstance(min_loops, int) or not 1 <= min_loops <= max_loops:
-            raise ValueError(
-                f"`min_loops` is {min_loops!r}; it must be an integer from 1 to `max_loops` ({max_loops})."
-            )
+            raise ValueError(f"`min_loops` is {min_loops!r}; it must be an integer, 1 to `max_loops` ({max_loops}).")
         if not 0 <= plain < 1:
             raise ValueError(f"`plain` is {plain}; it is a share of the steps, from 0 to below 1.")
         self.start, self.min_loops, self.plain = start, min_loops, plain
@@ -125,19 +127,20 @@ def make_loop_schedule(
     schedule: str | LoopSchedule, config: Any, max_loops: int | None = None, **options
 ) -> LoopSchedule:
     """
-    A schedule by name (`"uniform"`, `"late"`, `"growing"`, `"fixed"`), for a model's config.
+    Makes a schedule by name (`"uniform"`, `"late"`, `"growing"`, `"fixed"`) for a model's config.
 
     Args:
         schedule: A name, or a schedule, which is returned as it is.
         config: A [`LoopMDMConfig`].
         max_loops (`int`, *optional*, defaults to `config.max_train_loops`): S_max.
         options: Arguments of the schedule.
+
+    Raises:
+        ValueError: An unknown name, or an option that the schedule does not take.
     """
     if isinstance(schedule, LoopSchedule):
         if options or max_loops not in (None, schedule.max_loops):
-            raise ValueError(
-                f"{type(schedule).__name__} is a schedule with its own `max_loops` and options; leave out others."
-            )
+            raise ValueError(f"{type(schedule).__name__} has its own `max_loops` and options; leave out others.")
         return schedule
     if schedule not in LOOP_SCHEDULES:
         raise ValueError(f"The loop schedule is {schedule!r}; choose one of {', '.join(LOOP_SCHEDULES)}.")
@@ -163,8 +166,9 @@ def draw_num_loops(max_loops: int, seed: int, step: int) -> int:
 
 def set_num_train_loops(model: nn.Module, num_loops: int | None) -> None:
     """
-    Sets the loops of `model`'s training passes that name none; None: `config.num_loops`. Works through the wrappers
-    of PEFT, DDP, FSDP and `torch.compile`. In a training loop of your own, call it before every optimiser step:
+    Sets the number of loops of forward passes in training mode that do not name one; with None it is
+    `config.num_loops` again. Works through the wrappers of PEFT, DDP, FSDP and `torch.compile`. In your own training
+    loop, call it before every optimiser step:
 
     ```python
     >>> set_num_train_loops(model, draw_num_loops(model.config.max_train_loops, seed=0, step=step))
@@ -179,8 +183,8 @@ def set_num_train_loops(model: nn.Module, num_loops: int | None) -> None:
 
 class LoopSamplingCallback(TrainerCallback):
     """
-    Lets a plain transformers `Trainer` train with loops: S is drawn once for each optimiser step. What it saves under
-    FSDP holds the model's own code.
+    Lets a plain transformers `Trainer` train with loops: S is drawn once for each optimiser step. It also makes FSDP
+    save the model's own code.
 
     Args:
         schedule (`int` or [`LoopSchedule`]): S_max of the uniform distribution (e.g. `model.config.max_train_loops`),
@@ -191,7 +195,7 @@ class LoopSamplingCallback(TrainerCallback):
         self.schedule = schedule if isinstance(schedule, LoopSchedule) else UniformLoops(schedule)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # FSDP puts a class of its own in place of the model's, whose code would be saved with the weights.
+        # FSDP replaces the model's class, and the code of FSDP's class would be saved with the weights.
         for cls in {type(module) for module in model.modules() if hasattr(module, "save_pretrained")}:
             if cls.__module__.startswith("torch."):
                 own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))

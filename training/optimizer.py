@@ -14,7 +14,7 @@ class MuonAdamW(torch.optim.Optimizer):
         model: A [`LoopMDMForMaskedLM`].
         lr (`float`): Learning rate of both; Muon's updates are scaled to AdamW's root mean square.
         weight_decay (`float`, defaults to 0.0): Decoupled weight decay of the matrices of the layers.
-        betas (defaults to `(0.9, 0.95)`): AdamW's.
+        betas (`tuple[float, float]`, defaults to `(0.9, 0.95)`): AdamW's.
     """
 
     def __init__(
@@ -24,10 +24,13 @@ class MuonAdamW(torch.optim.Optimizer):
         matrices = [parameter for name, parameter in trainable if ".layers." in name and parameter.ndim == 2]
         ids = {id(parameter) for parameter in matrices}
         others = [parameter for _, parameter in trainable if id(parameter) not in ids]
-        self.muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(others, lr=lr, weight_decay=0.0, betas=betas)
+        # Both take an empty group, but not an empty list: of an adapter all parameters may be matrices of the layers.
+        self.muon = torch.optim.Muon(
+            [{"params": matrices}], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW([{"params": others}], lr=lr, weight_decay=0.0, betas=betas)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
-        # The groups are shared, so a scheduler's new rate reaches the optimisers below.
+        # The three share their groups, so a scheduler's new rate reaches both optimisers.
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
 
     def step(self, closure=None):

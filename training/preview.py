@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""A run before it is run: its first rows as they will be masked, what it costs, and what it takes in memory."""
+"""A preview of a run: its first rows as they will be masked, its cost, and the memory that it needs."""
 
 import dataclasses
 import itertools
@@ -21,26 +21,26 @@ from .memory import Shape, StepSettings, training_memory
 from .run import CHECKPOINTS, RunParts, check_run, load_trainable, make_optimizer, make_parts
 from .trainer import training_flops
 
-# Micro-batches that lengths and masks are counted on
+# Micro-batches on which lengths and masks are counted
 _SAMPLES = 16
-# A step is run and timed where that takes about so many seconds, and the model has at most so many parameters.
+# The most seconds that timing a step may take, and the most parameters of a model for which it is done
 _CHEAP_SECONDS, _CHEAP_PARAMETERS = 10.0, 5e8
-# Share of the speed of a large matrix product that training reaches, where no step is timed; a guess
+# If no step is timed: the share of the speed of a large matrix product that training reaches, a guess
 _EFFICIENCY = 0.5
 
 
 @dataclasses.dataclass
 class Preview:
     """
-    What [`preview`] finds.
+    The result of [`preview`].
 
     Args:
         rows (`list[list[tuple[str, str]]]`): The first rows of the first step: pieces of text, each of which is
             `"given"` (never learnt), `"visible"` (learnt in other steps) or `"masked"` (learnt in this one).
         num_loops (`int`): S of the first step.
         facts (`dict`): Rows, tokens, steps, loops, FLOPs and seconds of the run.
-        is_measured (`bool`): Whether the seconds are those of a step that was run.
-        memory (`dict[str, int]`): Bytes of each process, without sharding, by what they hold.
+        is_measured (`bool`): Whether the seconds were measured on a step, and not estimated.
+        memory (`dict[str, int]`): Bytes that each process needs, without sharding, by what they hold.
     """
 
     rows: list[list[tuple[str, str]]]
@@ -52,13 +52,15 @@ class Preview:
 
 def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Preview:
     """
-    Looks at a run without starting it, and writes nothing. Raises the ValueErrors that the run would raise before its
-    first step.
+    Examines a run without starting it, and writes nothing.
 
     Args:
         config: The run.
-        resume (`bool`, defaults to `False`): As for [`train`].
-        num_rows (`int`, defaults to 3): Rows to show, at most.
+        resume (`bool`, defaults to `False`): As in [`train`].
+        num_rows (`int`, defaults to 3): Most rows to show.
+
+    Raises:
+        ValueError: Whatever the run would raise before its first step.
     """
     output = Path(config.output).expanduser()
     check_run(config, resume)
@@ -106,7 +108,7 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
 
 
 def _sample_batches(parts: RunParts) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches spread over the run, as the collator makes them; the first is the run's first."""
+    """Micro-batches of the collator, spread over the run; the first is the run's first."""
     size = parts.arguments.per_device_train_batch_size
     source: Any = parts.stream
     if isinstance(source, StreamedExamples):
@@ -133,10 +135,10 @@ def _show_rows(tokenizer: Any, batch: dict[str, torch.Tensor], num_rows: int) ->
 
 
 def _pieces(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token adds to the text."""
+    """The text that each token adds."""
     pieces, before = [], ""
     for i in range(len(ids)):
-        start = max(0, i - 8)  # what a token adds depends on few before it
+        start = max(0, i - 8)  # the text of a token depends on few tokens before it
         before = tokenizer.decode(ids[start:i])
         text = tokenizer.decode(ids[start : i + 1])
         pieces.append(text[len(before) :] if text.startswith(before) and i > 0 else tokenizer.decode(ids[i : i + 1]))
@@ -154,7 +156,7 @@ def _data_facts(parts: RunParts) -> dict[str, Any]:
 
 
 def _num_steps(parts: RunParts) -> int:
-    """As transformers' Trainer counts them."""
+    """The number of optimiser steps, counted as in transformers' Trainer."""
     arguments = parts.arguments
     if arguments.max_steps > 0:
         return arguments.max_steps
@@ -163,23 +165,22 @@ def _num_steps(parts: RunParts) -> int:
 
 
 def _loop_shares(schedule: LoopSchedule, points: int = 200) -> list[float]:
-    """The share of the steps that have S = 1, ..., max_loops."""
+    """The shares of the steps with S = 1, ..., max_loops."""
     return torch.stack([schedule.probabilities((i + 0.5) / points) for i in range(points)]).mean(0).tolist()
 
 
 def _flops(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape, loops: int) -> float:
-    """Of a micro-batch, as the log counts them."""
-    looped = find_model(model)
-    head = looped.flops(1, 1, 1, 1) - looped.flops(1, 1, 1, 0)
+    """FLOPs of a micro-batch, counted as in the log."""
     settings = config.gradient_loops, config.checkpoint_loops, parts.arguments.gradient_checkpointing
-    return training_flops(looped, shape.rows, shape.length, loops, 0, *settings) + 3 * head * shape.masked
+    masked = shape.masked / shape.rows
+    return training_flops(find_model(model), shape.rows, shape.length, loops, masked, *settings)
 
 
 # Memory
 
 
 def _empty_model(config: TrainConfig, parts: RunParts) -> nn.Module:
-    """The model that is trained, on the meta device, where it takes no memory, whatever its size."""
+    """The model to train, on the meta device, where it takes no memory."""
     with torch.device("meta"):
         model = LoopMDMForMaskedLM._from_config(parts.model_config, dtype=getattr(torch, config.dtype))
     lora = parts.lora
@@ -196,7 +197,7 @@ def _empty_model(config: TrainConfig, parts: RunParts) -> nn.Module:
 
 
 def _memory(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape) -> dict[str, int]:
-    """Bytes of a process at S_max."""
+    """Bytes that a process needs at S_max."""
     arguments = parts.arguments
     settings = StepSettings(
         getattr(torch, config.dtype),
@@ -221,7 +222,10 @@ def _seconds(
     flops: float,
     num_parameters: int,
 ) -> tuple[float, bool]:
-    """Of a micro-batch of `flops`, and whether one was run to find out: `timed`, a batch, its shape, and its loops."""
+    """
+    Seconds of a micro-batch of `flops`, and whether they were measured, which is done on `timed`: a batch, its shape,
+    and its loops.
+    """
     batch, shape, loops = timed
     device = parts.arguments.device
     speed = _EFFICIENCY * _matmul_speed(device, parts.arguments.bf16)
@@ -237,7 +241,7 @@ def _seconds(
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     half = torch.bfloat16 if parts.arguments.bf16 else torch.float16
     seconds = math.inf
-    for _ in range(3):  # the first one warms up, and others can be disturbed
+    for _ in range(3):  # the first one warms up, and any other may be disturbed
         start = time.perf_counter()
         with torch.autocast(device.type, half, enabled=parts.arguments.bf16 or parts.arguments.fp16):
             loss = model(**inputs).loss
@@ -250,7 +254,7 @@ def _seconds(
 
 
 def _matmul_speed(device: torch.device, bf16: bool) -> float:
-    """FLOP/s of a large matrix product."""
+    """FLOPs per second of a large matrix product."""
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.ones(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = math.inf

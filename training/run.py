@@ -1,10 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""`loopmdm train`: a run described by one file, from its data to a saved model."""
+"""`loopmdm train`: a run that one file describes, from its data to a saved model."""
 
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,57 +25,80 @@ from ..data import (
     load_tokenizer,
     locate,
     read_examples,
+    this_process,
     turn_end,
     vocabulary_size,
+    write_json,
 )
 from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
+from ..weight_files import read_json
 from .adapters import adapter_to_continue, attach_adapter, lora_config
 from .arguments import TrainConfig, read_config
-from .checkpoints import COMPLETE, checkpoints_in, locked
+from .checkpoints import COMPLETE, check_folder, checkpoints_in, locked
 from .checks import check_options
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import LoopSchedule, make_loop_schedule
 from .optimizer import MuonAdamW
+from .texts import EvaluationTexts
 from .trainer import LoopMDMTrainer
 
 __all__ = ["TrainConfig", "read_config", "train"]
 
-# Of an output folder: checkpoints, and the final model until it is complete
+# Folders inside the output: checkpoints, and the final model until it is complete
 CHECKPOINTS, SAVING = "checkpoints", ".saving"
-# Written last, with the names of the model's files: what is in SAVING is then complete, and only has to be moved.
+# The last file that is written into SAVING, with the names of all files: from then on they only have to be moved.
 RECORD = "training.json"
 
 
 def train(config: TrainConfig, resume: bool = False) -> dict[str, Any]:
     """
-    Runs a training and saves the model, its tokenizer and `training.json` in `config.output`.
+    Trains, and saves the model, its tokenizer and `training.json` in `config.output`.
 
     Args:
         config: The run.
-        resume (`bool`): Go on from the last complete checkpoint of `config.output`, if there is one.
+        resume (`bool`, defaults to `False`): Continue from the last complete checkpoint of `config.output`, if any.
 
     Returns:
-        `dict`: What `training.json` holds: the run, its cost, and the last evaluation.
+        `dict`: The contents of `training.json`: the run, its cost, the last evaluation and the log. Empty on ranks
+        other than 0 if there was nothing left to train.
+
+    Raises:
+        ValueError: A setting, a file or the output folder does not fit, or training has diverged.
     """
     output = Path(config.output).expanduser()
     _check_files(config)
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    is_main = this_process().rank == 0
     with locked(output / CHECKPOINTS) if is_main else contextlib.nullcontext():
         return _train(config, output, resume, is_main)
 
 
 def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> dict[str, Any]:
-    is_begun = any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
+    is_begun = _is_begun(output)
     if is_main:
-        _check_output(output, is_begun, resume)
-        if (output / SAVING / RECORD).exists():  # killed when nothing was left to do but to move files
+        _check_output(output, resume)
+        if (output / SAVING / RECORD).exists():  # killed when only the moving of files was left
             _move(output)
-            return json.loads((output / RECORD).read_text())
+            return read_json(output / RECORD)
     elif (output / SAVING / RECORD).exists() or _is_finished(output):
-        return {}  # the main process moves the files, or says what is wrong
+        return {}  # the main process moves the files, or raises
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    trainer = _make_trainer(config, tokenizer, output / CHECKPOINTS)
+    parts = make_parts(config, tokenizer, output / CHECKPOINTS)
+    model = load_trainable(config, tokenizer, parts)
+    trainer = LoopMDMTrainer(
+        model=model,
+        args=parts.arguments,
+        train_dataset=parts.stream,
+        eval_dataset=parts.eval_examples,
+        data_collator=parts.collator,
+        processing_class=tokenizer,
+        optimizers=(make_optimizer(config, model, parts.arguments), None),
+        loop_schedule=parts.schedule,
+        checkpoint_loops=config.checkpoint_loops,
+        **parts.options,
+    )
+    if config.eval_texts:
+        trainer.add_callback(EvaluationTexts(trainer, parts.eval_examples[: config.eval_texts], tokenizer))
     trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = {
@@ -93,19 +115,20 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
 
 
 def check_run(config: TrainConfig, resume: bool) -> None:
-    """Raises a ValueError where a run lacks a file, or its output is in use; writes nothing."""
+    """Raises a ValueError if a file of the run is missing or its output cannot be used; writes nothing."""
     output = Path(config.output).expanduser()
     _check_files(config)
+    check_folder(output)
     if output.is_dir():
-        _check_output(output, any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS)), resume)
+        _check_output(output, resume)
 
 
 def _check_files(config: TrainConfig) -> None:
-    """Raises a ValueError where a file or folder that the run names is absent."""
+    """Raises a ValueError if a file or folder that the run names is missing."""
     for name in ("data", "eval_data"):
         given = getattr(config, name) or []
         for path in [given] if isinstance(given, str) else given:
-            # Other names may be those of the Hub.
+            # Any other name may be a data set on the Hub.
             is_path = path.endswith((".txt", ".jsonl", ".parquet")) or path.startswith((".", "/", "~"))
             if is_path and not Path(path).expanduser().exists():
                 raise ValueError(f"`{name}`: {path} is not a file.")
@@ -118,12 +141,16 @@ def _is_finished(output: Path) -> bool:
     return (output / "config.json").exists() or (output / "adapter_config.json").exists()
 
 
-def _check_output(output: Path, is_begun: bool, resume: bool) -> None:
-    """Raises a ValueError where the folder cannot be trained into. `is_begun`: it holds checkpoints to go on from."""
+def _is_begun(output: Path) -> bool:
+    return any((path / COMPLETE).exists() for path in checkpoints_in(output / CHECKPOINTS))
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    """Raises a ValueError if the run cannot write into the folder."""
     is_saved = (output / SAVING / RECORD).exists()
     if _is_finished(output) and not (is_saved and resume):
         raise ValueError(f"{output} holds a finished model already; name another folder.")
-    if (is_begun or is_saved) and not resume:
+    if (is_saved or _is_begun(output)) and not resume:
         raise ValueError(f"{output} holds checkpoints of a run; give --resume to go on, or name another folder.")
     own = {CHECKPOINTS, SAVING, *(_own_files(output) if resume else ())}
     foreign = sorted({path.name for path in output.iterdir()} - own) if not is_saved else []
@@ -132,18 +159,18 @@ def _check_output(output: Path, is_begun: bool, resume: bool) -> None:
 
 
 def _own_files(output: Path) -> set[str]:
-    """What a finished training wrote."""
+    """The names of the files that a finished training wrote."""
     try:
-        return {RECORD, *json.loads((output / RECORD).read_text())["files"]}
-    except (OSError, ValueError, TypeError, KeyError):
+        return {RECORD, *read_json(output / RECORD)["files"]}
+    except (ValueError, TypeError, KeyError):
         return set()
 
 
 @dataclasses.dataclass
 class RunParts:
-    """What a run consists of, all of it checked, before weights are loaded."""
+    """The parts of a run except its weights, all of them checked."""
 
-    source: str | None  # of the weights
+    source: str | None  # folder or Hub id of the weights; None: fresh ones
     model_config: LoopMDMConfig
     arguments: TrainingArguments
     schedule: LoopSchedule
@@ -151,20 +178,21 @@ class RunParts:
     examples: list[dict] | StreamedExamples
     stream: ExampleStream | StreamedExamples  # the examples in the order of the run
     eval_examples: list[dict] | None
-    lora: Any  # of a new adapter
-    adapter: Any  # to go on from
-    options: dict[str, Any]  # of LoopMDMTrainer
+    lora: Any  # the LoraConfig of a new adapter, or None
+    adapter: str | None  # folder or Hub id of the adapter to continue
+    options: dict[str, Any]  # further arguments of LoopMDMTrainer
 
 
 def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunParts:
-    """The parts of a run. Raises a ValueError where anything does not fit, as far as that shows without weights."""
+    """Makes the parts of a run. Raises a ValueError for everything wrong that shows without loading weights."""
     source = None if config.model is None else adapter_base(config.model) or locate(config.model, "a model")
     model_config = _make_model_config(config, source, tokenizer)
-    schedule = _make_schedule(config, model_config)
+    loops = {"schedule": "uniform", **config.loops}
+    schedule = make_loop_schedule(loops.pop("schedule"), model_config, loops.pop("max_loops", None), **loops)
     if config.model_config.get("num_loops", 0) > schedule.max_loops:
         raise ValueError(
-            f"`model_config.num_loops` is {model_config.num_loops}, with which the model would generate, and training "
-            f"draws at most {schedule.max_loops}; lower it, or raise `loops.max_loops` or `max_train_loops`."
+            f"`model_config.num_loops` is {model_config.num_loops}, the default of `generate`, but training draws at "
+            f"most {schedule.max_loops} loops; lower it, or raise `loops.max_loops` or `max_train_loops`."
         )
     model_config.num_loops = min(model_config.num_loops, schedule.max_loops)
     arguments = _make_arguments(config, checkpoints)
@@ -177,13 +205,13 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     if config.eval_data is not None:
         usual = [n for n in (1, 2, 4, 8) if n < schedule.max_loops] + [schedule.max_loops]
         eval_loops = config.eval_loops or usual
-    options: dict[str, Any] = {"gradient_loops": config.gradient_loops, "ema_decay": config.ema_decay}
-    options |= {"eval_loops": eval_loops, "eval_samples": config.eval_samples}
+    options: dict[str, Any] = {name: getattr(config, name) for name in ("gradient_loops", "ema_decay", "eval_samples")}
+    options["eval_loops"] = eval_loops
     check_options(arguments, schedule, **options)
     if config.optimizer == "muon" and arguments.fsdp:
-        raise ValueError(
-            "`optimizer: muon` does not work with FSDP, whose ranks hold parts of the matrices; use adamw."
-        )
+        raise ValueError("`optimizer: muon` does not work with FSDP, which splits matrices between ranks; use adamw.")
+    if config.eval_texts and arguments.fsdp:
+        raise ValueError("`eval_texts` does not work with FSDP, which splits weights between ranks; leave it out.")
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
     lora = None if config.lora is None else lora_config(model_config, **config.lora)
     adapter = adapter_to_continue(config.model, config.model_config, config.lora)
@@ -201,7 +229,7 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
 
 
 def load_trainable(config: TrainConfig, tokenizer: Any, parts: RunParts) -> nn.Module:
-    """What is trained: a fresh model or a loaded one, with its adapter where the run trains one."""
+    """The model to train, fresh or loaded, with its adapter if the run trains one."""
     base = _make_model(config, parts.source, parts.model_config)
     if config.task == "answers":
         add_end_tokens(base, tokenizer)
@@ -209,38 +237,21 @@ def load_trainable(config: TrainConfig, tokenizer: Any, parts: RunParts) -> nn.M
 
 
 def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArguments) -> MuonAdamW | None:
-    """The optimiser where it is not the Trainer's own."""
+    """The optimiser, or None for the Trainer's own."""
     if config.optimizer != "muon":
         return None
     return MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
 
 
-def _make_trainer(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> LoopMDMTrainer:
-    parts = make_parts(config, tokenizer, checkpoints)
-    model = load_trainable(config, tokenizer, parts)
-    return LoopMDMTrainer(
-        model=model,
-        args=parts.arguments,
-        train_dataset=parts.stream,
-        eval_dataset=parts.eval_examples,
-        data_collator=parts.collator,
-        processing_class=tokenizer,
-        optimizers=(make_optimizer(config, model, parts.arguments), None),
-        loop_schedule=parts.schedule,
-        checkpoint_loops=config.checkpoint_loops,
-        **parts.options,
-    )
-
-
 def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
-    """The configuration of the `source` or of a fresh model, with the run's changes, and fit for the tokenizer."""
+    """The configuration of `source` or of a fresh model, with the run's changes, checked against the tokenizer."""
     try:
         if source is not None:
             values, _ = LoopMDMConfig.get_config_dict(source)
             if values.get("model_type") != "loopmdm":
                 raise ValueError(
                     f"{source} does not hold a LoopMDM, but {values.get('model_type') or 'no model'}; `loopmdm "
-                    "convert` makes one of a masked diffusion model."
+                    "convert` turns a masked diffusion model into one."
                 )
             made = LoopMDMConfig.from_pretrained(source, **config.model_config)
             _check_weights_fit(source, LoopMDMConfig.from_pretrained(source), made)
@@ -251,7 +262,7 @@ def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) 
             values = {"vocab_size": vocabulary_size(tokenizer), **special, **config.model_config}
             if values["mask_token_id"] is None:
                 raise ValueError(
-                    f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name an id that is free "
+                    f"The tokenizer {config.tokenizer} has no mask token; add one to it, or name a free id "
                     "(`model_config: {mask_token_id: ...}`)."
                 )
             made = LoopMDMConfig(**values)
@@ -268,19 +279,19 @@ def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) 
 
 
 def _check_weights_fit(model: str, before: LoopMDMConfig, after: LoopMDMConfig) -> None:
-    """Raises a ValueError where a change of the configuration needs weights that the model does not have."""
+    """Raises a ValueError if a change of the configuration needs weights that the model does not have."""
     shapes = []
     for one in (before, after):
         with torch.device("meta"):
             made = LoopMDMForMaskedLM(one)
-        # More or fewer tokens are rows of these, and `_make_model` adds or takes them away.
+        # These have a row for each token, and `_make_model` adds or removes rows.
         rows = ("model.embed_tokens.", "lm_head.")
         shapes.append({name: part.shape[name.startswith(rows) :] for name, part in made.named_parameters()})
     differing = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
     if differing:
         raise ValueError(
-            f"`model_config` needs other weights than {model} has ({differing[0]}), and training does not make them "
-            "up; change what keeps the weights (loops, limits, tokens), or leave out `model` to train a fresh one."
+            f"`model_config` needs other weights than {model} has ({differing[0]}); change only what keeps the "
+            "weights (loops, limits, tokens), or leave out `model` to train a fresh one."
         )
 
 
@@ -289,7 +300,7 @@ def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMCo
     torch.manual_seed(config.trainer.get("seed", 42))
     if source is None:
         return LoopMDMForMaskedLM(model_config).to(dtype)
-    # Tokens may be those of a vocabulary that the weights do not have yet.
+    # Ids of tokens may lie outside the vocabulary until it has been resized, so they are set last.
     tokens = {name: value for name, value in config.model_config.items() if name.endswith("_token_id")}
     others = {name: value for name, value in config.model_config.items() if name not in {"vocab_size", *tokens}}
     model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **others)
@@ -301,29 +312,21 @@ def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMCo
     return model
 
 
-def _make_schedule(config: TrainConfig, model_config: LoopMDMConfig) -> LoopSchedule:
-    options = {"schedule": "uniform", **config.loops}
-    return make_loop_schedule(options.pop("schedule"), model_config, options.pop("max_loops", None), **options)
-
-
 def _make_collator(config: TrainConfig, model_config: LoopMDMConfig, tokenizer: Any, length: int, seed: int):
     candidates = (model_config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in candidates if token not in (None, model_config.mask_token_id)), None)
-    options = dict(config.collator)
-    if "mask_ratio" in options:
-        options["mask_ratio"] = tuple(options["mask_ratio"])
     return MaskedDiffusionCollator(
         model_config.mask_token_id,
         pad,
         seed=seed,
         block_size=model_config.attention_block_size,
         max_length=length,
-        **options,
+        **config.collator,
     )
 
 
 def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments:
-    """transformers' arguments, with defaults that suit; what the run needs cannot be changed."""
+    """transformers' arguments, with our defaults. Those that the run depends on cannot be changed."""
     needed = {
         "output_dir": str(checkpoints),
         "remove_unused_columns": False,
@@ -342,7 +345,7 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
         "save_total_limit": 2,
         "report_to": "none",
         "eval_strategy": "steps" if evaluates else "no",
-        # Each rank reads a stream for itself, as batches of it may differ in length.
+        # Every rank reads a stream itself, since its batches may differ in length.
         "accelerator_config": {"dispatch_batches": False},
         "ddp_find_unused_parameters": False,
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
@@ -358,15 +361,15 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ValueError(f"`trainer`: {error}") from error
     if made.eval_strategy != "no" and not evaluates:
-        raise ValueError("`trainer.eval_strategy` says when to evaluate, and there is no `eval_data`; give some.")
+        raise ValueError("`trainer.eval_strategy` needs `eval_data`, and there is none; give some, or leave it out.")
     return made
 
 
 def _make_stream(examples: Any, arguments: TrainingArguments):
-    """The examples in the order of the run, and arguments that make one pass over that."""
+    """The examples in the order of the run, and arguments with which the Trainer passes over them once."""
     if isinstance(examples, StreamedExamples):
         if arguments.max_steps <= 0:
-            raise ValueError("A streamed data set has no known end; say `trainer: {max_steps: ...}`.")
+            raise ValueError("The length of a streamed data set is not known; set `trainer: {max_steps: ...}`.")
         return examples, arguments
     per_step = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     if arguments.max_steps > 0:
@@ -380,7 +383,7 @@ def _make_stream(examples: Any, arguments: TrainingArguments):
 def _read_examples(
     config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, model_config: LoopMDMConfig
 ) -> list[dict] | StreamedExamples:
-    """Tokenised examples: a list, or a stream where the data set is streamed."""
+    """Tokenised examples: a list, or a stream if the data set is streamed."""
 
     def encoded() -> Iterator[dict[str, Any]]:
         return read_examples(
@@ -400,12 +403,12 @@ def _read_examples(
     examples = list(itertools.islice(encoded(), 1 if is_stream else None))
     if not examples:
         raise ValueError(f"{data} holds no examples of at most {length} tokens.")
-    # Of a stream the first example is made here: what is wrong with all rows is said before training.
+    # The first example of a stream is made here too, so that faults that all rows share show before training.
     return StreamedExamples(encoded) if is_stream else examples
 
 
 def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
-    """Adds the tokens with which answers end, as they are learnt, to those that end `generate`."""
+    """Adds the tokens that end answers in the training data to those that end `generate`."""
     known = model.generation_config.eos_token_id
     ends = [] if known is None else [known] if isinstance(known, int) else list(known)
     learnt = (tokenizer.eos_token_id, turn_end(tokenizer))
@@ -415,7 +418,7 @@ def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
 
 
 def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[str, Any]) -> None:
-    """Saves beside the output, and moves over what is complete."""
+    """Saves the model into a folder inside the output, and moves the files once all are complete."""
     folder = output / SAVING
     if trainer.is_world_process_zero():
         shutil.rmtree(folder, ignore_errors=True)
@@ -424,25 +427,22 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     if not trainer.is_world_process_zero():
         return
     tokenizer.save_pretrained(folder)
-    # With an adapter too, which has learnt where to end
+    # An adapter needs it too: it has learnt where to end.
     trainer.looped_model.generation_config.save_pretrained(folder)
-    with contextlib.suppress(FileNotFoundError):
-        (folder / "training_args.bin").unlink()  # a pickle, of no use to a model
-    (folder / CARD).unlink(missing_ok=True)  # peft's, which tells nothing
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing needs
+    (folder / CARD).unlink(missing_ok=True)  # peft's empty template
     base = record["run"]["model"]
     source = None if base is None else read_source_card(base)
     write_card(folder, output.absolute().name, config=trainer.looped_model.config, source=source, training=record)
     record["files"] = sorted(path.name for path in folder.iterdir())
-    temporary = folder / f"{RECORD}.tmp"
-    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    os.replace(temporary, folder / RECORD)
+    write_json(folder / RECORD, record)
     _move(output)
 
 
 def _move(output: Path) -> None:
     """
-    Moves a saved model to the output, its record last, and before that the file without which nothing loads. It can be
-    killed and called again. Raises a ValueError where it would write over a file of another.
+    Moves a saved model to the output. The config goes next to last, since nothing loads without it, and the record
+    last, so that a call that is killed can be repeated. Raises a ValueError instead of overwriting somebody's file.
     """
     folder, own = output / SAVING, _own_files(output)
     last = ("adapter_config.json", "config.json", RECORD)

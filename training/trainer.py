@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""transformers' Trainer with what loops and masked diffusion need: draws of S, honest FLOPs, NELBO, exact resume."""
+"""transformers' Trainer for loops and masked diffusion: draws of S, FLOPs, evaluation by NELBO, exact resume."""
 
 import contextlib
 import math
@@ -36,7 +36,7 @@ EMA_FILE = "ema.safetensors"
 
 
 class _OwnCallback(TrainerCallback):
-    """What a trainer does itself at these moments of the run."""
+    """Calls the trainer when training begins, and after every optimiser step."""
 
     def __init__(self, trainer: "LoopMDMTrainer"):
         self.trainer = trainer
@@ -53,30 +53,34 @@ class LoopMDMTrainer(Trainer):
     """
     A `Trainer` for [`LoopMDMForMaskedLM`], wrapped by PEFT or not.
 
-    - Draws S for every optimiser step, the same on all ranks and micro-batches, and after a resume.
-    - Every log line has `training_flops` so far, those of the loops drawn and of the head at masked positions (counted
-      as if all weights were trained), `flops_per_second` and `tokens_per_second`, padding included, on all ranks
-      together, and `num_loops`, the mean since the last line.
-    - With `eval_loops`, evaluation is the NELBO at those numbers of loops (`eval_nelbo_1`, ...), each rank computing
-      all of it; `eval_loss` is that of the last one.
-    - A checkpoint is complete when it has complete.json, which is written last; `resume_from_checkpoint=True` takes
-      the last complete one that is undamaged, and refuses one of another run: everything that changes the result has
-      to be the same, but for the length of the run. `output_dir` is locked meanwhile.
-    - A loss, a gradient or a weight that is not finite stops the run with a ValueError, and is never saved.
+    - It draws S for every optimiser step: the same S on all ranks and micro-batches, and after a resume.
+    - Every log line has `training_flops`, the FLOPs so far on all ranks (of the loops that were drawn, with the head
+      at masked positions only, and as if all weights were trained), `flops_per_second` and `tokens_per_second` (on
+      all ranks, padding included), and `num_loops`, the mean since the last line.
+    - With `eval_loops`, evaluation is the NELBO in nats per token at those numbers of loops (`eval_nelbo_1`, ...), all
+      of which every rank computes; `eval_loss` is the NELBO at the last one.
+    - A checkpoint is complete when it has complete.json, which is written last. `resume_from_checkpoint=True` takes
+      the latest complete and undamaged one. A checkpoint of another run is refused: everything that changes the result
+      has to be the same, except the length of the run. `output_dir` is locked during training.
+    - A loss, gradient or weight that is not finite stops the run with a ValueError, and is never saved.
 
     Args:
         loop_schedule (`str` or [`LoopSchedule`], defaults to `"uniform"`): Distribution of S, see
             [`make_loop_schedule`].
         max_loops (`int`, *optional*, defaults to `config.max_train_loops`): S_max.
-        gradient_loops (`int`, *optional*): Backpropagate through this many of the last loops; earlier ones pass the
-            gradient on unchanged.
-        checkpoint_loops (`bool`, defaults to `False`): Compute each loop's activations again in the backward pass, so
-            that memory hardly grows with S.
-        eval_loops (`Sequence[int]`, *optional*): See above. By default evaluation is the Trainer's own.
-        eval_samples (`int`, defaults to 8): Masks per sequence of the NELBO.
-        ema_decay (`float`, *optional*): Keep an exponential moving average of the weights, which is evaluated, and
-            saved as the final model. Not with FSDP.
+        gradient_loops (`int`, *optional*): Backpropagate through only this many of the last loops; the gradient passes
+            through the earlier ones unchanged. By default through all loops.
+        checkpoint_loops (`bool`, defaults to `False`): Recompute each loop's activations in the backward pass, so that
+            memory hardly grows with S.
+        eval_loops (`Sequence[int]`, *optional*): Numbers of loops to evaluate at, see above. By default evaluation is
+            the Trainer's own.
+        eval_samples (`int`, defaults to 8): Masks per sequence of the NELBO; even.
+        ema_decay (`float`, *optional*): Decay of an exponential moving average of the weights, which is then what is
+            evaluated and saved as the final model. Not with FSDP.
         args, kwargs: As for `Trainer`.
+
+    Raises:
+        ValueError: Arguments that cannot give a right result, or that would never be used.
     """
 
     def __init__(
@@ -98,7 +102,7 @@ class LoopMDMTrainer(Trainer):
         eval_loops = None if eval_loops is None else list(eval_loops)
         check_options(self.args, self.loop_schedule, gradient_loops, ema_decay, eval_loops, eval_samples)
         if ema_decay is not None and self.is_fsdp_enabled:
-            raise ValueError("`ema_decay` does not work with FSDP, whose ranks hold parts of the weights.")
+            raise ValueError("`ema_decay` does not work with FSDP, which splits the weights between ranks.")
         self.gradient_loops = gradient_loops
         self.checkpoint_loops = checkpoint_loops
         self.eval_loops = eval_loops
@@ -112,11 +116,11 @@ class LoopMDMTrainer(Trainer):
         self.add_callback(LoopSamplingCallback(self.loop_schedule))
         self.add_callback(_OwnCallback(self))
         self._history: dict[str, Any] = {}
-        self.resumed: list[dict[str, int]] = []  # the steps it was resumed at, and how many it was to have before
+        self.resumed: list[dict[str, int]] = []  # of every resume the step, and the `max_steps` planned before it
         self._reset_counters()
 
     def _reset_counters(self) -> None:
-        self._head_positions = 0  # a tensor on the device once there are some, so that no step waits for it
+        self._head_positions = 0  # later a tensor on the device, so that no step waits to read it
         self._since = time.perf_counter()
         self._flops_before, self._tokens, self._loops = self.state.total_flos, 0, []
 
@@ -126,7 +130,7 @@ class LoopMDMTrainer(Trainer):
         saves = self.args.save_strategy != "no" and self.is_world_process_zero()
         with locked(Path(self.args.output_dir)) if saves else contextlib.nullcontext():
             self._run, self._history = run_identity(self), {}
-            verify = resume_from_checkpoint is not True  # what is looked for below is verified there
+            verify = resume_from_checkpoint is not True  # `last_complete_checkpoint` verifies by itself
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
                 if resume_from_checkpoint is None:
@@ -146,35 +150,35 @@ class LoopMDMTrainer(Trainer):
             return output
 
     def _read_history(self, checkpoint: Path, verify: bool) -> dict[str, Any]:
-        """What complete.json says of the run so far. Raises a ValueError where that is another run."""
+        """The contents of complete.json. Raises a ValueError if this run cannot continue from the checkpoint."""
         record = read_checkpoint(checkpoint, verify)
         if "scheduler.pt" not in record["files"] and not self.is_deepspeed_enabled:
             raise ValueError(
-                f"{checkpoint} holds the model alone (`save_only_model`), so that a run cannot go on from it. Start "
-                "anew in another folder, from its weights if you like."
+                f"{checkpoint} holds only the model (`save_only_model`), so a run cannot continue from it. Start a "
+                "new run in another folder, from its weights if you like."
             )
         stateful = [one for one in self.callback_handler.callbacks if isinstance(one, ExportableState)]
         if stateful and not self.args.restore_callback_states_from_checkpoint:
             raise ValueError(
-                f"{type(stateful[0]).__name__} has a state, which would begin anew; set "
+                f"{type(stateful[0]).__name__} has a state, which would be reset; set "
                 "`restore_callback_states_from_checkpoint=True`, or leave it out."
             )
         found = differences(record["run"], self._run)
         if found:
-            raise ValueError(f"{checkpoint} is of another run: {'; '.join(found)}. Start anew in another folder.")
+            raise ValueError(f"{checkpoint} is of another run: {'; '.join(found)}. Start a new run in another folder.")
         return record
 
     def set_initial_training_values(self, args, dataloader):
         epochs, steps_per_epoch, *others = super().set_initial_training_values(args, dataloader)
         step, max_steps = self._history.get("step", 0), others[-1]
         if step > max_steps:
-            raise ValueError(f"The checkpoint is of step {step}, and the run has {max_steps}; train at least so long.")
-        if step == max_steps:  # Epochs over a stream have no end, so that one more step would be trained.
+            raise ValueError(f"The checkpoint is of step {step}, but the run has only {max_steps}; train for longer.")
+        if step == max_steps:  # An epoch of a stream does not end, so the Trainer would take one more step.
             epochs = step // steps_per_epoch
         return epochs, steps_per_epoch, *others
 
     def _begin(self) -> None:
-        """Now that the state of a resumed run is loaded."""
+        """Called when training begins, after the state of a resumed run has been loaded."""
         self._reset_counters()
         self._began = time.perf_counter()
         check_weights(self, before=True)
@@ -182,17 +186,15 @@ class LoopMDMTrainer(Trainer):
         if self._history:
             self.resumed.append({"step": self._history["step"], "max_steps_before": self._history["max_steps"]})
         best = self.state.best_global_step
-        if self._history and best:  # named by its path in the state, and folders move
+        if self._history and best:  # the state has an absolute path, and the folder may have moved
             folder = Path(self.args.output_dir) / f"checkpoint-{best}"
             if not folder.is_dir() and self.args.load_best_model_at_end:
-                raise ValueError(
-                    f"{folder}, the best checkpoint so far, is missing, so it cannot be loaded at the end."
-                )
+                raise ValueError(f"{folder}, the best checkpoint so far, is missing, and cannot be loaded at the end.")
             self.state.best_model_checkpoint = str(folder) if folder.is_dir() else None
 
     @property
     def seconds(self) -> float:
-        """Time of training so far, with the parts of the run before it was resumed, as far as they count."""
+        """Seconds of training so far, with those before the checkpoint that the run was resumed from."""
         return self._history.get("seconds", 0.0) + time.perf_counter() - self._began
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -207,7 +209,7 @@ class LoopMDMTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         value = 0.0 if norm is None else float(norm)
         if not math.isfinite(value):
-            scaler = self.accelerator.scaler  # of float16: lowers its scale, and skips the step
+            scaler = self.accelerator.scaler  # with float16 it lowers its scale and skips the step
             if scaler is None or scaler.get_scale() < 1:
                 raise diverged(self, f"The norm of the gradient is {value}", self.state.global_step + 1)
         return norm
@@ -246,7 +248,7 @@ class LoopMDMTrainer(Trainer):
             logs["flops_per_second"] = (flops - self._flops_before) / seconds
             self._reset_counters()
         if self.state.global_step == self._history.get("step"):
-            logs.pop("train_loss", None)  # the mean of no step
+            logs.pop("train_loss", None)  # no step was trained, so there is no mean
         super().log(logs, start_time)
 
     # Evaluation
@@ -278,13 +280,13 @@ class LoopMDMTrainer(Trainer):
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._since += metrics[f"{metric_key_prefix}_runtime"]  # no time of training
+        self._since += metrics[f"{metric_key_prefix}_runtime"]  # does not count as training
         return metrics
 
     def _clean_rows(self, dataset) -> dict[str, torch.Tensor]:
         if isinstance(dataset, StreamedExamples):
             raise ValueError(ENDLESS)
-        # Data sets without a length are streams of the `datasets` library, which end.
+        # Data sets without a length are finite streams of the `datasets` library.
         rows = [dataset[i] for i in range(len(dataset))] if hasattr(dataset, "__len__") else list(dataset or ())
         if not rows:
             raise ValueError("`eval_loops` needs an `eval_dataset` with examples.")
@@ -295,7 +297,7 @@ class LoopMDMTrainer(Trainer):
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Puts the moving average in place of the weights meanwhile, where there is one."""
+        """Replaces the weights by their moving average inside the block, if there is one."""
         if self.ema is None or self.ema.n_averaged == 0:
             yield
             return
@@ -314,7 +316,7 @@ class LoopMDMTrainer(Trainer):
     # Checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        # Checkpoints (internal calls) hold the weights that training goes on from.
+        # Checkpoints (internal calls) hold the raw weights, from which training continues.
         with contextlib.nullcontext() if _internal_call else self.averaged_weights():
             check_weights(self)
             super().save_model(output_dir, _internal_call)
@@ -322,18 +324,17 @@ class LoopMDMTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            remove_checkpoint(folder)  # of a run that was here before
+            remove_checkpoint(folder)  # an earlier run may have left one
         self.accelerator.wait_for_everyone()
-        # The Trainer would delete old checkpoints now, before this one is complete.
+        # The Trainer would delete old checkpoints before this one is complete.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         if self.ema is not None and self.args.should_save:
-            # Tied weights are one tensor under two names; one of them is enough.
-            averages = {name: tensor.contiguous() for name, tensor in self.ema.module.named_parameters()}
-            averages = {f"module.{name}": tensor for name, tensor in averages.items()}
+            # `named_parameters` lists tied weights once, as safetensors needs it.
+            averages = {f"module.{name}": part.contiguous() for name, part in self.ema.module.named_parameters()}
             save_file({**averages, "n_averaged": self.ema.n_averaged.reshape(1)}, folder / EMA_FILE)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -354,9 +355,10 @@ def training_flops(
     gradient_checkpointing: bool = False,
 ) -> int:
     """
-    Floating point operations of one training step: the forward pass, twice as many for the backward pass, which leaves
-    out loops without gradients, and what is computed again (an upper bound: torch stops recomputing where it needs no
-    more). Arguments as in [`LoopMDMForMaskedLM.flops`].
+    Floating point operations of one training step: the forward pass; the backward pass, which takes twice as many but
+    skips loops without gradients; and what checkpointing recomputes (an upper bound, since torch stops early).
+    `num_logits` is the mean number of logits computed per row. The other arguments are those of
+    [`LoopMDMForMaskedLM.flops`] and [`LoopMDMTrainer`].
     """
     once = model.flops(batch_size, sequence_length, 1, 0)
     mid = model.flops(batch_size, sequence_length, 2, 0) - once

@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Puts the page together: `make web`, that is `python -m loopmdm.web.build` after `npm ci` in web/.
+"""Builds the page: `make web` runs `npm ci` in web/, and then `python -m loopmdm.web.build`.
 
-The site is `web/dist`: the files of `web/page`, onnxruntime-web from `web/node_modules`, and the bundled model. It
-needs no server of its own, and loads nothing from elsewhere.
+The site is `web/dist`: the files of `web/page`, onnxruntime-web from `web/node_modules`, and the bundled model. Any
+server of static files can serve it, and it loads nothing from elsewhere.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from .serve import SITE
 
 HERE = Path(__file__).resolve().parent
 RUNTIME = HERE / "node_modules" / "onnxruntime-web"
-# Of onnxruntime-web: the WebAssembly build, and the one that adds WebGPU
+# The builds of onnxruntime-web for WebAssembly, and for WebAssembly and WebGPU
 RUNTIME_FILES = (
     "ort.wasm.min.mjs",
     "ort-wasm-simd-threaded.mjs",
@@ -32,12 +32,12 @@ MODEL_LIMIT = 8_000_000  # bytes of the three graphs together
 
 def build(model: str, site: Path = SITE) -> dict[str, Any]:
     """
-    Makes the site anew, complete or not at all, and returns the description of the model.
+    Builds the site, complete or not at all, and returns the description of the model.
 
     Args:
-        model (`str`): A clone of the repository, whose examples give samples and measured solve rates; or any other
+        model (`str`): A clone of the repository, whose examples give samples and measured solve rates, or any other
             model of boards.
-        site (`Path`): Folder to write, replaced where it exists.
+        site (`Path`, defaults to `web/dist`): Folder to write; replaced if it exists.
 
     Raises:
         ValueError: onnxruntime-web is not installed, or the model cannot be shown.
@@ -55,7 +55,7 @@ def build(model: str, site: Path = SITE) -> dict[str, Any]:
         description = export_board_model(model, temporary / "model", *example_data(model))
         size = sum(description["bytes"].values())
         if size > MODEL_LIMIT:
-            raise ValueError(f"The model takes {size / 1e6:.1f} MB as int8; a page loads at most 8.")
+            raise ValueError(f"The model takes {size / 1e6:.1f} MB as int8; a page loads at most 8 MB.")
         shutil.rmtree(site, ignore_errors=True)
         os.rename(temporary, site)
     finally:
@@ -64,7 +64,7 @@ def build(model: str, site: Path = SITE) -> dict[str, Any]:
 
 
 def example_data(model: str) -> tuple[list[str] | None, dict[str, Any] | None]:
-    """Puzzles and measured solve rates that lie beside the weights of a clone; None where there are none."""
+    """Puzzles and measured solve rates from the examples of a clone; None for each that is missing."""
     folder = Path(model) / "examples" / "sudoku"
     generator, measured = folder / "puzzles.py", folder / "results.json"
     puzzles = None

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""A model of boards as files that a browser runs: three ONNX graphs, and a description of model and board."""
+"""A model of boards as files that a browser runs: three ONNX graphs, and a description of the model and the board."""
 
 import json
 import math
@@ -15,15 +15,15 @@ from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 FLOAT32_LIMIT = 8_000_000  # bytes of weights, above which they become int8
 SHOWN = (
-    "The page shows LoopMDMs of n x n boards of digits (n = 4, 6, 8, 9); `loopmdm generate --html` makes a page of "
-    "what any other writes."
+    "The page shows LoopMDMs of n x n boards of digits (n = 4, 6, 8, 9); for other models `loopmdm generate --html` "
+    "makes a page of what they write."
 )
-RULES = ("confidence", "margin", "entropy", "left_to_right")  # values of `unmasking` that the page has
+RULES = ("confidence", "margin", "entropy", "left_to_right")  # values of `unmasking` that the page supports
 
 
 @dataclass
 class Board:
-    """How the tokens of a model lie on a board: `side` x `side` cells, row by row, in boxes."""
+    """The layout of a model's tokens on a board of `side` x `side` cells, row by row, with boxes."""
 
     side: int
     box: tuple[int, int]  # rows and columns of a box
@@ -33,8 +33,8 @@ class Board:
     @classmethod
     def of(cls, model: LoopMDMForMaskedLM, tokenizer: Any, name: str) -> "Board":
         """
-        The board of a model whose vocabulary is the digits 1 to n, n not a prime, and special tokens, and which sees
-        n * n positions. Raises a ValueError for other models.
+        The board of a model with n * n positions whose vocabulary consists of the digits 1 to n, where n is not a
+        prime, and special tokens. Raises a ValueError for other models.
         """
         config, special = model.config, set(tokenizer.all_special_ids)
         ids = {text: token for text, token in tokenizer.get_vocab().items() if token not in special}
@@ -51,7 +51,7 @@ class Board:
         return cls(side, _box(side), [ids[digit] for digit in names], config.mask_token_id)
 
     def encode(self, puzzle: str) -> list[int]:
-        """The tokens of a puzzle's characters: digits, and anything else for a blank."""
+        """The tokens of a puzzle's characters; any character but a digit is a blank."""
         return [self.digits[int(char) - 1] if char in "123456789" else self.blank for char in puzzle]
 
     def decode(self, tokens: list[int]) -> str:
@@ -60,8 +60,8 @@ class Board:
 
 def page_settings(model: LoopMDMForMaskedLM, name: str, cells: int) -> dict[str, Any]:
     """
-    The loops, most steps and commit rule of the page: those saved with the model. Raises a ValueError for settings of
-    `generate` that the page does not have, as it would write other tokens.
+    The loops, most steps and commit rule that are saved with the model. Raises a ValueError for saved settings of
+    `generate` that the page does not support, since it would write other tokens.
     """
     saved = saved_settings(model)
     for key, value in saved.items():
@@ -74,7 +74,7 @@ def page_settings(model: LoopMDMForMaskedLM, name: str, cells: int) -> dict[str,
         }
         if not taken.get(key):
             raise ValueError(
-                f"The generation_config.json of {name} asks for `{key}` ({value!r}), which the page does not do; "
+                f"The generation_config.json of {name} asks for `{key}` ({value!r}), which the page does not support; "
                 "remove it there. `loopmdm generate --html` makes a page of what any model writes."
             )
     return {
@@ -95,17 +95,18 @@ def export_board_model(
     source: str, folder: Path, puzzles: list[str] | None = None, measured: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """
-    Writes what the page needs of a model into a new folder: the graphs, and `model.json`, which is returned.
+    Writes the files of a model for the page into a new folder: the graphs, and `model.json`, whose contents are
+    returned.
 
     Args:
         source (`str`): Folder or Hub id of a model of boards.
-        folder (`Path`): Is made.
-        puzzles (`list[str]`, *optional*): Among them are found samples that show what loops and steps are for.
+        folder (`Path`): The new folder.
+        puzzles (`list[str]`, *optional*): Puzzles to choose samples from that show the use of loops and steps.
         measured (`dict`, *optional*): Solve rates by loops and steps, as `examples/sudoku/score.py` writes them.
 
     Raises:
         ValueError: The model does not fill in boards, is saved with settings of `generate` that the page does not
-            have, or cannot be exported.
+            support, or cannot be exported.
     """
     from ..evaluation.loading import load_model, load_tokenizer
 
@@ -138,7 +139,7 @@ def export_board_model(
 
 
 def _solve_rates(measured: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Of a results file, the share solved by loops and steps, and of how many puzzles."""
+    """The shares of solved puzzles by loops and steps, and the number of puzzles, from a results file."""
     if measured is None:
         return None
     rows = [[row["num_loops"], row["max_denoising_steps"], row["solved"]] for row in measured["rows"]]
@@ -147,8 +148,8 @@ def _solve_rates(measured: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _find_samples(model: LoopMDMForMaskedLM, board: Board, puzzles: list[str]) -> Iterator[tuple[str, str]]:
     """
-    Names and puzzles: easy (one loop solves it in one step), hard (only more loops do, and one loop errs most), and
-    harder (loops alone do not, but steps do), as far as there are such.
+    Yields names and puzzles: an easy one, which one loop solves in one step; a hard one, which only more loops solve,
+    with the most errors of one loop; and a harder one, which takes steps as well; as far as there are any.
     """
     puzzles = [puzzle for puzzle in puzzles if len(puzzle) == board.side**2]
     if not puzzles:
@@ -172,7 +173,7 @@ def _find_samples(model: LoopMDMForMaskedLM, board: Board, puzzles: list[str]) -
 
 
 def _clashes(board: Board, tokens: list[int]) -> int:
-    """Cells that share their digit with another of their row, column or box."""
+    """The number of cells that share their digit with another cell of their row, column or box."""
     (rows, columns), side = board.box, board.side
     clashing = set()
     for unit in (

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Serves the page on the loopback, for people at this machine alone."""
+"""A server of the page on the loopback interface, which other machines cannot reach."""
 
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,7 +9,7 @@ SITE = Path(__file__).resolve().parent / "dist"
 
 
 def site_folder() -> Path:
-    """The built page. Raises a ValueError where it is not built."""
+    """The folder of the built page. Raises a ValueError if it is not built."""
     if not (SITE / "index.html").is_file():
         raise ValueError("The page is not built; run `make web` in a clone of the repository.")
     return SITE
@@ -21,15 +21,15 @@ def make_server(site: Path, port: int = 0, model: Path | None = None) -> Threadi
 
     Args:
         site (`Path`): The built page.
-        port (`int`): 0 takes a free one.
-        model (`Path`, *optional*): What `export_board_model` wrote, shown in place of the page's own model.
+        port (`int`, defaults to 0): The port; 0 chooses a free one.
+        model (`Path`, *optional*): A folder of `export_board_model`, served instead of the page's own model.
 
     Raises:
-        ValueError: The port is taken.
+        ValueError: The port cannot be used.
     """
 
     class Handler(SimpleHTTPRequestHandler):
-        # Independent of what this machine's registry says: browsers refuse modules of another type.
+        # Browsers refuse modules of other types, and the types registered on this machine may be wrong.
         extensions_map = SimpleHTTPRequestHandler.extensions_map | {
             ".js": "text/javascript",
             ".mjs": "text/javascript",
@@ -46,7 +46,7 @@ def make_server(site: Path, port: int = 0, model: Path | None = None) -> Threadi
             return super().translate_path(path)
 
         def end_headers(self):
-            self.send_header("Cache-Control", "no-cache")  # the page may be built anew, or show another model
+            self.send_header("Cache-Control", "no-cache")  # the page may be rebuilt, or show another model
             super().end_headers()
 
         def log_message(self, *args):

@@ -1,10 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""A generation as one HTML file that plays it, step by step, and needs nothing else."""
+"""A generation as one self-contained HTML file that plays it step by step."""
 
 import base64
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from html import escape
@@ -13,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..data import write_atomically
 from ..generation_outputs import LoopMDMGenerationOutput
 
-# What a position is in a step; trace.js knows these numbers.
+# The kinds of a position in a step; trace.js uses these numbers.
 GIVEN, WAITING, GUESSED, KEPT, COMMITTED, REMASKED = range(6)
 NOT_KNOWN = 255  # in place of a percentage
 PAGE = """<!doctype html>
@@ -58,26 +58,26 @@ def trace_to_html(
     columns: int | None = None,
 ) -> str:
     """
-    One HTML file that shows every denoising step of a generation: what was guessed and how surely, what was committed
-    and what was sent back, blocks, loops and cost, for all rows.
+    An HTML file that shows every denoising step of a generation: the guesses and their confidence, which tokens were
+    committed and which were remasked, and blocks, loops and cost, for all rows.
 
     Args:
-        output ([`LoopMDMGenerationOutput`]): Of `generate(..., return_dict_in_generate=True, output_trace=True)`.
-        tokenizer: Makes texts of the tokens.
-        title (`str`): Heading of the page.
-        names (`Sequence[str]`, *optional*): Of each row; by default "Text 1", "Text 2", ...
-        columns (`int`, *optional*): Lay the tokens of a row out as a board of so many columns, and not as text.
+        output ([`LoopMDMGenerationOutput`]): The output of `generate` with `return_dict_in_generate=True` and
+            `output_trace=True`.
+        tokenizer: The tokenizer, which decodes the tokens.
+        title (`str`, defaults to `"How it was written"`): Heading of the page.
+        names (`Sequence[str]`, *optional*, defaults to "Text 1", "Text 2", ...): The name of each row.
+        columns (`int`, *optional*): Show the tokens of a row as a board with this many columns, and not as text.
 
     Returns:
-        `str`: The file. It loads nothing, and texts in it are escaped. 2,000 tokens over 256 steps take 1 to 2 MB.
+        `str`: The contents of the file. It loads nothing else, and texts in it are escaped. 2,000 tokens over 256
+        steps take 1 to 2 MB.
 
     Raises:
-        ValueError: There is no trace, or nothing in it; or `names` or `columns` do not fit.
+        ValueError: There is no trace, or it is empty; or `names` or `columns` do not fit.
     """
     if output.trace is None:
-        raise ValueError(
-            "The output has no trace; call `generate` with `return_dict_in_generate=True` and `output_trace=True`."
-        )
+        raise ValueError("The output has no trace; give `generate` `return_dict_in_generate` and `output_trace`.")
     num_rows = len(output.sequences)
     if len(output.trace) == 0 or num_rows == 0:
         raise ValueError("The trace holds no denoising step, so there is nothing to show.")
@@ -101,19 +101,19 @@ def trace_to_html(
         style_hash=_hash(style),
         script=script,
         script_hash=_hash(script),
-        # A script element ends at "</script", wherever it stands.
+        # "</script" would end the script element even inside a string.
         data=json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"),
     )
 
 
 class _Vocabulary:
-    """The tokens that occur, numbered from 0 in order of appearance, with their texts."""
+    """The tokens of a page, numbered from 0 in order of appearance, and their texts."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.numbers, self.texts = tokenizer, {-1: -1}, []
 
     def number(self, tokens: np.ndarray) -> np.ndarray:
-        """int32 numbers of token ids, of any shape; -1 stays."""
+        """The numbers of token ids of any shape, int32; -1 stays -1."""
         unique, index = np.unique(tokens, return_inverse=True)
         for token in unique.tolist():
             if token not in self.numbers:
@@ -123,15 +123,15 @@ class _Vocabulary:
 
     def _text(self, token: int) -> str:
         text = self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # Llama's kind of tokenizer takes a text's first space away.
+        # Tokenizers like Llama's drop the first space of a text.
         piece = self.tokenizer.convert_ids_to_tokens(token)
         return f" {text}" if str(piece).startswith("▁") and not text.startswith(" ") else text
 
 
 def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) -> dict[str, Any]:
     """
-    What a row looked like after every step, over its own columns: arrays (steps, length) of what each position was
-    (uint8), the token shown there (int32) and how sure it was (uint8, percent), one behind the other; compressed.
+    The data of a row. `packed` holds three arrays of shape (steps, length), concatenated and compressed: the kind of
+    each position (uint8), the number of the token shown there (int32), and its confidence in percent (uint8).
     """
     trace = output.trace
 
@@ -144,8 +144,8 @@ def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) ->
     is_real = np.ones_like(to_denoise)
     if output.attention_mask is not None:
         is_real = output.attention_mask[row].cpu().numpy().astype(bool)
-    is_kept = is_real | to_denoise  # padding of the input is not shown, what lies behind the end is
-    # In how many steps a position was filled and emptied, before and after each of them
+    is_kept = is_real | to_denoise  # shows tokens behind the end, but not the padding of the input
+    # How often each position has been committed more than remasked, after every step
     balance = committed.astype(np.int64).cumsum(0) - remasked.astype(np.int64).cumsum(0)
     is_filled = balance > 0
     was_filled = np.concatenate((np.zeros_like(is_filled[:1]), is_filled[:-1]))
@@ -155,7 +155,7 @@ def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) ->
     kinds = np.where(committed, COMMITTED, np.where(remasked, REMASKED, kinds)).astype(np.uint8)
     shown = np.where(to_denoise & ~is_filled, stack("predictions"), tokens)
     shown = np.where(remasked & was_filled, before, shown)
-    # A committed token stays as sure as it was then.
+    # A committed token keeps the confidence of that step.
     sure = np.where(looked_at, np.round(confidence.clip(0, 1) * 100), NOT_KNOWN)
     for step in range(1, len(trace)):
         sure[step] = np.where(was_filled[step] & is_filled[step], sure[step - 1], sure[step])
@@ -167,14 +167,14 @@ def _trace_row(output: LoopMDMGenerationOutput, row: int, words: _Vocabulary) ->
         "length": int(is_kept.sum()),
         "loops": [int(step.loops[row]) for step in trace],
         "blocks": block_of.tolist(),
-        "end": int(is_real.sum()),  # behind it the model wrote what does not count
+        "end": int(is_real.sum()),  # what the model wrote behind it does not count
         "final": words.number(output.sequences[row].cpu().numpy()[is_real]).tolist(),
         "packed": base64.b64encode(packed).decode("ascii"),
     }
 
 
 def _section(output: LoopMDMGenerationOutput, row: int, name: str, traced: dict[str, Any], words: _Vocabulary) -> str:
-    """The part of the page of a row, with its final text."""
+    """The HTML of a row, with its final text."""
     cost = []
     for what in ("forward_passes", "loops", "flops"):
         values = output.get(what)
@@ -198,20 +198,13 @@ def _facts(output: LoopMDMGenerationOutput) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names a script or a style that may stand in the page."""
+    """The hash by which a Content-Security-Policy allows an inline script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
 def write_html(path: str | Path, html: str) -> None:
-    """Writes a page, all or nothing, in place of one that is there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Names may hold what is not text (a file's name in another encoding).
-        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a page to `path`, atomically."""
+    write_atomically(Path(path), html)
 
 
 __all__ = ["trace_to_html", "write_html"]

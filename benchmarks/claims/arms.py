@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from tasks import Task
 from transformers import TrainerCallback, TrainingArguments
 
@@ -18,6 +19,7 @@ from loopmdm.training import (
     MaskedDiffusionCollator,
     MuonAdamW,
     last_complete_checkpoint,
+    lora_config,
     make_loop_schedule,
     training_flops,
 )
@@ -75,6 +77,11 @@ ARMS: dict[str, Arm] = {
         "S = 4 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 4, "until": 0.5}
     ),
     "late": Arm("S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} else", schedule="late"),
+    "late_s3": Arm(
+        "S = 1 for the first half, and in a quarter of the steps after; Uniform{2, 3} else",
+        max_loops=3,
+        schedule="late",
+    ),
     "late_high": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late", options={"plain": 0.0}),
     "late_half": Arm(
         "S = 1 for the first half, and in half of the steps after; Uniform{3..6} else",
@@ -137,7 +144,7 @@ ARMS |= {
 # FLOPs that an arm needs: runs with whole schedules on parts of the budget
 ARMS |= {
     f"{name}_{share}": dataclasses.replace(ARMS[name], about=f"{name} on {share} % of the FLOPs", budget=share / 100)
-    for name in ("same_size", "deeper", "looped", "late")
+    for name in ("same_size", "deeper", "looped", "late", "late_s3")
     for share in (20, 30, 50, 70)
 }
 
@@ -285,23 +292,29 @@ def train(
     folder: Path,
     fast: bool = False,
     stop_after: int | None = None,
+    start: Path | None = None,
+    lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Trains one arm, from its last complete checkpoint if there is one, and saves the model in `folder/model`.
 
     Args:
+        start: Folder of a model to train further, with its layers and its mid.
+        lora: Train an adapter with AdamW instead of all weights with Muon; arguments of `lora_config`. It is merged.
         fast: bfloat16 autocast and compiled layers: about twice the speed on a CPU with bfloat16 instructions.
         stop_after: Break off after so many steps, as an interruption would (for tests).
     """
     torch.manual_seed(seed)
-    config = build_config(arm, task)
-    model = LoopMDMForMaskedLM(config)
+    fresh = start is None
+    model = LoopMDMForMaskedLM(build_config(arm, task)) if fresh else LoopMDMForMaskedLM.from_pretrained(start)
+    config = model.config
     sums = plan(arm, task, model, seed, flops * arm.budget)
     max_steps = len(sums)
     if fast:
         model.set_attn_implementation("eager")  # sequences are short: plain products that fuse
         for layer in model.model.layers:
             layer.compile()
+    trained = get_peft_model(model, lora_config(config, **lora)) if lora else model
     stream = ExampleStream(task.examples, max_steps * task.batch_size, seed, transform=task.transform)
     save_steps = max(1, -(-max_steps // 10))
     arguments = TrainingArguments(
@@ -312,6 +325,7 @@ def train(
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": max_steps // 2, "decay_type": "linear"},
         warmup_steps=min(50, max_steps // 10),
+        learning_rate=task.learning_rate,
         max_grad_norm=1.0,
         logging_steps=20,
         save_steps=save_steps,
@@ -325,11 +339,11 @@ def train(
     )
     trainer = ArmTrainer(
         arm=arm,
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=stream,
         data_collator=MaskedDiffusionCollator(config.mask_token_id, config.pad_token_id, seed=seed),
-        optimizers=(MuonAdamW(model, lr=task.learning_rate), None),
+        optimizers=(None if lora else MuonAdamW(model, lr=task.learning_rate), None),
         loop_schedule=build_schedule(arm, config),
         gradient_loops=arm.gradient_loops,
     )
@@ -338,7 +352,7 @@ def train(
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "checkpoints"))
     if stop_after is not None and trainer.state.global_step < max_steps:
         return {}
-    model.save_pretrained(folder / "model")
+    (trained.merge_and_unload() if lora else model).save_pretrained(folder / "model")
     loops = [entry["num_loops"] for entry in trainer.state.log_history if "num_loops" in entry]
     return {
         "steps": max_steps,

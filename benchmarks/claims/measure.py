@@ -31,24 +31,47 @@ def read_out(
 
 
 def likelihood(
-    model: LoopMDMForMaskedLM, rows: Rows, loops: Sequence[int], samples: int = BINS, seed: int = 0, batch: int = 64
+    model: LoopMDMForMaskedLM,
+    rows: Rows,
+    loops: Sequence[int],
+    samples: int = BINS,
+    seed: int = 0,
+    batch: int = 64,
+    base: LoopMDMForMaskedLM | None = None,
 ) -> dict[str, Any]:
     """
     The NELBO in nats per maskable token by number of loops, with its standard error over rows (each with its masks),
-    and its parts by the share k/L that is masked: the mean -log p of a masked token in each tenth of (0, 1].
+    and its parts by the share k/L that is masked: the mean -log p of a masked token in each tenth of (0, 1]. With
+    `base`, a model without loops, also the difference to it on the same rows and masks, and the error of that.
     """
     loops = sorted(loops)
-    estimate = nelbo(
-        model, rows.input_ids, rows.attention_mask, rows.maskable, None, loops, samples, batch_size=batch, seed=seed
-    )
+
+    def estimate_of(model: LoopMDMForMaskedLM, loops: list[int]):
+        return nelbo(
+            model,
+            rows.input_ids,
+            rows.attention_mask,
+            rows.maskable,
+            None,
+            loops,
+            samples,
+            batch_size=batch,
+            seed=seed,
+        )
+
+    def error_of(nats: torch.Tensor) -> torch.Tensor:
+        """Standard errors of nats per token, `(len(nats),)`, over rows."""
+        residuals = nats - nats.sum(-1, keepdim=True) / counts.sum() * counts
+        return residuals.std(-1) * len(rows) ** 0.5 / counts.sum()
+
+    estimate = estimate_of(model, loops)
     means, counts = estimate.per_token()[0], estimate.num_tokens.double()
-    residuals = estimate.nats - means[:, None] * counts
-    errors = residuals.std(-1) * len(rows) ** 0.5 / counts.sum()
-    by_share = estimate.by_timestep(BINS)[0]
-    return {
-        loop: {"nelbo": means[i].item(), "error": errors[i].item(), "by_share": by_share[i].tolist()}
-        for i, loop in enumerate(loops)
-    }
+    columns = {"nelbo": means, "error": error_of(estimate.nats), "by_share": estimate.by_timestep(BINS)[0]}
+    if base is not None:
+        differences = estimate.nats - estimate_of(base, [1]).nats
+        columns["to_base"] = differences.sum(-1) / counts.sum()
+        columns["to_base_error"] = error_of(differences)
+    return {loop: {name: values[i].tolist() for name, values in columns.items()} for i, loop in enumerate(loops)}
 
 
 @torch.no_grad()

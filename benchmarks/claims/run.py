@@ -26,8 +26,8 @@ import torch
 import transformers
 
 from loopmdm import LoopMDMForMaskedLM
-from loopmdm.data import ExampleStream
-from loopmdm.evaluation.protocol import hash_files, protocol, write_json
+from loopmdm.data import ExampleStream, write_json
+from loopmdm.evaluation.protocol import hash_files, protocol
 from loopmdm.training import MaskedDiffusionCollator
 
 TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
@@ -52,11 +52,14 @@ def loops_to_measure(max_loops: int) -> list[int]:
     return sorted(loops for loops in usual if loops <= 2 * max_loops)
 
 
-def measure_arm(model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool) -> dict[str, Any]:
-    """Everything that the report needs of one arm."""
+def measure_arm(
+    model: LoopMDMForMaskedLM, task: tasks.Task, max_loops: int, quick: bool, base: LoopMDMForMaskedLM | None
+) -> dict[str, Any]:
+    """Everything that the report needs of one arm; `base` is what it is compared with row by row."""
     loops = loops_to_measure(max_loops)
     likelihood = {
-        name: measure.likelihood(model, rows[: 16 if quick else 1000], loops) for name, rows in task.held_out.items()
+        name: measure.likelihood(model, rows[: 16 if quick else 1000], loops, base=base)
+        for name, rows in task.held_out.items()
     }
     result: dict[str, Any] = {"likelihood": likelihood}
     rows = task.rows
@@ -83,7 +86,11 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
     if training.pop("tflop") != args.tflop:
         raise SystemExit(f"{folder} holds an arm of another budget; give another --work folder.")
     model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
-    measured = measure_arm(model, task, arm.max_loops, args.quick)
+    # The same-size arm of that budget and seed, if it was trained before
+    other = "same_size" if arm.budget == 1 else f"same_size_{round(100 * arm.budget)}"
+    path = folder.with_name(f"{other}-{seed}") / "model"
+    base = LoopMDMForMaskedLM.from_pretrained(path).eval() if other != name and path.is_dir() else None
+    measured = measure_arm(model, task, arm.max_loops, args.quick, base)
     return {
         "task": task.name,
         "arm": name,
@@ -122,7 +129,7 @@ class Clock:
 def protocol_of(clock: Clock, args: argparse.Namespace) -> dict[str, Any]:
     """Versions, machine, texts, and the time of the process that measured."""
     record = {name: entry for name, entry in protocol({}).items() if name in ("versions", "machine", "date")}
-    if args.task == "language":
+    if args.train_text and args.task.startswith("language"):
         texts = filter(None, (args.train_text, args.eval_text))
         record["texts"] = {name: digest for text in texts for name, digest in hash_files(Path(text)).items()}
     return {**record, **clock.read()}

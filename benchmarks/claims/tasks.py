@@ -2,6 +2,7 @@
 """What the arms are trained on: examples in one order for all of them, the shape of the model, rows to evaluate."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -121,25 +122,25 @@ def _shape(width: int, vocab_size: int, **others) -> dict[str, Any]:
     }
 
 
+def sudoku6_rows(cache: Path, count: int, seed: int) -> Rows:
+    """Puzzles of 14 to 20 clues; digits 1-6 are the tokens 2-7."""
+    pairs = cached(cache / f"sudoku6-{seed}-{count}-14-20.json", lambda: sudoku6.generate_puzzles(count, seed, 14, 20))
+    input_ids = torch.tensor([[int(digit) + 1 for digit in solution] for _, solution in pairs])
+    blanks = torch.tensor([[cell == sudoku6.BLANK for cell in puzzle] for puzzle, _ in pairs])
+    return Rows(input_ids, blanks, scored=blanks)
+
+
 def sudoku6_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
-    """6x6 Sudoku with 14 to 20 clues for 36 cells; digits 1-6 are the tokens 2-7."""
+    """6x6 Sudoku with 14 to 20 clues for 36 cells."""
     count, held_out = (256, 32) if quick else (60_000, 1000)
-
-    def rows(count: int, seed: int) -> Rows:
-        path = cache / f"sudoku6-{seed}-{count}-14-20.json"
-        pairs = cached(path, lambda: sudoku6.generate_puzzles(count, seed, 14, 20))
-        input_ids = torch.tensor([[int(digit) + 1 for digit in solution] for _, solution in pairs])
-        blanks = torch.tensor([[cell == sudoku6.BLANK for cell in puzzle] for puzzle, _ in pairs])
-        return Rows(input_ids, blanks, scored=blanks)
-
-    train = rows(count, 0)
+    train = sudoku6_rows(cache, count, 0)
     return Task(
         name="sudoku6",
         shape=_shape(32 if quick else 64, 8, position_embedding_type="learned", max_position_embeddings=sudoku6.CELLS),
         examples=[
             {"input_ids": ids, "maskable": blanks} for ids, blanks in zip(train.input_ids, train.maskable, strict=True)
         ],
-        held_out={"puzzles": rows(held_out, 1)},
+        held_out={"puzzles": sudoku6_rows(cache, held_out, 1)},
         transform=RelabelDigits(),
         batch_size=16 if quick else 32,
     )
@@ -174,11 +175,18 @@ def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     )
 
 
-def language_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
-    """Text in rows of 128 tokens of a small byte-level BPE that is trained on it; the last twentieth is held out."""
+def language_task(
+    cache: Path, quick: bool, texts: dict[str, str], vocab_size: int = 1024, held_out: int = 200, **shape
+) -> Task:
+    """
+    Text in rows of 128 tokens of a small byte-level BPE that is trained on it; the last twentieth is held out. `shape`
+    has arguments of `LoopMDMConfig`.
+    """
     if "train" not in texts:
-        raise ValueError("The task language needs a text to train on: give --train-text, a file in UTF-8.")
-    vocab_size, length, held_out = (300, 32, 64) if quick else (1024, 128, 200)
+        raise ValueError("A task on text needs one to train on: give --train-text, a file in UTF-8.")
+    length = 128
+    if quick:
+        vocab_size, length, held_out, shape = 300, 32, 64, {"width": 32}
     documents = list(read_documents(texts["train"]))
     if len(documents) < 20:
         raise ValueError(
@@ -216,7 +224,7 @@ def language_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     everything = torch.ones(length, dtype=torch.bool)
     return Task(
         name="language",
-        shape=_shape(32 if quick else 64, tokenizer.get_vocab_size(), max_position_embeddings=length),
+        shape=_shape(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=length, **{"width": 64, **shape}),
         examples=[{"input_ids": row, "maskable": everything} for row in rows_of(documents[:split])],
         held_out=evaluated,
         batch_size=16 if quick else 32,
@@ -228,6 +236,8 @@ TASKS: dict[str, Callable[[Path, bool, dict[str, str]], Task]] = {
     "sudoku6": sudoku6_task,
     "arithmetic": arithmetic_task,
     "language": language_task,
+    # A sixth of the parameters: tokens a parameter grow with FLOPs / parameters^2
+    "language-small": functools.partial(language_task, vocab_size=512, held_out=400, width=24, num_attention_heads=2),
 }
 
 

@@ -39,6 +39,7 @@ RUNS = {
     "last-loss-uniform-loops": TUNED | {"deep": False, "schedule": "uniform"},
     "uniform-noise": TUNED | {"noise": "uniform"},
     "plain-positions": TUNED | {"positions": "plain", "stop": 5},
+    "plain": TUNED | {"stop": 0, "tflop": 100, "loops": 1, "schedule": "constant", "decay": 0.4, "ema": 0.998},
     "bundled": TUNED
     | {"stop": 0, "tflop": 600, "loops": 16, "grow_power": 0.5, "grow_until": 0.5, "decay": 0.4, "ema": 0.998},
 }

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The families of checkpoints that can be converted: those of all modules in this folder. And how one is chosen."""
+"""The families of checkpoints that can be converted, one or more per module of this folder, and how one is chosen."""
 
 import pkgutil
 from importlib import import_module
@@ -7,7 +7,7 @@ from importlib import import_module
 from ..family import Family
 from ..source import Source
 
-# Architectures that cannot be converted, by the beginning of their names, and why.
+# Architectures that cannot be converted, by the prefixes of their names, and the reasons
 UNSUPPORTED = {
     ("Bert", "A2DBert"): "its layers are normed after the residual, a LoopMDM's before",
     ("ModernBert", "A2DModernBert"): "most of its layers attend within a window, with a rotary base of their own",
@@ -31,14 +31,12 @@ FAMILIES = discover()
 def choose_family(source: Source, name: str | Family | None = None, from_causal: bool = False) -> Family:
     """
     The family of a checkpoint: the one called `name`, or the one that recognises it. A `Family` is returned as it is.
-
-    Raises a ValueError for checkpoints that no family covers, with the reason where there is one, and for those that
-    several recognise.
+    Raises a ValueError if no family covers the checkpoint, or if several recognise it.
     """
     if isinstance(name, Family):
         return name
     if name is not None and from_causal:
-        raise ValueError(f"--family {name} is a diffusion model; leave it out, or --from-causal.")
+        raise ValueError(f"--family {name} is a diffusion model; leave out either it or --from-causal.")
     if name is not None:
         families = {family.name: family for family in FAMILIES if not family.from_causal}
         if name not in families:
@@ -56,25 +54,18 @@ def choose_family(source: Source, name: str | Family | None = None, from_causal:
         return wanted[0]
     if wanted:
         names = ", ".join(family.name for family in wanted)
-        raise ValueError(
-            f"{source.name} ({architecture}) can be of several families; say which with --family: {names}."
-        )
+        raise ValueError(f"{source.name} ({architecture}) can be of several families; give a --family: {names}.")
     if from_causal:
         names = ", ".join(family.models.split(" (")[0] for family in FAMILIES if family.from_causal)
-        raise ValueError(
-            f"{source.name} ({architecture}) is not one of the causal models that can be converted: {names}."
-        )
+        raise ValueError(f"{source.name} ({architecture}) is not a causal model that converts; these do: {names}.")
     if matching:
         raise ValueError(
-            f"{source.name} ({architecture}) says nothing of diffusion. Name its --family if it is a diffusion model "
-            "stored in this format (diffullama, open-dcoder), or give --from-causal to start from a causal model."
+            f"{source.name} ({architecture}) does not say that it is a diffusion model. If it is one in this format, "
+            "name its --family (diffullama, open-dcoder); to start from a causal model, give --from-causal."
         )
     if not source.config and not source.extras:
-        raise ValueError(
-            f"{source.folder} has no config.json, without which {source.name} cannot be recognised; put the one of "
-            "the checkpoint there."
-        )
+        raise ValueError(f"{source.name} cannot be recognised without a config.json; put it into {source.folder}.")
     raise ValueError(
-        f"{source.name} ({architecture}) is of no known format. Known are: "
+        f"{source.name} ({architecture}) is not in a known format. The known ones are: "
         f"{'; '.join(family.models for family in FAMILIES if not family.from_causal)}."
     )

@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""BD3LM: MDLM's transformer with block-causal attention, with modulation or (`adaln` off) without."""
+"""BD3LM: MDLM's transformer with block-causal attention, with or without (`adaln` off) modulation."""
 
 from ..dit_format import DiTFormat
 
@@ -8,7 +8,7 @@ class BD3LM(DiTFormat):
     name = "bd3lm"
     models = "BD3LM"
     architectures = ("BD3LM",)
-    # The noise range that it was trained with
+    # Buffers with the noise range of training
     ignored = (*DiTFormat.ignored, r"sampling_eps_(min|max)")
 
     def config(self, source):

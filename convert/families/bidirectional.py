@@ -10,11 +10,7 @@ class Bidirectional(LlamaFormat):
         self.models = f"{reference} without the causal mask (`is_causal` false in config.json)"
         self.architectures = (f"{reference}ForCausalLM",)
         self.reference = reference
-        self.stored = {
-            "architectures": [*self.architectures],
-            "model_type": reference.lower(),
-            "is_causal": False,
-        }
+        self.stored = {"architectures": [*self.architectures], "model_type": reference.lower(), "is_causal": False}
 
     def matches(self, source):
         return super().matches(source) and source.config.get("is_causal") is False

@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Causal language models as a start for training a diffusion model (AR-to-diffusion adaptation), on request. Their layers
-are converted exactly, but attention is over the whole sequence from now on, so nothing useful comes out before
-training. The state of position i - 1 goes on predicting token i, which is what these models have learnt.
+Causal language models to be adapted to diffusion by training, on request. Their layers are converted exactly, but
+attention is over the whole sequence, so nothing useful comes out before training. The state of position i - 1 still
+predicts token i, as these models have learnt.
 """
 
 from ..gpt2_format import GPT2Format

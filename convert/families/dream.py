@@ -3,10 +3,10 @@
 
 from ..llama_format import LlamaFormat
 
-# Dream's names of the commit rules; its default, "origin", is for comparisons only and never recommended.
+# Dream's names of the commit rules. Its default, "origin", is only for comparisons, and never recommended.
 RULES = {"origin": "entropy", "maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "entropy"}
 
-# The repository on the Hub whose code a checkpoint without code of its own runs
+# The repository on the Hub with the code for checkpoints without code of their own
 CODE = "Dream-org/Dream-v0-Instruct-7B--"
 
 
@@ -28,9 +28,7 @@ class Dream(LlamaFormat):
 
     def config(self, source):
         if "model.layers.0.self_attn.q_norm.weight" in source:
-            raise ValueError(
-                "This is a DreamReasoner (Qwen3 layers), which is not supported; Dream's layers are Qwen2's."
-            )
+            raise ValueError("This is a DreamReasoner (Qwen3 layers), which is not supported; Dream has Qwen2's.")
         return super().config(source)
 
     def stored_properties(self, config):

@@ -1,7 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-LLaDA (dense), in all variants of its code that are exact: separate or fused projections, gated or plain MLP, RMSNorm
-or LayerNorm, grouped keys and values, scaled embeddings and logits.
+LLaDA (dense), in all variants of its code that convert exactly: separate or fused projections, gated or plain MLP,
+RMSNorm or LayerNorm, grouped keys and values, scaled embeddings and logits.
 """
 
 from ..family import Family, Recipe, copy, per_layer, rows, scaled, zeros
@@ -9,7 +9,7 @@ from ..source import Source
 
 ROOT = "model.transformer."
 LAYER = ROOT + "blocks.{i}."
-# What the separate modules of a layer are called, and those around the layers
+# Names of the separate modules of a layer, and of those around the layers
 MODULES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ff_norm",
@@ -20,9 +20,9 @@ MODULES = {
     "mlp.down_proj": "ff_out",
 }
 AROUND = {"model.embed_tokens": "wte", "model.norm": "ln_f", "lm_head": "ff_out"}
-# The repository on the Hub whose code a checkpoint without code of its own runs
+# The repository on the Hub with the code for checkpoints without code of their own
 CODE = "GSAI-ML/LLaDA-8B-Instruct--"
-# What is convertible, the default first
+# The settings that can be converted; the first is the default
 CHOICES = {
     "block_type": ("llama", "sequential"),
     "layer_norm_type": ("default", "low_precision", "rms", "gemma_rms"),
@@ -35,12 +35,10 @@ def _is_rms(source: Source) -> bool:
 
 
 def _norm(source: Source, target: str, name: str) -> dict[str, Recipe]:
-    """Weight, and for LayerNorm the bias, of a norm. The source may lack the bias."""
+    """The weight of a norm, and the bias of a LayerNorm, which may be missing in the source."""
     weight, bias = f"{name}.weight", f"{name}.bias"
     if weight.format(i=0) not in source:
-        raise ValueError(
-            f"{source.name} has no tensor {weight.format(i=0)!r}; norms without weights are not supported."
-        )
+        raise ValueError(f"{source.name} has no tensor {weight.format(i=0)!r}; norms need weights.")
     recipes = {f"{target}.weight": copy(weight)}
     if source.config["layer_norm_type"] == "gemma_rms":
         recipes[f"{target}.weight"] = Recipe((weight,), "plus 1", lambda tensor: tensor.double() + 1)
@@ -103,7 +101,7 @@ class LLaDA(Family):
         settings = source.config
         for name, allowed in CHOICES.items():
             if settings.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"LLaDA's `{name}` is {settings[name]!r}; convertible are {', '.join(allowed)}.")
+                raise ValueError(f"LLaDA's `{name}` is {settings[name]!r}; it must be one of {', '.join(allowed)}.")
         for name, why in (
             ("attention_layer_norm", "a norm over all heads together, which no published model uses"),
             ("alibi", "attention biases by distance"),
@@ -138,7 +136,7 @@ class LLaDA(Family):
             "rope_parameters": {"rope_type": "default", "rope_theta": float(settings.get("rope_theta", 10000.0))},
             "rope_precision": "float32" if settings.get("rope_full_precision", True) else "model",
             "norm_type": "rmsnorm" if _is_rms(source) else "layernorm",
-            # LLaDA's LayerNorm has its epsilon whatever `rms_norm_eps` says.
+            # LLaDA's LayerNorm ignores `rms_norm_eps`.
             "rms_norm_eps": source.setting("rms_norm_eps") if _is_rms(source) else 1e-5,
             "attention_bias": f"{first}q_proj.bias" in source or f"{first}att_proj.bias" in source,
             "attention_output_bias": f"{first}attn_out.bias" in source,
@@ -150,24 +148,20 @@ class LLaDA(Family):
         }
 
     def projections(self, config: dict, is_fused: bool) -> dict[str, tuple]:
-        """For every projection of a layer: the source's, and which of its rows where several are fused."""
+        """For every projection of a layer, the source's name for it, and its rows if several are fused."""
         parts: dict[str, tuple] = {target: (name,) for target, name in MODULES.items() if target.endswith("_proj")}
         if not is_fused:
             return parts
         del parts["mlp.gate_proj"]
-        keys = config["num_attention_heads"] * config["head_dim"]  # the row where they begin
+        keys = config["num_attention_heads"] * config["head_dim"]  # the first row of the keys
         size = config["num_key_value_heads"] * config["head_dim"]
         parts["self_attn.q_proj"] = ("att_proj", 0, keys)
         parts["self_attn.k_proj"] = ("att_proj", keys, keys + size)
         parts["self_attn.v_proj"] = ("att_proj", keys + size, keys + 2 * size)
         if not config["use_gated_mlp"]:
             return {**parts, "mlp.up_proj": ("ff_proj",)}
-        middle = config["intermediate_size"]  # the second half is the activated one
-        return {
-            **parts,
-            "mlp.up_proj": ("ff_proj", 0, middle),
-            "mlp.gate_proj": ("ff_proj", middle, 2 * middle),
-        }
+        middle = config["intermediate_size"]  # the activation applies to the second half
+        return {**parts, "mlp.up_proj": ("ff_proj", 0, middle), "mlp.gate_proj": ("ff_proj", middle, 2 * middle)}
 
     def recipes(self, source, config):
         settings, scale = source.config, config["hidden_size"] ** 0.5
@@ -216,7 +210,7 @@ class LLaDA(Family):
         }
 
     def stored_properties(self, config):
-        # One setting for all biases but those of queries, keys, values and norms; a tied head has none.
+        # One setting for all biases except those of queries, keys, values and norms; a tied head has none.
         has_bias = config.attention_output_bias or config.mlp_bias or config.lm_head_bias
         return {
             "position_embedding_type": "rope",

@@ -1,12 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""A LoopMDM that was trained without loops: the same weights with another loop."""
+"""A LoopMDM that was trained without loops: the result has the same weights with another loop."""
 
 from dataclasses import fields
 
 from ...configuration_loopmdm import LoopMDMConfig
 from ..family import Family, copy
 
-# What a conversion decides anew
+# Fields that every conversion sets itself
 DECIDED = {
     *("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update"),
     *("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"),
@@ -22,8 +22,8 @@ class LoopMDM(Family):
         config = LoopMDMConfig.from_dict(source.config)
         if config.max_train_loops != 1:
             raise ValueError(
-                f"{source.name} is a looped model already (`max_train_loops` is {config.max_train_loops}); only one "
-                "trained without loops (`max_train_loops` 1) can be given another loop."
+                f"{source.name} is a looped model already (`max_train_loops` is {config.max_train_loops}); only a "
+                "model trained without loops (`max_train_loops` 1) can be given another loop."
             )
         inherited = {field.name for field in fields(LoopMDMConfig.__mro__[1])}
         names = {field.name for field in fields(LoopMDMConfig)} - inherited - DECIDED

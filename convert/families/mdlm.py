@@ -1,10 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-MDLM, which sets the noise level to 0 in its conditioning, and UDLM, which does not and is converted at one level on
-request.
+MDLM, which conditions on a noise level of 0, and UDLM, which conditions on the actual level, and is converted at one
+level on request.
 
-The training repository's checkpoints hold the raw weights by name, and the averaged ones (EMA), which the published
-results are from, as a bare list in the same order.
+The checkpoints of the training repository hold the raw weights by name, and the averaged ones (EMA), with which the
+published results were measured, as a list without names in the same order.
 """
 
 from ..dit_format import DiTFormat
@@ -20,7 +20,7 @@ class MDLM(DiTFormat):
         return self.is_modulated(source) and not is_bd3lm
 
     def prepare(self, source):
-        """Puts the EMA weights of a training checkpoint in place of the raw ones."""
+        """Replaces the raw weights of a training checkpoint by the EMA weights."""
         if not source.extras.get("ema"):
             return source
         shadow = source.extras["ema"]["shadow_params"]
@@ -60,7 +60,7 @@ class MDLM(DiTFormat):
             raise ValueError(f"{source.name} is conditioned on classes (`cfg`), which is not supported.")
         config = super().config(source)
         if "UDLM" in source.architectures:
-            del config["mask_token_id"]  # its corruption is uniform noise: the vocabulary has no mask token
+            del config["mask_token_id"]  # it corrupts by uniform noise, so its vocabulary has no mask token
         return config
 
 

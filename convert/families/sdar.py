@@ -3,7 +3,7 @@
 
 from ..llama_format import LlamaFormat
 
-# The repository on the Hub whose code a checkpoint without code of its own runs
+# The repository on the Hub with the code for checkpoints without code of their own
 CODE = "JetLM/SDAR-1.7B-Chat--"
 
 
@@ -20,7 +20,7 @@ class SDAR(LlamaFormat):
             "AutoModel": f"{CODE}modeling_sdar.SDARModel",
             "AutoModelForCausalLM": f"{CODE}modeling_sdar.SDARForCausalLM",
         },
-        # What its configuration class cannot do without
+        # Its configuration class needs these.
         "debug": False,
         "fuse_cross_entropy": False,
         "use_sliding_window": False,

@@ -1,6 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-SMDM: bare safetensors files in lit-gpt's format. The embedding has one row more than the head, for [MASK]; queries,
+SMDM: bare safetensors files in lit-gpt's format. The embedding has one more row than the head, for [MASK]; queries,
 keys and values are interleaved head by head; cosines and sines are rounded to bfloat16.
 """
 
@@ -12,7 +12,7 @@ from ..family import Family, Recipe, copy, per_layer
 from ..source import Source
 
 LAYER = "transformer.h.{i}."
-# Heads by size in millions of parameters: the published files have no config, and tensors do not tell.
+# Sizes in millions of parameters by the number of heads, which neither a config nor tensors tell
 _SIZES = {
     4: [6],
     6: [19],
@@ -97,7 +97,7 @@ class SMDM(Family):
             "model.embed_tokens.weight": copy("transformer.wte.weight"),
             **per_layer(config["num_hidden_layers"], layer),
             "model.norm.weight": copy("transformer.ln_f.weight"),
-            # The model never gives [MASK] a probability, so its row of the head may be anything.
+            # [MASK] never gets a probability, so its row of the head may hold anything.
             "lm_head.weight": Recipe(
                 ("lm_head.weight",),
                 "add a row of zeros for [MASK]",

@@ -12,6 +12,8 @@ import score
 from rich.console import Console
 from rich.text import Text
 
+from loopmdm_cli.drafts import COLOUR_KEY, colour
+
 HERE = Path(__file__).resolve().parent
 LOOPS, STEPS = (1, 4, 8, 16), (1, 2)
 console = Console(highlight=False)
@@ -21,14 +23,20 @@ def errors(board: str, solution: str) -> int:
     return sum(a != b for a, b in zip(board, solution, strict=True))
 
 
-def draw(board: str, puzzle: str, solution: str) -> list[Text]:
-    """Nine lines of 18 columns. Clues are dim; an `x` follows what is wrong."""
-    lines = []
-    for start in range(0, 81, 9):
-        cells = zip(*(text[start : start + 9] for text in (board, puzzle, solution)), strict=True)
-        drawn = [(f"{a} ", "dim" if clue == a else "bold") if a == b else (f"{a}x", "red") for a, clue, b in cells]
-        lines.append(Text.assemble(*drawn))
-    return lines
+def draw(board: str, puzzle: str, solution: str, confidence: list[float]) -> list[Text]:
+    """Nine lines of 18 columns. Clues are dim, answers coloured by confidence; an `x` follows what is wrong."""
+    cells = []
+    for given, clue, right, sure in zip(board, puzzle, solution, confidence, strict=True):
+        cells.append((given + (" " if given == right else "x"), "dim" if clue == given else f"bold {colour(sure)}"))
+    return [Text.assemble(*cells[start : start + 9]) for start in range(0, 81, 9)]
+
+
+def confidence(model, tokenizer, puzzle: str, num_loops: int) -> list[float]:
+    """The probability that one step gives to each of its answers; NaN for clues."""
+    inputs = tokenizer(puzzle, return_tensors="pt").to(model.device)
+    settings = {"max_new_tokens": 0, "num_loops": num_loops, "max_denoising_steps": 1}
+    output = model.generate(**inputs, **settings, output_trace=True, return_dict_in_generate=True)
+    return output.trace[0].confidence[0].tolist()
 
 
 def show_one(model, tokenizer, pairs: list[tuple[str, str]]) -> None:
@@ -50,8 +58,12 @@ def show_one(model, tokenizer, pairs: list[tuple[str, str]]) -> None:
         f"loop {loops}: {f'{wrong} wrong' if wrong else 'solved'}" for loops, wrong in zip(LOOPS, counts, strict=True)
     ]
     console.print("  ".join(f"{title:18}" for title in titles).rstrip())
-    for lines in zip(*(draw(board, puzzle, solution) for board in boards), strict=True):
+    sure = (confidence(model, tokenizer, puzzle, loops) for loops in LOOPS)
+    drawn = (draw(board, puzzle, solution, one) for board, one in zip(boards, sure, strict=True))
+    for lines in zip(*drawn, strict=True):
         console.print(Text("  ").join(lines))
+    if console.is_terminal and not console.no_color:
+        console.print(f"\n{COLOUR_KEY}.")
     console.print("\nThe same weights each time: a loop mends what the one before got wrong (x).\n")
 
 

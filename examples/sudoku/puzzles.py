@@ -47,6 +47,12 @@ def _keep_mask(bit: int) -> int:
 ALL = (1 << 729) - 1
 KEEP = [_keep_mask(bit) for bit in range(729)]
 CELL = [_bits(81 * digit + cell for digit in range(9)) for cell in range(81)]
+# The cells of every row, column and box.
+UNITS = [
+    _bits(unit)
+    for i in range(9)
+    for unit in (range(9 * i, 9 * i + 9), range(i, 81, 9), [27 * (i // 3) + 3 * (i % 3) + j for j in BOX_OFFSETS])
+]
 
 # Every rule of Sudoku says "one of these nine candidates": the nine columns of a (digit, row), the nine rows of a
 # (digit, column), the nine cells of a (digit, box), the nine digits of a cell. Each kind of rule has 81 instances. Its
@@ -171,6 +177,41 @@ def count_solutions(puzzle: str, limit: int = 2) -> int:
 def solved_by_singles(puzzle: str) -> bool:
     """Whether naked and hidden singles alone, without any guess, solve the puzzle."""
     return _propagate(_parse(puzzle)).bit_count() == 81
+
+
+def technique(puzzle: str) -> str:
+    """
+    What deduction without guesses needs for a puzzle with one solution: "singles" (naked and hidden ones), "pairs"
+    (naked and hidden pairs, pointing and claiming too), or "beyond". Raises a ValueError if it has no solution.
+    """
+    candidates, before = _propagate(_parse(puzzle)), None
+    level = "singles" if candidates.bit_count() == 81 else "pairs"
+    while candidates not in (0, before):
+        before, candidates = candidates, _propagate(_without_pairs(candidates))
+    if not candidates:
+        raise ValueError(f"puzzle is {puzzle!r}: its clues contradict each other; give a puzzle with one solution")
+    return level if candidates.bit_count() == 81 else "beyond"
+
+
+def _without_pairs(candidates: int) -> int:
+    """Takes away what pairs, pointing and claiming exclude; singles have been placed."""
+    for unit in UNITS:
+        places = [candidates >> 81 * digit & unit for digit in range(9)]
+        for digit, place in enumerate(places):
+            for other in UNITS:  # all places of the digit are in another unit too
+                if other != unit and not place & ~other:
+                    candidates &= ~((other & ~unit) << 81 * digit)
+            if place.bit_count() == 2 and place in places[:digit]:  # two digits share their two places
+                pair = (digit, places.index(place))
+                candidates &= ~sum(place << 81 * third for third in range(9) if third not in pair)
+        cells = [cell for cell in range(81) if unit >> cell & 1]
+        options = [(candidates & CELL[cell]) >> cell for cell in cells]
+        for index, option in enumerate(options):
+            if option.bit_count() == 2 and option in options[:index]:  # two cells share their two digits
+                pair = (cells[index], cells[options.index(option)])
+                for cell in cells:
+                    candidates &= ~(option << cell if cell not in pair else 0)
+    return candidates
 
 
 def _random_lines(rng: random.Random) -> list[int]:

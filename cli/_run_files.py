@@ -1,5 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Files of runs to begin with, which `loopmdm train --init` writes."""
+"""Templates of run files, which `loopmdm train --init` writes."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ trainer:                # transformers' TrainingArguments
   per_device_train_batch_size: {rows}
   gradient_accumulation_steps: 1   # raise it for larger steps than fit into memory
   learning_rate: {rate}
-  # bf16: true          # on GPUs that have it: faster, and half of the activations' memory
+  # bf16: true          # on GPUs that have it: faster, and half the memory for activations
   logging_steps: 10
   save_steps: 500       # and evaluate as often
   seed: 42
@@ -27,6 +27,7 @@ _PRETRAINING = """\
 tokenizer: ./tokenizer  # a folder, or an id on the Hub; it needs a mask token
 data: [train.txt]       # .txt, .jsonl with "text", or the name of a data set on the Hub
 eval_data: valid.txt    # text that is not in `data`: its NELBO is measured, by loops
+eval_texts: 2           # and so many of its beginnings continued, to read
 # documents: line       # what separates texts in .txt files: blank_line (the default), line or file
 sequence_length: 256    # tokens of a row; texts are packed into rows
 
@@ -38,8 +39,8 @@ model_config:           # arguments of LoopMDMConfig; special tokens come from t
   max_position_embeddings: 256
   loop_start: 2         # layers 2 to 4, of 0 to 11, are looped
   loop_end: 5
-  num_loops: 4          # where nobody says otherwise
-  max_train_loops: 6    # S_max: every step draws its loops from 1 to it
+  num_loops: 4          # the default of `generate`
+  max_train_loops: 6    # S_max: every step draws its number of loops from 1 to S_max
 
 loops:
   schedule: uniform     # late, growing or fixed are others
@@ -53,7 +54,8 @@ model: ./model          # a folder or Hub id: a LoopMDM, such as `loopmdm conver
 task: answers           # learn answers given prompts; pretrain learns whole texts
 data: [train.jsonl]     # lines of {"prompt": ..., "completion": ...} or {"messages": [...]}
 eval_data: valid.jsonl  # examples that are not in `data`: their NELBO is measured, by loops
-# sequence_length: 512  # tokens of an example at most; by default what the model takes, up to 1024
+eval_texts: 2           # examples of `eval_data` that each evaluation also answers, for you to read
+# sequence_length: 512  # most tokens of an example; by default the model's limit, at most 1024
 # skip_long: true       # leave out longer examples instead of refusing them
 """
 _ANSWERS = (
@@ -99,22 +101,22 @@ _KINDS = {
 
 def write_template(kind: str, path: str | Path) -> None:
     """
-    Writes a commented file of a run.
+    Writes a commented run file.
 
     Args:
-        kind (`"pretraining"`, `"answers"` or `"adapter"`): What it trains.
+        kind (`"pretraining"`, `"answers"` or `"adapter"`): What the run trains.
         path: The file, which must not exist.
 
     Raises:
-        ValueError: There is no such kind, or there is something at `path`.
+        ValueError: The kind does not exist, or `path` does.
     """
     path = Path(path)
     if kind not in _KINDS:
-        raise ValueError(f"There is no run of the kind {kind!r}; choose one of {', '.join(_KINDS)}.")
+        raise ValueError(f"There is no template called {kind!r}; choose one of {', '.join(_KINDS)}.")
     (what, output), body, trainer = _KINDS[kind]
     text = f"{_HEAD.format(what=what, file=path, output=output)}{body}\n{_TRAINER.format(**trainer)}"
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ValueError(f"{path} exists already, and is left as it is; name a new file.") from None
+        raise ValueError(f"{path} exists already; name a new file.") from None

@@ -1,0 +1,312 @@
+# Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+"""
+Which minimal Sudokus loops solve, by clues and by the technique that a puzzle needs, and rules that stop the loops:
+fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, a gate trained on the frozen model, and
+an oracle that knows what the last loop will answer.
+
+    python benchmarks/sudoku_stopping.py --work /tmp/stopping --output benchmarks/results/sudoku_stopping.json
+
+One pass with all loops is recorded for every puzzle; as rows do not see each other, it says what each rule would have
+answered, and after how many loops. Batches are kept in `--work`, and a run that is interrupted goes on from there.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import begin, make_parser, write_result
+from torch.nn import functional
+from transformers import AutoTokenizer
+
+from loopmdm import LoopMDMForMaskedLM
+from loopmdm.loop_policies import LoopPolicy
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
+import puzzles
+
+BATCH, TECHNIQUES = 50, ("singles", "pairs", "beyond")
+
+
+class Recorder(LoopPolicy):
+    """Stops nothing, and keeps what rules look at after every loop."""
+
+    def __init__(self, model):
+        self.model, self.states, self.probabilities, self.changes = model, [], [], []
+
+    def goes_on(self, index, before, after, part):
+        logits = self.model.lm_head(self.model.model.norm(after))[..., -9:]
+        self.states.append(after.half())
+        self.probabilities.append(logits.softmax(-1))
+        self.changes.append((after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1))
+        return torch.ones(len(after), dtype=torch.bool)
+
+
+@torch.no_grad()
+def record(model, boards: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All loops over (N, 81) boards: states (loops, N, 81, width), the digits' probabilities, relative changes."""
+    recorder = Recorder(model)
+    model(boards, num_loops=model.config.num_loops, loop_policy=recorder)
+    probabilities = torch.stack(recorder.probabilities)
+    blank = boards == model.config.mask_token_id
+    answers = probabilities.argmax(-1) + model.config.vocab_size - 9
+    moved = ((probabilities[1:] - probabilities[:-1]).abs().amax(-1) * blank).amax(-1)
+    return {
+        "states": torch.stack(recorder.states),
+        "answers": torch.where(blank, answers, boards).to(torch.int8),
+        "changes": torch.stack(recorder.changes),
+        "moved": torch.cat((torch.ones_like(moved[:1]), moved)),
+        "blank": blank,
+    }
+
+
+class Stopper(LoopPolicy):
+    """A row stops once its score, `score(before, after, blank)` of shape (N,), falls below the limit."""
+
+    def __init__(self, score: Callable, limit: float):
+        self.score, self.limit = score, limit
+
+    def goes_on(self, index, before, after, part):
+        going = self.score(before, after, part.masked) >= self.limit
+        return going if index > 0 else torch.ones_like(going)  # the first loop is compared with nothing
+
+
+class Puzzles:
+    """Minimal puzzles of a seed, and what has been recorded of them."""
+
+    def __init__(self, args, model, tokenizer, seed: int, count: int):
+        self.args, self.model, self.seed = args, model, seed
+        self.pairs = puzzles.generate_puzzles(count, seed, None, None)
+        self.boards, self.solutions = (
+            tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*self.pairs, strict=True)
+        )
+
+    def batches(self, name: str, compute: Callable, count: int | None = None) -> list:
+        found = []
+        for start in range(0, len(self.boards[:count]), BATCH):
+            boards = self.boards[:count][start : start + BATCH]
+            path = self.args.work / f"{name}-{self.seed}-{start}-{len(boards)}.pt"
+            if not path.is_file():
+                torch.save(compute(self.model, boards), path.with_suffix(".tmp"))
+                path.with_suffix(".tmp").replace(path)
+            found.append(torch.load(path, mmap=True))
+        return found
+
+    def read(self) -> None:
+        """Records all loops; sets right (loops, N): is the answer right after that loop?"""
+        self.parts = self.batches("pass", record)
+        self.answers, self.changes, self.moved = (
+            torch.cat([part[name] for part in self.parts], 1) for name in ("answers", "changes", "moved")
+        )
+        self.right = (self.answers == self.solutions).all(-1)
+
+
+def trajectory(model, boards: torch.Tensor) -> torch.Tensor:
+    return model.generate(boards, num_loops=model.config.num_loops, max_denoising_steps=16)
+
+
+def share(right: torch.Tensor) -> dict:
+    rate = float(right.double().mean())
+    error = (rate * (1 - rate) / len(right)) ** 0.5
+    return {"solved": round(100 * rate, 1), "standard_error": round(100 * error, 1)}
+
+
+def by_group(held_out: Puzzles, steps_right: torch.Tensor) -> list[dict]:
+    """Solve rates by loops in one step, and in 16 steps of the first puzzles, for clues and techniques."""
+    clues = [sum(char not in puzzles.BLANKS for char in puzzle) for puzzle, _ in held_out.pairs]
+    ranges = ["at most 22", "23", "24", "25", "26", "at least 27"]
+    groups = {"technique": [puzzles.technique(puzzle) for puzzle, _ in held_out.pairs]}
+    groups["clues"] = [ranges[min(max(number, 22), 27) - 22] for number in clues]
+    rows = []
+    for kind, labels in groups.items():
+        for label in TECHNIQUES if kind == "technique" else ranges:
+            members = torch.tensor([one == label for one in labels])
+            if not members.any():
+                continue
+            row = {kind: label, "puzzles": int(members.sum())}
+            row["loops"] = [share(right[members]) for right in held_out.right]
+            chosen = steps_right[members[: len(steps_right)]]
+            row["in_16_steps"] = share(chosen) | {"puzzles": len(chosen)} if len(chosen) else None
+            rows.append(row)
+    return rows
+
+
+def train_gate(model, data: Puzzles, epochs: int) -> torch.nn.Module:
+    """Says of a blank, from its state and the change in the last loop, whether its answer is not yet the last one."""
+    width = model.config.hidden_size
+    gate = torch.nn.Sequential(torch.nn.Linear(2 * width, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
+    inputs, labels = [], []
+    for part in data.parts:
+        blank = part["blank"].expand(len(part["states"]) - 1, -1, -1)
+        inputs.append(gate_inputs(part["states"])[blank])
+        labels.append((part["answers"][1:] != part["answers"][-1])[blank])
+    features, targets = torch.cat(inputs), torch.cat(labels).float()
+    steps, size = epochs * len(targets) // 4096, 4096
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
+    for _ in range(max(steps, 2)):
+        chosen = torch.randint(len(targets), (size,))
+        loss = functional.binary_cross_entropy_with_logits(gate(features[chosen].float())[:, 0], targets[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return gate
+
+
+def gate_inputs(states: torch.Tensor) -> torch.Tensor:
+    """(loops - 1, N, 81, 2 * width): directions of the states after loops 2, 3, ... and what the loop changed."""
+    directions = functional.normalize(states.float(), dim=-1) * states.shape[-1] ** 0.5
+    return torch.cat((directions[1:], directions[1:] - directions[:-1]), -1).half()
+
+
+@torch.no_grad()
+def gate_scores(gate: torch.nn.Module, data: Puzzles) -> torch.Tensor:
+    """(loops, N): the largest logit of a row's blanks; nothing stops after the first loop."""
+    found = []
+    for part in data.parts:
+        logits = torch.stack([gate(one.float())[..., 0] for one in gate_inputs(part["states"])])
+        logits = logits.masked_fill(~part["blank"], -torch.inf).amax(-1)
+        found.append(torch.cat((torch.full_like(logits[:1], torch.inf), logits)))
+    return torch.cat(found, 1)
+
+
+def stop(scores: torch.Tensor, limit: float) -> torch.Tensor:
+    """(N,): the first loop, counted from 0, whose score is below the limit, or the last loop."""
+    below = scores < limit
+    below[-1] = True
+    return below.to(torch.int8).argmax(0)
+
+
+def rules(data: Puzzles, gate: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Scores (loops, N) that fall as the answer settles; the oracle knows the answer after the last loop."""
+    same = (data.answers[1:] == data.answers[:-1]).all(-1)
+    run = torch.zeros(data.right.shape)
+    for loop in range(1, len(run)):  # how many loops in a row have not changed the answer
+        run[loop] = (run[loop - 1] + 1) * same[loop - 1]
+    settled = torch.arange(len(run), dtype=torch.float)[:, None].expand_as(run)
+    return {
+        "fixed number": -settled,
+        "loop_tolerance": data.changes,
+        "answer unchanged": -run,
+        "probabilities": data.moved,
+        "gate": gate_scores(gate, data),
+        "oracle": (data.answers != data.answers[-1]).any(-1).float(),
+    }
+
+
+def compare(validation: Puzzles, held_out: Puzzles, gate: torch.nn.Module) -> list[dict]:
+    """For each rule, the limit with the fewest loops that costs one validation puzzle in 300 at most, on held-out."""
+    rows, last, there = [], held_out.right[-1].double(), rules(held_out, gate)
+    for name, scores in rules(validation, gate).items():
+        limits = scores[scores.isfinite()].unique()
+        limits = [*limits[:: max(len(limits) // 400, 1)].tolist(), float("-inf")]
+        cost = []
+        for limit in limits:
+            at = stop(scores, limit)
+            rate = float(validation.right.gather(0, at[None]).double().mean())
+            is_good = rate >= float(validation.right[-1].double().mean()) - 1 / 300 - 1e-9
+            cost.append(float(at.double().mean()) if is_good else float("inf"))
+        limit = limits[cost.index(min(cost))]
+        at = stop(there[name], limit)
+        right = held_out.right.gather(0, at[None])[0].double()
+        change, loops = right - last, float(at.double().mean()) + 1
+        row = {"rule": name, "limit": limit if limit > float("-inf") else None, "mean_loops": round(loops, 2)}
+        row |= {"validation_loops": round(min(cost) + 1, 2)} | share(right)
+        row |= {"change": round(100 * float(change.mean()), 2)}
+        rows.append(row | {"paired_error": round(100 * float(change.std() / len(change) ** 0.5), 2)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: Puzzles, count: int) -> list[dict]:
+    """The same limits in every one of four denoising steps, of the first puzzles; and `visible_loops`."""
+
+    def moved(before, after, blank):
+        first, second = (model.lm_head(model.model.norm(one))[..., -9:].softmax(-1) for one in (before, after))
+        return ((second - first).abs().amax(-1) * blank).amax(-1)
+
+    def gated(before, after, blank):
+        return (
+            gate(gate_inputs(torch.stack((before, after)))[0].float())[..., 0].masked_fill(~blank, -torch.inf).amax(-1)
+        )
+
+    limits = {row["rule"]: row["limit"] for row in stopping}
+    arms: dict[str, dict] = {"16 loops": {}, "visible_loops=2": {"visible_loops": 2}}
+    if limits["loop_tolerance"] is not None:
+        arms["loop_tolerance"] = {"loop_tolerance": limits["loop_tolerance"]}
+    for name, score in (("probabilities", moved), ("gate", gated)):
+        if limits[name] is not None:
+            arms[name] = {"loop_policy": Stopper(score, limits[name])}
+    rows = []
+    for name, settings in arms.items():
+
+        def answer(model, boards, settings=settings):
+            sizes = {"num_loops": model.config.num_loops, "max_denoising_steps": 4, "return_dict_in_generate": True}
+            output = model.generate(boards, **sizes, **settings)
+            return {"answers": output.sequences, "loops": output.loops, "flops": output.flops}
+
+        parts = held_out.batches(f"four-{name}-{limits.get(name)}", answer, count)
+        answers, loops, flops = (torch.cat([part[key] for part in parts]) for key in ("answers", "loops", "flops"))
+        row = {
+            "rule": name,
+            "loops": round(float(loops.double().mean()), 1),
+            "mflops": round(float(flops.sum()) / 1e6 / count),
+        }
+        rows.append(row | share((answers == held_out.solutions[:count]).all(-1)))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for row in (row for row in rows if "technique" in row):
+        rates, errors = ([one[name] for one in row["loops"]] for name in ("solved", "standard_error"))
+        label = f"{row['technique']} ({row['puzzles']} puzzles)"
+        axis.errorbar(range(1, len(rates) + 1), rates, errors, marker=".", label=label)
+    axis.set(xlabel="loops, in one step", ylabel="solved, %", title="What loops solve, by technique needed")
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.set_defaults(seed=1)  # of the held-out puzzles; validation has 2, and the gate is trained on 5
+    parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
+    parser.add_argument("--count", type=int, default=1000, help="held-out puzzles (default: 1000)")
+    parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
+    parser.add_argument("--train", type=int, default=400, help="puzzles to train the gate on (default: 400)")
+    parser.add_argument("--trajectories", type=int, default=150, help="puzzles for 16 steps (default: 150)")
+    parser.add_argument("--four-steps", type=int, default=100, help="puzzles for 4 steps (default: 100)")
+    parser.add_argument("--epochs", type=int, default=5, help="of the gate's training (default: 5)")
+    parser.add_argument("--work", type=Path, required=True, help="folder for what is recorded")
+    parser.add_argument("--plot", type=Path, help="draw solve rates by loops and technique")
+    args = parser.parse_args()
+    begin(args)
+    torch.manual_seed(0)
+    args.work.mkdir(parents=True, exist_ok=True)
+    model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    held_out, validation, train = (
+        Puzzles(args, model, tokenizer, seed, count)
+        for seed, count in ((args.seed, args.count), (2, args.validation), (5, args.train))
+    )
+    held_out.read()
+    print([share(right)["solved"] for right in held_out.right], flush=True)
+    validation.read()
+    train.read()
+    gate = train_gate(model, train, args.epochs).requires_grad_(False)
+    stopping = compare(validation, held_out, gate)
+    answers = torch.cat(held_out.batches("steps", trajectory, args.trajectories))
+    rows = by_group(held_out, (answers == held_out.solutions[: len(answers)]).all(-1))
+    if args.plot is not None:
+        plot(rows, args.plot)
+    four_steps = in_four_steps(model, gate, stopping, held_out, min(args.four_steps, args.count))
+    write_result(args, rows=rows, stopping=stopping, four_steps=four_steps)
+
+
+if __name__ == "__main__":
+    main()
