@@ -359,7 +359,7 @@ class Block:
         self.num_steps, self.steps = max(steps), torch.tensor(steps, device=self.size.device)
 
     def step(self, index: int) -> DenoisingStep | None:
-        """Makes a denoising step, or None if the block is done. A step waits for the device only here."""
+        """Makes a denoising step, or None if the block is done. It waits for the device."""
         canvas, remasks = self.canvas, self.canvas.config.remask_probability > 0
         masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
         # A row finishes the block when no [MASK] is left or, with remasking, after all of its steps.

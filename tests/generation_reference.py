@@ -132,7 +132,10 @@ def plain(model, length, **exits):
         mask = torch.zeros(hidden.shape, dtype=model.dtype).masked_fill(hidden, torch.finfo(model.dtype).min)
 
     def predict(tokens, start, stop, step, num_loops, copy):
-        output = model(torch.tensor([tokens]), attention_mask=mask, num_loops=num_loops, **exits)
+        # Later [MASK]s, which the block does not see, would loop too and be counted.
+        stop = len(tokens) if mask is None else stop
+        seen = None if mask is None else mask[..., :stop, :stop]
+        output = model(torch.tensor([tokens[:stop]]), attention_mask=seen, num_loops=num_loops, **exits)
         return output.logits[0], [int(output.loops)]
 
     return predict

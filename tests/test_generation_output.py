@@ -431,3 +431,10 @@ def test_names_of_other_samplers_are_answered():
     assert torch.equal(*drawn)
     with pytest.raises(ValueError, match="holds one generator several times"):
         tiny_model().generate(ids.repeat(2, 1), max_new_tokens=3, do_sample=True, generator=again * 2)
+
+
+def test_greedy_on_request_whatever_way_of_sampling_the_config_describes():
+    model, ids = tiny_model(), torch.tensor([[3, 4]])
+    expected = model.generate(ids, max_new_tokens=4)
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=5)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
