@@ -6,6 +6,7 @@ size, equals the plain model, or raises an error that names the remedy. The ids 
 """
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -500,6 +501,13 @@ WRAPPERS: dict[str, Wrapper] = {
     ),
 }
 THREADS = ("two-threads",)
+# Where tied ends could make a difference; the rest is tried with untied ones alone, which adapters adapt too.
+TIED = ("forward", "labels", "generate", "training-step", "save-and-load")
+CELLS = [
+    (name, use, size)
+    for name, use, size in itertools.product(WRAPPERS, USES, SIZES)
+    if size == "9000" or use in TIED or "9000" in WRAPPERS[name].cannot
+]
 MUTATING = ("training-step", "save-and-load")
 
 
@@ -533,9 +541,7 @@ def assert_same(found: dict, expected: dict, atol: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries around
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize(("name", "use", "size"), CELLS)
 def test_wrapped_models_equal_the_plain_one(name, use, size, build, folders):
     wrapper = WRAPPERS[name]
     for reason in (wrapper.cannot.get(use), wrapper.cannot.get(size)):
