@@ -133,6 +133,16 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+# --- accuracy ---
+
+
+def solved(right: torch.Tensor) -> dict[str, float]:
+    """The percentage of `right`, `(num_puzzles,)` bool, and its standard error."""
+    rate = right.double().mean().item()
+    error = (rate * (1 - rate) / len(right)) ** 0.5
+    return {"solved": round(100 * rate, 1), "standard_error": round(100 * error, 1)}
+
+
 # --- waits ---
 
 

@@ -10,6 +10,7 @@ Without the two folders the references are this repository's own, as in generati
 
     correctness       logits in float32 and bfloat16 with every attention against float64 on the CPU; rows alone and
                       padded in a batch; tokens with and without the exact cache
+    calls             `generate` in all its ways, the NELBO and gradients in float32 against the same on the CPU
     synchronisations  how often a denoising step waits for the device
     training          a step against transformers' Llama: share of the peak, memory with and without
                       `checkpoint_loops`, compiled layers
@@ -27,6 +28,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from torch.nn.functional import pad
 from transformers.utils import is_flash_attn_2_available
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.evaluation import nelbo
 
 MASK, PAD = 127, 0
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -47,7 +50,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # The largest difference that is rounding, relative to the largest logit
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.08}
-WAYS = ({}, {"cache_implementation": "dual"}, {"eos_token_id": 3}, {"guidance_scale": 2.0}, {"do_sample": True})
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"cache_implementation": "dual"},
+    {"cache_implementation": "prefix"},
+    {"eos_token_id": 3},
+    {"guidance_scale": 2.0},
+    {"do_sample": True, "top_p": 0.9},
+    {"do_sample": True, "remask_probability": 0.2},
+    {"unmasking": "margin"},
+    {"confidence_threshold": 0.5},
+    {"loop_tolerance": 0.3},
+    {"visible_loops": 1},
+]
 GENERATION = "--size 8b --loop-start 2 --loops 4 --prompt-length 128 --repeats 2"
 TRAINING = (
     "--width 2048 --heads 16 --loops 4 --batch-size 8 --length 1024 --vocab-size 32000 --repeats 5 --dtype bfloat16 "
@@ -102,6 +117,21 @@ def compare(variant: str, dtype: torch.dtype, attention: str, device: str) -> di
     return {"difference": differences, "same_tokens": same, "is_right": is_right}
 
 
+def checked(rows: list[dict]) -> list[dict]:
+    if wrong := [row for row in rows if not row["is_right"]]:
+        raise RuntimeError(f"{len(wrong)} of {len(rows)} are wrong: {wrong}")
+    return rows
+
+
+def generation_args(args: argparse.Namespace, dtype: str) -> argparse.Namespace:
+    """The arguments of generation.py; ends the program where the folders are not what they should be."""
+    options = f"--device {args.device} --seed {args.seed} --dtype {dtype} {GENERATION}".split()
+    for name in ("llada", "fast_dllm"):
+        if getattr(args, name) is not None:
+            options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    return generation.parse_args([*options, *(["--quick"] if args.tiny else [])])
+
+
 class Sections:
     """The sections, and the large model."""
 
@@ -109,10 +139,7 @@ class Sections:
         self.args, self.folder, self.device = args, folder, args.device
 
     def make(self, dtype: str) -> tuple[LoopMDMForMaskedLM, Path, argparse.Namespace]:
-        options = f"--device {self.device} --seed {self.args.seed} --dtype {dtype} {GENERATION}".split()
-        if self.args.llada is not None:
-            options += ["--llada", str(self.args.llada), "--fast-dllm", str(self.args.fast_dllm)]
-        args = generation.parse_args([*options, *(["--quick"] if self.args.tiny else [])])
+        args = generation_args(self.args, dtype)
         source = self.folder / dtype / "llada"
         generation.write_checkpoint(source, args)
         return generation.make_model(source, args), source, args
@@ -126,9 +153,35 @@ class Sections:
                     if not flash or attention != flash[0] or variant != "block-causal":  # which is refused
                         row = {"dtype": str(dtype), "attention": attention, "model": variant}
                         rows.append({**row, **compare(variant, dtype, attention, self.device)})
-        if wrong := [row for row in rows if not row["is_right"]]:
-            raise RuntimeError(f"{len(wrong)} of {len(rows)} are wrong: {wrong}")
-        return rows
+        return checked(rows)
+
+    def calls(self) -> list[dict]:
+        ids = torch.randint(1, MASK, (3, 10))
+        ids[0, :4] = PAD
+        mask, rows = (ids != PAD).long(), []
+
+        def written(model: LoopMDMForMaskedLM, device: str, options: dict) -> torch.Tensor:
+            draws = [torch.Generator().manual_seed(row) for row in range(len(ids))]  # on the CPU, for the same numbers
+            sizes = {"max_new_tokens": 8, "max_denoising_steps": 2}
+            return model.generate(ids.to(device), mask.to(device), generator=draws, **sizes, **options)
+
+        def gradients(model: LoopMDMForMaskedLM, device: str, checkpoints: bool) -> torch.Tensor:
+            model.train().model.checkpoint_loops = checkpoints
+            model(ids.to(device), mask.to(device), labels=ids.to(device)).loss.backward()
+            return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+        ways = WAYS[::5] if self.args.tiny else WAYS
+        runs: dict[str, tuple[Callable, float]] = {}
+        for way in ways:
+            runs[f"generate {way}"] = partial(written, options=way), 0
+        runs["nelbo"] = lambda model, device: nelbo(model, ids, mask, num_samples=4).nats, 1e-4
+        for checkpoints in (False, True):
+            runs[f"gradients, checkpoint_loops={checkpoints}"] = partial(gradients, checkpoints=checkpoints), 1e-3
+        for name, (run, bound) in runs.items():
+            found, expected = (run(make_small().to(device), device).cpu().double() for device in (self.device, "cpu"))
+            difference = ((found - expected).abs().max() / expected.abs().max()).item()
+            rows.append({"call": name, "difference": difference, "is_right": difference <= bound})
+        return checked(rows)
 
     def samplers(self) -> dict:
         return generation.samplers(*self.make("float32"), 1)
@@ -168,8 +221,9 @@ class Sections:
 
 # Every section with its share of eight minutes, in seconds
 SECTIONS: dict[str, tuple[Callable[[Sections], Any], float]] = {
-    "correctness": (Sections.correctness, 110),
-    "synchronisations": (Sections.synchronisations, 40),
+    "correctness": (Sections.correctness, 90),
+    "calls": (Sections.calls, 30),
+    "synchronisations": (Sections.synchronisations, 30),
     "training": (Sections.training, 100),
     "float32": (Sections.samplers, 90),
     "bfloat16": (Sections.generation, 140),
@@ -213,6 +267,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {args.device}, and torch sees no GPU; `--device cpu --tiny` tries the script")
+    generation_args(args, "float32")
     found: dict[str, dict] = {}
     for name in args.sections:
         found[name] = run_section(name, args)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import begin, make_parser, write_result
+from common import begin, make_parser, solved, write_result
 from flagship.symmetry import Symmetry
 from transformers import AutoTokenizer
 
@@ -70,11 +70,8 @@ class Search:
             flops += int(output.flops.sum())
         return torch.cat(answers), torch.cat(log_probs), flops / len(boards)
 
-    def add(self, arm: str, solved: torch.Tensor, flops: float, **more) -> None:
-        rate = float(solved.double().mean())
-        error = (rate * (1 - rate) / len(solved)) ** 0.5
-        row = {"arm": arm, **more, "cost": round(flops / self.unit, 2), "solved": round(100 * rate, 1)}
-        self.rows.append(row | {"standard_error": round(100 * error, 1)})
+    def add(self, arm: str, right: torch.Tensor, flops: float, **more) -> None:
+        self.rows.append({"arm": arm, **more, "cost": round(flops / self.unit, 2), **solved(right)})
         print(json.dumps(self.rows[-1]), flush=True)
 
     def single(self, arm: str, seed: int | None = None, **settings) -> None:

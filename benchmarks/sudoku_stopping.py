@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import begin, make_parser, write_result
+from common import begin, make_parser, solved, write_result
 from torch.nn import functional
 from transformers import AutoTokenizer
 
@@ -105,12 +105,6 @@ def trajectory(model, boards: torch.Tensor) -> torch.Tensor:
     return model.generate(boards, num_loops=model.config.num_loops, max_denoising_steps=16)
 
 
-def share(right: torch.Tensor) -> dict:
-    rate = float(right.double().mean())
-    error = (rate * (1 - rate) / len(right)) ** 0.5
-    return {"solved": round(100 * rate, 1), "standard_error": round(100 * error, 1)}
-
-
 def by_group(held_out: Puzzles, steps_right: torch.Tensor) -> list[dict]:
     """Solve rates by loops in one step, and in 16 steps of the first puzzles, for clues and techniques."""
     clues = [sum(char not in puzzles.BLANKS for char in puzzle) for puzzle, _ in held_out.pairs]
@@ -124,9 +118,9 @@ def by_group(held_out: Puzzles, steps_right: torch.Tensor) -> list[dict]:
             if not members.any():
                 continue
             row = {kind: label, "puzzles": int(members.sum())}
-            row["loops"] = [share(right[members]) for right in held_out.right]
+            row["loops"] = [solved(right[members]) for right in held_out.right]
             chosen = steps_right[members[: len(steps_right)]]
-            row["in_16_steps"] = share(chosen) | {"puzzles": len(chosen)} if len(chosen) else None
+            row["in_16_steps"] = solved(chosen) | {"puzzles": len(chosen)} if len(chosen) else None
             rows.append(row)
     return rows
 
@@ -212,7 +206,7 @@ def compare(validation: Puzzles, held_out: Puzzles, gate: torch.nn.Module) -> li
         right = held_out.right.gather(0, at[None])[0].double()
         change, loops = right - last, float(at.double().mean()) + 1
         row = {"rule": name, "limit": limit if limit > float("-inf") else None, "mean_loops": round(loops, 2)}
-        row |= {"validation_loops": round(min(cost) + 1, 2)} | share(right)
+        row |= {"validation_loops": round(min(cost) + 1, 2)} | solved(right)
         row |= {"change": round(100 * float(change.mean()), 2)}
         rows.append(row | {"paired_error": round(100 * float(change.std() / len(change) ** 0.5), 2)})
         print(rows[-1], flush=True)
@@ -253,7 +247,7 @@ def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: 
             "loops": round(float(loops.double().mean()), 1),
             "mflops": round(float(flops.sum()) / 1e6 / count),
         }
-        rows.append(row | share((answers == held_out.solutions[:count]).all(-1)))
+        rows.append(row | solved((answers == held_out.solutions[:count]).all(-1)))
         print(rows[-1], flush=True)
     return rows
 
@@ -295,7 +289,7 @@ def main() -> None:
         for seed, count in ((args.seed, args.count), (2, args.validation), (5, args.train))
     )
     held_out.read()
-    print([share(right)["solved"] for right in held_out.right], flush=True)
+    print([solved(right)["solved"] for right in held_out.right], flush=True)
     validation.read()
     train.read()
     gate = train_gate(model, train, args.epochs).requires_grad_(False)

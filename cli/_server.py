@@ -88,11 +88,8 @@ class Chat(ChatCompletionHandler):
     """Reads requests: the OpenAI API's, and arguments of `generate` beside them."""
 
     def _validate_request(self, body):
-        if "generation_config" in body:  # how `transformers chat` puts it
-            config = json.loads(body.pop("generation_config"))
-            fields = {name: default for name, (default, *_) in LoopMDMGenerationConfig.FIELDS.items()}
-            idle = {name for name in fields.keys() - OPTIONS if config.get(name) == fields[name]}
-            body.update({**{name: config[name] for name in config.keys() - idle - {"transformers_version"}}, **body})
+        if "generation_config" in body:
+            body.update({**_unpacked(body.pop("generation_config")), **body})
         for name in [name for name, value in body.items() if value is None]:
             del body[name]
         for name, value in body.items():
@@ -242,6 +239,19 @@ class State(GenerationState):
 
     def get_manager(self, model_id, use_cb=False):
         return self.manager
+
+
+def _unpacked(text: Any) -> dict[str, Any]:
+    """The arguments in a whole generation config, which `transformers chat` sends as the text of a JSON object."""
+    try:
+        config = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"`generation_config` is {text!r}; give the text of a JSON object.")
+    defaults = {name: default for name, (default, *_) in LoopMDMGenerationConfig.FIELDS.items() if name not in OPTIONS}
+    idle = {name for name, default in defaults.items() if config.get(name) == default} | {"transformers_version"}
+    return {name: value for name, value in config.items() if name not in idle}
 
 
 def make_app(name: str, model: Any, tokenizer: Any) -> FastAPI:

@@ -2,6 +2,7 @@
 """`loopmdm train`."""
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,11 @@ def train(
 
     is_first = this_process().rank == 0
     settings = read_config(config, overrides or [])
+    if not sys.stderr.isatty():  # bars are for those who watch
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        settings.trainer.setdefault("disable_tqdm", True)
     if dry_run:
         from loopmdm.training.preview import preview
 

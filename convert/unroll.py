@@ -218,6 +218,14 @@ def _stored_config(config: LoopMDMConfig, family: Family) -> dict[str, Any]:
     }
 
 
+class _Inexpressible(ValueError):
+    """Says `what` of a model a format cannot express, and why."""
+
+    def __init__(self, family: Family, what: str, why: object):
+        self.what = what
+        super().__init__(f"The format {family.name} cannot express {what}: {why}")
+
+
 def _fitted(config: LoopMDMConfig, family: Family) -> LoopMDMConfig:
     """
     The configuration with the biases that the format always has, which will be zero. Raises a ValueError, which names
@@ -225,10 +233,9 @@ def _fitted(config: LoopMDMConfig, family: Family) -> LoopMDMConfig:
     """
 
     def refuse(name: str, value: Any) -> ValueError:
-        return ValueError(
-            f"The format {family.name} cannot express `{name}` {getattr(config, name)!r}: its models have {value!r}. "
-            f"Others are {', '.join(other for other in formats() if other != family.name)}."
-        )
+        others = ", ".join(other for other in formats() if other != family.name)
+        why = f"its models have {value!r}. Others are {others}."
+        return _Inexpressible(family, f"`{name}` {getattr(config, name)!r}", why)
 
     changes = {}
     for name, value in family.stored_properties(config).items():
@@ -248,9 +255,9 @@ def _fitted(config: LoopMDMConfig, family: Family) -> LoopMDMConfig:
         ids = {"mask_token_id": config.mask_token_id, "loop_start": 0, "loop_end": config.num_hidden_layers}
         read = LoopMDMConfig(**family.config(written) | ids)
     except StrictDataclassError as error:
-        raise ValueError(f"The format {family.name} cannot express it: {error.__cause__ or error}") from error
+        raise _Inexpressible(family, "this model", error.__cause__ or error) from error
     except ValueError as error:
-        raise ValueError(f"The format {family.name} cannot express this model: {error}") from error
+        raise _Inexpressible(family, "this model", error) from error
     for name in sorted(LoopMDMConfig.__annotations__.keys() - INDIFFERENT):
         # Rotation in float32 or in the model's dtype is a matter of rounding, but for rounded tables.
         is_rounding = name == "rope_precision" and "bfloat16" not in (read.rope_precision, config.rope_precision)
@@ -269,8 +276,8 @@ def _nearest(source: Source, config: LoopMDMConfig) -> Family:
     for family in formats().values():
         try:
             fitted = _fitted(config, family)
-        except ValueError as error:
-            lacking[str(error).partition("cannot express ")[2].partition(": its models")[0]] += 1
+        except _Inexpressible as error:
+            lacking[error.what] += 1
             continue
         fitting[family.name] = sum(getattr(fitted, name) != getattr(config, name) for name in BIASES)
     if not fitting:

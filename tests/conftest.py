@@ -1,4 +1,5 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
+import gc
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,11 @@ from browser import chromium
 
 # Threads cost tiny matrices more than they give: on a busy machine seven times the run time.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Imported modules are not garbage; every Trainer looks through them for a quarter of a second."""
+    gc.freeze()
 
 
 @pytest.fixture

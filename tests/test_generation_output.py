@@ -3,7 +3,8 @@
 
 import math
 import re
-from collections import Counter
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +22,15 @@ from generation_reference import (
     word_tokenizer,
 )
 from tiny import MASK, PAD, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EosTokenCriteria, MaxLengthCriteria, TextDiffusionStreamer, TextIteratorStreamer, TextStreamer
 
 from loopmdm import LoopMDMGenerationConfig
 from loopmdm.cache_utils import DualCache
 from loopmdm.commit_rules import CommitRule, MarginRule
 from loopmdm.loop_policies import LoopPolicy
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from common import count_waits
 
 
 @pytest.fixture(scope="module")
@@ -124,25 +127,10 @@ def test_speed_counts_what_was_denoised(model):
     assert output.cache is None
 
 
-class HostReads(TorchDispatchMode):
-    """Counts operators whose result goes to the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def host_reads(max_new_tokens, batch_size, **arguments):
     ids, model = torch.tensor([[5, 3, 8, 1]] * batch_size), tiny_model()
-    with HostReads() as reads:
-        model.generate(ids, max_new_tokens=max_new_tokens, block_length=max_new_tokens, **arguments)
-    return sum(reads.counts.values())
+    sizes = {"max_new_tokens": max_new_tokens, "block_length": max_new_tokens}
+    return count_waits(lambda: model.generate(ids, **sizes, **arguments), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from commands import refusal, run
-from tiny import BIASES, random_ids, scores, tiny_model
+from tiny import BIASES, SHALLOW, random_ids, scores, tiny_model
 
 from loopmdm.convert import onnx_graphs
 from loopmdm.convert.onnx_graphs import export_graphs
@@ -52,7 +52,7 @@ class Unknown(torch.nn.Module):
 def exported(request, tmp_path_factory):
     """A model, and the folder of its graphs."""
     folder = tmp_path_factory.mktemp("onnx")
-    model = tiny_model(**MODELS[request.param])
+    model = tiny_model(**SHALLOW, **MODELS[request.param])
     model.generation_config.update(max_denoising_steps=6, eos_token_id=[3, 5, 7, 9])
     model.save_pretrained(folder / "model")
     said = run("export", folder / "model", folder / "graphs", "--format", "onnx")

@@ -2,6 +2,7 @@
 """`loopmdm push`: what is refused, what goes to the Hub, and what stays. The Hub is one of the test's own."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,7 +140,22 @@ def test_a_public_repository_does_not_become_private_in_silence(folder, hub, loa
     assert "is public" in refusal("push", folder, "ann/public", "--private") and hub.commits == []
 
 
-def test_weights_that_give_no_numbers_are_refused(folder):
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs in this process what others run in a fresh one, which imports torch anew."""
+
+    def run(command, **options):
+        *_, code, folder, is_adapter, has_tokenizer = command
+        monkeypatch.setattr(sys, "argv", ["-c", folder, is_adapter, has_tokenizer])
+        monkeypatch.setitem(sys.modules, "loopmdm", sys.modules["loopmdm"])  # the code hides it
+        with pytest.raises(SystemExit) as exit_:
+            exec(code, {})
+        return SimpleNamespace(returncode=1, stderr=str(exit_.value))
+
+    monkeypatch.setattr("loopmdm.hub.push.subprocess.run", run)
+
+
+def test_weights_that_give_no_numbers_are_refused(folder, quick):
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = torch.full((32,), torch.nan)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -147,7 +163,7 @@ def test_weights_that_give_no_numbers_are_refused(folder):
         load_in_fresh_process(folder)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, quick):
     tiny_model().save_pretrained(tmp_path)  # 23 tokens
     word_tokenizer().save_pretrained(tmp_path)  # 32
     with pytest.raises(ValueError, match="32 tokens, and the model 23"):
