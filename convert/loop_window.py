@@ -46,7 +46,7 @@ def read_sequences(tokenizer: Any, text: Path, num_sequences: int, length: int) 
     Up to `num_sequences` pieces of `length` tokens, spread over the whole text: `(num_sequences, length)`. Raises a
     ValueError if the file is not UTF-8, or too short for one piece.
     """
-    ids = encode(tokenizer, next(read_documents(text, None), ""), str(text))
+    ids = encode(tokenizer, next(read_documents(text, None)), str(text))
     count = min(len(ids) // length, num_sequences)
     if count == 0:
         raise ValueError(f"{text} has {len(ids)} tokens; calibration needs at least {length}.")

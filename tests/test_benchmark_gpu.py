@@ -29,6 +29,7 @@ def test_every_section_finds_something(monkeypatch, tmp_path):
     assert code == 0 and [*sections] == [*gpu.SECTIONS], sections
     results = {name: section["result"] for name, section in sections.items()}
     assert len(results["correctness"]) == 4 and all(row["is_right"] for row in results["correctness"])
+    assert len(results["calls"]) == 6 and all(row["is_right"] for row in results["calls"])
     assert all(row["same_tokens"] for row in results["float32"]["exact"])
     assert [row["same_tokens"] for row in results["bfloat16"]["block_causal"]["exact"]] == [True, True]
     assert [row["num_loops"] for row in results["bfloat16"]["loops"]] == [1, 2, 4, 8]
@@ -48,6 +49,14 @@ def test_sections_that_fail_or_take_too_long_are_recorded(monkeypatch, tmp_path)
     assert found["bad"]["failed"] == "RuntimeError: no such kernel"
     assert found["dead"]["failed"] == "The process ended with 3."
     assert "longer than 0.05 s" in found["slow"]["failed"] and found["good"]["result"] == 1
+
+
+def test_one_of_two_folders_is_refused_before_anything_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--llada", str(tmp_path)])
+    monkeypatch.setattr(gpu, "run_section", lambda *_: pytest.fail("ran"))
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2 and "--fast-dllm" in capsys.readouterr().err
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch, capsys):

@@ -193,6 +193,11 @@ BAD = {
     "no role": ({"messages": [{"content": "w1"}]}, "give objects with a `role`"),
     "picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a text as `content`"),
     "other model": ({"model": "other"}, "requested 'other'"),
+    "config": (
+        {"extra_body": {"generation_config": "{"}},
+        "`generation_config` is '{'; give the text of a JSON object",
+    ),
+    "config of another kind": ({"extra_body": {"generation_config": [1]}}, "`generation_config` is [1]"),
 }
 
 

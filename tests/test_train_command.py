@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from commands import refusal
-from commands import run as command
 from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from processes import FORK, start
@@ -19,7 +18,9 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from typer.testing import CliRunner
 
+import loopmdm_cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.objective import seeded_generator
 from loopmdm.training import LoopMDMTrainer
@@ -607,7 +608,8 @@ def test_unreadable_texts_are_named(run, tmp_path):
 
 def test_command(run, tmp_path):
     path = run(eval_data=str(tmp_path / "text.txt"), eval_loops=[1, 3])
-    shown = command("train", path, "trainer.max_steps=2")
-    assert "2 steps" in shown and "eval_nelbo_3" in shown
+    result = CliRunner().invoke(loopmdm_cli.app, ["train", path, "trainer.max_steps=2"], catch_exceptions=False)
+    assert "2 steps" in result.stdout and "eval_nelbo_3" in result.stdout
+    assert "%|" not in result.stderr  # bars are for terminals
     for overrides, part in ((["max_steps"], "is not `key=value`"), (["output.x=1"], "holds a single value")):
         assert part in refusal("train", path, *overrides)
