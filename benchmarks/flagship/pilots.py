@@ -22,6 +22,7 @@ START = {"tflop": 40, "loops": 16}
 UNTIED = {"tflop": 20, "loops": 8, "mid": 2, "positions": "structured", "position_scale": 1.0}
 UNTIED |= {"schedule": "grow", "first_loops": 2, "tied": False, "embed_scale": 1.0}
 SHORT, TUNED = UNTIED | {"stop": 10}, UNTIED | {"batch": 16, "lr": 8e-3, "stop": 8}
+MORE = {"init": "plain", "seed": 1, "decay": 0.4, "ema": 0.998}
 RUNS = {
     "one-layer": START,
     "one-layer-growing": START | {"positions": "structured", "schedule": "grow", "first_loops": 2},
@@ -40,6 +41,9 @@ RUNS = {
     "uniform-noise": TUNED | {"noise": "uniform"},
     "plain-positions": TUNED | {"positions": "plain", "stop": 5},
     "plain": TUNED | {"stop": 0, "tflop": 100, "loops": 1, "schedule": "constant", "decay": 0.4, "ema": 0.998},
+    # the plain model, with loops from now on and without; another seed, so other batches
+    "converted": TUNED | MORE | {"stop": 0, "tflop": 50, "loops": 16, "grow_power": 0.5, "grow_until": 0.5},
+    "plain-longer": TUNED | MORE | {"stop": 0, "tflop": 50, "loops": 1, "schedule": "constant"},
     "bundled": TUNED
     | {"stop": 0, "tflop": 600, "loops": 16, "grow_power": 0.5, "grow_until": 0.5, "decay": 0.4, "ema": 0.998},
 }
@@ -71,6 +75,8 @@ def main() -> None:
     record = {}
     for name in args.only:
         settings, folder = {"name": name, **RUNS[name]}, args.work / name
+        if "init" in settings:
+            settings["init"] = str(args.work / settings["init"] / "model")
         if not (folder / "result.json").is_file():
             command = [sys.executable, str(HERE / "train.py"), "--settings", json.dumps(settings)]
             subprocess.run([*command, "--data", str(args.data), "--output", str(args.work)], check=True)

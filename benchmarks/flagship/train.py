@@ -41,6 +41,7 @@ class Settings:
     stop: float = 0.0  # end after so many TFLOP all the same, in the middle of the schedules
     seed: int = 0
     # model
+    init: str = ""  # folder of a model of this shape to go on from
     width: int = 128
     mlp: int = 352
     heads: int = 4
@@ -101,6 +102,8 @@ def build_model(settings: Settings) -> LoopMDMForMaskedLM:
             positions.normal_()
         positions.mul_(settings.position_scale)
         model.model.embed_tokens.weight.mul_(settings.embed_scale / 0.02)
+    if settings.init:
+        model.load_state_dict(LoopMDMForMaskedLM.from_pretrained(settings.init).state_dict())
     return model
 
 
