@@ -119,8 +119,20 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
             f"{config._attn_implementation!r} attention cannot be block-causal, see packed documents apart, "
             'or read a cache of uneven rows; call `model.set_attn_implementation("sdpa")`, or "flex_attention".'
         )
-    restriction = is_visible if is_restricted else None
-    return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
+    implementation, is_ready = config._attn_implementation, attention_mask is not None and attention_mask.ndim == 4
+    if not is_restricted or is_ready or implementation not in ("eager", "sdpa"):
+        restriction = is_visible if is_restricted else None
+        return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
+    # By broadcasting: transformers' vmap can take longer than all layers.
+    sizes = *inputs_embeds.shape[:2], (inputs_embeds if keys is None else keys).shape[1]
+    batch, query, key = (torch.arange(size, device=inputs_embeds.device) for size in sizes)
+    visible = is_visible(batch[:, None, None, None], None, query[:, None], key)
+    if attention_mask is not None:
+        visible = visible & attention_mask.to(visible.device, torch.bool)[:, None, None]
+    if implementation == "sdpa":
+        return visible
+    dtype = inputs_embeds.dtype
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:

@@ -123,8 +123,11 @@ def counted(model, flops: bool = True):
 # which of the two rows of guidance it is, they return logits of every position, and the loops of every pass that ran.
 
 
-def plain(model, length, **exits):
-    """Every step is a forward pass over all that the block may see."""
+def plain(model, length, keeps=False, **exits):
+    """
+    Every step is a forward pass over all that the block may see. Of a model that `keeps` what stands before it, later
+    steps compute the block alone: a given token there, which guidance hides, is no [MASK] to loop for.
+    """
     size, mask = model.config.attention_block_size, None
     if size is not None:
         blocks = torch.arange(length) // size
@@ -136,7 +139,10 @@ def plain(model, length, **exits):
         stop = len(tokens) if mask is None else stop
         seen = None if mask is None else mask[..., :stop, :stop]
         output = model(torch.tensor([tokens[:stop]]), attention_mask=seen, num_loops=num_loops, **exits)
-        return output.logits[0], [int(output.loops)]
+        loops = int(output.loops)
+        if keeps and step > 0 and "visible_loops" in exits and model.config.mask_token_id not in tokens[start:stop]:
+            loops = min(exits["visible_loops"], num_loops)
+        return output.logits[0], [loops]
 
     return predict
 

@@ -206,10 +206,10 @@ def predictor_of(config: dict, arguments: dict):
     if kind is not None:
         names = {"tolerance": exits.get("loop_tolerance"), "visible_loops": exits.get("visible_loops")}
         return partial(Stored, kind=kind, interval=arguments.get("cache_refresh_interval"), **names)
+    keeps = arguments.get("use_cache") is not False and not isinstance(arguments.get("num_loops"), list)
     if blocks and ("loop_tolerance" in exits or (exits and config.get("shift_logits"))):
-        keeps = arguments.get("use_cache") is not False and not isinstance(arguments.get("num_loops"), list)
         return partial(block_exits, keeps=keeps, **exits)
-    return partial(plain, **exits)
+    return partial(plain, keeps=blocks and keeps, **exits)
 
 
 COMPUTATIONS = ("loop_tolerance", "visible_loops", "cache_implementation", "cache_refresh_interval", "use_cache")
