@@ -9,13 +9,14 @@ makes a looped one of it, and both are trained further with the same FLOPs, give
         --output benchmarks/results/healing.json --seeds 0,1,2
 
 `--pilots` compares ways to convert and to go on, on other puzzles than the study's. `--windows` measures on each base
-what `loopmdm convert --calibrate` compares, for all layers (its candidates leave the first and the last one alone, if they
-can). A run that is in `--output` is not repeated, and an interrupted one goes on from its checkpoint in `--work`. Prints a
-table of the file in the end.
+what `loopmdm convert --calibrate` compares, for all layers (its candidates leave the first and the last one alone, if
+they can). A run that is in `--output` is not repeated, and an interrupted one goes on from its checkpoint in `--work`.
+Prints a table of the file in the end.
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ class Study:
         model = LoopMDMForMaskedLM.from_pretrained(self.base(seed, self.task.rows)).eval()
         boards = tasks.sudoku6_rows(self.args.work / "data", 100, seed=2).input_ids
         layers, found = model.config.num_hidden_layers, {}
-        for start, end in ((start, end) for start in range(layers) for end in range(start + 1, layers + 1)):
+        for start, end in itertools.combinations(range(layers + 1), 2):
             model.config.loop_start, model.config.loop_end = start, end
             found[f"{start}:{end}"] = nelbo(model, boards, num_loops=[1, 2]).per_token()[0].tolist()
         self.add("windows", seed, {"windows": found})
