@@ -42,10 +42,10 @@ RUNS = {
     "uniform-noise": TUNED | {"noise": "uniform"},
     "plain-positions": TUNED | {"positions": "plain", "stop": 5},
     "plain": PLAIN | {"tflop": 100},
-    # The plain model goes on, with loops and without, and its loops' recipe from scratch; on other batches than before
+    # The plain model goes on, with loops and without; on other batches than before
     "converted": LOOPED | {"init": "plain", "tflop": 50, "seed": 1},
+    "converted-first": LOOPED | {"init": "plain", "tflop": 50, "seed": 1, "mid": 1, "tail": 1},
     "plain-longer": PLAIN | {"init": "plain", "tflop": 25, "lr": 2.7e-3, "seed": 1},
-    "from-scratch": LOOPED | {"tflop": 50, "seed": 1},
     "bundled": LOOPED | {"tflop": 600},
 }
 
