@@ -8,12 +8,15 @@ makes a looped one of it, and both are trained further with the same FLOPs, give
     python benchmarks/healing.py --fast --threads 1 --work /tmp/healing \\
         --output benchmarks/results/healing.json --seeds 0,1,2
 
-`--pilots` compares ways to convert and to go on, on other puzzles than the study's. A run that is in `--output` is not
-repeated, and an interrupted one goes on from its checkpoint in `--work`. Prints a table of the file in the end.
+`--pilots` compares ways to convert and to go on, on other puzzles than the study's. `--windows` measures on each base
+what `loopmdm convert --calibrate` compares, for all layers (its candidates leave the first and the last one alone, if
+they can). A run that is in `--output` is not repeated, and an interrupted one goes on from its checkpoint in `--work`.
+Prints a table of the file in the end.
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from transformers.utils import logging
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.convert import convert_checkpoint
+from loopmdm.evaluation import nelbo
 from loopmdm.evaluation.protocol import protocol
 
 sys.path.insert(0, str(Path(__file__).parent / "claims"))
@@ -117,6 +121,18 @@ class Study:
             self.add(name, seed, {"training": {}, **measured(model, rows, list(LOOPS))})
         return folder / "model"
 
+    def windows(self, seed: int) -> None:
+        """Nats per token of whole boards at one and two loops, without further training, by looped layers."""
+        if study.find(self.args.output, "windows", seed):
+            return
+        model = LoopMDMForMaskedLM.from_pretrained(self.base(seed, self.task.rows)).eval()
+        boards = tasks.sudoku6_rows(self.args.work / "data", 100, seed=2).input_ids
+        layers, found = model.config.num_hidden_layers, {}
+        for start, end in itertools.combinations(range(layers + 1), 2):
+            model.config.loop_start, model.config.loop_end = start, end
+            found[f"{start}:{end}"] = nelbo(model, boards, num_loops=[1, 2]).per_token()[0].tolist()
+        self.add("windows", seed, {"windows": found})
+
     def run(self, name: str, seed: int, way: Way, share: int, base: Path, rows: tasks.Rows) -> None:
         """Converts the base, trains it on `share` per cent of its FLOPs, and measures it."""
         if study.find(self.args.output, name, seed):
@@ -147,7 +163,7 @@ class Study:
 
 def report(path: Path) -> str:
     """A table in Markdown: every run by loops, means and standard deviations over seeds."""
-    records = study.read(path)
+    records = [record for record in study.read(path) if "solved" in record]
     lines = ["| run | seeds | loops | NELBO | solved in one step, % |", "| --- | ---: | ---: | ---: | ---: |"]
     for name in dict.fromkeys(record["arm"] for record in records):
         runs = [record for record in records if record["arm"] == name]
@@ -168,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
     parser.add_argument("--shares", default="5,10,25,50,100", help="of the first training, %% (default: all of these)")
     parser.add_argument("--pilots", action="store_true", help="compare ways, on 25 %% and the first seed")
+    parser.add_argument("--windows", action="store_true", help="measure where untrained loops harm least")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--fast", action="store_true", help="train in bfloat16 with compiled layers")
@@ -187,6 +204,9 @@ def main() -> None:
         base = runs.base(seeds[0], rows, "pilot-base")
         for name in QUICK if args.quick else PILOTS:
             runs.run(f"pilot-{name}", seeds[0], PILOTS[name], 25, base, rows)
+    elif args.windows:
+        for seed in seeds:
+            runs.windows(seed)
     else:
         for seed in seeds:
             base = runs.base(seed, runs.task.rows)

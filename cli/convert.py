@@ -139,7 +139,7 @@ def _show_result(record: dict[str, Any], output: Path) -> None:
         todo = "damped loops change little, and gain little, untrained"
     console.print(f"{output} is written. It computes what its source does at num_loops=1; {todo}.")
     console.print(
-        "Recipe: `loopmdm train` with `loops: {schedule: growing}` and all weights, for a quarter of the FLOPs of its "
-        "first training. For answers in one step that paid where training without loops had stalled, with the first "
-        "layer looped; not with the last layer, all layers or LoRA on mid (docs/results.md)."
+        "Recipe: `loopmdm train` with `loops: {schedule: growing}` and all weights, for half of the FLOPs of its "
+        "first training. On Sudokus, where training without loops had stalled, that paid with the first of two or "
+        "three layers looped; not with the last, all of them or LoRA on mid, and not on text (docs/results.md)."
     )

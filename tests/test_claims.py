@@ -110,7 +110,7 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
 def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
     path = tmp_path / "healing.json"
     options = ["--quick", "--shares", "25", "--threads", "1", "--work", str(tmp_path), "--output", str(path)]
-    for more in ([], ["--pilots"]):
+    for more in ([], ["--windows"], ["--pilots"]):
         monkeypatch.setattr(sys, "argv", ["healing.py", *options, *more])
         healing.main()
     records = {record["arm"]: record for record in study.read(path)}
@@ -118,9 +118,13 @@ def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
         "base",
         "plain-25",
         "looped-25",
+        "windows",
         "pilot-base",
         *(f"pilot-{n}" for n in healing.QUICK),
     ]
+    windows = records["windows"]["windows"]  # all share one loop, and no two of them two
+    assert list(windows) == ["0:1", "0:2", "0:3", "1:2", "1:3", "2:3"]
+    assert len({once for once, _ in windows.values()}) == 1 and len({twice for _, twice in windows.values()}) == 6
     # Both went on with a quarter of the FLOPs, and the converted one with loops
     for name in ("plain-25", "looped-25"):
         assert records[name]["training"]["training_flops"] == pytest.approx(0.001e12, rel=0.25)

@@ -22,7 +22,8 @@ START = {"tflop": 40, "loops": 16}
 UNTIED = {"tflop": 20, "loops": 8, "mid": 2, "positions": "structured", "position_scale": 1.0}
 UNTIED |= {"schedule": "grow", "first_loops": 2, "tied": False, "embed_scale": 1.0}
 SHORT, TUNED = UNTIED | {"stop": 10}, UNTIED | {"batch": 16, "lr": 8e-3, "stop": 8}
-MORE = {"init": "plain", "seed": 1, "decay": 0.4, "ema": 0.998}
+LOOPED = TUNED | {"stop": 0, "loops": 16, "grow_power": 0.5, "grow_until": 0.5, "decay": 0.4, "ema": 0.998}
+PLAIN = TUNED | {"stop": 0, "loops": 1, "schedule": "constant", "decay": 0.4, "ema": 0.998}
 RUNS = {
     "one-layer": START,
     "one-layer-growing": START | {"positions": "structured", "schedule": "grow", "first_loops": 2},
@@ -40,23 +41,24 @@ RUNS = {
     "last-loss-uniform-loops": TUNED | {"deep": False, "schedule": "uniform"},
     "uniform-noise": TUNED | {"noise": "uniform"},
     "plain-positions": TUNED | {"positions": "plain", "stop": 5},
-    "plain": TUNED | {"stop": 0, "tflop": 100, "loops": 1, "schedule": "constant", "decay": 0.4, "ema": 0.998},
-    # the plain model, with loops from now on and without; another seed, so other batches
-    "converted": TUNED | MORE | {"stop": 0, "tflop": 50, "loops": 16, "grow_power": 0.5, "grow_until": 0.5},
-    "plain-longer": TUNED | MORE | {"stop": 0, "tflop": 50, "loops": 1, "schedule": "constant"},
-    "bundled": TUNED
-    | {"stop": 0, "tflop": 600, "loops": 16, "grow_power": 0.5, "grow_until": 0.5, "decay": 0.4, "ema": 0.998},
+    "plain": PLAIN | {"tflop": 100},
+    # The plain model goes on, with loops and without; on other batches than before
+    "converted": LOOPED | {"init": "plain", "tflop": 50, "seed": 1},
+    "converted-first": LOOPED | {"init": "plain", "tflop": 50, "seed": 1, "mid": 1, "tail": 1},
+    "plain-longer": PLAIN | {"init": "plain", "tflop": 25, "lr": 2.7e-3, "seed": 1},
+    "bundled": LOOPED | {"tflop": 600},
 }
 
 
 def curve(folder: Path, loops: int) -> list[dict]:
     """By TFLOP: cells right in one step and nats per cell at the most loops, boards solved in 16 steps, in percent."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    last = json.loads((folder / "result.json").read_text())
+    entries.append({"tflop": last["training_tflop"], **last["evaluation"]})
     points = {}
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+    for entry in entries:
         if "one_step" in entry:
-            value = entry["one_step"][str(loops)]
-            _, right, nats = value
+            _, right, nats = entry["one_step"][str(loops)]
             points[round(entry["tflop"])] = {
                 "cells_right": right,
                 "nats": nats,
