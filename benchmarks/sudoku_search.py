@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,22 +25,45 @@ from flagship.symmetry import Symmetry
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.commit_rules import CommitRule
 from loopmdm.evaluation import nelbo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
 import puzzles
 
+# Scores `(N,)` of answers `(N, 81)` to the puzzles of those rows, the lower the better, and FLOPs per answer
+Judge = Callable[[torch.Tensor, slice | torch.Tensor], tuple[torch.Tensor, float]]
 STEPS = 16
 # NELBO of an answer, in nats, up to which it is taken to be right. On puzzles of another seed (2) right answers have
 # 0.03 at most by four masks, and wrong ones 3 at least.
 ACCEPTED = 0.3
 
 
+class LaterLook(CommitRule):
+    """The most confident first; a committed digit that a later look gives less than `limit` is masked again."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def __call__(self, step):
+        where = (step.rows[:, None], step.columns)
+        if step.index == 0:
+            self.held = torch.zeros(int(step.rows.max()) + 1, int(step.columns.max()) + 1, dtype=torch.long)
+        log_probs = step.logits.log_softmax(-1).gather(-1, self.held[where][..., None])[..., 0]
+        doubted = step.counted & ~step.masked & (log_probs.exp() < self.limit)
+        step.remask = doubted & (step.index + 1 < step.num_steps)[:, None]  # in place of ReMDM's draw
+        commit = step.best(step.confidence)
+        self.held[where] = self.held[where].where(~commit, step.tokens)
+        return commit
+
+
 class Search:
     """Runs arms over the same puzzles and keeps a table."""
 
-    def __init__(self, model, tokenizer, pairs: list[tuple[str, str]], batch_size: int):
-        self.model, self.batch_size, self.rows = model, batch_size, []
+    def __init__(self, model, tokenizer, pairs: list[tuple[str, str]], batch_size: int, masks: int = 4):
+        self.model, self.batch_size, self.masks, self.rows = model, batch_size, masks, []
+        # How answers are judged without the rules, and the score up to which one is accepted
+        self.judges: dict[str, tuple[Judge, float]] = {"nelbo": (self.nelbo, ACCEPTED)}
         self.boards, self.solutions = (
             tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs, strict=True)
         )
@@ -82,7 +106,11 @@ class Search:
         """The only solution is the only board that keeps the rules and the clues."""
         return (answers == self.solutions).all(-1)
 
-    def candidates(self, arm: str, count: int, masks: int) -> None:
+    def nelbo(self, answers: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, float]:
+        blank, sizes = self.blank[rows], {"num_samples": self.masks, "batch_size": self.batch_size}
+        return nelbo(self.model, answers, maskable=blank, **sizes).nats[0], self.flops(self.masks)
+
+    def candidates(self, arm: str, count: int) -> None:
         """Several answers to every puzzle, and every way to choose one of the first 1, 2, 4, ... of them."""
         found = []
         for index in range(count):
@@ -94,29 +122,30 @@ class Search:
                 answers, log_probs, flops = self.generate(self.boards, seed=index, do_sample=True)
             else:
                 answers, log_probs, flops = self.generate(self.boards)
-            bound = nelbo(self.model, answers, maskable=self.blank, num_samples=masks, batch_size=self.batch_size)
-            found.append((answers, log_probs, -bound.nats[0].to(log_probs.dtype), flops))
-        answers, log_probs, bounds = (torch.stack(parts) for parts in list(zip(*found, strict=True))[:3])
+            judged = {name: judge(answers, slice(None)) for name, (judge, _) in self.judges.items()}
+            found.append((answers, log_probs, flops, judged))
+        answers, log_probs = (torch.stack(parts) for parts in list(zip(*found, strict=True))[:2])
         right = torch.stack([self.right(part) for part in answers])
         size = 2
         while size <= count:
-            flops = sum(flops for *_, flops in found[:size])
+            flops = sum(flops for _, _, flops, _ in found[:size])
             same = answers[:size, None] == answers[None, :size]  # (size, size, num_puzzles, 81)
             scores = {
                 "trajectory": log_probs[:size],
                 "majority": same.all(-1).sum(1).double(),
                 "agreement": same.sum((1, -1)).double(),
-                "nelbo": bounds[:size],
-                "majority, then nelbo": same.all(-1).sum(1).double() + bounds[:size].double().sigmoid(),
             }
+            extra = {}
+            for name in self.judges:
+                judged = [judged[name] for *_, judged in found[:size]]
+                scores[name], extra[name] = -torch.stack([one for one, _ in judged]), sum(spent for _, spent in judged)
             self.add(arm, right[:size].any(0), flops, candidates=size, choice="rules")
             for choice, score in scores.items():
-                extra = self.flops(size * masks) if "nelbo" in choice else 0
-                best = score.argmax(0, keepdim=True)
-                self.add(arm, right[:size].gather(0, best)[0], flops + extra, candidates=size, choice=choice)
+                chosen = right[:size].gather(0, score.argmax(0, keepdim=True))[0]
+                self.add(arm, chosen, flops + extra.get(choice, 0), candidates=size, choice=choice)
             size *= 2
 
-    def measure_all(self, candidates: int, masks: int) -> None:
+    def measure_all(self, candidates: int) -> None:
         """Everything that needs no judge to stop."""
         loops = self.model.config.num_loops
         for steps in (1, 4, STEPS, 2 * STEPS, 4 * STEPS):
@@ -124,16 +153,22 @@ class Search:
         for number in (loops // 2, loops + loops // 2, 2 * loops):
             self.single("loops", num_loops=number)
         self.single("remasking", seed=0, max_denoising_steps=2 * STEPS, remask_probability=0.05)
+        rule = LaterLook(0.5)  # generate covers committed digits too if any may be remasked
+        answers, _, flops = self.generate(
+            self.boards, max_denoising_steps=2 * STEPS, remask_probability=1, unmasking=rule
+        )
+        self.add("later look", self.right(answers), flops, max_denoising_steps=2 * STEPS, limit=rule.limit)
         for arm, count in (("symmetric copies", candidates), ("samples", candidates // 2)):
-            self.candidates(arm, count, masks)
+            self.candidates(arm, count)
 
-    def until_accepted(self, judge: str, copies: int, masks: int, steps: int = 4) -> None:
+    def until_accepted(self, judge: str, copies: int, steps: int = 4) -> None:
         """Symmetric copies of the puzzles whose answers the judge has not accepted yet, until `copies` are tried."""
         count, flops = len(self.boards), 0.0
         right, scores = torch.zeros(count, dtype=torch.bool), torch.full((count,), math.inf, dtype=torch.float64)
         seen = torch.zeros(count, copies, self.boards.shape[1], dtype=torch.long)
+        limit = self.judges[judge][1] if judge in self.judges else 0.5
         for index in range(copies + 1):
-            rows = (scores > ACCEPTED).nonzero().flatten()
+            rows = (scores > limit).nonzero().flatten()
             if index == copies or len(rows) == 0 or index in (1, 2, 4, 8, 16, 32, 64):
                 more = {"choice": judge, "steps": steps, "candidates": index, "accepted": count - len(rows)}
                 self.add("until accepted", right, flops / count, **more)
@@ -150,10 +185,9 @@ class Search:
             if judge == "agreement":
                 found = 1 - (answers[:, None] == seen[rows, :index]).all(-1).any(-1).double()
                 seen[rows, index] = answers
-            elif judge == "nelbo":
-                blank, sizes = self.blank[rows], {"num_samples": masks, "batch_size": self.batch_size}
-                found = nelbo(self.model, answers, maskable=blank, **sizes).nats[0]
-                flops += self.flops(masks) * len(rows)
+            elif judge in self.judges:
+                found, spent = self.judges[judge][0](answers, rows)
+                flops += spent * len(rows)
             better = found < scores[rows]
             right[rows], scores[rows] = is_right.where(better, right[rows]), found.where(better, scores[rows])
 
@@ -172,12 +206,12 @@ def main() -> None:
     model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = puzzles.generate_puzzles(args.count, args.seed, None, None)
-    search, started = Search(model, tokenizer, pairs, args.batch_size), time.perf_counter()
+    search, started = Search(model, tokenizer, pairs, args.batch_size, args.masks), time.perf_counter()
     if args.until is not None:
         for judge in ("rules", "agreement", "nelbo"):
-            search.until_accepted(judge, args.until, args.masks)
+            search.until_accepted(judge, args.until)
     else:
-        search.measure_all(args.candidates, args.masks)
+        search.measure_all(args.candidates)
     write_result(args, seconds=round(time.perf_counter() - started), rows=search.rows)
 
 

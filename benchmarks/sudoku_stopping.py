@@ -210,7 +210,10 @@ def rules(data: Puzzles, gate: torch.nn.Module) -> dict[str, torch.Tensor]:
 def paired(right: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     """Percentage points by which `right` is above `reference`, both of the same puzzles, and the standard error."""
     change = 100 * (right.double() - reference.double())
-    return {"change": round(float(change.mean()), 2), "paired_error": round(float(change.std() / len(change) ** 0.5), 2)}
+    return {
+        "change": round(float(change.mean()), 2),
+        "paired_error": round(float(change.std() / len(change) ** 0.5), 2),
+    }
 
 
 def compare(validation: Puzzles, held_out: Puzzles, gate: torch.nn.Module) -> list[dict]:
