@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--until-count", type=int, default=300, help="puzzles to accept answers to (default: 300)")
     parser.add_argument("--until", type=int, default=64, help="symmetric copies tried at most (default: 64)")
-    parser.add_argument("--train", type=int, default=500, help="puzzles to train the head on (default: 500)")
+    parser.add_argument("--train", type=int, default=300, help="puzzles to train the head on (default: 300)")
     parser.add_argument("--copies", type=int, default=4, help="symmetric copies of each of them (default: 4)")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")

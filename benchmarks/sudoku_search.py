@@ -7,6 +7,7 @@ copies agree, or by its NELBO.
 
     python benchmarks/sudoku_search.py --count 150 --output benchmarks/results/sudoku_search.json
     python benchmarks/sudoku_search.py --count 300 --until 64 --output benchmarks/results/sudoku_until.json
+    python benchmarks/sudoku_search.py --plot docs/results/search.png
 
 Every row gives the percentage of puzzles solved and the FLOPs per puzzle in units of one trajectory at the model's own
 loops and 16 steps. Candidates are nested: the first of eight are the four. The first is the plain greedy trajectory.
@@ -37,6 +38,27 @@ STEPS = 16
 # NELBO of an answer, in nats, up to which it is taken to be right. On puzzles of another seed (2) right answers have
 # 0.03 at most by four masks, and wrong ones 3 at least.
 ACCEPTED = 0.3
+
+RESULTS = Path(__file__).parent / "results"
+# How the picture draws them
+ARMS = {
+    "steps": ("1 to 64 steps", "-", "o"),
+    "loops": ("8 to 32 loops", "-", "s"),
+    "remasking": ("ReMDM's remasking, 32 steps", "", "x"),
+    "later look": ("remasking by a later look, 32 steps", "", "+"),
+    "samples": ("2 and 4 samples", ":", "v"),
+    "symmetric copies": ("2 to 8 copies", "--", "."),
+    "until accepted": ("until accepted", "-", "."),
+}
+CHOICES = {
+    "rules": ("rules", "black"),
+    "nelbo": ("NELBO", "tab:red"),
+    "second look": ("second look", "tab:orange"),
+    "head": ("trained head", "tab:green"),
+    "trajectory": ("likelihood", "tab:purple"),
+    "majority": ("majority", "tab:cyan"),
+    "agreement": ("agreement", "tab:blue"),
+}
 
 
 class LaterLook(CommitRule):
@@ -192,6 +214,41 @@ class Search:
             right[rows], scores[rows] = is_right.where(better, right[rows]), found.where(better, scores[rows])
 
 
+def plot(path: Path, gflop: float) -> None:
+    """All results of this script and of sudoku_judges.py; `gflop` of a trajectory is the unit of the costs."""
+    from matplotlib.figure import Figure
+
+    results = {
+        name: json.loads((RESULTS / f"sudoku_{name}.json").read_text()) for name in ("search", "until", "judges")
+    }
+    rows = [row for result in results.values() for row in result["rows"]] + results["judges"]["until"]
+    groups: dict[tuple[str, str | None], dict[int, dict]] = {}
+    for row in rows:  # the judges' own rows repeat some
+        groups.setdefault((row["arm"], row.get("choice")), {})[row["cost"]] = row
+    figure = Figure(figsize=(7, 6.4), layout="constrained")
+    axis = figure.subplots()
+    for arm, (about, line, marker) in ARMS.items():
+        for (name, choice), points in groups.items():
+            if name != arm or (arm == "samples" and choice != "rules"):
+                continue
+            label = about if choice is None else f"{about}: {CHOICES[choice][0]}"
+            color = "tab:gray" if choice is None else CHOICES[choice][1]
+            cost, rate, error = zip(
+                *((points[at]["cost"], points[at]["solved"], points[at]["standard_error"]) for at in sorted(points)),
+                strict=True,
+            )
+            bars = {"elinewidth": 0.7, "linewidth": 1.4, "markersize": 4}
+            axis.errorbar(cost, rate, error, color=color, linestyle=line, marker=marker, label=label, **bars)
+    axis.set(xscale="log", ylim=(71, 101), ylabel="solved, %", title="What more computation solves")
+    axis.set_xlabel("mean cost of a puzzle, in trajectories of 16 loops x 16 steps")
+    axis.xaxis.set_major_formatter("{x:g}")
+    above = axis.secondary_xaxis("top", functions=(lambda x: gflop * x, lambda x: x / gflop))
+    above.xaxis.set_major_formatter("{x:g}")
+    above.set_xlabel("GFLOP")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(seed=3)  # training has puzzles of seed 0, held-out scores of seed 1, pilots of seed 2
@@ -201,13 +258,16 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=4, help="masks per NELBO of an answer (default: 4)")
     parser.add_argument("--until", type=int, help="only try symmetric copies until one is accepted, at most so many")
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--plot", type=Path, help="only draw what is in benchmarks/results")
     args = parser.parse_args()
     begin(args)
     model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = puzzles.generate_puzzles(args.count, args.seed, None, None)
     search, started = Search(model, tokenizer, pairs, args.batch_size, args.masks), time.perf_counter()
-    if args.until is not None:
+    if args.plot is not None:
+        plot(args.plot, search.unit / 1e9)
+    elif args.until is not None:
         for judge in ("rules", "agreement", "nelbo"):
             search.until_accepted(judge, args.until)
     else:
