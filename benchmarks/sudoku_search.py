@@ -26,7 +26,6 @@ from flagship.symmetry import Symmetry
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
-from loopmdm.commit_rules import CommitRule
 from loopmdm.evaluation import nelbo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
@@ -45,7 +44,6 @@ ARMS = {
     "steps": ("1 to 64 steps", "-", "o"),
     "loops": ("8 to 32 loops", "-", "s"),
     "remasking": ("ReMDM's remasking, 32 steps", "", "x"),
-    "later look": ("remasking by a later look, 32 steps", "", "+"),
     "samples": ("2 and 4 samples", ":", "v"),
     "symmetric copies": ("2 to 8 copies", "--", "."),
     "until accepted": ("until accepted", "-", "."),
@@ -59,24 +57,6 @@ CHOICES = {
     "majority": ("majority", "tab:cyan"),
     "agreement": ("agreement", "tab:blue"),
 }
-
-
-class LaterLook(CommitRule):
-    """The most confident first; a committed digit that a later look gives less than `limit` is masked again."""
-
-    def __init__(self, limit: float):
-        self.limit = limit
-
-    def __call__(self, step):
-        where = (step.rows[:, None], step.columns)
-        if step.index == 0:
-            self.held = torch.zeros(int(step.rows.max()) + 1, int(step.columns.max()) + 1, dtype=torch.long)
-        log_probs = step.logits.log_softmax(-1).gather(-1, self.held[where][..., None])[..., 0]
-        doubted = step.counted & ~step.masked & (log_probs.exp() < self.limit)
-        step.remask = doubted & (step.index + 1 < step.num_steps)[:, None]  # in place of ReMDM's draw
-        commit = step.best(step.confidence)
-        self.held[where] = self.held[where].where(~commit, step.tokens)
-        return commit
 
 
 class Search:
@@ -175,11 +155,6 @@ class Search:
         for number in (loops // 2, loops + loops // 2, 2 * loops):
             self.single("loops", num_loops=number)
         self.single("remasking", seed=0, max_denoising_steps=2 * STEPS, remask_probability=0.05)
-        rule = LaterLook(0.5)  # generate covers committed digits too if any may be remasked
-        answers, _, flops = self.generate(
-            self.boards, max_denoising_steps=2 * STEPS, remask_probability=1, unmasking=rule
-        )
-        self.add("later look", self.right(answers), flops, max_denoising_steps=2 * STEPS, limit=rule.limit)
         for arm, count in (("symmetric copies", candidates), ("samples", candidates // 2)):
             self.candidates(arm, count)
 
