@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=4, help="symmetric copies of each of them (default: 4)")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
-    parser.add_argument("--loops", type=int, default=8, help="loops of a look (default: 8)")
+    parser.add_argument("--loops", type=int, default=4, help="loops of a look (default: 4)")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
     begin(args)

@@ -212,7 +212,7 @@ def paired(right: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
     change = 100 * (right.double() - reference.double())
     return {
         "change": round(float(change.mean()), 2),
-        "paired_error": round(float(change.std() / len(change) ** 0.5), 2),
+        "paired_error": round(float(change.std(correction=0) / len(change) ** 0.5), 2),
     }
 
 
