@@ -31,8 +31,8 @@ class Looks(Search):
     def look(self, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """States of the cells `(N, 81, width)`, and log-probabilities of their digits, with the answers in sight."""
         states = [self.model.model(part, num_loops=self.loops)[0] for part in answers.split(self.batch_size)]
-        log_probs = self.model.lm_head(torch.cat(states))[..., self.first_digit :].log_softmax(-1)
-        return torch.cat(states), log_probs.gather(-1, (answers - self.first_digit)[..., None])[..., 0]
+        log_probs = self.model.logits(torch.cat(states)).log_softmax(-1)
+        return torch.cat(states), log_probs.gather(-1, answers[..., None])[..., 0]
 
     def second_look(self, answers, rows):
         return -(self.look(answers)[1].double() * self.blank[rows]).sum(-1), self.spent
@@ -106,7 +106,7 @@ def main() -> None:
     parser.set_defaults(seed=3)  # as in sudoku_search.py; the head is trained on puzzles of seed 5
     parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
     parser.add_argument("--count", type=int, default=150, help="puzzles to choose answers to (default: 150)")
-    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--candidates", type=int, default=2, help="copies to choose from (default: 2)")
     parser.add_argument("--until-count", type=int, default=300, help="puzzles to accept answers to (default: 300)")
     parser.add_argument("--until", type=int, default=64, help="symmetric copies tried at most (default: 64)")
     parser.add_argument("--train", type=int, default=300, help="puzzles to train the head on (default: 300)")
