@@ -200,7 +200,7 @@ def plot(path: Path, gflop: float) -> None:
     groups: dict[tuple[str, str | None], dict[int, dict]] = {}
     for row in rows:  # the judges' own rows repeat some
         groups.setdefault((row["arm"], row.get("choice")), {})[row["cost"]] = row
-    figure = Figure(figsize=(7, 6.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 6.2), layout="constrained")
     axis = figure.subplots()
     for arm, (about, line, marker) in ARMS.items():
         for (name, choice), points in groups.items():
