@@ -7,6 +7,7 @@ copies agree, or by its NELBO.
 
     python benchmarks/sudoku_search.py --count 150 --output benchmarks/results/sudoku_search.json
     python benchmarks/sudoku_search.py --count 300 --until 64 --output benchmarks/results/sudoku_until.json
+    python benchmarks/sudoku_search.py --plot docs/results/search.png
 
 Every row gives the percentage of puzzles solved and the FLOPs per puzzle in units of one trajectory at the model's own
 loops and 16 steps. Candidates are nested: the first of eight are the four. The first is the plain greedy trajectory.
@@ -16,6 +17,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,17 +31,41 @@ from loopmdm.evaluation import nelbo
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
 import puzzles
 
+# Scores `(N,)` of answers `(N, 81)` to the puzzles of those rows, the lower the better, and FLOPs per answer
+Judge = Callable[[torch.Tensor, slice | torch.Tensor], tuple[torch.Tensor, float]]
 STEPS = 16
 # NELBO of an answer, in nats, up to which it is taken to be right. On puzzles of another seed (2) right answers have
 # 0.03 at most by four masks, and wrong ones 3 at least.
 ACCEPTED = 0.3
 
+RESULTS = Path(__file__).parent / "results"
+# How the picture draws them
+ARMS = {
+    "steps": ("1 to 64 steps", "-", "o"),
+    "loops": ("8 to 32 loops", "-", "s"),
+    "remasking": ("ReMDM's remasking, 32 steps", "", "x"),
+    "samples": ("2 and 4 samples", ":", "v"),
+    "symmetric copies": ("2 to 8 copies", "--", "."),
+    "until accepted": ("until accepted", "-", "."),
+}
+CHOICES = {
+    "rules": ("rules", "black"),
+    "nelbo": ("NELBO", "tab:red"),
+    "second look": ("second look", "tab:orange"),
+    "head": ("trained head", "tab:green"),
+    "trajectory": ("likelihood", "tab:purple"),
+    "majority": ("majority", "tab:cyan"),
+    "agreement": ("agreement", "tab:blue"),
+}
+
 
 class Search:
     """Runs arms over the same puzzles and keeps a table."""
 
-    def __init__(self, model, tokenizer, pairs: list[tuple[str, str]], batch_size: int):
-        self.model, self.batch_size, self.rows = model, batch_size, []
+    def __init__(self, model, tokenizer, pairs: list[tuple[str, str]], batch_size: int, masks: int = 4):
+        self.model, self.batch_size, self.masks, self.rows = model, batch_size, masks, []
+        # How answers are judged without the rules, and the score up to which one is accepted
+        self.judges: dict[str, tuple[Judge, float]] = {"nelbo": (self.nelbo, ACCEPTED)}
         self.boards, self.solutions = (
             tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs, strict=True)
         )
@@ -82,7 +108,11 @@ class Search:
         """The only solution is the only board that keeps the rules and the clues."""
         return (answers == self.solutions).all(-1)
 
-    def candidates(self, arm: str, count: int, masks: int) -> None:
+    def nelbo(self, answers: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, float]:
+        blank, sizes = self.blank[rows], {"num_samples": self.masks, "batch_size": self.batch_size}
+        return nelbo(self.model, answers, maskable=blank, **sizes).nats[0], self.flops(self.masks)
+
+    def candidates(self, arm: str, count: int) -> None:
         """Several answers to every puzzle, and every way to choose one of the first 1, 2, 4, ... of them."""
         found = []
         for index in range(count):
@@ -94,29 +124,30 @@ class Search:
                 answers, log_probs, flops = self.generate(self.boards, seed=index, do_sample=True)
             else:
                 answers, log_probs, flops = self.generate(self.boards)
-            bound = nelbo(self.model, answers, maskable=self.blank, num_samples=masks, batch_size=self.batch_size)
-            found.append((answers, log_probs, -bound.nats[0].to(log_probs.dtype), flops))
-        answers, log_probs, bounds = (torch.stack(parts) for parts in list(zip(*found, strict=True))[:3])
+            judged = {name: judge(answers, slice(None)) for name, (judge, _) in self.judges.items()}
+            found.append((answers, log_probs, flops, judged))
+        answers, log_probs = (torch.stack(parts) for parts in list(zip(*found, strict=True))[:2])
         right = torch.stack([self.right(part) for part in answers])
         size = 2
         while size <= count:
-            flops = sum(flops for *_, flops in found[:size])
+            flops = sum(flops for _, _, flops, _ in found[:size])
             same = answers[:size, None] == answers[None, :size]  # (size, size, num_puzzles, 81)
             scores = {
                 "trajectory": log_probs[:size],
                 "majority": same.all(-1).sum(1).double(),
                 "agreement": same.sum((1, -1)).double(),
-                "nelbo": bounds[:size],
-                "majority, then nelbo": same.all(-1).sum(1).double() + bounds[:size].double().sigmoid(),
             }
+            extra = {}
+            for name in self.judges:
+                judged = [judged[name] for *_, judged in found[:size]]
+                scores[name], extra[name] = -torch.stack([one for one, _ in judged]), sum(spent for _, spent in judged)
             self.add(arm, right[:size].any(0), flops, candidates=size, choice="rules")
             for choice, score in scores.items():
-                extra = self.flops(size * masks) if "nelbo" in choice else 0
-                best = score.argmax(0, keepdim=True)
-                self.add(arm, right[:size].gather(0, best)[0], flops + extra, candidates=size, choice=choice)
+                chosen = right[:size].gather(0, score.argmax(0, keepdim=True))[0]
+                self.add(arm, chosen, flops + extra.get(choice, 0), candidates=size, choice=choice)
             size *= 2
 
-    def measure_all(self, candidates: int, masks: int) -> None:
+    def measure_all(self, candidates: int) -> None:
         """Everything that needs no judge to stop."""
         loops = self.model.config.num_loops
         for steps in (1, 4, STEPS, 2 * STEPS, 4 * STEPS):
@@ -125,15 +156,16 @@ class Search:
             self.single("loops", num_loops=number)
         self.single("remasking", seed=0, max_denoising_steps=2 * STEPS, remask_probability=0.05)
         for arm, count in (("symmetric copies", candidates), ("samples", candidates // 2)):
-            self.candidates(arm, count, masks)
+            self.candidates(arm, count)
 
-    def until_accepted(self, judge: str, copies: int, masks: int, steps: int = 4) -> None:
+    def until_accepted(self, judge: str, copies: int, steps: int = 4) -> None:
         """Symmetric copies of the puzzles whose answers the judge has not accepted yet, until `copies` are tried."""
         count, flops = len(self.boards), 0.0
         right, scores = torch.zeros(count, dtype=torch.bool), torch.full((count,), math.inf, dtype=torch.float64)
         seen = torch.zeros(count, copies, self.boards.shape[1], dtype=torch.long)
+        limit = self.judges[judge][1] if judge in self.judges else 0.5
         for index in range(copies + 1):
-            rows = (scores > ACCEPTED).nonzero().flatten()
+            rows = (scores > limit).nonzero().flatten()
             if index == copies or len(rows) == 0 or index in (1, 2, 4, 8, 16, 32, 64):
                 more = {"choice": judge, "steps": steps, "candidates": index, "accepted": count - len(rows)}
                 self.add("until accepted", right, flops / count, **more)
@@ -150,12 +182,46 @@ class Search:
             if judge == "agreement":
                 found = 1 - (answers[:, None] == seen[rows, :index]).all(-1).any(-1).double()
                 seen[rows, index] = answers
-            elif judge == "nelbo":
-                blank, sizes = self.blank[rows], {"num_samples": masks, "batch_size": self.batch_size}
-                found = nelbo(self.model, answers, maskable=blank, **sizes).nats[0]
-                flops += self.flops(masks) * len(rows)
+            elif judge in self.judges:
+                found, spent = self.judges[judge][0](answers, rows)
+                flops += spent * len(rows)
             better = found < scores[rows]
             right[rows], scores[rows] = is_right.where(better, right[rows]), found.where(better, scores[rows])
+
+
+def plot(path: Path, gflop: float) -> None:
+    """All results of this script and of sudoku_judges.py; `gflop` of a trajectory is the unit of the costs."""
+    from matplotlib.figure import Figure
+
+    results = {
+        name: json.loads((RESULTS / f"sudoku_{name}.json").read_text()) for name in ("search", "until", "judges")
+    }
+    rows = [row for result in results.values() for row in result["rows"]] + results["judges"]["until"]
+    groups: dict[tuple[str, str | None], dict[int, dict]] = {}
+    for row in rows:  # the judges' own rows repeat some
+        groups.setdefault((row["arm"], row.get("choice")), {})[row["cost"]] = row
+    figure = Figure(figsize=(6.4, 6.2), layout="constrained")
+    axis = figure.subplots()
+    for arm, (about, line, marker) in ARMS.items():
+        for (name, choice), points in groups.items():
+            if name != arm or (arm == "samples" and choice != "rules"):
+                continue
+            label = about if choice is None else f"{about}: {CHOICES[choice][0]}"
+            color = "tab:gray" if choice is None else CHOICES[choice][1]
+            cost, rate, error = zip(
+                *((points[at]["cost"], points[at]["solved"], points[at]["standard_error"]) for at in sorted(points)),
+                strict=True,
+            )
+            bars = {"elinewidth": 0.7, "linewidth": 1.4, "markersize": 4}
+            axis.errorbar(cost, rate, error, color=color, linestyle=line, marker=marker, label=label, **bars)
+    axis.set(xscale="log", ylim=(71, 101), ylabel="solved, %", title="What more computation solves")
+    axis.set_xlabel("mean cost of a puzzle, in trajectories of 16 loops x 16 steps")
+    axis.xaxis.set_major_formatter("{x:g}")
+    above = axis.secondary_xaxis("top", functions=(lambda x: gflop * x, lambda x: x / gflop))
+    above.xaxis.set_major_formatter("{x:g}")
+    above.set_xlabel("GFLOP")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -167,17 +233,20 @@ def main() -> None:
     parser.add_argument("--masks", type=int, default=4, help="masks per NELBO of an answer (default: 4)")
     parser.add_argument("--until", type=int, help="only try symmetric copies until one is accepted, at most so many")
     parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--plot", type=Path, help="only draw what is in benchmarks/results")
     args = parser.parse_args()
     begin(args)
     model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pairs = puzzles.generate_puzzles(args.count, args.seed, None, None)
-    search, started = Search(model, tokenizer, pairs, args.batch_size), time.perf_counter()
-    if args.until is not None:
+    search, started = Search(model, tokenizer, pairs, args.batch_size, args.masks), time.perf_counter()
+    if args.plot is not None:
+        plot(args.plot, search.unit / 1e9)
+    elif args.until is not None:
         for judge in ("rules", "agreement", "nelbo"):
-            search.until_accepted(judge, args.until, args.masks)
+            search.until_accepted(judge, args.until)
     else:
-        search.measure_all(args.candidates, args.masks)
+        search.measure_all(args.candidates)
     write_result(args, seconds=round(time.perf_counter() - started), rows=search.rows)
 
 

@@ -71,6 +71,24 @@ class Stopper(LoopPolicy):
         return going if index > 0 else torch.ones_like(going)  # the first loop is compared with nothing
 
 
+class Unchanged(LoopPolicy):
+    """A row stops once `count` loops in a row have not changed its answer, `answer(states)` of shape (N, 81)."""
+
+    def __init__(self, answer: Callable, count: int):
+        self.answer, self.count = answer, count
+
+    def goes_on(self, index, before, after, part):
+        if index == 0:
+            self.answers, self.run = self.answer(after), torch.zeros(len(after))
+            return torch.ones(len(after), dtype=torch.bool)
+        answers = self.answer(after)
+        same = ((answers == self.answers) | ~part.masked).all(-1)
+        self.run = (self.run + 1) * same
+        going = self.run < self.count
+        self.answers, self.run = answers[going], self.run[going]  # the next call has the rows that go on
+        return going
+
+
 class Puzzles:
     """Minimal puzzles of a seed, and what has been recorded of them."""
 
@@ -189,9 +207,18 @@ def rules(data: Puzzles, gate: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def paired(right: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """Percentage points by which `right` is above `reference`, both of the same puzzles, and the standard error."""
+    change = 100 * (right.double() - reference.double())
+    return {
+        "change": round(float(change.mean()), 2),
+        "paired_error": round(float(change.std(correction=0) / len(change) ** 0.5), 2),
+    }
+
+
 def compare(validation: Puzzles, held_out: Puzzles, gate: torch.nn.Module) -> list[dict]:
     """For each rule, the limit with the fewest loops that costs one validation puzzle in 300 at most, on held-out."""
-    rows, last, there = [], held_out.right[-1].double(), rules(held_out, gate)
+    rows, there = [], rules(held_out, gate)
     for name, scores in rules(validation, gate).items():
         limits = scores[scores.isfinite()].unique()
         limits = [*limits[:: max(len(limits) // 400, 1)].tolist(), float("-inf")]
@@ -203,21 +230,25 @@ def compare(validation: Puzzles, held_out: Puzzles, gate: torch.nn.Module) -> li
             cost.append(float(at.double().mean()) if is_good else float("inf"))
         limit = limits[cost.index(min(cost))]
         at = stop(there[name], limit)
-        right = held_out.right.gather(0, at[None])[0].double()
-        change, loops = right - last, float(at.double().mean()) + 1
+        right, loops = held_out.right.gather(0, at[None])[0], float(at.double().mean()) + 1
         row = {"rule": name, "limit": limit if limit > float("-inf") else None, "mean_loops": round(loops, 2)}
-        row |= {"validation_loops": round(min(cost) + 1, 2)} | solved(right)
-        row |= {"change": round(100 * float(change.mean()), 2)}
-        rows.append(row | {"paired_error": round(100 * float(change.std() / len(change) ** 0.5), 2)})
+        row |= {"validation_loops": round(min(cost) + 1, 2)}
+        rows.append(row | solved(right) | paired(right, held_out.right[-1]))
         print(rows[-1], flush=True)
     return rows
 
 
-def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: Puzzles, count: int) -> list[dict]:
-    """The same limits in every one of four denoising steps, of the first puzzles; and `visible_loops`."""
+def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: Puzzles, number: int) -> list[dict]:
+    """The same limits in every one of four denoising steps, of the first puzzles.
+
+    Rules that have lost more than their error among the first 100 puzzles are not tried on more.
+    """
+
+    def probabilities(states):
+        return model.lm_head(model.model.norm(states))[..., -9:].softmax(-1)
 
     def moved(before, after, blank):
-        first, second = (model.lm_head(model.model.norm(one))[..., -9:].softmax(-1) for one in (before, after))
+        first, second = (probabilities(one) for one in (before, after))
         return ((second - first).abs().amax(-1) * blank).amax(-1)
 
     def gated(before, after, blank):
@@ -226,14 +257,20 @@ def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: 
         )
 
     limits = {row["rule"]: row["limit"] for row in stopping}
-    arms: dict[str, dict] = {"16 loops": {}, "visible_loops=2": {"visible_loops": 2}}
+    arms: dict[str, dict] = {"16 loops": {}}
+    if limits["probabilities"] is not None:
+        arms["probabilities"] = {"loop_policy": Stopper(moved, limits["probabilities"])}
+    if limits["answer unchanged"] is not None:
+        run = round(1 - limits["answer unchanged"])  # the scores are the negative runs
+        arms["answer unchanged"] = {"loop_policy": Unchanged(lambda states: probabilities(states).argmax(-1), run)}
     if limits["loop_tolerance"] is not None:
         arms["loop_tolerance"] = {"loop_tolerance": limits["loop_tolerance"]}
-    for name, score in (("probabilities", moved), ("gate", gated)):
-        if limits[name] is not None:
-            arms[name] = {"loop_policy": Stopper(score, limits[name])}
-    rows = []
+    if limits["gate"] is not None:
+        arms["gate"] = {"loop_policy": Stopper(gated, limits["gate"])}
+    arms["visible_loops=2"] = {"visible_loops": 2}
+    rows, first = [], None
     for name, settings in arms.items():
+        count = min(number, 100) if name in ("loop_tolerance", "gate", "visible_loops=2") else number
 
         def answer(model, boards, settings=settings):
             sizes = {"num_loops": model.config.num_loops, "max_denoising_steps": 4, "return_dict_in_generate": True}
@@ -244,10 +281,13 @@ def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: 
         answers, loops, flops = (torch.cat([part[key] for part in parts]) for key in ("answers", "loops", "flops"))
         row = {
             "rule": name,
+            "puzzles": count,
             "loops": round(float(loops.double().mean()), 1),
             "mflops": round(float(flops.sum()) / 1e6 / count),
         }
-        rows.append(row | solved((answers == held_out.solutions[:count]).all(-1)))
+        right = (answers == held_out.solutions[:count]).all(-1)
+        first = right if first is None else first
+        rows.append(row | solved(right) | paired(right, first[:count]))
         print(rows[-1], flush=True)
     return rows
 
@@ -274,7 +314,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
     parser.add_argument("--train", type=int, default=400, help="puzzles to train the gate on (default: 400)")
     parser.add_argument("--trajectories", type=int, default=150, help="puzzles for 16 steps (default: 150)")
-    parser.add_argument("--four-steps", type=int, default=100, help="puzzles for 4 steps (default: 100)")
+    parser.add_argument("--four-steps", type=int, default=1000, help="puzzles for 4 steps (default: 1000)")
     parser.add_argument("--epochs", type=int, default=5, help="of the gate's training (default: 5)")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is recorded")
     parser.add_argument("--plot", type=Path, help="draw solve rates by loops and technique")

@@ -181,6 +181,32 @@ def test_rules_that_stop_loops_are_compared_on_recorded_passes(tmp_path, monkeyp
     for loops in (4, 16):
         given = model.generate(torch.tensor(inputs), num_loops=loops, max_denoising_steps=1)
         assert torch.equal(recorded[loops - 1].long(), given)
+    probe = sudoku_stopping.Unchanged(lambda states: model.logits(model.model.norm(states)).argmax(-1), 2)
+    output = model.generate(
+        torch.tensor(inputs), loop_policy=probe, max_denoising_steps=1, return_dict_in_generate=True
+    )
+    for row, (loops, found) in enumerate(zip(output.loops.tolist(), recorded.transpose(0, 1), strict=True)):
+        same = (found[1:] == found[:-1]).all(-1)
+        first = [i + 3 for i in range(14) if same[i] and same[i + 1]]
+        assert loops == (first or [16])[0], row
     assert {row["rule"] for row in result["stopping"]} >= {"gate", "loop_tolerance"}
     scores = torch.tensor([[9.0, 9.0], [1.0, 3.0], [0.0, 2.0]])
     assert sudoku_stopping.stop(scores, 2.0).tolist() == [1, 2]
+
+
+def test_judges_of_answers_are_trained_and_compared(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sudoku_judges
+
+    sizes = {"count": 2, "candidates": 2, "until-count": 3, "until": 2, "train": 4, "copies": 1, "epochs": 1}
+    output, options = tmp_path / "result.json", [f"--{name}={value}" for name, value in sizes.items()]
+    monkeypatch.setattr(
+        sys, "argv", ["", "--model", str(ROOT), "--output", str(output), "--validation", "4", *options]
+    )
+    sudoku_judges.main()
+    result = json.loads(output.read_text())
+    assert set(result["limits"]) == {row["choice"] for row in result["until"]} == {"second look", "head"}
+    assert {"rules", "second look", "head"} <= {row["choice"] for row in result["rows"]}
+    # The limit that separates right from wrong lies between them.
+    scores, right = torch.tensor([1.0, 1e-4, 1e-2]), torch.tensor([False, True, True])
+    assert sudoku_judges.best_limit(scores, right) == pytest.approx(0.1)
