@@ -103,6 +103,9 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     report.main()
     printed = capsys.readouterr().out
     assert all(f"| {arm} |" in printed for arm in NAMES)
+    held_out, found = next(iter(records["looped"]["likelihood"].items()))
+    _, differences = printed.split(f"NELBO on {held_out} less that of the same-size arm")
+    assert f"| {found['1']['to_base']:.4f} ± {found['1']['to_base_error']:.4f} |" in differences
     assert (plots / f"{name}.png").stat().st_size > 10_000
     assert (plots / f"{name}-grid.png").exists() == (name == "sudoku6")
 

@@ -35,7 +35,7 @@ from study import (
     training_loops,
 )
 
-COLUMNS = (1, 3, 4, 6, 8, 12)
+COLUMNS = (1, 2, 3, 4, 6, 8, 12)
 
 
 def table(title: str, header: list, rows: list[list]) -> str:
@@ -70,6 +70,27 @@ def quality_tables(records: Records) -> list[str]:
             few = [f"{100 * mean([run['few_steps'][i]['solved'] for run in runs]):.1f}" for i in range(2)]
             rows.append([name, *(percent_cell(values.get(loops)) for loops in COLUMNS), *few])
         found.append(table("Solved in one step, %, by loops", ["arm", *COLUMNS, "2 steps", "4 steps"], rows))
+    return found
+
+
+def difference_tables(records: Records) -> list[str]:
+    """Every run by number of loops: its NELBO less that of the same-size arm of its budget and seed, paired by row."""
+    found = []
+    for held_out in next(iter(records.values()))[0]["likelihood"]:
+        rows = []
+        for name, runs in records.items():
+            for run in runs:
+                values = run["likelihood"][held_out]
+                pairs = [
+                    (value["to_base"], value["to_base_error"]) if "to_base" in value else None
+                    for value in (values.get(str(loops), {}) for loops in COLUMNS)
+                ]
+                if any(pairs):
+                    tokens = run["training"]["examples"] * run["settings"]["length"] / run["training"]["parameters"]
+                    rows.append([name, run["seed"], f"{tokens:.0f}", *map(nelbo_cell, pairs)])
+        if rows:
+            header = ["arm", "seed", "tokens a parameter", *COLUMNS]
+            found.append(table(f"NELBO on {held_out} less that of the same-size arm, by loops", header, rows))
     return found
 
 
@@ -171,7 +192,13 @@ def main() -> None:
     studies = [records]
     studies += [read_study(args.results / f"{name}.json")[0] for name in args.others.split(",") if name]
     runs = [run for study in studies for found in study.values() for run in found]
-    parts = [*quality_tables(records), arms_table(records), *dynamics_tables(records), grid_table(grids)]
+    parts = [
+        *quality_tables(records),
+        *difference_tables(records),
+        arms_table(records),
+        *dynamics_tables(records),
+        grid_table(grids),
+    ]
     print("\n".join([*parts, *scaling_tables(runs)]))
     if args.plots:
         args.plots.mkdir(parents=True, exist_ok=True)
