@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..loop_context import document_starts
+from ..loop_context import count_positions, document_starts
 
 # Block ids count up within a document. Those of the next document start this much higher.
 _DOCUMENT = 2**32
@@ -80,10 +80,8 @@ def block_ids(real: torch.Tensor, documents: torch.Tensor, block_size: int | Non
     """
     if block_size is None:
         return torch.zeros_like(documents)
-    starts = document_starts(documents)
-    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
-    positions = positions - (positions * starts).cummax(-1).values
-    return positions // block_size + starts.cumsum(-1) * _DOCUMENT
+    numbers = document_starts(documents).cumsum(-1)
+    return count_positions(real, documents) // block_size + numbers * _DOCUMENT
 
 
 def split_blocks(maskable: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:

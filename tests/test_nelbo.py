@@ -55,6 +55,20 @@ def test_packed_documents_are_scored_apart(overrides):
     assert abs(estimate.nats.item() - exact) < 4 * estimate.standard_error.item()
 
 
+@pytest.mark.parametrize("place", range(6))
+def test_padding_between_packed_documents_changes_nothing(place):
+    """Wherever it stands, and whichever document it counts to."""
+    model, ids, documents = small_model(attention_block_size=2), clean_ids(1, 5), torch.tensor([[7, 7, 2, 2, 2]])
+    expected = nelbo(model, ids, document_ids=documents, num_loops=2, num_samples=12).nats
+    for document in documents[0, [max(place - 1, 0), min(place, 4)]]:
+        padded, packed, mask = (
+            torch.cat((tensor[:, :place], torch.full((1, 1), value), tensor[:, place:]), -1)
+            for tensor, value in ((ids, 1), (documents, int(document)), (torch.ones_like(ids), 0))
+        )
+        found = nelbo(model, padded, mask, document_ids=packed, num_loops=2, num_samples=12).nats
+        torch.testing.assert_close(found, expected)
+
+
 def two_documents(model, first, second) -> float:
     """Masks over both documents' tokens, each document run alone."""
     length, total = len(first) + len(second), 0.0
