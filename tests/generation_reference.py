@@ -154,12 +154,16 @@ def block_exits(model, length, keeps=True, **exits):
     earlier.
     """
     visible = {"visible_loops": exits["visible_loops"]} if "visible_loops" in exits else {}
+    kept = [0, 0]  # how much of the row is computed, for each row of guidance
 
     def predict(tokens, start, stop, step, num_loops, copy):
         ids, cache, source, filled = torch.tensor([tokens[:stop]]), None, start, []
         if start > 0:
             output = model(ids[:, :start], num_loops=num_loops, use_cache=True, **visible)
             cache, filled = output.cache, [int(output.loops)] if step == 0 or not keeps else []
+            if filled and keeps and visible and model.config.mask_token_id not in tokens[kept[copy] : start]:
+                filled = [min(num_loops, *visible.values())]
+            kept[copy] = start
             source = start - int(model.config.shift_logits)  # whose state predicts the block's first token
         output = model(
             ids[:, source:],
