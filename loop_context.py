@@ -128,7 +128,7 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     batch, query, key = (torch.arange(size, device=inputs_embeds.device) for size in sizes)
     visible = is_visible(batch[:, None, None, None], None, query[:, None], key)
     if attention_mask is not None:
-        visible = visible & attention_mask.to(visible.device, torch.bool)[:, None, None]
+        visible = visible & attention_mask[:, None, None]
     if implementation == "sdpa":
         return visible
     dtype = inputs_embeds.dtype

@@ -238,11 +238,12 @@ def main() -> None:
     begin(args)
     model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if args.plot is not None:
+        plot(args.plot, STEPS * model.flops(1, 81) / 1e9)
+        return
     pairs = puzzles.generate_puzzles(args.count, args.seed, None, None)
     search, started = Search(model, tokenizer, pairs, args.batch_size, args.masks), time.perf_counter()
-    if args.plot is not None:
-        plot(args.plot, search.unit / 1e9)
-    elif args.until is not None:
+    if args.until is not None:
         for judge in ("rules", "agreement", "nelbo"):
             search.until_accepted(judge, args.until)
     else:
