@@ -89,8 +89,7 @@ class DenoisingStep:
         """Draws which tokens committed earlier in the block go back to [MASK], `(N, P)` bool."""
         if self.remask_probability == 0:
             return torch.zeros_like(self.masked)
-        belongs = torch.arange(self.masked.shape[1], device=self.size.device) < self.size[:, None]
-        return belongs & ~self.masked & (self.noise() < self.remask_rate[:, None])
+        return self.counted & ~self.masked & (self.noise() < self.remask_rate[:, None])
 
     def best(self, scores: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
         """The `count` (default: quota) masked positions with the highest scores in each row, ties from the left."""

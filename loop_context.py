@@ -135,11 +135,16 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
-    """Raises a ValueError for inputs of a wrong type, shape or value."""
+def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """Returns the one that is given. Raises a ValueError for none or both."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
-    name, inputs = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    return input_ids if inputs_embeds is None else inputs_embeds
+
+
+def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
+    """Raises a ValueError for inputs of a wrong type, shape or value."""
+    name, inputs = "input_ids" if inputs_embeds is None else "inputs_embeds", one_of(input_ids, inputs_embeds)
     shape, size = tuple(inputs.shape[:2]), inputs.shape[2:]
     if inputs_embeds is None:
         needed = "int64 or int32 of shape (batch_size, sequence_length)"

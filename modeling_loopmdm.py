@@ -32,6 +32,7 @@ from .loop_context import (
     count_positions,
     make_mask,
     narrow_mask,
+    one_of,
     predictors,
     take_positions,
 )
@@ -322,8 +323,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         trains = self.training and torch.is_grad_enabled()
         rules = loop_tolerance, visible_loops, loop_policy
         policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        num_rows = 0 if given is None or given.ndim == 0 else given.shape[0]  # `len` cannot be exported
+        given = one_of(input_ids, inputs_embeds)
+        num_rows = given.shape[0] if given.ndim > 0 else 0  # `len` cannot be exported
         cache = self._prepare_cache(past_key_values, use_cache, num_rows, num_loops, policy, visible_loops)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids
         states, context = self.prelude(*inputs, cache, **kwargs)
@@ -548,15 +549,14 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LoopMDMMaskedLMOutput:
         """See the class. Raises a ValueError for arguments that are invalid or do not fit together."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
+        given = one_of(input_ids, inputs_embeds)
         if loss_weights is not None and labels is None:
             raise ValueError("`loss_weights` weigh the loss of `labels`, which are missing; give both or neither.")
         continues = isinstance(past_key_values, LoopMDMCache) and position_ids is None and past_key_values.length > 0
         if self.config.shift_logits and continues:
             fix = "Begin the input one position earlier and give `position_ids`"
             raise ValueError(f"The position that predicts the first token is not in a cache. {fix}.")
-        check_positions_to_keep(logits_to_keep, input_ids if inputs_embeds is None else inputs_embeds)
+        check_positions_to_keep(logits_to_keep, given)
         # The only positions whose states are needed, if they were chosen for each row
         keep = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) and logits_to_keep.ndim == 2 else None
         if labels is not None or kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
@@ -564,7 +564,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         loops = num_loops, loop_tolerance, visible_loops, loop_policy
         if keep is not None or any(rule is not None for rule in loops[1:]):
             self._check_adapters("A pass that leaves out positions or rows")
-        sources = self._sources(input_ids if inputs_embeds is None else inputs_embeds, attention_mask, document_ids)
+        sources = self._sources(given, attention_mask, document_ids)
         kept = keep if sources is None or keep is None else sources.gather(1, keep)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
         outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **kwargs))

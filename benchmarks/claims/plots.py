@@ -119,6 +119,32 @@ def plot_frontiers(grids: dict[str, dict], axis, with_settings: bool = False) ->
     axis.yaxis.set_major_formatter("{x:g}")
 
 
+def plot_differences(runs: list[dict], path: Path) -> None:
+    """
+    The NELBO of `late_s3` less that of the same-size run of its budget and seed, on each set of held-out rows, by the
+    tokens per parameter that it was trained on: every run, and means over seeds.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    titles = {"held_out": "On held-out text", "other": "On WikiText-2"}
+    for axis, (held_out, title) in zip(figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True):
+        axis.axhline(0, color=COLORS["same_size"], linestyle="--", label=ABOUT["same_size"])
+        for color, loops in zip(("C0", "C3", "C1", "C2"), ("1", "2", "3", "4"), strict=True):
+            points: dict[float, list[float]] = {}
+            for run in runs:
+                if run["arm"].startswith("late_s3"):
+                    tokens = run["training"]["examples"] * run["settings"]["length"] / run["training"]["parameters"]
+                    points.setdefault(round(tokens), []).append(run["likelihood"][held_out][loops]["to_base"])
+            for tokens, values in points.items():
+                axis.scatter([tokens] * len(values), values, color=color, s=10, alpha=0.6)
+            means = sorted((tokens, mean(values)) for tokens, values in points.items())
+            axis.plot(*zip(*means, strict=True), color=color, label=f"late, {loops} loop{'s' * (loops > '1')}")
+        axis.set_xscale("log")
+        axis.set_xticks(sorted(points), [f"{tokens:,}" for tokens in sorted(points)])
+        axis.set_xticks([], minor=True)
+        finish(axis, title, "training tokens a parameter", "NELBO, nats a token more")
+    figure.savefig(path, dpi=150)
+
+
 def plot_summary(records: Records, grids: dict[str, dict], runs: list[dict], path: Path) -> None:
     """Of the main arms: what every training budget gives, quality by loops, and by inference FLOPs."""
     main = main_arms(records)

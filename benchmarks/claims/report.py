@@ -202,6 +202,8 @@ def main() -> None:
     print("\n".join([*parts, *scaling_tables(runs)]))
     if args.plots:
         args.plots.mkdir(parents=True, exist_ok=True)
+        if "late_s3" in records:
+            plots.plot_differences(runs, args.plots / f"{args.study}-differences.png")
         plots.plot_claims(records, runs, args.plots / f"{args.study}.png")
         if grids:
             plots.plot_grid(grids, args.plots / f"{args.study}-grid.png")

@@ -45,6 +45,8 @@ RUNS = {
     # The plain model goes on, with loops and without; on other batches than before
     "converted": LOOPED | {"init": "plain", "tflop": 50, "seed": 1},
     "converted-first": LOOPED | {"init": "plain", "tflop": 50, "seed": 1, "mid": 1, "tail": 1},
+    "converted-first-2": LOOPED | {"init": "plain", "tflop": 50, "seed": 2, "mid": 1, "tail": 1},
+    "from-scratch": LOOPED | {"tflop": 50, "seed": 1},
     "plain-longer": PLAIN | {"init": "plain", "tflop": 25, "lr": 2.7e-3, "seed": 1},
     "bundled": LOOPED | {"tflop": 600},
 }
