@@ -118,10 +118,16 @@ class LoopMDMCache:
 
     def open(self, position_ids: torch.Tensor, real: torch.Tensor | None) -> "CacheView":
         """Prepares a pass over `position_ids`, `(1 or N, Q)`; positions with `real`, `(N, Q)`, False are filler."""
-        stored, reach = self.stored_lengths(), self.reach
+        stored, reach, position_ids = self.stored_lengths(), self.reach, position_ids.long()
         if reach is None:
             last = position_ids if real is None else position_ids.masked_fill(~real, -1)
             reach = torch.maximum(stored, last.amax(-1).cpu() + 1)
+            missing = reach - stored - (last.cpu() >= stored[:, None]).sum(-1)
+            for row in (missing > 0).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"`position_ids` leaves out positions of row {row} from {int(stored[row])} to "
+                    f"{int(reach[row]) - 1}, which `past_key_values` does not hold; give all of them."
+                )
             self._make_room(int(reach.max()))
         places = position_ids[0] if position_ids.shape[0] == 1 and real is None else position_ids
         if real is not None:
@@ -138,7 +144,7 @@ class LoopMDMCache:
         """
         self.lengths, self.tokens = lengths, self.tokens.to(places.device)
         places = places.expand(len(lengths), -1)
-        self.tokens.scatter_(1, places, torch.full_like(places, -1) if tokens is None else tokens)
+        self.tokens.scatter_(1, places, torch.full_like(places, -1) if tokens is None else tokens.long())
 
     def _make_room(self, length: int) -> None:
         if length <= self.max_length:
@@ -193,7 +199,7 @@ class CacheView:
 
     def __init__(self, cache: LoopMDMCache, rows: torch.Tensor | None, places: torch.Tensor, reach: torch.Tensor):
         self.cache, self.rows, self.places, self.reach = cache, rows, places, reach
-        self.stop = int(reach.max())
+        self.stop = max(int(reach.max()), 1)  # if all is padding, a place that none sees
 
     def layer(self, layer_idx: int, loop: int, hidden_states: torch.Tensor) -> LayerMemory:
         """The memory of a physical layer in the given loop."""

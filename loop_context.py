@@ -76,6 +76,21 @@ def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -
     return (count - 1).clamp(min=0)
 
 
+def count_lengths(
+    position_ids: torch.LongTensor, real: torch.BoolTensor | None, document_ids: torch.LongTensor | None
+) -> torch.LongTensor:
+    """
+    The length of each token's row, `(1 or batch_size, 1)`, or document, `(batch_size, length)`: one more than the
+    highest of its `position_ids`, `(1 or batch_size, length)`, padding aside.
+    """
+    positions = position_ids if real is None else position_ids.masked_fill(~real, -1)
+    if document_ids is None:
+        return positions.amax(-1, keepdim=True) + 1
+    numbers = document_starts(document_ids).cumsum(-1) - 1
+    positions = positions.expand(numbers.shape)
+    return torch.zeros_like(positions).scatter_reduce(1, numbers, positions, "amax").gather(1, numbers) + 1
+
+
 def predictors(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
     With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the previous
@@ -167,6 +182,11 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
         if tensor is not None and tuple(tensor.shape) != shape and not others.get(name):
             needed = f"{shape}, its own positions without those of a cache"
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
+    if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
+        implementation, dtype = config._attn_implementation, attention_mask.dtype
+        if dtype != torch.bool or implementation != "sdpa":
+            needed = "floating point: 0 for what is seen, the lowest number elsewhere (sdpa also takes bool)"
+            raise ValueError(f"`attention_mask` is 4-D and {dtype}; {implementation!r} attention needs {needed}.")
     if cache is not None and document_ids is not None:
         raise ValueError("`document_ids` and `past_key_values` do not go together: packed rows are not cached.")
     if position_ids is not None and position_ids.dtype not in (torch.int64, torch.int32):

@@ -29,7 +29,9 @@ from .loop_context import (
     LoopContext,
     check_inputs,
     check_positions_to_keep,
+    count_lengths,
     count_positions,
+    document_starts,
     make_mask,
     narrow_mask,
     one_of,
@@ -120,14 +122,15 @@ class LoopMDMRotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0  # rounds as in transformers
 
     @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, reach: torch.Tensor | None = None):
-        """`reach`, `(batch_size,)`: the length of each row, needed if the pass covers only some of its positions."""
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor | None = None):
+        """`lengths`, `(1 or batch_size, 1 or sequence_length)`: of each token's document, by default the whole row."""
         inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
         if self.rope_type in ("dynamic", "longrope"):
-            # Frequencies depend on the length, and are computed per row so that rows do not affect one another.
-            lengths = position_ids.amax(-1) + 1 if reach is None else reach
-            rows = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
-            inv_freq = torch.stack(rows).unsqueeze(1)
+            # Frequencies depend on the length, and are computed for each, so that rows do not affect one another.
+            lengths = position_ids.amax(-1, keepdim=True) + 1 if lengths is None else lengths
+            lengths, index = lengths.to(hidden_states.device).unique(return_inverse=True)
+            tables = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
+            inv_freq = torch.stack(tables)[index]
         # Angles always need float32: in bfloat16, position 257 equals position 256.
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
@@ -358,6 +361,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = context.real = attention_mask.to(inputs_embeds.device) != 0
+        if document_ids is not None:
+            document_ids = document_starts(document_ids.to(inputs_embeds.device)).cumsum(-1)
         if position_ids is None:
             real = inputs_embeds.new_ones(1, inputs_embeds.shape[1]) if context.real is None else context.real
             position_ids = count_positions(real, document_ids)
@@ -377,8 +382,10 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if self.config.position_embedding_type == "learned":
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         else:
-            reach = None if context.cache is None else context.cache.reach
-            context.position_embeddings = self.rotary_emb(inputs_embeds, position_ids, reach)
+            lengths = None if context.cache is None else context.cache.reach[:, None]
+            if lengths is None and self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+                lengths = count_lengths(position_ids, context.real, document_ids)
+            context.position_embeddings = self.rotary_emb(inputs_embeds, position_ids, lengths)
         return self._run(0, self.config.loop_start, inputs_embeds, context), context
 
     def iterate(
@@ -500,8 +507,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
             Weight of every label. With 0 on visible and L/k on masked tokens (k of L are masked), the loss is the
             NELBO in nats per token (`training.MaskedDiffusionCollator`). Positions of weight 0 skip the output head.
         document_ids (`torch.LongTensor` of shape `(B, L)`):
-            For several documents packed into a row, each contiguous. Tokens attend only to tokens with the same id,
-            and positions are counted within each document.
+            For several documents packed into a row: each run of equal ids is one. Tokens attend only to those of their
+            own document, and positions are counted within it.
         past_key_values ([`LoopMDMCache`]):
             Keys and values of earlier positions, which the pass attends to. `input_ids` and `attention_mask` then
             cover only the new positions, which follow the stored ones by default. Exact with block-causal attention.

@@ -145,6 +145,25 @@ def test_frequencies_that_depend_on_the_length_depend_on_that_of_the_row_alone(r
         torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)  # their float32 frequencies round otherwise
 
 
+@torch.no_grad()
+def test_neither_padding_nor_other_documents_lengthen_a_row():
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    model, ids = tiny_model(max_position_embeddings=5, rope_parameters=rope).double(), random_ids(1, 12)
+    short, rest, exact = scores(model(ids[:, :4]).logits), scores(model(ids[:, 4:]).logits), {"rtol": 0, "atol": 1e-12}
+    places = torch.arange(12)[None]
+    found = model(ids, attention_mask=places < 4, position_ids=places).logits[:, :4]
+    torch.testing.assert_close(scores(found), short, **exact)
+    found = scores(model(ids, document_ids=(places >= 4).long()).logits)
+    torch.testing.assert_close(found, torch.cat((short, rest), 1), **exact)
+
+
+@torch.no_grad()
+def test_every_run_of_equal_ids_is_a_document():
+    model, ids = tiny_model().double(), random_ids(1, 9)
+    parted, again = torch.tensor([[[4, 4, 4, 2, 2, 4, 4, 4, 4]], [[1, 1, 1, 2, 2, 3, 3, 3, 3]]])
+    assert torch.equal(model(ids, document_ids=parted).logits, model(ids, document_ids=again).logits)
+
+
 def test_rotary_tables_are_exact_and_rounded_as_told():
     """Angles keep float32 whatever the model's dtype: in bfloat16 position 257 would equal position 256."""
     positions = torch.tensor([[0, 1, 256, 257, 4095]])
@@ -271,6 +290,17 @@ def test_four_dimensional_masks_pass_through(attention):
     found = plain(ids, mask, logits_to_keep=keep).logits
     torch.testing.assert_close(found, expected.take_along_dim(keep[..., None], 1), rtol=0, atol=1e-12)
     assert (scores(plain(ids).logits) - scores(expected)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype"), [("eager", torch.bool), ("eager", torch.long), ("sdpa", torch.long)], ids=str
+)
+def test_four_dimensional_masks_that_cannot_be_added(attention, dtype):
+    mask = torch.ones(1, 1, 5, 5, dtype=dtype)
+    with pytest.raises(
+        ValueError, match=rf"`attention_mask` is 4-D and {dtype}; '{attention}' attention needs floating"
+    ):
+        tiny_model(attn_implementation=attention)(random_ids(2, 5), mask)
 
 
 @torch.no_grad()

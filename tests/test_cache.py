@@ -135,6 +135,30 @@ def test_a_pass_without_use_cache_stores_nothing(model):
     assert cache.length == 12
 
 
+def test_a_chunk_of_nothing_but_padding(model):
+    row, mask = torch.tensor([tokens(12)]), torch.tensor([[0] * 4 + [1] * 8])
+    cache = model(row[:, :4], mask[:, :4], use_cache=True).cache
+    assert cache.length == 0
+    logits = model(row[:, 4:], mask[:, 4:], past_key_values=cache, use_cache=True).logits[0]
+    torch.testing.assert_close(logits, plain(model, row[0, 4:]), **EXACT)
+
+
+def test_32_bit_tokens_and_positions(model):
+    row, places = torch.tensor([tokens(8)]).int(), torch.arange(8, dtype=torch.int32)[None]
+    for inputs in ({"input_ids": row}, {"inputs_embeds": model.get_input_embeddings()(row)}):
+        logits = model(**inputs, position_ids=places, use_cache=True).logits[0]
+        torch.testing.assert_close(logits, plain(model, row[0]), **EXACT)
+
+
+def test_positions_leave_no_gap_behind_a_cache(model):
+    row = torch.tensor([tokens(8)])
+    with pytest.raises(ValueError, match=r"leaves out positions of row 0 from 0 to 8, which"):
+        model(row, position_ids=torch.arange(1, 9)[None], use_cache=True)
+    cache = filled(model, row[:, :4])
+    with pytest.raises(ValueError, match=r"leaves out positions of row 0 from 4 to 11, which .* give all"):
+        model(row[:, 4:], position_ids=torch.arange(8, 12)[None], past_key_values=cache)
+
+
 def test_embeddings_and_chosen_positions_behind_a_cache(model):
     ids, keep = random_ids(2, 20), torch.tensor([[7, 0, 3], [2, 2, 5]])
     embeddings = model.get_input_embeddings()(ids)
