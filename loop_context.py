@@ -76,21 +76,6 @@ def count_positions(real: torch.Tensor, document_ids: torch.LongTensor | None) -
     return (count - 1).clamp(min=0)
 
 
-def count_lengths(
-    position_ids: torch.LongTensor, real: torch.BoolTensor | None, document_ids: torch.LongTensor | None
-) -> torch.LongTensor:
-    """
-    The length of each token's row, `(1 or batch_size, 1)`, or document, `(batch_size, length)`: one more than the
-    highest of its `position_ids`, `(1 or batch_size, length)`, padding aside.
-    """
-    positions = position_ids if real is None else position_ids.masked_fill(~real, -1)
-    if document_ids is None:
-        return positions.amax(-1, keepdim=True) + 1
-    numbers = document_starts(document_ids).cumsum(-1) - 1
-    positions = positions.expand(numbers.shape)
-    return torch.zeros_like(positions).scatter_reduce(1, numbers, positions, "amax").gather(1, numbers) + 1
-
-
 def predictors(real: torch.Tensor, document_ids: torch.LongTensor | None) -> torch.LongTensor:
     """
     With `config.shift_logits`, the columns whose states predict the tokens, `(1 or batch_size, length)`: the previous
@@ -189,6 +174,10 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
             raise ValueError(f"`attention_mask` is 4-D and {dtype}; {implementation!r} attention needs {needed}.")
     if cache is not None and document_ids is not None:
         raise ValueError("`document_ids` and `past_key_values` do not go together: packed rows are not cached.")
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if document_ids is not None and rope_type in ("dynamic", "longrope"):
+        fix = "give every document a row of its own"
+        raise ValueError(f"`document_ids` needs rotary frequencies that no length changes, unlike {rope_type!r}; {fix}.")
     if position_ids is not None and position_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`position_ids` is {position_ids.dtype}; it must be int64 or int32.")
     # Rotary positions may exceed the limit, some kinds by design ("dynamic"); learned positions may not.

@@ -29,7 +29,6 @@ from .loop_context import (
     LoopContext,
     check_inputs,
     check_positions_to_keep,
-    count_lengths,
     count_positions,
     document_starts,
     make_mask,
@@ -90,9 +89,6 @@ class LoopMDMRMSNorm(nn.Module):
         variance = hidden_states.square().mean(-1, keepdim=True)
         return self.weight * (hidden_states * torch.rsqrt(variance + self.variance_epsilon)).to(dtype)
 
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
-
 
 def make_norm(config: LoopMDMConfig) -> nn.Module:
     """Makes the norm over `hidden_size` given by `config.norm_type`."""
@@ -122,15 +118,14 @@ class LoopMDMRotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0  # rounds as in transformers
 
     @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor | None = None):
-        """`lengths`, `(1 or batch_size, 1 or sequence_length)`: of each token's document, by default the whole row."""
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, lengths: torch.Tensor | None = None):
+        """`lengths`, `(1 or batch_size,)`: the length of each row, by default one more than its last position."""
         inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
         if self.rope_type in ("dynamic", "longrope"):
-            # Frequencies depend on the length, and are computed for each, so that rows do not affect one another.
-            lengths = position_ids.amax(-1, keepdim=True) + 1 if lengths is None else lengths
-            lengths, index = lengths.to(hidden_states.device).unique(return_inverse=True)
-            tables = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
-            inv_freq = torch.stack(tables)[index]
+            # Frequencies depend on the length, and are computed per row so that rows do not affect one another.
+            lengths = position_ids.amax(-1) + 1 if lengths is None else lengths
+            rows = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
+            inv_freq = torch.stack(rows).unsqueeze(1)
         # Angles always need float32: in bfloat16, position 257 equals position 256.
         angles = position_ids[..., None].float() * inv_freq
         angles = torch.cat((angles, angles), dim=-1)
@@ -382,9 +377,9 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if self.config.position_embedding_type == "learned":
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         else:
-            lengths = None if context.cache is None else context.cache.reach[:, None]
-            if lengths is None and self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-                lengths = count_lengths(position_ids, context.real, document_ids)
+            lengths = None if context.cache is None else context.cache.reach
+            if lengths is None and context.real is not None:
+                lengths = position_ids.masked_fill(~context.real, -1).amax(-1) + 1
             context.position_embeddings = self.rotary_emb(inputs_embeds, position_ids, lengths)
         return self._run(0, self.config.loop_start, inputs_embeds, context), context
 

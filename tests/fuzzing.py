@@ -39,6 +39,7 @@ ROPES = {
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LENGTHS},
     "longrope": {"factor": 4.0, "short_factor": [1.0], "long_factor": [3.0], **LENGTHS},
 }
+BY_LENGTH = ("dynamic", "longrope")  # frequencies that depend on the row's length
 
 
 def pick(draw, *options):
@@ -60,7 +61,7 @@ def configs(draw, block_sizes=(None, 1, 2, 3, 4), damped=True, max_vocab_size=24
         config["position_embedding_type"] = "learned"
     else:
         # What depends on the length would turn the keys of finished blocks again and again.
-        kinds = [kind for kind in ROPES if size is None or kind not in ("dynamic", "longrope")]
+        kinds = [kind for kind in ROPES if size is None or kind not in BY_LENGTH]
         config["rope_parameters"] = {"rope_type": pick(draw, *kinds), "rope_theta": pick(draw, 10000.0, 100.0)}
         config["rope_precision"] = pick(draw, "model", "float32", "bfloat16")
     heads = pick(draw, 2, 1, 4)
@@ -98,6 +99,14 @@ def words(config: dict, masks: bool = True):
     mask = config["mask_token_id"]
     word = st.integers(0, config["vocab_size"] - 1).filter(lambda token: token != mask)
     return st.one_of(word, word, st.just(mask)) if masks else word
+
+
+def document_ids(draw, config: dict, ids: torch.Tensor) -> torch.Tensor | None:
+    """The ids of documents packed into the rows `ids`, the same in every row; None if there is one alone."""
+    if config.get("rope_parameters", {}).get("rope_type") in BY_LENGTH or not flag(draw):
+        return None
+    ends = draw(st.lists(st.booleans(), min_size=ids.shape[1], max_size=ids.shape[1]))
+    return torch.tensor(ends).long().cumsum(-1).expand(ids.shape)
 
 
 @st.composite

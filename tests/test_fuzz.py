@@ -9,7 +9,19 @@ import itertools
 from functools import partial
 
 import torch
-from fuzzing import RULES, batches, commitments, computations, configs, double, examples, flag, pick, words
+from fuzzing import (
+    RULES,
+    batches,
+    commitments,
+    computations,
+    configs,
+    document_ids,
+    double,
+    examples,
+    flag,
+    pick,
+    words,
+)
 from generation_reference import Stored, block_exits, counted, plain, real_tokens, run, sample_row, seeded
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -36,10 +48,7 @@ def passes(draw, **limits):
     """A configuration, a batch, the ids of documents packed into its rows, loops, and an exit rule."""
     config = draw(configs(**limits))
     _, ids, mask = draw(batches(config))
-    documents = None
-    if flag(draw):
-        ends = draw(st.lists(st.booleans(), min_size=ids.shape[1], max_size=ids.shape[1]))
-        documents = torch.tensor(ends).long().cumsum(-1).expand(ids.shape)
+    documents = document_ids(draw, config, ids)
     exits = {}
     if config["loop_update"] == "replace":
         exits = pick(draw, {}, {"visible_loops": pick(draw, 1, 2)}, {"loop_tolerance": draw(st.floats(0.01, 2))})
@@ -407,13 +416,11 @@ def test_every_sample_of_the_nelbo_is_one_of_its_enumeration(data, config, seed)
     draw = data.draw
     rows, ids, mask = draw(batches(config, masks=False, max_length=4))
     model, num_loops = double(config), pick(draw, [2], [1, 3], [3, 1])
-    maskable = documents = None
+    maskable = None
     if flag(draw):
         maskable = torch.rand(ids.shape, generator=seeded(seed)) < 0.6
         assume((maskable & mask.bool()).any(-1).all())
-    if flag(draw):
-        ends = draw(st.lists(st.booleans(), min_size=ids.shape[1], max_size=ids.shape[1]))
-        documents = torch.tensor(ends).long().cumsum(-1).expand(ids.shape)
+    documents = document_ids(draw, config, ids)
     ids = ids.masked_fill((ids == config["mask_token_id"]) & (mask == 0), rows[0][0])
     inputs = {"attention_mask": mask, "maskable": maskable, "document_ids": documents, "num_loops": num_loops}
     # 24 strata, so that each number of masked tokens comes equally often
