@@ -24,11 +24,12 @@ from transformers import StoppingCriteria
 
 from ..configuration_loopmdm import check_num_loops
 from ..data import encode, this_process
-from ..generation_utils import LoopMDMGenerationConfig
+from ..generation_utils import LoopMDMGenerationConfig, check_argument
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
 from .loading import check_device, load_model, load_tokenizer, read_model_config
-from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
+from .rows import generate_together
+from .texts import Text, Window, batches_by_length, make_windows, pad_windows
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,7 @@ class LoopMDMEvalModel(_Processes):
             self.batch_size = int(16 if batch_size is None else batch_size)
         except ValueError:
             raise ValueError(f"`batch_size` is {batch_size!r}; give an integer.") from None
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+        check_argument("batch_size", self.batch_size, int, 1)
         if isinstance(pretrained, str):
             read_model_config(pretrained, revision)  # checks
         self.start_processes(device)
@@ -162,8 +162,7 @@ class LoopMDMEvalModel(_Processes):
         self.stride = self.max_length if stride is None else stride
         make_windows([], self.max_length, self.stride)  # checks
         self.max_gen_toks = max(1, min(256, self.max_length // 2)) if max_gen_toks is None else max_gen_toks
-        if self.max_gen_toks < 1:
-            raise ValueError(f"`max_gen_toks` is {max_gen_toks}; it must be at least 1.")
+        check_argument("max_gen_toks", self.max_gen_toks, int, 1)
         self.add_bos_token = add_bos_token
         if add_bos_token and tokenizer.bos_token_id is None:
             raise ValueError("`add_bos_token` is True, and the tokenizer has no start token.")
@@ -338,18 +337,11 @@ class LoopMDMEvalModel(_Processes):
     def _generate(
         self, contexts: list[list[int]], generators: list[torch.Generator], until: list[str], arguments: dict[str, Any]
     ) -> list[str]:
-        input_ids, attention_mask = pad_left(contexts)
-        width = input_ids.shape[1]
-        stop = [StopAtText(self, width, until)] if until and arguments.get("block_length") else None
-        sequences = self.model.generate(
-            input_ids=input_ids.to(self._device),
-            attention_mask=attention_mask.to(self._device),
-            generator=generators,
-            stopping_criteria=stop,
-            tokenizer=self.tokenizer,
-            **arguments,
-        )
-        return [answer(self.tokenizer, self.model, row[width:].tolist(), until) for row in sequences]
+        width = max(map(len, contexts))
+        stop = [StopAtText(self.tokenizer, width, until)] if until and arguments.get("block_length") else None
+        given = {"generator": generators, "stopping_criteria": stop, "tokenizer": self.tokenizer}
+        output, _ = generate_together(self.model, contexts, **given, **arguments)
+        return [answer(self.tokenizer, self.model, row[width:], until) for row in output.sequences.tolist()]
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts that lm-eval adds to its results."""
@@ -420,11 +412,11 @@ def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Ite
 class StopAtText(StoppingCriteria):
     """Stops rows whose new text contains one of the strings `until`. `generate` calls it after every block."""
 
-    def __init__(self, lm: LoopMDMEvalModel, prompt_length: int, until: list[str]):
-        self.lm, self.prompt_length, self.until = lm, prompt_length, until
+    def __init__(self, tokenizer: Any, prompt_length: int, until: list[str]):
+        self.tokenizer, self.prompt_length, self.until = tokenizer, prompt_length, until
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        texts = [self.lm.tokenizer.decode(row) for row in input_ids[:, self.prompt_length :].tolist()]
+        texts = [self.tokenizer.decode(row) for row in input_ids[:, self.prompt_length :].tolist()]
         return torch.tensor([any(word in text for word in self.until) for text in texts], device=input_ids.device)
 
 

@@ -35,12 +35,12 @@ from ..data import (
     this_process,
 )
 from ..generation_outputs import LoopMDMGenerationOutput
-from ..generation_utils import LoopMDMGenerationConfig
+from ..generation_utils import LoopMDMGenerationConfig, check_argument
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import input_device, seeded_generator
 from .loading import check_device, load_model, load_tokenizer, read_model_config
 from .protocol import hash_model, versions
-from .texts import batches_by_length, pad_left
+from .texts import batches_by_length, pad
 
 # New tokens where neither the caller nor the model says how many, and no mask token is there to be filled in
 NEW_TOKENS = 128
@@ -135,8 +135,8 @@ def generate_rows(
         raise ValueError("`batch_size` and `max_batch_tokens` both say how large a batch is; give one.")
     batch_size = 32 if batch_size is None and max_batch_tokens is None else batch_size
     for name, value in {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens, "window": window}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if value is not None:
+            check_argument(name, value, int, 1)
     # Checks what can be without the model, whose own settings may be what makes it draw.
     LoopMDMGenerationConfig(**options | {"do_sample": True})
     process = this_process()
@@ -194,8 +194,8 @@ def generate_together(
     model: LoopMDMForMaskedLM, rows: Sequence[Sequence[int]], **options: Any
 ) -> tuple[LoopMDMGenerationOutput, int]:
     """The output of `generate` for rows of tokens, filled up on the left, and the column that new tokens start at."""
-    input_ids, attention_mask = (tensor.to(input_device(model)) for tensor in pad_left(rows))
-    options = {"return_dict_in_generate": True, **options}
+    input_ids, attention_mask = (tensor.to(input_device(model)) for tensor in pad(rows, "left"))
+    options["return_dict_in_generate"] = True
     return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options), input_ids.shape[1]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data import check_tokens, encode, encode_answer, encode_with_bytes, first_text, read_rows, text_of
 from ..data.encode import ANSWER_NAMES
@@ -92,15 +93,9 @@ def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, 
     `input_ids` and `attention_mask`, int64, and `maskable`, bool, each `(len(windows), length of the longest)`, padded
     on the right.
     """
-    length = max(len(window.input_ids) for window in windows)
-    input_ids = torch.zeros(len(windows), length, dtype=torch.long)
-    attention_mask, maskable = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, window in enumerate(windows):
-        size = len(window.input_ids)
-        input_ids[row, :size] = torch.tensor(window.input_ids)
-        attention_mask[row, :size] = 1
-        maskable[row, :size] = torch.tensor(window.maskable)
-    return input_ids, attention_mask, maskable
+    input_ids, attention_mask = pad([window.input_ids for window in windows], "right")
+    maskable, _ = pad([window.maskable for window in windows], "right")
+    return input_ids, attention_mask, maskable.bool()
 
 
 def batches_by_length(
@@ -130,14 +125,12 @@ def batches_by_length(
         yield batch
 
 
-def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids` and `attention_mask`, int64, each `(len(rows), length of the longest)`, padded on the left."""
-    length = max(map(len, rows))
-    input_ids, attention_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    for number, row in enumerate(rows):
-        input_ids[number, length - len(row) :] = torch.as_tensor(row, dtype=torch.long)
-        attention_mask[number, length - len(row) :] = 1
-    return input_ids, attention_mask
+def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask`, int64, each `(len(rows), length of the longest)`; `side` is left or right."""
+    ids = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    input_ids, mask = (pad_sequence(part, batch_first=True, padding_side=side) for part in (ids, ones))
+    return input_ids, mask
 
 
 def read_texts(
