@@ -20,6 +20,7 @@ from .options import (
     Output,
     TrustRemoteCode,
     at_least,
+    generate_arguments,
     pairs,
 )
 from .output import new_figure, plus_minus, results_folder, show_table, write_lines
@@ -68,7 +69,7 @@ def lm_eval(
     at_least(0, num_fewshot=num_fewshot)
     files = pairs("--data-files", [data_files] if data_files else None, read=str)
     manager, names = _find_tasks([task.strip() for task in tasks.split(",") if task.strip()], include_path, files)
-    arguments = pairs("--generate", generate)
+    arguments = generate_arguments(generate, {"num_loops": "--num-loops", "max_length": "--max-gen-toks"})
     lm = LoopMDMEvalModel(
         model,
         num_loops=loops[0],

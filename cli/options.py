@@ -54,7 +54,7 @@ def given(**options: Any) -> dict[str, Any]:
 def check_idle(why: str, **options: Any) -> None:
     """Raises a ValueError for the first option that was given although it has no effect, which `why` explains."""
     for name, value in options.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             shown = "" if value is True else f" ({value})"
             raise ValueError(f"--{name.replace('_', '-')}{shown} has no effect: {why}; leave it out.")
 
@@ -88,6 +88,20 @@ def pairs(name: str, texts: list[str] | None, read: Callable[[str], Any] | None 
         if part:
             found[key] = (read or _yaml)(value)
     return found
+
+
+def generate_arguments(texts: list[str] | None, own: dict[str, str]) -> dict[str, Any]:
+    """
+    What --generate gives. Raises a ValueError for what `generate` does not take, and for the arguments in `own`, which
+    the options named there give.
+    """
+    from loopmdm.generation_utils import LoopMDMGenerationConfig, reject_unknown
+
+    arguments = pairs("--generate", texts)
+    for name in arguments.keys() & own.keys():
+        raise ValueError(f"--generate gives `{name}`; use {own[name]} instead.")
+    reject_unknown({name: arguments[name] for name in arguments.keys() - LoopMDMGenerationConfig.FIELDS.keys()})
+    return arguments
 
 
 def _yaml(text: str) -> Any:
