@@ -95,15 +95,14 @@ class Conversation:
             return self._command(name, value.strip())
         if line:
             self.messages.append({"role": "user", "content": line})
-            answer = None
             try:
                 answer = self._answer()
-            except KeyboardInterrupt:
+            except BaseException as error:
+                self.messages.pop()
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
                 console.print("stopped; the question is taken back", style="dim")
-            finally:
-                if answer is None:
-                    self.messages.pop()
-            if answer is not None:
+            else:
                 self.messages.append({"role": "assistant", "content": answer})
         return True
 

@@ -65,8 +65,7 @@ def generative_perplexity(
     _check_options(settings)
     if output is not None:
         check_output(output)
-    own = {"num_loops": "--num-loops", "max_new_tokens": "--max-new-tokens"}
-    arguments = {"unmasking": "ancestral"} | generate_arguments(generate, own)
+    arguments = {"unmasking": "ancestral"} | generate_arguments(generate, "--max-new-tokens")
     if model is None:
         rows, kept = [{}], [_read_samples(samples, text_column or "text", documents or "blank_line")]
     else:
@@ -77,9 +76,9 @@ def generative_perplexity(
     loaded = None
     if model is not None:
         loaded = load_model(model, dtype, device)
-        rows, kept = _make_samples(loaded, model_tokenizer, *plan, batch_size, seed, arguments)
+        rows, kept = _make_samples(loaded, model_tokenizer, *plan, arguments, settings)
     seconds = sum(row.get("generation_seconds", 0.0) for row in rows)
-    seconds += _judge(rows, kept, judge_model, tokenizer, window, stride, batch_size)
+    seconds += _judge(rows, kept, judge_model, tokenizer, settings)
     record = {
         "command": "generative-perplexity",
         "protocol": protocol(settings, loaded, model, judge=judge, data=samples, prompts=prompts),
@@ -157,23 +156,22 @@ def _make_samples(
     loops: list[int],
     starts: list[list[int]],
     length: int,
-    batch_size: int,
-    seed: int,
     arguments: dict[str, Any],
+    settings: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """For each number of loops, its time and its samples."""
     from loopmdm.evaluation.protocol import Stopwatch
     from loopmdm.evaluation.rows import generate_together
     from loopmdm.objective import input_device, seeded_generator
 
-    rows, kept = [], []
+    rows, kept, batch_size = [], [], settings["batch_size"]
     for number in loops:
         with progress(f"{number} loops: samples") as bar, Stopwatch(input_device(model)) as watch:
             made = []
             for first in range(0, len(starts), batch_size):
                 batch = starts[first : first + batch_size]
                 # A generator per sample, so that batches make no difference
-                generators = [seeded_generator(seed, "sample", first + row) for row in range(len(batch))]
+                generators = [seeded_generator(settings["seed"], "sample", first + row) for row in range(len(batch))]
                 options = {"max_new_tokens": length, "num_loops": number, "generator": generators, **arguments}
                 output, start = generate_together(model, batch, **options)
                 made += output.sequences[:, start:].tolist()
@@ -184,23 +182,17 @@ def _make_samples(
 
 
 def _judge(
-    rows: list[dict[str, Any]],
-    kept: list[list[str]],
-    judge: Any,
-    tokenizer: Any,
-    window: int | None,
-    stride: int | None,
-    batch_size: int,
+    rows: list[dict[str, Any]], kept: list[list[str]], judge: Any, tokenizer: Any, settings: dict[str, Any]
 ) -> float:
     """Adds the judge's scores to the rows. Returns the seconds that it took."""
     from loopmdm.evaluation import generative_perplexity
     from loopmdm.evaluation.protocol import Stopwatch
     from loopmdm.objective import input_device
 
-    seconds = 0.0
+    seconds, sizes = 0.0, [settings[name] for name in ("window", "stride", "batch_size")]
     for row, texts in zip(rows, kept, strict=True):
         with progress("Judge") as bar, Stopwatch(input_device(judge)) as watch:
-            score = generative_perplexity(texts, judge, tokenizer, window, stride, batch_size, bar)
+            score = generative_perplexity(texts, judge, tokenizer, *sizes, bar)
         seconds += watch.seconds
         row |= score.summary()
         row["by_sample"] = {

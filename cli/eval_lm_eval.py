@@ -63,13 +63,12 @@ def lm_eval(
 
     config = start(model, output)
     loops = loop_numbers(num_loops, [config.num_loops])
-    for number in loops:
-        check_settings([number], num_samples)
+    check_settings(loops, num_samples)
     at_least(1, limit=limit, max_gen_toks=max_gen_toks, max_length=max_length, stride=stride, batch_size=batch_size)
     at_least(0, num_fewshot=num_fewshot)
     files = pairs("--data-files", [data_files] if data_files else None, read=str)
     manager, names = _find_tasks([task.strip() for task in tasks.split(",") if task.strip()], include_path, files)
-    arguments = generate_arguments(generate, {"num_loops": "--num-loops", "max_length": "--max-gen-toks"})
+    arguments = generate_arguments(generate, "--max-gen-toks")
     lm = LoopMDMEvalModel(
         model,
         num_loops=loops[0],
@@ -97,7 +96,7 @@ def lm_eval(
     }
     runs, seconds = _run(lm, loops, names, seed, options)
     if runs:  # on the first of several processes
-        _report(model, lm, names, files, runs, seconds, settings, output)
+        _report(lm, names, files, runs, seconds, settings)
 
 
 def _find_tasks(tasks: list[str], include_path: Path | None, files: dict[str, str]) -> tuple[Any, list[str]]:
@@ -162,28 +161,27 @@ def _run(
 
 
 def _report(
-    model: str,
     lm: Any,
     names: list[str],
     files: dict[str, str],
     runs: dict[int, dict[str, Any]],
     seconds: float,
     settings: dict[str, Any],
-    output: Path | None,
 ) -> None:
     from loopmdm.evaluation.protocol import protocol
 
     kept = {number: run.pop("samples", {}) for number, run in runs.items()}
+    data = {f"data_{name}": path for name, path in files.items()}
     rows = [row for number, run in runs.items() for row in _rows(number, run["results"])]
     record = {
         "command": "lm-eval",
-        "protocol": protocol(settings, lm.model, model, **{f"data_{name}": path for name, path in files.items()}),
+        "protocol": protocol(settings, lm.model, lm.pretrained, **data),
         "seconds": seconds,
         "results": rows,
         "lm_eval": {str(number): run for number, run in runs.items()},
     }
     shown = ("task", "metric", "filter", "num_loops")
-    with results_folder(output, record) as folder:
+    with results_folder(settings["output"], record) as folder:
         if folder is not None:
             lines = [
                 {"num_loops": number, "task": task, **sample}

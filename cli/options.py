@@ -90,16 +90,17 @@ def pairs(name: str, texts: list[str] | None, read: Callable[[str], Any] | None 
     return found
 
 
-def generate_arguments(texts: list[str] | None, own: dict[str, str]) -> dict[str, Any]:
+def generate_arguments(texts: list[str] | None, length: str) -> dict[str, Any]:
     """
-    What --generate gives. Raises a ValueError for what `generate` does not take, and for the arguments in `own`, which
-    the options named there give.
+    What --generate gives. Raises a ValueError for what `generate` does not take, and for what other options of the
+    command give: the number of loops, and, by the option called `length`, that of new tokens.
     """
     from loopmdm.generation_utils import LoopMDMGenerationConfig, reject_unknown
 
     arguments = pairs("--generate", texts)
-    for name in arguments.keys() & own.keys():
-        raise ValueError(f"--generate gives `{name}`; use {own[name]} instead.")
+    for name, option in {"num_loops": "--num-loops", "max_new_tokens": length, "max_length": length}.items():
+        if name in arguments:
+            raise ValueError(f"--generate gives `{name}`; use {option} instead.")
     reject_unknown({name: arguments[name] for name in arguments.keys() - LoopMDMGenerationConfig.FIELDS.keys()})
     return arguments
 

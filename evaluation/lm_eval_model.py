@@ -22,7 +22,6 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 from transformers import StoppingCriteria
 
-from ..configuration_loopmdm import check_num_loops
 from ..data import encode, this_process
 from ..generation_utils import LoopMDMGenerationConfig, check_argument
 from ..modeling_loopmdm import LoopMDMForMaskedLM
@@ -152,7 +151,7 @@ class LoopMDMEvalModel(_Processes):
             tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, revision=revision)
         self.tokenizer = tokenizer
         config = self.model.config
-        self.num_loops = num_loops
+        self.num_loops = config.num_loops if num_loops is None else num_loops
         self.num_samples, self.seed = num_samples, seed
         check_settings([self.num_loops], num_samples)
         longest = config.max_position_embeddings
@@ -168,15 +167,6 @@ class LoopMDMEvalModel(_Processes):
             raise ValueError("`add_bos_token` is True, and the tokenizer has no start token.")
         self.generation = generation
         LoopMDMGenerationConfig(**generation)  # checks
-
-    @property
-    def num_loops(self) -> int:
-        """Loops of every pass."""
-        return self._num_loops
-
-    @num_loops.setter
-    def num_loops(self, value: int | None) -> None:
-        self._num_loops = check_num_loops(self.model.config.num_loops if value is None else value)
 
     # Texts and tokens
 

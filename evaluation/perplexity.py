@@ -149,13 +149,9 @@ def text_likelihood(
     length = min(1024, longest) if length is None else length
     if length > longest:
         raise ValueError(f"The window is {length} tokens long; the model takes 1 to {longest} positions.")
-    windows = make_windows(texts, length, stride)
+    windows = make_windows(texts, length, stride, max_windows)
     if not windows:
         raise ValueError("There is no text to score.")
-    max_windows = len(windows) if max_windows is None else max_windows
-    check_argument("max_windows", max_windows, int, 1)
-    count = min(max_windows, len(windows))
-    windows = [windows[i * len(windows) // count] for i in range(count)]
 
     longest = max(len(window.input_ids) for window in windows)
     order, parts = [], []
@@ -166,7 +162,7 @@ def text_likelihood(
         part.token_nats = nn.functional.pad(part.token_nats, (0, longest - part.token_nats.shape[-1]))
         order, parts = order + chosen, [*parts, part]
         if progress is not None:
-            progress(len(order), count)
+            progress(len(order), len(windows))
     back = torch.tensor(order).argsort()
     dims = {"nats": 1, "standard_error": 1, "num_tokens": 0, "samples": 1, "masked_share": 0, "token_nats": 1}
     joined = {name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in dims.items()}

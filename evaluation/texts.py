@@ -12,8 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data import check_tokens, encode, encode_answer, encode_with_bytes, first_text, read_rows, text_of
 from ..data.encode import ANSWER_NAMES
-
-TASKS = ("texts", "answers", "fill")
+from ..generation_utils import check_argument
 
 
 @dataclass
@@ -55,7 +54,9 @@ class Window:
     num_bytes: int | None
 
 
-def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) -> list[Window]:
+def make_windows(
+    texts: Sequence[Text], length: int, stride: int | None = None, max_windows: int | None = None
+) -> list[Window]:
     """
     Cuts texts into windows. The first window of a text scores its first `length` tokens; each further window scores
     the next `stride` tokens and sees the `length - stride` tokens before them. By the chain rule, the sum over the
@@ -66,12 +67,15 @@ def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) 
         length (`int`): Tokens of a window.
         stride (`int`, *optional*, defaults to `length`): Tokens that each further window scores, 1 to `length`. A
             smaller stride gives tokens more context, and costs more passes.
+        max_windows (`int`, *optional*): Return only this many windows, evenly spread.
     """
     stride = length if stride is None else stride
     if length < 1:
         raise ValueError(f"The window is {length} tokens long; it must be at least 1.")
     if not 1 <= stride <= length:
         raise ValueError(f"The stride is {stride}; it must be 1 to the length of the window ({length}).")
+    if max_windows is not None:
+        check_argument("max_windows", max_windows, int, 1)
     windows = []
     for index, text in enumerate(texts):
         fresh = 0
@@ -85,7 +89,8 @@ def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) 
                     size = sum(text.num_bytes[start + i] for i, scored in enumerate(maskable) if scored)
                 windows.append(Window(index, start, text.input_ids[start:end], maskable, size))
             fresh = end
-    return windows
+    count = min(max_windows or len(windows), len(windows))
+    return [windows[i * len(windows) // count] for i in range(count)]
 
 
 def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -165,15 +170,15 @@ def read_texts(
         ValueError: A line or example (named by its number) that is damaged, has tokens that the model does not have or
             mask tokens that do not belong there, or has nothing to score (empty `"texts"` are allowed).
     """
-    if task not in TASKS:
-        raise ValueError(f"The task is {task!r}; choose one of {', '.join(TASKS)}.")
+    readers = {"texts": _read_text, "answers": _read_answer, "fill": _read_masked}
+    if task not in readers:
+        raise ValueError(f"The task is {task!r}; choose one of {', '.join(readers)}.")
     if limit is not None and limit < 1:
         raise ValueError(f"The limit is {limit} texts; it must be at least 1.")
-    read = {"texts": _read_text, "answers": _read_answer, "fill": _read_masked}[task]
     rows = read_rows(source, "line" if task == "fill" else documents, dataset)
     texts = []
     for where, row in islice(rows, limit):
-        text = read(where, row, tokenizer, config, text_column)
+        text = readers[task](where, row, tokenizer, config, text_column)
         if not any(text.maskable) and task != "texts":  # data sets of texts hold empty ones, which add nothing
             raise ValueError(f"{where} has no token to score; it is too short.")
         check_tokens(text.input_ids, config.vocab_size, where)
