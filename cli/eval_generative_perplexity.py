@@ -20,7 +20,7 @@ from .options import (
     check_idle,
     generate_arguments,
 )
-from .output import new_figure, plus_minus, progress, results_folder, show_table, write_lines
+from .output import draw, picture, plus_minus, progress, results_folder, show_table, write_lines
 
 
 @evaluation.command(epilog="Example: loopmdm eval generative-perplexity my-model --judge gpt2")
@@ -220,11 +220,8 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    figure, (left, right) = new_figure(2)
-    loops = [row["num_loops"] for row in rows]
-    errors = [2 * row["standard_error"] for row in rows]
-    left.errorbar(loops, [row["perplexity"] for row in rows], yerr=errors, marker="o", capsize=3)
-    left.set(xlabel="num_loops", ylabel="generative perplexity (± 2 standard errors)")
-    right.plot(loops, [row["entropy"] for row in rows], marker="o")
-    right.set(xlabel="num_loops", ylabel="unigram entropy, nats per token")
-    figure.savefig(path, dpi=110)
+    with picture(path, 2) as (left, right):
+        draw(left, rows, "perplexity")
+        left.set(xlabel="num_loops", ylabel="generative perplexity (± 2 standard errors)")
+        right.plot([row["num_loops"] for row in rows], [row["entropy"] for row in rows], marker="o")
+        right.set(xlabel="num_loops", ylabel="unigram entropy, nats per token")

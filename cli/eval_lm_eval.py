@@ -23,7 +23,7 @@ from .options import (
     generate_arguments,
     pairs,
 )
-from .output import new_figure, plus_minus, results_folder, show_table, write_lines
+from .output import draw, picture, plus_minus, results_folder, show_table, write_lines
 
 
 @evaluation.command(epilog="Example: loopmdm eval lm-eval my-model --tasks hellaswag --num-loops 1,4")
@@ -213,17 +213,9 @@ def _rows(number: int, results: dict[str, dict[str, Any]]) -> list[dict[str, Any
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    figure, (axis,) = new_figure(1)
-    for key in dict.fromkeys((row["task"], row["metric"], row["filter"]) for row in rows):
-        members = [row for row in rows if (row["task"], row["metric"], row["filter"]) == key]
-        axis.errorbar(
-            [row["num_loops"] for row in members],
-            [row["value"] for row in members],
-            yerr=[2 * (row["standard_error"] or 0) for row in members],
-            marker="o",
-            capsize=3,
-            label=" ".join(part for part in key if part != "none"),
-        )
-    axis.set(xlabel="num_loops", ylabel="value (± 2 standard errors)")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with picture(path, 1) as (axis,):
+        for key in dict.fromkeys((row["task"], row["metric"], row["filter"]) for row in rows):
+            members = [row for row in rows if (row["task"], row["metric"], row["filter"]) == key]
+            draw(axis, members, "value", label=" ".join(part for part in key if part != "none"))
+        axis.set(xlabel="num_loops", ylabel="value (± 2 standard errors)")
+        axis.legend(fontsize=8)

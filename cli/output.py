@@ -139,9 +139,18 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def new_figure(columns: int) -> tuple[Any, Any]:
-    """A figure and its axes, side by side."""
+@contextlib.contextmanager
+def picture(path: Path, columns: int) -> Iterator[Any]:
+    """Axes to draw on, side by side, which are saved as an image at the end of the block."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * columns, 3.8), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    yield figure.subplots(1, columns, squeeze=False)[0]
+    figure.savefig(path, dpi=110)
+
+
+def draw(axis: Any, rows: list[dict[str, Any]], name: str, label: str | None = None) -> None:
+    """Draws what the rows call `name` over the number of loops, with bars of two standard errors."""
+    loops, values = [row["num_loops"] for row in rows], [row[name] for row in rows]
+    errors = [2 * (row["standard_error"] or 0) for row in rows]
+    axis.errorbar(loops, values, yerr=errors, marker="o", capsize=3, label=label)
