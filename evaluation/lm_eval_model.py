@@ -9,6 +9,7 @@ LoopMDM in EleutherAI's lm-eval. Importing this module registers the model type 
 tasks at several numbers of loops.
 """
 
+import argparse
 import atexit
 import logging
 import sys
@@ -414,11 +415,9 @@ def main() -> None:
     """lm-eval's command with the model type `loopmdm`."""
     from lm_eval.__main__ import cli_evaluate
 
-    model = next(
-        (b for a, b in zip(sys.argv[1:], sys.argv[2:], strict=False) if a in ("--model", "-M")),
-        next((part.partition("=")[2] for part in sys.argv if part.startswith("--model=")), "loopmdm"),
-    )
-    if model in ("hf", "hf-auto", "huggingface"):
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", "-M")
+    if parser.parse_known_args()[0].model in ("hf", "hf-auto", "huggingface"):
         print(f"loopmdm: error: {WHY_NOT_HF}", file=sys.stderr)
         sys.exit(2)
     cli_evaluate()
