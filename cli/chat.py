@@ -144,14 +144,12 @@ class Conversation:
 
     def _answer(self) -> str:
         """Shows and returns the answer to the last message."""
+        import torch
+
+        from loopmdm.data.chat import encode_question
         from loopmdm.objective import input_device, seeded_generator
 
-        try:
-            prompt = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
-        except Exception as error:  # whatever a template raises
-            raise ValueError(f"The chat template does not take this conversation: {error}.") from error
+        prompt = torch.tensor([encode_question(self.tokenizer, self.messages, "The conversation")])
         room = self.model.config.max_position_embeddings - prompt.shape[1]
         if room < 1:
             raise ValueError(

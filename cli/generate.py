@@ -227,10 +227,10 @@ class _Costs:
 
 
 def _encode(tokenizer: Any, text: str, number: int) -> _Row:
-    try:
-        return _Row(number, text, list(tokenizer(text)["input_ids"]))
-    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
-        raise ValueError(f"The tokenizer cannot read the prompt {text[:40]!r}: {error}") from error
+    from loopmdm.data.tokens import tokenize
+
+    encoded = tokenize(tokenizer, text, f"the prompt {text[:40]!r}", add_special_tokens=True)
+    return _Row(number, text, list(encoded["input_ids"]))
 
 
 def _plan(model: Any, rows: list[_Row], asked: int | None) -> None:
