@@ -8,6 +8,7 @@ model is loaded, what a request may ask of `generate`, and that an answer is giv
 import asyncio
 import inspect
 import json
+import secrets
 import time
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -71,7 +72,7 @@ class Wishes:
     """What a request asks of `generate`. transformers' handler reads `max_new_tokens`, for the finish reason."""
 
     options: dict[str, Any]
-    seed: int | None
+    seed: int
     max_new_tokens: int | None = None
 
 
@@ -133,9 +134,8 @@ class Chat(ChatCompletionHandler):
             options = {name: value for name, value in options.items() if name not in SAMPLING} | {"do_sample": False}
         elif options.keys() & SAMPLING:
             options.setdefault("do_sample", True)
-        seed = body.get("seed")
-        if seed is not None:
-            check_argument("seed", seed, int, 0, 2**63 - 1)
+        seed = body.get("seed", secrets.randbits(63))
+        check_argument("seed", seed, int, 0, 2**63 - 1)
         return Wishes(options, seed)
 
 
@@ -175,11 +175,7 @@ class Generations(GenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         config = _prepare(model, processor, inputs, gen_config)
-        generator = torch.Generator()
-        if gen_config.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(gen_config.seed)
+        generator = torch.Generator().manual_seed(gen_config.seed)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         streamer = Streamer(gen_config, config, processor, loop, queue, response_parser)
         inputs |= {"generation_config": config, "streamer": streamer, "tokenizer": processor, "generator": generator}

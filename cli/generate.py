@@ -289,29 +289,18 @@ def _generate(
     For a batch of prompts in order, the tokens of prompt and answer, and their `COSTS`. Prompts that want as many new
     tokens run together.
     """
-    from loopmdm.evaluation.rows import generate_together
-    from loopmdm.objective import seeded_generator
+    from loopmdm.evaluation.rows import generate_answers
 
     copies = options.get("num_return_sequences", model.generation_config.num_return_sequences)
     free = dict.fromkeys(COSTS, 0)
     answers = {row.number: [(row.tokens, free)] * copies if row.is_idle else [] for row in batch}
     busy = sorted((row for row in batch if not row.is_idle), key=_kind)
-    for (new, *_), group in itertools.groupby(busy, _kind):
-        rows = list(group)
-        output, start = generate_together(
-            model,
-            [row.tokens for row in rows],
-            max_new_tokens=new,
-            generator=[seeded_generator(seed, "generate", row.number, copy) for row in rows for copy in range(copies)],
-            **options,
-        )
-        costs.output = output
-        costs.seconds += output.seconds
-        costs.tokens += output.tokens_per_second * output.seconds
-        for index, tokens in enumerate(output.sequences.tolist()):
-            row = rows[index // copies]
-            cost = {name: output[name][index].item() for name in COSTS}
-            answers[row.number].append((tokens[start - len(row.tokens) :], cost))
+    for _, group in itertools.groupby(busy, _kind):
+        costs.output, made = generate_answers(model, list(group), seed, **options)
+        costs.seconds += costs.output.seconds
+        costs.tokens += costs.output.tokens_per_second * costs.output.seconds
+        for row, tokens, cost in made:
+            answers[row.number].append((tokens, cost))
     for row in batch:
         for tokens, cost in answers[row.number]:
             costs.count += 1
