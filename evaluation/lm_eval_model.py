@@ -200,11 +200,11 @@ class LoopMDMEvalModel(_Processes):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
         for context, continuation in (request.args for request in requests):
-            if context == "":  # the model needs no token before the first one
-                start = [self.tokenizer.bos_token_id] if self.add_bos_token else []
-                pairs.append(((context, continuation), start, self.tok_encode(continuation, False)))
-            else:
-                pairs.append(((context, continuation), *self._encode_pair(context, continuation)))
+            if context:
+                encoded = self._encode_pair(context, continuation)
+            else:  # the model needs no token before the first one
+                encoded = self.tok_encode(context), self.tok_encode(continuation, False)
+            pairs.append(((context, continuation), *encoded))
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
