@@ -8,13 +8,15 @@ model is loaded, what a request may ask of `generate`, and that an answer is giv
 import asyncio
 import inspect
 import json
+import secrets
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from jinja2 import TemplateError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
@@ -35,9 +37,8 @@ ROUTES = ("/v1/models", "/health", "/load_model")
 NEW_TOKENS = 256  # at most, where neither the request nor the model's settings say
 
 # Arguments of `generate` that a request may give: those of JSON that concern one text
-OPTIONS = {
-    *LoopMDMGenerationConfig.FIELDS.keys()
-    - {"max_length", "num_return_sequences", "return_dict_in_generate", "output_scores", "output_trace", "loop_policy"}
+OPTIONS = LoopMDMGenerationConfig.FIELDS.keys() - {
+    *("max_length", "num_return_sequences", "return_dict_in_generate", "output_scores", "output_trace", "loop_policy")
 }
 # What the OpenAI API calls them; of two, the first counts.
 OPENAI_NAMES = {"max_completion_tokens": "max_new_tokens", "max_tokens": "max_new_tokens", "stop": "stop_strings"}
@@ -51,12 +52,27 @@ NEUTRAL |= {"presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "lo
 NEUTRAL |= {"tool_choice": "auto", "reasoning_effort": "none"}
 
 
+class Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """What is checked of a message: transformers' handler would leave out, or misread, what is not text."""
+
+    role: str
+    content: str | list[Part] | None = None
+
+
+MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
+
+
 @dataclass
 class Wishes:
     """What a request asks of `generate`. transformers' handler reads `max_new_tokens`, for the finish reason."""
 
     options: dict[str, Any]
-    seed: int | None
+    seed: int
     max_new_tokens: int | None = None
 
 
@@ -98,7 +114,11 @@ class Chat(ChatCompletionHandler):
             if name in NEUTRAL.keys() | LoopMDMGenerationConfig.FIELDS | self._unused_fields:
                 raise ValueError(f"`{name}` is {value!r}, which this server cannot do; leave it out.")
             reject_unknown({name: value})
-        _check_messages(body.get("messages"))
+        try:
+            MESSAGES.validate_python(body.get("messages"))
+        except ValidationError:
+            shown = str(body.get("messages"))[:200]
+            raise ValueError(f"`messages` is {shown}; give objects with a `role` and a text as `content`.") from None
         if not isinstance(body.get("chat_template_kwargs", {}), dict):
             raise ValueError(f"`chat_template_kwargs` is {body['chat_template_kwargs']!r}; give an object.")
 
@@ -114,25 +134,9 @@ class Chat(ChatCompletionHandler):
             options = {name: value for name, value in options.items() if name not in SAMPLING} | {"do_sample": False}
         elif options.keys() & SAMPLING:
             options.setdefault("do_sample", True)
-        seed = body.get("seed")
-        if seed is not None:
-            check_argument("seed", seed, int, 0, 2**63 - 1)
+        seed = body.get("seed", secrets.randbits(63))
+        check_argument("seed", seed, int, 0, 2**63 - 1)
         return Wishes(options, seed)
-
-
-def _check_messages(messages: Any) -> None:
-    """Raises a ValueError for what transformers' handler would take for something else, or leave out."""
-    wrong = not isinstance(messages, list) or not messages
-    for message in [] if wrong else messages:
-        parts = message.get("content") if isinstance(message, dict) else 0
-        parts = [{"type": "text", "text": part} for part in [parts or ""]] if not isinstance(parts, list) else parts
-        is_text = [
-            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-            for part in parts
-        ]
-        wrong = wrong or not all(is_text) or not isinstance(message.get("role"), str)
-    if wrong:
-        raise ValueError(f"`messages` is {str(messages)[:200]}; give objects with a `role` and a text as `content`.")
 
 
 class Streamer(DirectStreamer):
@@ -171,11 +175,7 @@ class Generations(GenerateManager):
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         config = _prepare(model, processor, inputs, gen_config)
-        generator = torch.Generator()
-        if gen_config.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(gen_config.seed)
+        generator = torch.Generator().manual_seed(gen_config.seed)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         streamer = Streamer(gen_config, config, processor, loop, queue, response_parser)
         inputs |= {"generation_config": config, "streamer": streamer, "tokenizer": processor, "generator": generator}

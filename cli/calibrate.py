@@ -18,7 +18,7 @@ from .options import (
     at_least,
     given,
 )
-from .output import console, plus_minus_sign, progress
+from .output import check_file, console, plus_minus_sign, progress, show_table
 
 
 @app.command(rich_help_panel=MEASURE, epilog="Example: loopmdm calibrate my-model --data validation.jsonl")
@@ -54,8 +54,8 @@ def calibrate(
     from loopmdm.evaluation.loop_budget import read_examples
 
     at_least(1, limit=limit, batch_size=batch_size)
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise ValueError(f"{output} cannot be written: it is a folder, or in none; name a file.")
+    if output is not None:
+        check_file("--output", output)
     if not any((Path(model) / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{model} is not the folder of a model; the result is written into it, so download it first.")
     if not dry_run and not os.access(model, os.W_OK):
@@ -102,33 +102,25 @@ def _write(model: Path, budget: Any, data: Path) -> list[str]:
 
 
 def _show(budget: Any, title: str) -> None:
-    from rich.table import Table
-
     from loopmdm.evaluation.loop_budget import describe
 
-    table = Table(title=title)
-    for column in ("setting", "quality, %", "loss, %", "loops", "passes", "GFLOP"):
-        table.add_column(column, justify="left" if column == "setting" else "right", no_wrap=True)
-
     sign = plus_minus_sign()
-
-    def add(result: Any, name: str) -> None:
-        table.add_row(
+    measured = sorted(budget.results, key=lambda result: result.flops)
+    results = [(describe(result.arguments), result) for result in measured]
+    results += [("other half: all loops", budget.check_full)]
+    results += [(f"other half: {describe(check.arguments)}", check) for check in budget.checks]
+    rows = [
+        [
             name,
             f"{100 * result.quality:.1f}{sign}{100 * result.standard_error:.1f}",
             f"{100 * result.loss:+.1f}{sign}{100 * result.loss_standard_error:.1f}",
             f"{result.mean_loops:.2f}",
             f"{result.forward_passes:.2f}",
             f"{result.flops / 1e9:,.3f}",
-        )
-
-    for result in sorted(budget.results, key=lambda result: result.flops):
-        add(result, describe(result.arguments))
-    table.add_section()
-    add(budget.check_full, "other half: all loops")
-    for check in budget.checks:
-        add(check, f"other half: {describe(check.arguments)}")
-    console.print(table)
+        ]
+        for name, result in results
+    ]
+    show_table(title, ["setting", "quality, %", "loss, %", "loops", "passes", "GFLOP"], rows)
     share = budget.check.flops / budget.check_full.flops
     saved = f"{share:.2f} of the FLOPs, {budget.check.mean_loops:.2f} loops on average"
     console.print(f"Chosen: {describe(budget.best.arguments)} ({saved}).")

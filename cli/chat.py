@@ -95,15 +95,14 @@ class Conversation:
             return self._command(name, value.strip())
         if line:
             self.messages.append({"role": "user", "content": line})
-            answer = None
             try:
                 answer = self._answer()
-            except KeyboardInterrupt:
+            except BaseException as error:
+                self.messages.pop()
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
                 console.print("stopped; the question is taken back", style="dim")
-            finally:
-                if answer is None:
-                    self.messages.pop()
-            if answer is not None:
+            else:
                 self.messages.append({"role": "assistant", "content": answer})
         return True
 
@@ -145,14 +144,12 @@ class Conversation:
 
     def _answer(self) -> str:
         """Shows and returns the answer to the last message."""
+        import torch
+
+        from loopmdm.data.chat import encode_question
         from loopmdm.objective import input_device, seeded_generator
 
-        try:
-            prompt = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
-        except Exception as error:  # whatever a template raises
-            raise ValueError(f"The chat template does not take this conversation: {error}.") from error
+        prompt = torch.tensor([encode_question(self.tokenizer, self.messages, "The conversation")])
         room = self.model.config.max_position_embeddings - prompt.shape[1]
         if room < 1:
             raise ValueError(

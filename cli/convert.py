@@ -2,6 +2,8 @@
 """`loopmdm convert`."""
 
 import re
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 
 from .application import TRAIN, app
 from .options import TrustRemoteCode
-from .output import console, plus_minus_sign, progress_bars, show_table
+from .output import console, plus_minus_sign, progress_bars, show_facts, show_table, show_verification
 
 
 @app.command(rich_help_panel=TRAIN, epilog="Example: loopmdm convert GSAI-ML/LLaDA-8B-Base looped --dry-run")
@@ -71,32 +73,22 @@ def convert(
 
 def _show_plan(record: dict[str, Any]) -> None:
     """The plan of a conversion: parameters, loop, special tokens and the mapping, layers summed up."""
-    from rich.table import Table
-
     loop, tokens, parameters = record["loop"], record["special_tokens"], record["parameters"]
-    table = Table(show_header=False, title=f"{record['source']} as {record['family']}")
-    table.add_row("parameters", f"{parameters['total']:,} ({record['dtype']})")
-    bounds = (0, loop["loop_start"], loop["loop_end"], record["layers"])
-    for part, start, end in zip(("head", "mid", "tail"), bounds[:-1], bounds[1:], strict=True):
-        table.add_row(part, f"layers[{start}:{end}], {parameters[part]:,} parameters")
-    table.add_row("loop", f"chosen {loop['chosen']}; {loop['loop_update']}, num_loops {loop['num_loops']}")
-    mask = f"{tokens['mask_token_id']} {tokens['mask_token'] or ''} (from {tokens['mask_found']})"
-    table.add_row("mask token", mask)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        table.add_row(name, str(tokens[name]))
-    console.print(table)
+    facts = {"parameters": f"{parameters['total']:,} ({record['dtype']})"}
+    bounds = pairwise((0, loop["loop_start"], loop["loop_end"], record["layers"]))
+    for part, (start, end) in zip(("head", "mid", "tail"), bounds, strict=True):
+        facts[part] = f"layers[{start}:{end}], {parameters[part]:,} parameters"
+    facts["loop"] = f"chosen {loop['chosen']}; {loop['loop_update']}, num_loops {loop['num_loops']}"
+    facts["mask token"] = f"{tokens['mask_token_id']} {tokens['mask_token'] or ''} (from {tokens['mask_found']})"
+    facts |= {name: str(tokens[name]) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    show_facts(f"{record['source']} as {record['family']}", facts)
     _show_tensors(record["tensors"])
     if record["ignored"]:
         console.print(f"Not needed: {', '.join(record['ignored'][:5])}{', ...' if len(record['ignored']) > 5 else ''}")
 
 
 def _show_tensors(tensors: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    mapping = Table(title="Tensors")
-    for column in ("result", "source", "how", "count"):
-        mapping.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
-    rows: dict[tuple[str, ...], int] = {}
+    rows: Counter[tuple[str, ...]] = Counter()
     same = 0
     for target, recipe in tensors.items():
         if recipe == {"from": [target], "how": "copy"}:
@@ -104,12 +96,10 @@ def _show_tensors(tensors: dict[str, Any]) -> None:
             continue
         extra = f" and {len(recipe['from']) - 1} more" if len(recipe["from"]) > 1 else ""
         names = (re.sub(r"\.\d+\.", ".{i}.", name, count=1) for name in (target, recipe["from"][0]))
-        key = (*names, recipe["how"] + extra)
-        rows[key] = rows.get(key, 0) + 1
-    for key, count in rows.items():
-        mapping.add_row(*key, str(count))
+        rows[*names, recipe["how"] + extra] += 1
     if rows:
-        console.print(mapping)
+        columns = ["result", "source", "how", "count"]
+        show_table("Tensors", columns, [[*names, count] for names, count in rows.items()])
     if same:
         console.print(f"{same} tensors are copied under their own names.")
 
@@ -129,11 +119,7 @@ def _show_result(record: dict[str, Any], output: Path) -> None:
         show_table(title, ["looped", "nats per token", "change"], rows)
     for name in ("verification", "verification_against_file"):
         if name in record:
-            found = record[name]
-            console.print(
-                f"Verified against {found['against']}: largest difference {found['max_difference']:.2g} in logits up "
-                f"to {found['max_logit']:.1f} ({found['dtype']})."
-            )
+            show_verification(record[name])
     todo = "train it before you loop it more"
     if record["loop"]["loop_update"] == "damped":
         todo = "damped loops change little, and gain little, untrained"

@@ -70,9 +70,7 @@ def dynamics(
     if length > longest:
         raise ValueError(f"--window is {length} tokens; the model takes 1 to {longest} positions.")
     texts = measured_texts(settings, load_tokenizer(model, trust_remote_code), config, length)
-    parts = make_windows(texts, length)
-    count = min(windows, len(parts))
-    parts = [parts[i * len(parts) // count] for i in range(count)]
+    parts = make_windows(texts, length, max_windows=windows)
     loaded = load_model(model, dtype, device)
     with progress("Dynamics") as bar, Stopwatch(input_device(loaded)) as watch:
         result = measure_dynamics(
@@ -91,7 +89,7 @@ def dynamics(
         "command": "dynamics",
         "protocol": protocol(settings, loaded, model, data=text),
         "seconds": watch.seconds,
-        "windows": count,
+        "windows": len(parts),
         "tokens": sum(len(part.input_ids) for part in parts),
         "results": result.summary(),
     }
@@ -99,7 +97,7 @@ def dynamics(
         if folder is not None:
             result.save(folder / "dynamics.npz")
             result.plot(folder / "dynamics.png")
-    title = f"Loops of {model} on {count} texts, mean of t = {timesteps}, {watch.seconds:.1f} s"
+    title = f"Loops of {model} on {len(parts)} texts, mean of t = {timesteps}, {watch.seconds:.1f} s"
     _show(title, record["results"])
 
 

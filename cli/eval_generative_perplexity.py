@@ -18,9 +18,9 @@ from .options import (
     TrustRemoteCode,
     at_least,
     check_idle,
-    pairs,
+    generate_arguments,
 )
-from .output import new_figure, plus_minus, progress, results_folder, show_table, write_lines
+from .output import draw, picture, plus_minus, progress, results_folder, show_table, write_lines
 
 
 @evaluation.command(epilog="Example: loopmdm eval generative-perplexity my-model --judge gpt2")
@@ -62,24 +62,23 @@ def generative_perplexity(
         raise ValueError("Give either a model that makes samples, or --samples, a file that holds them.")
     at_least(1, num_samples=num_samples, batch_size=batch_size, max_new_tokens=max_new_tokens, stride=stride)
     at_least(2, window=window)
-    _check_options(model, samples, prompts, text_column, documents, num_loops, num_samples, max_new_tokens, generate)
+    _check_options(settings)
     if output is not None:
         check_output(output)
-    arguments = {"unmasking": "ancestral"} | pairs("--generate", generate)
+    arguments = {"unmasking": "ancestral"} | generate_arguments(generate, "--max-new-tokens")
     if model is None:
         rows, kept = [{}], [_read_samples(samples, text_column or "text", documents or "blank_line")]
     else:
         config, model_tokenizer = read_model_config(model), load_tokenizer(model, trust_remote_code)
-        sizes = num_samples or 64, max_new_tokens
-        plan = _plan(config, model_tokenizer, num_loops, *sizes, prompts, text_column or "text", arguments)
+        plan = _plan(config, model_tokenizer, settings, arguments)
     judge_model, tokenizer = load_judge(judge, dtype, device, trust_remote_code)
     check_window(judge_model, window, stride)
     loaded = None
     if model is not None:
         loaded = load_model(model, dtype, device)
-        rows, kept = _make_samples(loaded, model_tokenizer, *plan, batch_size, seed, arguments)
+        rows, kept = _make_samples(loaded, model_tokenizer, *plan, arguments, settings)
     seconds = sum(row.get("generation_seconds", 0.0) for row in rows)
-    seconds += _judge(rows, kept, judge_model, tokenizer, window, stride, batch_size)
+    seconds += _judge(rows, kept, judge_model, tokenizer, settings)
     record = {
         "command": "generative-perplexity",
         "protocol": protocol(settings, loaded, model, judge=judge, data=samples, prompts=prompts),
@@ -95,22 +94,13 @@ def generative_perplexity(
     _show(f"Generative perplexity of {model or samples} under {judge}: {len(kept[0])} samples, {seconds:.1f} s", rows)
 
 
-def _check_options(
-    model: str | None,
-    samples: str | None,
-    prompts: str | None,
-    text_column: str | None,
-    documents: str | None,
-    num_loops: str | None,
-    num_samples: int | None,
-    max_new_tokens: int | None,
-    generate: list[str] | None,
-) -> None:
+def _check_options(settings: dict[str, Any]) -> None:
     """Raises a ValueError for options that have no effect beside the others."""
-    if model is None:
-        options = {"num_loops": num_loops, "num_samples": num_samples, "max_new_tokens": max_new_tokens}
-        check_idle("--samples are judged as they are", **options, generate=generate, prompts=prompts)
-        check_text_options(samples, text_column=text_column, documents=documents)
+    prompts, text_column, documents = (settings[name] for name in ("prompts", "text_column", "documents"))
+    if settings["model"] is None:
+        of_model = ("num_loops", "num_samples", "max_new_tokens", "generate", "prompts")
+        check_idle("--samples are judged as they are", **{name: settings[name] for name in of_model})
+        check_text_options(settings["samples"], text_column=text_column, documents=documents)
     else:
         check_idle("it is for --samples", documents=documents)
         check_idle("it is for --samples and --prompts", text_column=None if prompts else text_column)
@@ -119,26 +109,20 @@ def _check_options(
 
 
 def _plan(
-    config: Any,
-    tokenizer: Any,
-    num_loops: str | None,
-    num_samples: int,
-    max_new_tokens: int | None,
-    prompts: str | None,
-    text_column: str,
-    arguments: dict[str, Any],
+    config: Any, tokenizer: Any, settings: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[list[int], list[list[int]], int]:
     """The numbers of loops, the tokens that each sample starts with, and how many new ones it has, all checked."""
     from loopmdm import LoopMDMGenerationConfig
     from loopmdm.evaluation import read_texts
 
-    loops = loop_numbers(num_loops, [config.num_loops])
-    room = config.max_position_embeddings
-    length = min(256, room) if max_new_tokens is None else max_new_tokens
+    loops = loop_numbers(settings["num_loops"], [config.num_loops])
+    room, length = config.max_position_embeddings, settings["max_new_tokens"]
+    length = min(256, room) if length is None else length
     LoopMDMGenerationConfig(max_new_tokens=length, **arguments)  # checks
     starts: list[list[int]] = [[]]
-    if prompts is not None:
-        texts = read_texts(prompts, tokenizer, config, "texts", text_column, "line")
+    if settings["prompts"] is not None:
+        column = settings["text_column"] or "text"
+        texts = read_texts(settings["prompts"], tokenizer, config, "texts", column, "line")
         starts = [text.input_ids for text in texts]
     longest = max(map(len, starts))
     if longest + length > room:
@@ -146,7 +130,7 @@ def _plan(
             f"Prompts of up to {longest} tokens and {length} new ones (--max-new-tokens) are more than the {room} "
             "positions of the model."
         )
-    return loops, [starts[i % len(starts)] for i in range(num_samples)], length
+    return loops, [starts[i % len(starts)] for i in range(settings["num_samples"] or 64)], length
 
 
 def _read_samples(path: str, text_column: str, documents: str) -> list[str]:
@@ -172,62 +156,43 @@ def _make_samples(
     loops: list[int],
     starts: list[list[int]],
     length: int,
-    batch_size: int,
-    seed: int,
     arguments: dict[str, Any],
+    settings: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], list[list[str]]]:
     """For each number of loops, its time and its samples."""
     from loopmdm.evaluation.protocol import Stopwatch
-    from loopmdm.objective import input_device
+    from loopmdm.evaluation.rows import generate_together
+    from loopmdm.objective import input_device, seeded_generator
 
-    rows, kept = [], []
+    rows, kept, batch_size = [], [], settings["batch_size"]
     for number in loops:
         with progress(f"{number} loops: samples") as bar, Stopwatch(input_device(model)) as watch:
             made = []
             for first in range(0, len(starts), batch_size):
                 batch = starts[first : first + batch_size]
-                made += _generate(model, batch, first, length, seed, {"num_loops": number, **arguments})
+                # A generator per sample, so that batches make no difference
+                generators = [seeded_generator(settings["seed"], "sample", first + row) for row in range(len(batch))]
+                options = {"max_new_tokens": length, "num_loops": number, "generator": generators, **arguments}
+                output, start = generate_together(model, batch, **options)
+                made += output.sequences[:, start:].tolist()
                 bar(len(made), len(starts))
         kept.append(tokenizer.batch_decode(made, skip_special_tokens=True))
         rows.append({"num_loops": number, "generation_seconds": watch.seconds})
     return rows, kept
 
 
-def _generate(
-    model: Any, starts: list[list[int]], first: int, length: int, seed: int, arguments: dict[str, Any]
-) -> list[list[int]]:
-    """New tokens of samples `first` and on; each has a generator of its own, so that batches make no difference."""
-    from loopmdm.evaluation.rows import generate_together
-    from loopmdm.objective import seeded_generator
-
-    output, start = generate_together(
-        model,
-        starts,
-        max_new_tokens=length,
-        generator=[seeded_generator(seed, "sample", first + row) for row in range(len(starts))],
-        **arguments,
-    )
-    return output.sequences[:, start:].tolist()
-
-
 def _judge(
-    rows: list[dict[str, Any]],
-    kept: list[list[str]],
-    judge: Any,
-    tokenizer: Any,
-    window: int | None,
-    stride: int | None,
-    batch_size: int,
+    rows: list[dict[str, Any]], kept: list[list[str]], judge: Any, tokenizer: Any, settings: dict[str, Any]
 ) -> float:
     """Adds the judge's scores to the rows. Returns the seconds that it took."""
     from loopmdm.evaluation import generative_perplexity
     from loopmdm.evaluation.protocol import Stopwatch
     from loopmdm.objective import input_device
 
-    seconds = 0.0
+    seconds, sizes = 0.0, [settings[name] for name in ("window", "stride", "batch_size")]
     for row, texts in zip(rows, kept, strict=True):
         with progress("Judge") as bar, Stopwatch(input_device(judge)) as watch:
-            score = generative_perplexity(texts, judge, tokenizer, window, stride, batch_size, bar)
+            score = generative_perplexity(texts, judge, tokenizer, *sizes, bar)
         seconds += watch.seconds
         row |= score.summary()
         row["by_sample"] = {
@@ -255,11 +220,8 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    figure, (left, right) = new_figure(2)
-    loops = [row["num_loops"] for row in rows]
-    errors = [2 * row["standard_error"] for row in rows]
-    left.errorbar(loops, [row["perplexity"] for row in rows], yerr=errors, marker="o", capsize=3)
-    left.set(xlabel="num_loops", ylabel="generative perplexity (± 2 standard errors)")
-    right.plot(loops, [row["entropy"] for row in rows], marker="o")
-    right.set(xlabel="num_loops", ylabel="unigram entropy, nats per token")
-    figure.savefig(path, dpi=110)
+    with picture(path, 2) as (left, right):
+        draw(left, rows, "perplexity")
+        left.set(xlabel="num_loops", ylabel="generative perplexity (± 2 standard errors)")
+        right.plot([row["num_loops"] for row in rows], [row["entropy"] for row in rows], marker="o")
+        right.set(xlabel="num_loops", ylabel="unigram entropy, nats per token")

@@ -26,7 +26,7 @@ from .options import (
     TrustRemoteCode,
     at_least,
 )
-from .output import new_figure, plus_minus, progress, results_folder, show_table
+from .output import draw, picture, plus_minus, progress, results_folder, show_table
 
 
 @evaluation.command(epilog="Example: loopmdm eval likelihood my-model --text test.txt --num-loops 1,2,4")
@@ -140,21 +140,13 @@ def _show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _plot(path: Path, rows: list[dict[str, Any]], means: Any, errors: Any, edges: list[float]) -> None:
-    figure, (left, right) = new_figure(2)
-    loops = [row["num_loops"] for row in rows]
-    left.errorbar(
-        loops,
-        [row["nats_per_token"] for row in rows],
-        yerr=[2 * row["standard_error"] for row in rows],
-        marker="o",
-        capsize=3,
-    )
-    left.set(xlabel="num_loops", ylabel="NELBO, nats per token (± 2 standard errors)")
-    middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    for i, number in enumerate(loops):
-        name = f"{number} loop{'' if number == 1 else 's'}"
-        error = (2 * errors[i]).tolist()
-        right.errorbar(middles, means[i].tolist(), yerr=error, marker="o", markersize=3, label=name)
-    right.set(xlabel="timestep (share of masked tokens)", ylabel="nats per masked token (± 2 standard errors)")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with picture(path, 2) as (left, right):
+        draw(left, rows, "nats_per_token")
+        left.set(xlabel="num_loops", ylabel="NELBO, nats per token (± 2 standard errors)")
+        middles = [(a + b) / 2 for a, b in pairwise(edges)]
+        for i, row in enumerate(rows):
+            name = f"{row['num_loops']} loop{'' if row['num_loops'] == 1 else 's'}"
+            error = (2 * errors[i]).tolist()
+            right.errorbar(middles, means[i].tolist(), yerr=error, marker="o", markersize=3, label=name)
+        right.set(xlabel="timestep (share of masked tokens)", ylabel="nats per masked token (± 2 standard errors)")
+        right.legend(fontsize=8)

@@ -20,9 +20,10 @@ from .options import (
     Output,
     TrustRemoteCode,
     at_least,
+    generate_arguments,
     pairs,
 )
-from .output import new_figure, plus_minus, results_folder, show_table, write_lines
+from .output import draw, picture, plus_minus, results_folder, show_table, write_lines
 
 
 @evaluation.command(epilog="Example: loopmdm eval lm-eval my-model --tasks hellaswag --num-loops 1,4")
@@ -62,13 +63,12 @@ def lm_eval(
 
     config = start(model, output)
     loops = loop_numbers(num_loops, [config.num_loops])
-    for number in loops:
-        check_settings([number], num_samples)
+    check_settings(loops, num_samples)
     at_least(1, limit=limit, max_gen_toks=max_gen_toks, max_length=max_length, stride=stride, batch_size=batch_size)
     at_least(0, num_fewshot=num_fewshot)
     files = pairs("--data-files", [data_files] if data_files else None, read=str)
     manager, names = _find_tasks([task.strip() for task in tasks.split(",") if task.strip()], include_path, files)
-    arguments = pairs("--generate", generate)
+    arguments = generate_arguments(generate, "--max-gen-toks")
     lm = LoopMDMEvalModel(
         model,
         num_loops=loops[0],
@@ -96,7 +96,7 @@ def lm_eval(
     }
     runs, seconds = _run(lm, loops, names, seed, options)
     if runs:  # on the first of several processes
-        _report(model, lm, names, files, runs, seconds, settings, output)
+        _report(lm, names, files, runs, seconds, settings)
 
 
 def _find_tasks(tasks: list[str], include_path: Path | None, files: dict[str, str]) -> tuple[Any, list[str]]:
@@ -161,28 +161,27 @@ def _run(
 
 
 def _report(
-    model: str,
     lm: Any,
     names: list[str],
     files: dict[str, str],
     runs: dict[int, dict[str, Any]],
     seconds: float,
     settings: dict[str, Any],
-    output: Path | None,
 ) -> None:
     from loopmdm.evaluation.protocol import protocol
 
     kept = {number: run.pop("samples", {}) for number, run in runs.items()}
+    data = {f"data_{name}": path for name, path in files.items()}
     rows = [row for number, run in runs.items() for row in _rows(number, run["results"])]
     record = {
         "command": "lm-eval",
-        "protocol": protocol(settings, lm.model, model, **{f"data_{name}": path for name, path in files.items()}),
+        "protocol": protocol(settings, lm.model, lm.pretrained, **data),
         "seconds": seconds,
         "results": rows,
         "lm_eval": {str(number): run for number, run in runs.items()},
     }
     shown = ("task", "metric", "filter", "num_loops")
-    with results_folder(output, record) as folder:
+    with results_folder(settings["output"], record) as folder:
         if folder is not None:
             lines = [
                 {"num_loops": number, "task": task, **sample}
@@ -214,17 +213,9 @@ def _rows(number: int, results: dict[str, dict[str, Any]]) -> list[dict[str, Any
 
 
 def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
-    figure, (axis,) = new_figure(1)
-    for key in dict.fromkeys((row["task"], row["metric"], row["filter"]) for row in rows):
-        members = [row for row in rows if (row["task"], row["metric"], row["filter"]) == key]
-        axis.errorbar(
-            [row["num_loops"] for row in members],
-            [row["value"] for row in members],
-            yerr=[2 * (row["standard_error"] or 0) for row in members],
-            marker="o",
-            capsize=3,
-            label=" ".join(part for part in key if part != "none"),
-        )
-    axis.set(xlabel="num_loops", ylabel="value (± 2 standard errors)")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with picture(path, 1) as (axis,):
+        for key in dict.fromkeys((row["task"], row["metric"], row["filter"]) for row in rows):
+            members = [row for row in rows if (row["task"], row["metric"], row["filter"]) == key]
+            draw(axis, members, "value", label=" ".join(part for part in key if part != "none"))
+        axis.set(xlabel="num_loops", ylabel="value (± 2 standard errors)")
+        axis.legend(fontsize=8)

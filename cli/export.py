@@ -8,7 +8,7 @@ import typer
 
 from .application import SHARE, app
 from .options import Model, TrustRemoteCode, check_idle
-from .output import console, progress_bars
+from .output import console, progress_bars, show_verification
 
 
 @app.command(rich_help_panel=SHARE, epilog="Example: loopmdm export my-model plain --num-loops 2 --verify")
@@ -64,10 +64,7 @@ def _export_onnx(model: str, output: Path, dtype: str | None, revision: str | No
 
 def _show_result(record: dict[str, Any], output: Path) -> None:
     for found in record["verification"]:
-        console.print(
-            f"Verified against {found['against']}: largest difference {found['max_difference']:.2g} in logits up to "
-            f"{found['max_logit']:.1f} ({found['dtype']})."
-        )
+        show_verification(found)
     console.print(
         f"{output} is written: a {record['format']} model of {record['layers']} layers ({record['parameters']:,} "
         f"parameters, {record['dtype']}), which computes what {record['source']} does with {record['num_loops']} "

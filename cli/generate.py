@@ -5,8 +5,9 @@ import contextlib
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,8 @@ ARGUMENTS = (
     *("max_new_tokens", "loop_tolerance", "visible_loops", "cache_implementation", "block_length", "unmasking"),
     *("max_denoising_steps", "confidence_threshold", "entropy_bound", "temperature", "top_p", "num_return_sequences"),
 )
+# What `generate` says of each answer
+COSTS = ("forward_passes", "loops", "flops")
 
 
 @app.command(rich_help_panel=USE, epilog='Example: loopmdm generate my-model "Once upon a time" --stream')
@@ -129,7 +132,7 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(model, settings["trust_remote_code"])
     rows = [_encode(tokenizer, text, number) for number, text in enumerate(texts)]
     loaded = load_model(model, dtype, device)
-    new_tokens = options.pop("max_new_tokens", loaded.generation_config.max_new_tokens)
+    new_tokens = options.pop("max_new_tokens", None)
     _plan(loaded, rows, new_tokens)
     if more is None:
         _check_busy(not all(row.is_idle for row in rows), loaded)
@@ -140,12 +143,12 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
     costs, total = _Costs(), len(rows) if more is None else None
     with options["streamer"] or contextlib.nullcontext(), progress("prompts") as bar:
         for batch in _batches(rows, more, batch_size, tokenizer, loaded, new_tokens):
-            for row, answer in _generate(loaded, batch, options, seed, costs):
+            for row, tokens, cost in _generate(loaded, batch, options, seed, costs):
                 if not stream:
-                    _show(row.text, tokenizer.decode(answer.tokens, skip_special_tokens=True), answer.cost, as_json)
+                    _show(row.text, tokenizer.decode(tokens, skip_special_tokens=True), cost, as_json)
             if not stream:
                 bar(batch[-1].number + 1, total)
-    _check_busy(costs.passes > 0, loaded)
+    _check_busy(costs.total["forward_passes"] > 0, loaded)
     print(costs.line(), file=sys.stderr)
     if html is not None:
         write_trace(html, costs.output, tokenizer, model, texts, html_columns)
@@ -204,33 +207,18 @@ class _Row:
 
 
 @dataclass
-class _Answer:
-    """Tokens of prompt and answer, and what they cost."""
-
-    tokens: list[int]
-    cost: dict[str, int]
-
-
-@dataclass
 class _Costs:
-    """What all rows cost together."""
+    """What all answers cost together."""
 
     count: int = 0
-    passes: int = 0
-    loops: int = 0
-    flops: int = 0
+    total: Counter[str] = field(default_factory=Counter)  # COSTS
     seconds: float = 0.0
     tokens: float = 0.0
     output: Any = None  # of the rows that ran last; with --html these are all
 
-    def add(self, forward_passes: int, loops: int, flops: int) -> None:
-        self.count, self.passes = self.count + 1, self.passes + forward_passes
-        self.loops, self.flops = self.loops + loops, self.flops + flops
-
     def line(self) -> str:
-        count = self.count
-        passes, loops, flops = (total / count for total in (self.passes, self.loops, self.flops))
-        per_row = "" if count == 1 else f" a text, mean of {count}"
+        passes, loops, flops = (self.total[name] / self.count for name in COSTS)
+        per_row = "" if self.count == 1 else f" a text, mean of {self.count}"
         speed = self.tokens / self.seconds if self.seconds > 0 else 0.0
         return (
             f"{passes:g} forward passes, {loops:g} loops, {flops / 1e9:.3g} GFLOP{per_row}; {self.seconds:.2f} s, "
@@ -239,10 +227,10 @@ class _Costs:
 
 
 def _encode(tokenizer: Any, text: str, number: int) -> _Row:
-    try:
-        return _Row(number, text, list(tokenizer(text)["input_ids"]))
-    except Exception as error:  # tokenizers raises nothing more specific for a character that it does not know
-        raise ValueError(f"The tokenizer cannot read the prompt {text[:40]!r}: {error}") from error
+    from loopmdm.data.tokens import tokenize
+
+    encoded = tokenize(tokenizer, text, f"the prompt {text[:40]!r}", add_special_tokens=True)
+    return _Row(number, text, list(encoded["input_ids"]))
 
 
 def _plan(model: Any, rows: list[_Row], asked: int | None) -> None:
@@ -296,39 +284,28 @@ def _kind(row: _Row) -> tuple[int, bool, bool]:
 
 def _generate(
     model: Any, batch: list[_Row], options: dict[str, Any], seed: int, costs: _Costs
-) -> Iterator[tuple[_Row, _Answer]]:
-    """The answers to a batch of prompts in order. Prompts that want as many new tokens run together."""
-    from loopmdm.evaluation.rows import generate_together
-    from loopmdm.objective import seeded_generator
+) -> Iterator[tuple[_Row, list[int], dict[str, int]]]:
+    """
+    For a batch of prompts in order, the tokens of prompt and answer, and their `COSTS`. Prompts that want as many new
+    tokens run together.
+    """
+    from loopmdm.evaluation.rows import generate_answers
 
     copies = options.get("num_return_sequences", model.generation_config.num_return_sequences)
-    free = dict.fromkeys(("forward_passes", "loops", "flops"), 0)
-    answers = {row.number: [_Answer(row.tokens, free)] * copies for row in batch}
-    kinds: dict[tuple[int, bool, bool], list[_Row]] = {}
+    free = dict.fromkeys(COSTS, 0)
+    answers = {row.number: [(row.tokens, free)] * copies if row.is_idle else [] for row in batch}
+    busy = sorted((row for row in batch if not row.is_idle), key=_kind)
+    for _, group in itertools.groupby(busy, _kind):
+        costs.output, made = generate_answers(model, list(group), seed, **options)
+        costs.seconds += costs.output.seconds
+        costs.tokens += costs.output.tokens_per_second * costs.output.seconds
+        for row, tokens, cost in made:
+            answers[row.number].append((tokens, cost))
     for row in batch:
-        if not row.is_idle:
-            kinds.setdefault(_kind(row), []).append(row)
-    for (new, *_), rows in kinds.items():
-        output, start = generate_together(
-            model,
-            [row.tokens for row in rows],
-            max_new_tokens=new,
-            generator=[seeded_generator(seed, "generate", row.number, copy) for row in rows for copy in range(copies)],
-            **options,
-        )
-        costs.output = output
-        costs.seconds += output.seconds
-        costs.tokens += output.tokens_per_second * output.seconds
-        made = output.sequences.tolist()
-        for index, tokens in enumerate(made):
-            row = rows[index // copies]
-            cost = {name: output[name][index].item() for name in free}
-            answer = _Answer(tokens[start - len(row.tokens) :], cost)
-            answers[row.number] = [*answers[row.number][1:], answer]
-    for row in batch:
-        for answer in answers[row.number]:
-            costs.add(**answer.cost)
-            yield row, answer
+        for tokens, cost in answers[row.number]:
+            costs.count += 1
+            costs.total.update(cost)
+            yield row, tokens, cost
 
 
 def _show(prompt: str, text: str, cost: dict[str, int], as_json: bool) -> None:

@@ -1,27 +1,26 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """What `generate --html` checks and writes."""
 
-import os
 from pathlib import Path
 from typing import Any
+
+from .options import at_least
+from .output import check_file
 
 
 def check_html(path: Path | None, columns: int | None, prompts: int, batch_size: int) -> None:
     """Raises a ValueError where a page could not be written to `path`, or `columns` or `prompts` do not fit."""
-    if path is None and columns is not None:
-        raise ValueError("--html-columns is for the page that --html writes; give both, or neither.")
-    if columns is not None and columns < 1:
-        raise ValueError(f"--html-columns is {columns}; it must be at least 1.")
-    if path is not None and prompts > batch_size:
+    if path is None:
+        if columns is not None:
+            raise ValueError("--html-columns is for the page that --html writes; give both, or neither.")
+        return
+    at_least(1, html_columns=columns)
+    if prompts > batch_size:
         raise ValueError(
             f"--html shows prompts of one batch, and there are {prompts} at a --batch-size of {batch_size}; give "
             f"--batch-size {prompts}, or fewer prompts."
         )
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        wrong = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise ValueError(f"--html is {path}, which {wrong}; give the path of a file.")
-    if path is not None and not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--html is {path}, and nothing can be written into {path.parent}; put it elsewhere.")
+    check_file("--html", path)
 
 
 def write_trace(path: Path, output: Any, tokenizer: Any, model: str, texts: list[str], columns: int | None) -> None:

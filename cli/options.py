@@ -54,7 +54,7 @@ def given(**options: Any) -> dict[str, Any]:
 def check_idle(why: str, **options: Any) -> None:
     """Raises a ValueError for the first option that was given although it has no effect, which `why` explains."""
     for name, value in options.items():
-        if value not in (None, False):
+        if value is not None and value is not False:
             shown = "" if value is True else f" ({value})"
             raise ValueError(f"--{name.replace('_', '-')}{shown} has no effect: {why}; leave it out.")
 
@@ -88,6 +88,21 @@ def pairs(name: str, texts: list[str] | None, read: Callable[[str], Any] | None 
         if part:
             found[key] = (read or _yaml)(value)
     return found
+
+
+def generate_arguments(texts: list[str] | None, length: str) -> dict[str, Any]:
+    """
+    What --generate gives. Raises a ValueError for what `generate` does not take, and for what other options of the
+    command give: the number of loops, and, by the option called `length`, that of new tokens.
+    """
+    from loopmdm.generation_utils import LoopMDMGenerationConfig, reject_unknown
+
+    arguments = pairs("--generate", texts)
+    for name, option in {"num_loops": "--num-loops", "max_new_tokens": length, "max_length": length}.items():
+        if name in arguments:
+            raise ValueError(f"--generate gives `{name}`; use {option} instead.")
+    reject_unknown({name: arguments[name] for name in arguments.keys() - LoopMDMGenerationConfig.FIELDS.keys()})
+    return arguments
 
 
 def _yaml(text: str) -> Any:

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -63,7 +64,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
         for i in used:
             is_number = str(rows[-1][i])[:1] in "+-.0123456789"
             name = columns[i].replace(" ", "\n") if narrow and is_number else columns[i]
-            made.add_column(name, justify="right" if is_number else "left", no_wrap=narrow and is_number)
+            justify: Any = "right" if is_number else "left"
+            made.add_column(name, justify=justify, no_wrap=narrow and is_number, overflow="fold")
         for row in rows:
             made.add_row(*(str(row[i]) for i in used))
         return made
@@ -80,6 +82,14 @@ def show_facts(title: str, facts: dict[str, Any]) -> None:
             value = f"{value:,}"
         table.add_row(name.replace("_", " "), f"{value:,.6g}" if isinstance(value, float) else str(value))
     console.print(table)
+
+
+def show_verification(found: dict[str, Any]) -> None:
+    """What logits were compared with, and by how much they differ."""
+    console.print(
+        f"Verified against {found['against']}: largest difference {found['max_difference']:.2g} in logits up to "
+        f"{found['max_logit']:.1f} ({found['dtype']})."
+    )
 
 
 def plus_minus_sign() -> str:
@@ -110,15 +120,37 @@ def results_folder(path: Path | None, record: dict[str, Any]) -> Iterator[Path |
     console.print(f"Written to {path}.")
 
 
+def check_file(option: str, path: Path) -> None:
+    """Raises a ValueError where a file could not be written to `path`, which `option` names."""
+    wrong = None
+    if path.is_dir():
+        wrong = "it is a folder"
+    elif not path.parent.is_dir():
+        wrong = "it is in a folder that does not exist"
+    elif not os.access(path.parent, os.W_OK):
+        wrong = "nothing can be written into its folder"
+    if wrong is not None:
+        raise ValueError(f"{option} {path} cannot be written: {wrong}; name another file.")
+
+
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """JSON lines."""
     text = "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines)
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def new_figure(columns: int) -> tuple[Any, Any]:
-    """A figure and its axes, side by side."""
+@contextlib.contextmanager
+def picture(path: Path, columns: int) -> Iterator[Any]:
+    """Axes to draw on, side by side, which are saved as an image at the end of the block."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * columns, 3.8), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    yield figure.subplots(1, columns, squeeze=False)[0]
+    figure.savefig(path, dpi=110)
+
+
+def draw(axis: Any, rows: list[dict[str, Any]], name: str, label: str | None = None) -> None:
+    """Draws what the rows call `name` over the number of loops, with bars of two standard errors."""
+    loops, values = [row["num_loops"] for row in rows], [row[name] for row in rows]
+    errors = [2 * (row["standard_error"] or 0) for row in rows]
+    axis.errorbar(loops, values, yerr=errors, marker="o", capsize=3, label=label)

@@ -9,13 +9,13 @@ from .output import progress
 
 # Options that mean nothing without --data, and those that mean nothing with it
 OF_ROWS = ("output", "max_batch_tokens", "text_column", "split", "subset")
-OF_PROMPTS = ("prompts", "stream", "as_json", "html", "html_columns")
+OF_PROMPTS = ("stream", "as_json", "html", "html_columns")
 
 
 def write_rows(settings: dict[str, Any], options: dict[str, Any]) -> None:
     """Answers the rows of --data. `settings` are the options of the command, and `options` those of `generate`."""
     idle = {name.removeprefix("as_"): settings[name] for name in OF_PROMPTS}
-    check_idle("--data writes a file of JSON lines", **{**idle, "prompts": None})
+    check_idle("--data writes a file of JSON lines", **idle)
     data, output = settings["data"], settings["output"]
     if settings["prompts"]:
         raise ValueError("There are prompts beside --data; give one of them.")
@@ -29,15 +29,14 @@ def write_rows(settings: dict[str, Any], options: dict[str, Any]) -> None:
     names = ("batch_size", "max_batch_tokens", "seed", "text_column", "dtype", "device", "trust_remote_code")
     arguments = {name: settings[name] for name in names}
     dataset = given(split=settings["split"], name=settings["subset"])
-    is_first = this_process().rank == 0
     with progress("rows") as bar:
 
         def show(passed: int, rows: int, speed: float) -> None:
-            if is_first:
-                bar(passed, rows, f" ({speed:.1f} tokens/s)")
+            bar(passed, rows, f" ({speed:.1f} tokens/s)")
 
+        report = show if this_process().rank == 0 else None
         result = generate_rows(
-            settings["model"], data, output, dataset=dataset or None, report=show, **arguments, **options
+            settings["model"], data, output, dataset=dataset or None, report=report, **arguments, **options
         )
     print(_line(result, output), file=sys.stderr)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..configuration_loopmdm import check_num_loops
+from ..generation_utils import check_argument
 from ..objective import CleanRows, clean_rows, draw_share, evaluating, find_model, input_device, seeded_generator
 
 # The longest cycle of loops that `recurrence` looks for
@@ -223,9 +224,8 @@ def check_settings(
         )
     if not timesteps or not all(0 < timestep <= 1 for timestep in timesteps):
         raise ValueError(f"`timesteps` is {timesteps}; it must list shares of masked tokens, above 0 and at most 1.")
-    for name, value in (("masks_per_text", masks_per_text), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+    check_argument("masks_per_text", masks_per_text, int, 1)
+    check_argument("batch_size", batch_size, int, 1)
     return num_loops
 
 

@@ -9,6 +9,7 @@ LoopMDM in EleutherAI's lm-eval. Importing this module registers the model type 
 tasks at several numbers of loops.
 """
 
+import argparse
 import atexit
 import logging
 import sys
@@ -22,13 +23,13 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 from transformers import StoppingCriteria
 
-from ..configuration_loopmdm import check_num_loops
 from ..data import encode, this_process
-from ..generation_utils import LoopMDMGenerationConfig
+from ..generation_utils import LoopMDMGenerationConfig, check_argument
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import block_ids, check_settings, input_device, nelbo, seeded_generator
 from .loading import check_device, load_model, load_tokenizer, read_model_config
-from .texts import Text, Window, batches_by_length, make_windows, pad_left, pad_windows
+from .rows import generate_together
+from .texts import Text, Window, batches_by_length, make_windows, pad_windows
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,7 @@ class LoopMDMEvalModel(_Processes):
             self.batch_size = int(16 if batch_size is None else batch_size)
         except ValueError:
             raise ValueError(f"`batch_size` is {batch_size!r}; give an integer.") from None
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+        check_argument("batch_size", self.batch_size, int, 1)
         if isinstance(pretrained, str):
             read_model_config(pretrained, revision)  # checks
         self.start_processes(device)
@@ -152,7 +152,7 @@ class LoopMDMEvalModel(_Processes):
             tokenizer = load_tokenizer(tokenizer or pretrained, trust_remote_code, revision=revision)
         self.tokenizer = tokenizer
         config = self.model.config
-        self.num_loops = num_loops
+        self.num_loops = config.num_loops if num_loops is None else num_loops
         self.num_samples, self.seed = num_samples, seed
         check_settings([self.num_loops], num_samples)
         longest = config.max_position_embeddings
@@ -162,22 +162,12 @@ class LoopMDMEvalModel(_Processes):
         self.stride = self.max_length if stride is None else stride
         make_windows([], self.max_length, self.stride)  # checks
         self.max_gen_toks = max(1, min(256, self.max_length // 2)) if max_gen_toks is None else max_gen_toks
-        if self.max_gen_toks < 1:
-            raise ValueError(f"`max_gen_toks` is {max_gen_toks}; it must be at least 1.")
+        check_argument("max_gen_toks", self.max_gen_toks, int, 1)
         self.add_bos_token = add_bos_token
         if add_bos_token and tokenizer.bos_token_id is None:
             raise ValueError("`add_bos_token` is True, and the tokenizer has no start token.")
         self.generation = generation
         LoopMDMGenerationConfig(**generation)  # checks
-
-    @property
-    def num_loops(self) -> int:
-        """Loops of every pass."""
-        return self._num_loops
-
-    @num_loops.setter
-    def num_loops(self, value: int | None) -> None:
-        self._num_loops = check_num_loops(self.model.config.num_loops if value is None else value)
 
     # Texts and tokens
 
@@ -210,11 +200,11 @@ class LoopMDMEvalModel(_Processes):
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = []
         for context, continuation in (request.args for request in requests):
-            if context == "":  # the model needs no token before the first one
-                start = [self.tokenizer.bos_token_id] if self.add_bos_token else []
-                pairs.append(((context, continuation), start, self.tok_encode(continuation, False)))
-            else:
-                pairs.append(((context, continuation), *self._encode_pair(context, continuation)))
+            if context:
+                encoded = self._encode_pair(context, continuation)
+            else:  # the model needs no token before the first one
+                encoded = self.tok_encode(context), self.tok_encode(continuation, False)
+            pairs.append(((context, continuation), *encoded))
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -338,18 +328,11 @@ class LoopMDMEvalModel(_Processes):
     def _generate(
         self, contexts: list[list[int]], generators: list[torch.Generator], until: list[str], arguments: dict[str, Any]
     ) -> list[str]:
-        input_ids, attention_mask = pad_left(contexts)
-        width = input_ids.shape[1]
-        stop = [StopAtText(self, width, until)] if until and arguments.get("block_length") else None
-        sequences = self.model.generate(
-            input_ids=input_ids.to(self._device),
-            attention_mask=attention_mask.to(self._device),
-            generator=generators,
-            stopping_criteria=stop,
-            tokenizer=self.tokenizer,
-            **arguments,
-        )
-        return [answer(self.tokenizer, self.model, row[width:].tolist(), until) for row in sequences]
+        width = max(map(len, contexts))
+        stop = [StopAtText(self.tokenizer, width, until)] if until and arguments.get("block_length") else None
+        given = {"generator": generators, "stopping_criteria": stop, "tokenizer": self.tokenizer}
+        output, _ = generate_together(self.model, contexts, **given, **arguments)
+        return [answer(self.tokenizer, self.model, row[width:], until) for row in output.sequences.tolist()]
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts that lm-eval adds to its results."""
@@ -420,11 +403,11 @@ def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Ite
 class StopAtText(StoppingCriteria):
     """Stops rows whose new text contains one of the strings `until`. `generate` calls it after every block."""
 
-    def __init__(self, lm: LoopMDMEvalModel, prompt_length: int, until: list[str]):
-        self.lm, self.prompt_length, self.until = lm, prompt_length, until
+    def __init__(self, tokenizer: Any, prompt_length: int, until: list[str]):
+        self.tokenizer, self.prompt_length, self.until = tokenizer, prompt_length, until
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        texts = [self.lm.tokenizer.decode(row) for row in input_ids[:, self.prompt_length :].tolist()]
+        texts = [self.tokenizer.decode(row) for row in input_ids[:, self.prompt_length :].tolist()]
         return torch.tensor([any(word in text for word in self.until) for text in texts], device=input_ids.device)
 
 
@@ -432,11 +415,9 @@ def main() -> None:
     """lm-eval's command with the model type `loopmdm`."""
     from lm_eval.__main__ import cli_evaluate
 
-    model = next(
-        (b for a, b in zip(sys.argv[1:], sys.argv[2:], strict=False) if a in ("--model", "-M")),
-        next((part.partition("=")[2] for part in sys.argv if part.startswith("--model=")), "loopmdm"),
-    )
-    if model in ("hf", "hf-auto", "huggingface"):
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", "-M")
+    if parser.parse_known_args()[0].model in ("hf", "hf-auto", "huggingface"):
         print(f"loopmdm: error: {WHY_NOT_HF}", file=sys.stderr)
         sys.exit(2)
     cli_evaluate()

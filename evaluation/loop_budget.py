@@ -15,14 +15,13 @@ import torch
 from ..configuration_loopmdm import check_num_loops
 from ..data import encode_answer, json_lines, write_atomically
 from ..generation_utils import LoopMDMGenerationConfig
-from ..objective import input_device
 from .loading import read_generation_config
-from .texts import batches_by_length, pad_left
+from .rows import COSTS, generate_together
+from .texts import batches_by_length
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
 # The arguments of `generate` that a setting may hold. Those that it leaves out get their defaults.
 BUDGET_ARGUMENTS = ("num_loops", "loop_tolerance", "visible_loops")
-COSTS = ("forward_passes", "loops", "flops")
 
 
 @dataclass
@@ -277,17 +276,15 @@ class _Half:
 
     def _generate(self, setting: dict[str, Any]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Every example filled in, and its `COSTS`, `(3, num_examples)` float64."""
-        device, count = input_device(self.model), len(self.examples)
+        count = len(self.examples)
         sequences, cost = [None] * count, torch.zeros(len(COSTS), count, dtype=torch.float64)
         for numbers in batches_by_length([example["input_ids"] for example in self.examples], self.batch_size):
             rows = [self.examples[number]["input_ids"] for number in numbers]
-            input_ids, attention_mask = pad_left(rows)
-            output = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
+            output, _ = generate_together(
+                self.model,
+                rows,
                 # A generator per row, so that its tokens do not depend on the batch.
                 generator=[torch.Generator().manual_seed(self.seed + number) for number in numbers],
-                return_dict_in_generate=True,
                 **{"max_new_tokens": 0, **_complete(setting), **self.generate_arguments},
             )
             for number, row, tokens in zip(numbers, rows, output.sequences.cpu(), strict=True):

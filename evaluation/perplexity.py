@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..data import encode
+from ..generation_utils import check_argument
 from ..objective import NelboEstimate, find_model, input_device, nelbo
 from .texts import Text, Window, batches_by_length, make_windows, pad_windows
 
@@ -148,13 +149,9 @@ def text_likelihood(
     length = min(1024, longest) if length is None else length
     if length > longest:
         raise ValueError(f"The window is {length} tokens long; the model takes 1 to {longest} positions.")
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"`max_windows` is {max_windows}; it must be at least 1.")
-    windows = make_windows(texts, length, stride)
+    windows = make_windows(texts, length, stride, max_windows)
     if not windows:
         raise ValueError("There is no text to score.")
-    count = min(max_windows or len(windows), len(windows))
-    windows = [windows[i * len(windows) // count] for i in range(count)]
 
     longest = max(len(window.input_ids) for window in windows)
     order, parts = [], []
@@ -165,7 +162,7 @@ def text_likelihood(
         part.token_nats = nn.functional.pad(part.token_nats, (0, longest - part.token_nats.shape[-1]))
         order, parts = order + chosen, [*parts, part]
         if progress is not None:
-            progress(len(order), count)
+            progress(len(order), len(windows))
     back = torch.tensor(order).argsort()
     dims = {"nats": 1, "standard_error": 1, "num_tokens": 0, "samples": 1, "masked_share": 0, "token_nats": 1}
     joined = {name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in dims.items()}
@@ -264,8 +261,7 @@ def generative_perplexity(
         )
     if len(samples) == 0:
         raise ValueError("There are no samples to score.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
+    check_argument("batch_size", batch_size, int, 1)
     check_judge(judge, tokenizer)
     prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     length, stride = check_window(judge, length, stride)
@@ -302,7 +298,7 @@ def generative_perplexity(
         nats,
         torch.tensor([sum(text.maskable) for text in texts]),
         torch.tensor([unigram_entropy(part) for part in tokens], dtype=torch.float64),
-        torch.tensor([_repetition(part) for part in tokens], dtype=torch.float64),
+        torch.tensor([1 - _distinct([part], 4) for part in tokens], dtype=torch.float64),
         {n: _distinct(tokens, n) for n in (1, 2, 3)},
     )
 
@@ -349,15 +345,7 @@ def unigram_entropy(tokens: Sequence[int]) -> float:
     return -sum(share * math.log(share) for share in shares) + 0.0
 
 
-def _ngrams(tokens: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-
-
-def _repetition(tokens: Sequence[int]) -> float:
-    grams = _ngrams(tokens, 4)
-    return 1 - len(set(grams)) / len(grams) if grams else math.nan
-
-
 def _distinct(samples: Sequence[Sequence[int]], n: int) -> float:
-    grams = [gram for tokens in samples for gram in _ngrams(tokens, n)]
+    """The number of different n-grams as a share of all; NaN without any."""
+    grams = [tuple(tokens[i : i + n]) for tokens in samples for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan

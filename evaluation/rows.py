@@ -35,12 +35,12 @@ from ..data import (
     this_process,
 )
 from ..generation_outputs import LoopMDMGenerationOutput
-from ..generation_utils import LoopMDMGenerationConfig
+from ..generation_utils import LoopMDMGenerationConfig, check_argument
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import input_device, seeded_generator
 from .loading import check_device, load_model, load_tokenizer, read_model_config
 from .protocol import hash_model, versions
-from .texts import batches_by_length, pad_left
+from .texts import batches_by_length, pad
 
 # New tokens where neither the caller nor the model says how many, and no mask token is there to be filled in
 NEW_TOKENS = 128
@@ -135,8 +135,8 @@ def generate_rows(
         raise ValueError("`batch_size` and `max_batch_tokens` both say how large a batch is; give one.")
     batch_size = 32 if batch_size is None and max_batch_tokens is None else batch_size
     for name, value in {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens, "window": window}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
+        if value is not None:
+            check_argument(name, value, int, 1)
     # Checks what can be without the model, whose own settings may be what makes it draw.
     LoopMDMGenerationConfig(**options | {"do_sample": True})
     process = this_process()
@@ -194,9 +194,28 @@ def generate_together(
     model: LoopMDMForMaskedLM, rows: Sequence[Sequence[int]], **options: Any
 ) -> tuple[LoopMDMGenerationOutput, int]:
     """The output of `generate` for rows of tokens, filled up on the left, and the column that new tokens start at."""
-    input_ids, attention_mask = (tensor.to(input_device(model)) for tensor in pad_left(rows))
-    options = {"return_dict_in_generate": True, **options}
+    input_ids, attention_mask = (tensor.to(input_device(model)) for tensor in pad(rows, "left"))
+    options["return_dict_in_generate"] = True
     return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options), input_ids.shape[1]
+
+
+def generate_answers(
+    model: LoopMDMForMaskedLM, rows: Sequence[Any], seed: int, **options: Any
+) -> tuple[LoopMDMGenerationOutput, list[tuple[Any, list[int], dict[str, int]]]]:
+    """
+    Runs `generate` on rows, which have a `number`, `tokens`, and the same number of `new` ones. Returns its output,
+    and for every answer the row, the tokens of both, and the `COSTS`. An answer's random numbers are its own, by the
+    number of its row.
+    """
+    copies = options.get("num_return_sequences", model.generation_config.num_return_sequences) or 1
+    generators = [seeded_generator(seed, "generate", row.number, copy) for row in rows for copy in range(copies)]
+    options |= {"max_new_tokens": rows[0].new, "generator": generators}
+    output, start = generate_together(model, [row.tokens for row in rows], **options)
+    answers = []
+    for place, tokens in enumerate(output.sequences.tolist()):
+        row, cost = rows[place // copies], {name: output[name][place].item() for name in COSTS}
+        answers.append((row, tokens[start - len(row.tokens) :], cost))
+    return output, answers
 
 
 class _Source:
@@ -411,43 +430,32 @@ class _Writer:
         """The lines of a batch."""
         if batch[0].error is not None:
             return [{"index": row.number, "error": row.error} for row in batch]
-        settings = self.model.generation_config
-        copies = self.options.get("num_return_sequences", settings.num_return_sequences) or 1
-        output, start = generate_together(
-            self.model,
-            [row.tokens for row in batch],
-            **{**self.options, "max_new_tokens": batch[0].new},
-            generator=[
-                seeded_generator(self.seed, "generate", row.number, copy) for row in batch for copy in range(copies)
-            ],
-            tokenizer=self.tokenizer,
-        )
-        lines = []
-        made = zip(output.sequences.tolist(), output.attention_mask.tolist(), strict=True)
-        for place, (tokens, real) in enumerate(made):
-            row, line = batch[place // copies], {}
+        output, answers = generate_answers(self.model, batch, self.seed, tokenizer=self.tokenizer, **self.options)
+        copies, lines = len(answers) // len(batch), []
+        for place, (row, tokens, cost) in enumerate(answers):
+            line: dict[str, Any] = {"index": row.number}
+            if copies > 1:
+                line["answer_index"] = place % copies
             if row.is_text:
-                line["text"] = self._decode(tokens[start - len(row.tokens) :])
+                line["text"] = self._decode(tokens)
             if row.new > 0:
-                line["answer"] = self._decode(tokens[start:])
-            line["finish_reason"] = self._reason(row, tokens, real, line.get("answer", ""))
-            passes = output.forward_passes[place].item()
-            line["tokens"] = round(output.tokens_per_forward[place].item() * passes)
-            line |= {name: output[name][place].item() for name in COSTS}
-            number = {"answer_index": place % copies} if copies > 1 else {}
-            lines.append({"index": row.number, **number, **line})
+                line["answer"] = self._decode(tokens[len(row.tokens) :])
+            is_full = bool(output.attention_mask[place, -1])
+            line["finish_reason"] = self._reason(row, tokens, is_full, line.get("answer", ""))
+            line["tokens"] = round(output.tokens_per_forward[place].item() * cost["forward_passes"])
+            lines.append(line | cost)
         return lines
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _reason(self, row: _Row, tokens: list[int], real: list[int], answer: str) -> str:
+    def _reason(self, row: _Row, tokens: list[int], is_full: bool, answer: str) -> str:
         defaults = self.model.generation_config
         ends = self.options.get("eos_token_id", defaults.eos_token_id)
         ends = ends if isinstance(ends, list) else [ends]
         strings = self.options.get("stop_strings", defaults.stop_strings) or []
         strings = [strings] if isinstance(strings, str) else strings
-        if not real[-1] or tokens[-1] in ends or any(string in answer for string in strings):
+        if not is_full or tokens[-1] in ends or any(string in answer for string in strings):
             return "stop"
         return "length" if row.new > 0 else "filled"
 

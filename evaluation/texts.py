@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data import check_tokens, encode, encode_answer, encode_with_bytes, first_text, read_rows, text_of
 from ..data.encode import ANSWER_NAMES
-
-TASKS = ("texts", "answers", "fill")
+from ..generation_utils import check_argument
 
 
 @dataclass
@@ -54,7 +54,9 @@ class Window:
     num_bytes: int | None
 
 
-def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) -> list[Window]:
+def make_windows(
+    texts: Sequence[Text], length: int, stride: int | None = None, max_windows: int | None = None
+) -> list[Window]:
     """
     Cuts texts into windows. The first window of a text scores its first `length` tokens; each further window scores
     the next `stride` tokens and sees the `length - stride` tokens before them. By the chain rule, the sum over the
@@ -65,12 +67,15 @@ def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) 
         length (`int`): Tokens of a window.
         stride (`int`, *optional*, defaults to `length`): Tokens that each further window scores, 1 to `length`. A
             smaller stride gives tokens more context, and costs more passes.
+        max_windows (`int`, *optional*): Return only this many windows, evenly spread.
     """
     stride = length if stride is None else stride
     if length < 1:
         raise ValueError(f"The window is {length} tokens long; it must be at least 1.")
     if not 1 <= stride <= length:
         raise ValueError(f"The stride is {stride}; it must be 1 to the length of the window ({length}).")
+    if max_windows is not None:
+        check_argument("max_windows", max_windows, int, 1)
     windows = []
     for index, text in enumerate(texts):
         fresh = 0
@@ -84,7 +89,8 @@ def make_windows(texts: Sequence[Text], length: int, stride: int | None = None) 
                     size = sum(text.num_bytes[start + i] for i, scored in enumerate(maskable) if scored)
                 windows.append(Window(index, start, text.input_ids[start:end], maskable, size))
             fresh = end
-    return windows
+    count = min(max_windows or len(windows), len(windows))
+    return [windows[i * len(windows) // count] for i in range(count)]
 
 
 def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,15 +98,9 @@ def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, 
     `input_ids` and `attention_mask`, int64, and `maskable`, bool, each `(len(windows), length of the longest)`, padded
     on the right.
     """
-    length = max(len(window.input_ids) for window in windows)
-    input_ids = torch.zeros(len(windows), length, dtype=torch.long)
-    attention_mask, maskable = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, window in enumerate(windows):
-        size = len(window.input_ids)
-        input_ids[row, :size] = torch.tensor(window.input_ids)
-        attention_mask[row, :size] = 1
-        maskable[row, :size] = torch.tensor(window.maskable)
-    return input_ids, attention_mask, maskable
+    input_ids, attention_mask = pad([window.input_ids for window in windows], "right")
+    maskable, _ = pad([window.maskable for window in windows], "right")
+    return input_ids, attention_mask, maskable.bool()
 
 
 def batches_by_length(
@@ -130,14 +130,12 @@ def batches_by_length(
         yield batch
 
 
-def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids` and `attention_mask`, int64, each `(len(rows), length of the longest)`, padded on the left."""
-    length = max(map(len, rows))
-    input_ids, attention_mask = torch.zeros(2, len(rows), length, dtype=torch.long)
-    for number, row in enumerate(rows):
-        input_ids[number, length - len(row) :] = torch.as_tensor(row, dtype=torch.long)
-        attention_mask[number, length - len(row) :] = 1
-    return input_ids, attention_mask
+def pad(rows: Sequence[Sequence[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask`, int64, each `(len(rows), length of the longest)`; `side` is left or right."""
+    ids = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    input_ids, mask = (pad_sequence(part, batch_first=True, padding_side=side) for part in (ids, ones))
+    return input_ids, mask
 
 
 def read_texts(
@@ -172,15 +170,15 @@ def read_texts(
         ValueError: A line or example (named by its number) that is damaged, has tokens that the model does not have or
             mask tokens that do not belong there, or has nothing to score (empty `"texts"` are allowed).
     """
-    if task not in TASKS:
-        raise ValueError(f"The task is {task!r}; choose one of {', '.join(TASKS)}.")
+    readers = {"texts": _read_text, "answers": _read_answer, "fill": _read_masked}
+    if task not in readers:
+        raise ValueError(f"The task is {task!r}; choose one of {', '.join(readers)}.")
     if limit is not None and limit < 1:
         raise ValueError(f"The limit is {limit} texts; it must be at least 1.")
-    read = {"texts": _read_text, "answers": _read_answer, "fill": _read_masked}[task]
     rows = read_rows(source, "line" if task == "fill" else documents, dataset)
     texts = []
     for where, row in islice(rows, limit):
-        text = read(where, row, tokenizer, config, text_column)
+        text = readers[task](where, row, tokenizer, config, text_column)
         if not any(text.maskable) and task != "texts":  # data sets of texts hold empty ones, which add nothing
             raise ValueError(f"{where} has no token to score; it is too short.")
         check_tokens(text.input_ids, config.vocab_size, where)

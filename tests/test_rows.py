@@ -320,12 +320,13 @@ def test_the_command(model, data, whole, tmp_path):
         (["--data", "in.jsonl"], "--data needs --output"),
         (["w1", "--data", "in.jsonl", "--output", "o"], "There are prompts beside --data"),
         (["--data", "in.jsonl", "--output", "o", "--json"], "--json has no effect"),
+        (["--data", "in.jsonl", "--output", "o", "--html-columns", "0"], "--html-columns (0) has no effect"),
         (["--data", "in.jsonl", "--output", "o", "--split", "test"], "--split (test) has no effect"),
         (["w1", "--output", "o"], "--output (o) has no effect: it is for --data"),
         (["--data", "nowhere.jsonl", "--output", "o"], "nowhere.jsonl is not a file"),
         (["--data", "in.txt", "--output", "o"], "in.txt is a text; give rows"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_commands_that_are_refused(model, tmp_path, monkeypatch, arguments, error):
     monkeypatch.chdir(tmp_path)
