@@ -176,8 +176,8 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
         raise ValueError("`document_ids` and `past_key_values` do not go together: packed rows are not cached.")
     rope_type = (config.rope_parameters or {}).get("rope_type")
     if document_ids is not None and rope_type in ("dynamic", "longrope"):
-        fix = "give every document a row of its own"
-        raise ValueError(f"`document_ids` needs rotary frequencies that no length changes, unlike {rope_type!r}; {fix}.")
+        needed = "rotary frequencies that no length changes; give every document a row of its own"
+        raise ValueError(f"`document_ids` is given, and `rope_type` is {rope_type!r}; packed rows need {needed}.")
     if position_ids is not None and position_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"`position_ids` is {position_ids.dtype}; it must be int64 or int32.")
     # Rotary positions may exceed the limit, some kinds by design ("dynamic"); learned positions may not.

@@ -118,7 +118,7 @@ class LoopMDMRotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0  # rounds as in transformers
 
     @torch.no_grad()
-    def forward(self, hidden_states: torch.Tensor, position_ids: torch.LongTensor, lengths: torch.Tensor | None = None):
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor | None = None):
         """`lengths`, `(1 or batch_size,)`: the length of each row, by default one more than its last position."""
         inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
         if self.rope_type in ("dynamic", "longrope"):
