@@ -115,7 +115,7 @@ def test_samples_of_trained_arms_are_judged(monkeypatch, capsys, folder):
     command(monkeypatch, folder, "--task", "language", "--arms", ",".join(NAMES))
     trained, text = ["language/same_size-0", "language/looped-0"], folder / "train.txt"
     paths = ["--work", str(folder / "work"), "--results", str(folder / "results"), "--train-text", str(text)]
-    sizes = ["--samples", "6", "--steps", "2", "4", "--loops", "1", "2"]
+    sizes = ["--judge-steps", "20", "--samples", "6", "--steps", "2", "4", "--loops", "1", "2"]
 
     def judge(*arms):
         monkeypatch.setattr(sys, "argv", ["samples.py", "--quick", "--task", "language", *paths, *sizes, *arms])

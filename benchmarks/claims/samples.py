@@ -8,7 +8,7 @@ language model that is trained here on the arms' own training rows, and their en
 
 The samples are drawn from nothing by the exact reverse process (`unmasking="ancestral"`, temperature 1). Adds every
 arm to `RESULTS/samples.json` when it is done, and first of all, as `held_out`, real text and the judge; what is there
-is not run again. The judge is kept in `--work`.
+is not run again. The judge and the samples are kept in `--work`.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.data import write_json
@@ -38,7 +39,7 @@ from loopmdm.evaluation import generative_perplexity
 from loopmdm.objective import seeded_generator
 from loopmdm.training import MuonAdamW
 
-BATCH, ROWS = 64, 16  # of the samples, and of a step of the judge's training
+BATCH = 64
 
 
 def texts_of(rows: torch.Tensor, task: tasks.Task) -> list[str]:
@@ -49,10 +50,10 @@ def texts_of(rows: torch.Tensor, task: tasks.Task) -> list[str]:
 
 def train_judge(task: tasks.Task, folder: Path, steps: int, quick: bool) -> dict[str, Any]:
     """
-    Trains a judge and its tokenizer into `folder`, once over as many of the training rows as the steps take, evenly
-    spread. The optimiser and its schedule are the arms'.
+    Trains a judge and its tokenizer on some of the training rows, evenly spread, into `folder`, from the last
+    checkpoint if there is one. The optimiser and its schedule are the arms'.
     """
-    clock, count = Clock(), min(ROWS * steps, len(task.examples))
+    clock, count = Clock(), min(24_000, len(task.examples))
     chosen = [task.examples[i * len(task.examples) // count]["input_ids"] for i in range(count)]
     texts = texts_of(torch.stack(chosen), task)
     bpe = ByteLevelBPETokenizer()
@@ -73,17 +74,17 @@ def train_judge(task: tasks.Task, folder: Path, steps: int, quick: bool) -> dict
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
     )
     judge = LlamaForCausalLM(config)
-    max_steps = -(-count // ROWS)
     arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=max_steps,
-        per_device_train_batch_size=ROWS,
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=16,
         lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": max_steps // 2, "decay_type": "linear"},
-        warmup_steps=min(50, max_steps // 10),
+        lr_scheduler_kwargs={"num_decay_steps": steps // 2, "decay_type": "linear"},
+        warmup_steps=min(50, steps // 10),
         max_grad_norm=1.0,
         logging_steps=20,
-        save_strategy="no",
+        save_steps=150,
+        save_total_limit=2,
         bf16=True,
         use_cpu=True,
         disable_tqdm=True,
@@ -96,38 +97,36 @@ def train_judge(task: tasks.Task, folder: Path, steps: int, quick: bool) -> dict
         rows,
         optimizers=(MuonAdamW(judge, lr=task.learning_rate), None),
     )
-    trainer.train()
+    begun = (folder / "checkpoints").is_dir() and get_last_checkpoint(folder / "checkpoints")
+    trainer.train(resume_from_checkpoint=begun)
     judge.save_pretrained(folder)
-    tokens = sum(len(row["input_ids"]) - 1 for row in rows)
-    return {"steps": max_steps, "tokens": tokens, "parameters": judge.num_parameters(), **clock.read()}
+    return {"rows": count, "steps": steps, "parameters": judge.num_parameters(), **clock.read()}
 
 
-def score(rows: torch.Tensor, task: tasks.Task, folder: Path) -> dict[str, float]:
+def score(texts: list[str], folder: Path) -> dict[str, float]:
     """
-    What the judge in `folder` says of rows `(num_rows, length)`: nats a token and entropy in its own tokens, with
-    standard errors over rows, and nats a byte, which tokens do not change.
+    What the judge in `folder` says of texts: nats a token and entropy in its own tokens, with standard errors over
+    texts, and nats a byte, which tokens do not change.
     """
     judge, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    texts = texts_of(rows, task)
     found = generative_perplexity(texts, judge, tokenizer, batch_size=BATCH)
     summary = found.summary()
     names = ("perplexity", "standard_error", "nats_per_token", "nats_standard_error", "entropy", "repetition")
     return {
         **{name: summary[name] for name in (*names, "distinct_1", "distinct_2", "tokens")},
-        "entropy_error": found.entropy.std().item() / len(rows) ** 0.5,
+        "entropy_error": found.entropy.std().item() / len(texts) ** 0.5,
         "nats_per_byte": found.nats.sum().item() / sum(len(text.encode()) for text in texts),
     }
 
 
-def sample(model: LoopMDMForMaskedLM, task: tasks.Task, count: int, steps: int, loops: int) -> torch.Tensor:
-    """Rows drawn from nothing, `(count, length)`; the noise depends on the number of steps alone."""
+def sample(model: LoopMDMForMaskedLM, task: tasks.Task, count: int, steps: int, loops: int) -> list[str]:
+    """Texts drawn from nothing; the noise depends on the number of steps alone."""
     generator = seeded_generator("samples", steps)
     canvas = torch.full((count, task.length), tasks.MASK)
     options = {"max_denoising_steps": steps, "num_loops": loops, "unmasking": "ancestral"}
     options["suppress_tokens"] = [tasks.PAD]
-    return torch.cat(
-        [model.generate(part, max_new_tokens=0, generator=generator, **options) for part in canvas.split(BATCH)]
-    )
+    parts = [model.generate(part, max_new_tokens=0, generator=generator, **options) for part in canvas.split(BATCH)]
+    return texts_of(torch.cat(parts), task)
 
 
 def main() -> None:
@@ -137,7 +136,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of run.py, with the arms")
     parser.add_argument("--results", type=Path, required=True, help="folder for samples.json")
     parser.add_argument("--train-text", required=True, help="the text file that the arms were trained on")
-    parser.add_argument("--judge-steps", type=int, default=1500, help="training of the judge (default: 1500 steps)")
+    parser.add_argument("--judge-steps", type=int, default=900, help="of 16 rows (default: 900)")
     parser.add_argument("--samples", type=int, default=128, help="of each setting (default: 128)")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 64], help="denoising steps")
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 3, 4], help="one where an arm has no loops")
@@ -156,12 +155,10 @@ def main() -> None:
     if not (folder / "training.json").is_file():
         write_json(folder / "training.json", train_judge(task, folder, args.judge_steps, args.quick))
     if not study.find(path, "held_out", 0):
+        texts = texts_of(task.rows.input_ids[: args.samples], task)
         training = json.loads((folder / "training.json").read_text())
-        measured = score(task.rows.input_ids[: args.samples], task, folder)
-        study.add(
-            path,
-            {"arm": "held_out", "seed": 0, "samples": len(task.rows[: args.samples]), **measured, "judge": training},
-        )
+        record = {"arm": "held_out", "seed": 0, "samples": len(texts), **score(texts, folder)}
+        study.add(path, {**record, "judge": training})
     for arm in args.arms:
         name, seed = arm.rsplit("-", 1)
         if study.find(path, name, int(seed)):
@@ -171,9 +168,10 @@ def main() -> None:
         model = LoopMDMForMaskedLM.from_pretrained(args.work / arm / "model").eval()
         for steps in args.steps:
             for loops in args.loops if model.config.max_train_loops > 1 else [1]:
-                rows = sample(model, task, args.samples, steps, loops)
+                kept = folder / "samples" / f"{arm}-{args.samples}x{steps}x{loops}.json"
+                texts = tasks.cached(kept, lambda: sample(model, task, args.samples, steps, loops))  # noqa: B023
                 flops = steps * model.flops(1, task.length, loops)
-                found.append({"steps": steps, "loops": loops, "flops": flops, **score(rows, task, folder)})
+                found.append({"steps": steps, "loops": loops, "flops": flops, **score(texts, folder)})
                 print(f"{arm} {json.dumps(study.rounded(found[-1]))}", flush=True)
         record = {"arm": name, "seed": int(seed), "samples": args.samples, "settings": found}
         study.add(path, {**record, "protocol": protocol_of(clock, args)})
