@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder for samples.json")
     parser.add_argument("--train-text", required=True, help="the text file that the arms were trained on")
     parser.add_argument("--judge-steps", type=int, default=900, help="of 16 rows (default: 900)")
-    parser.add_argument("--samples", type=int, default=128, help="of each setting (default: 128)")
+    parser.add_argument("--samples", type=int, default=64, help="of each setting (default: 64)")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 64], help="denoising steps")
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 3, 4], help="one where an arm has no loops")
     parser.add_argument("--quick", action="store_true", help="tiny data and a tiny judge: a test of the machinery")
