@@ -22,15 +22,6 @@ import torch
 import transformers
 from run import Clock, protocol_of
 from tokenizers import ByteLevelBPETokenizer
-from transformers import (
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-)
 from transformers.trainer_utils import get_last_checkpoint
 
 from loopmdm import LoopMDMForMaskedLM
@@ -40,6 +31,8 @@ from loopmdm.objective import seeded_generator
 from loopmdm.training import MuonAdamW
 
 BATCH = 64
+# Without and with --quick: steps of the judge's training, samples of each setting, denoising steps, and loops
+SETTINGS = (900, 64, (8, 16, 64), (1, 2, 3, 4)), (20, 6, (2, 4), (1, 2))
 
 
 def texts_of(rows: torch.Tensor, task: tasks.Task) -> list[str]:
@@ -59,11 +52,11 @@ def train_judge(task: tasks.Task, folder: Path, steps: int, quick: bool) -> dict
     bpe = ByteLevelBPETokenizer()
     special = {"pad_token": "[PAD]", "bos_token": "[START]"}
     bpe.train_from_iterator(texts, 400 if quick else 2048, special_tokens=[*special.values()], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
     tokenizer.save_pretrained(folder)
     rows = [{"input_ids": ids} for ids in tokenizer([special["bos_token"] + text for text in texts])["input_ids"]]
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32 if quick else 128,
         intermediate_size=88 if quick else 352,
@@ -73,8 +66,8 @@ def train_judge(task: tasks.Task, folder: Path, steps: int, quick: bool) -> dict
         tie_word_embeddings=True,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")},
     )
-    judge = LlamaForCausalLM(config)
-    arguments = TrainingArguments(
+    judge = transformers.LlamaForCausalLM(config)
+    arguments = transformers.TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=16,
@@ -90,13 +83,9 @@ def train_judge(task: tasks.Task, folder: Path, steps: int, quick: bool) -> dict
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = Trainer(
-        judge,
-        arguments,
-        DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        rows,
-        optimizers=(MuonAdamW(judge, lr=task.learning_rate), None),
-    )
+    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    optimizers = MuonAdamW(judge, lr=task.learning_rate), None
+    trainer = transformers.Trainer(judge, arguments, collator, rows, optimizers=optimizers)
     begun = (folder / "checkpoints").is_dir() and get_last_checkpoint(folder / "checkpoints")
     trainer.train(resume_from_checkpoint=begun)
     judge.save_pretrained(folder)
@@ -108,7 +97,10 @@ def score(texts: list[str], folder: Path) -> dict[str, float]:
     What the judge in `folder` says of texts: nats a token and entropy in its own tokens, with standard errors over
     texts, and nats a byte, which tokens do not change.
     """
-    judge, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    judge, tokenizer = (
+        transformers.LlamaForCausalLM.from_pretrained(folder).eval(),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
     found = generative_perplexity(texts, judge, tokenizer, batch_size=BATCH)
     summary = found.summary()
     names = ("perplexity", "standard_error", "nats_per_token", "nats_standard_error", "entropy", "repetition")
@@ -136,14 +128,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of run.py, with the arms")
     parser.add_argument("--results", type=Path, required=True, help="folder for samples.json")
     parser.add_argument("--train-text", required=True, help="the text file that the arms were trained on")
-    parser.add_argument("--judge-steps", type=int, default=900, help="of 16 rows (default: 900)")
-    parser.add_argument("--samples", type=int, default=64, help="of each setting (default: 64)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 64], help="denoising steps")
-    parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 3, 4], help="one where an arm has no loops")
-    parser.add_argument("--quick", action="store_true", help="tiny data and a tiny judge: a test of the machinery")
+    parser.add_argument("--quick", action="store_true", help="tiny data, judge and settings: a test of the machinery")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
     args.eval_text = None
+    judge_steps, count, all_steps, all_loops = SETTINGS[args.quick]
     if args.threads:
         torch.set_num_threads(args.threads)
     missing = [arm for arm in args.arms if not (args.work / arm / "model" / "config.json").is_file()]
@@ -153,9 +142,9 @@ def main() -> None:
     task = tasks.make_task(args.task, args.work / "data", args.quick, {"train": args.train_text})
     folder, path = args.work / "judge", args.results / "samples.json"
     if not (folder / "training.json").is_file():
-        write_json(folder / "training.json", train_judge(task, folder, args.judge_steps, args.quick))
+        write_json(folder / "training.json", train_judge(task, folder, judge_steps, args.quick))
     if not study.find(path, "held_out", 0):
-        texts = texts_of(task.rows.input_ids[: args.samples], task)
+        texts = texts_of(task.rows.input_ids, task)
         training = json.loads((folder / "training.json").read_text())
         record = {"arm": "held_out", "seed": 0, "samples": len(texts), **score(texts, folder)}
         study.add(path, {**record, "judge": training})
@@ -166,14 +155,14 @@ def main() -> None:
             continue
         clock, found = Clock(), []
         model = LoopMDMForMaskedLM.from_pretrained(args.work / arm / "model").eval()
-        for steps in args.steps:
-            for loops in args.loops if model.config.max_train_loops > 1 else [1]:
-                kept = folder / "samples" / f"{arm}-{args.samples}x{steps}x{loops}.json"
-                texts = tasks.cached(kept, lambda: sample(model, task, args.samples, steps, loops))  # noqa: B023
+        for steps in all_steps:
+            for loops in all_loops if model.config.max_train_loops > 1 else [1]:
+                kept = folder / "samples" / f"{arm}-{count}x{steps}x{loops}.json"
+                texts = tasks.cached(kept, lambda: sample(model, task, count, steps, loops))  # noqa: B023
                 flops = steps * model.flops(1, task.length, loops)
                 found.append({"steps": steps, "loops": loops, "flops": flops, **score(texts, folder)})
                 print(f"{arm} {json.dumps(study.rounded(found[-1]))}", flush=True)
-        record = {"arm": name, "seed": int(seed), "samples": args.samples, "settings": found}
+        record = {"arm": name, "seed": int(seed), "samples": count, "settings": found}
         study.add(path, {**record, "protocol": protocol_of(clock, args)})
 
 
