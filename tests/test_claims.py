@@ -150,10 +150,8 @@ def test_samples_of_trained_arms_are_judged(monkeypatch, capsys, folder):
 
     model = LoopMDMForMaskedLM.from_pretrained(folder / "work" / trained[1] / "model").eval()
     drawn = samples.sample(model, task, 6, 4, 2)
-    assert drawn.shape == (6, task.length) and not ((drawn == tasks.MASK) | (drawn == tasks.PAD)).any()
-    assert (
-        torch.equal(drawn, samples.sample(model, task, 6, 4, 2)) and len({tuple(row) for row in drawn.tolist()}) == 6
-    )
+    assert drawn == samples.sample(model, task, 6, 4, 2) and len(set(drawn)) == 6
+    assert not any(token in text for text in drawn for token in ("[MASK]", "[PAD]", "[END]"))
 
     monkeypatch.setattr(samples, "sample", None)  # nothing is run again
     judge(*trained)
