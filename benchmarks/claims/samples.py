@@ -94,8 +94,8 @@ def train_judge(task: tasks.Task, folder: Path, steps: int, quick: bool) -> dict
 
 def score(texts: list[str], folder: Path) -> dict[str, float]:
     """
-    What the judge in `folder` says of texts: nats a token and entropy in its own tokens, with standard errors over
-    texts, and nats a byte, which tokens do not change.
+    What the judge in `folder` says of texts: nats a token and entropy in its own tokens, of which a broken word has
+    more, and nats a byte, with standard errors over texts.
     """
     judge, tokenizer = (
         transformers.LlamaForCausalLM.from_pretrained(folder).eval(),
@@ -103,11 +103,16 @@ def score(texts: list[str], folder: Path) -> dict[str, float]:
     )
     found = generative_perplexity(texts, judge, tokenizer, batch_size=BATCH)
     summary = found.summary()
+    sizes = torch.tensor([len(text.encode()) for text in texts])
+    per_byte = (found.nats.sum() / sizes.sum()).item()
+    errors = (found.nats - per_byte * sizes).std() * len(texts) ** 0.5 / sizes.sum()
     names = ("perplexity", "standard_error", "nats_per_token", "nats_standard_error", "entropy", "repetition")
     return {
         **{name: summary[name] for name in (*names, "distinct_1", "distinct_2", "tokens")},
         "entropy_error": found.entropy.std().item() / len(texts) ** 0.5,
-        "nats_per_byte": found.nats.sum().item() / sum(len(text.encode()) for text in texts),
+        "nats_per_byte": per_byte,
+        "nats_per_byte_error": errors.item(),
+        "bytes": int(sizes.sum()),
     }
 
 
