@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.evaluation import nelbo
@@ -21,6 +22,7 @@ import healing  # noqa: E402
 import measure  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
+import samples  # noqa: E402
 import study  # noqa: E402
 import sudoku6  # noqa: E402
 import tasks  # noqa: E402
@@ -108,6 +110,55 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     assert f"| {found['1']['to_base']:.4f} ± {found['1']['to_base_error']:.4f} |" in differences
     assert (plots / f"{name}.png").stat().st_size > 10_000
     assert (plots / f"{name}-grid.png").exists() == (name == "sudoku6")
+
+
+def test_samples_of_trained_arms_are_judged(monkeypatch, capsys, folder):
+    command(monkeypatch, folder, "--task", "language", "--arms", ",".join(NAMES))
+    trained, text = ["language/same_size-0", "language/looped-0"], folder / "train.txt"
+    paths = ["--work", str(folder / "work"), "--results", str(folder / "results"), "--train-text", str(text)]
+
+    def judge(*arms):
+        monkeypatch.setattr(sys, "argv", ["samples.py", "--quick", "--task", "language", *paths, *arms])
+        samples.main()
+
+    judge(*trained)
+    held_out, same_size, looped = study.read(folder / "results" / "samples.json")
+    assert [record["arm"] for record in (held_out, same_size, looped)] == [
+        "held_out",
+        "language/same_size",
+        "language/looped",
+    ]
+    assert [(one["steps"], one["loops"]) for one in same_size["settings"]] == [(2, 1), (4, 1)]
+    assert [(one["steps"], one["loops"]) for one in looped["settings"]] == [(2, 1), (2, 2), (4, 1), (4, 2)]
+    # Arms of a few steps write worse than people, and what they write is in the judge's tokens and bytes.
+    assert all(one["perplexity"] > held_out["perplexity"] for one in looped["settings"] + same_size["settings"])
+
+    task = tasks.make_task("language", folder / "work" / "data", quick=True, texts={"train": str(text)})
+    # Rows cut the documents, with blank lines between them, and nothing else.
+    rows = torch.stack([example["input_ids"] for example in task.examples])
+    assert text.read_text().startswith("".join(samples.texts_of(rows, task)))
+    # The judge's own loss on the real text, a row at a time
+    model, tokenizer = (
+        kind.from_pretrained(folder / "work" / "judge") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    nats, texts = 0.0, samples.texts_of(task.rows.input_ids, task)
+    for row in texts:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(row)["input_ids"]]])
+        nats += (ids.shape[1] - 1) * model(ids, labels=ids).loss.item()
+    assert held_out["nats_per_token"] * held_out["tokens"] == pytest.approx(nats, rel=1e-3)
+    assert held_out["nats_per_byte"] == pytest.approx(nats / len("".join(texts)), rel=1e-3)
+
+    model = LoopMDMForMaskedLM.from_pretrained(folder / "work" / trained[1] / "model").eval()
+    drawn = samples.sample(model, task, 6, 4, 2)
+    assert drawn == samples.sample(model, task, 6, 4, 2) and len(set(drawn)) == 6
+    assert not any(token in text for text in drawn for token in ("[MASK]", "[PAD]", "[END]"))
+
+    monkeypatch.setattr(samples, "sample", None)  # nothing is run again
+    judge(*trained)
+    assert capsys.readouterr().out.count("is in") == 2
+    with pytest.raises(SystemExit):
+        judge("language/deeper-0")
+    assert "no trained arm language/deeper-0" in capsys.readouterr().err
 
 
 def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):

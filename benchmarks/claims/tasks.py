@@ -69,6 +69,7 @@ class Task:
         learning_rate: Of MuonAdamW.
         layers: Physical layers of the same-size model, a multiple of three.
         unit: What the NELBO is counted by.
+        tokenizer: Of a task on text.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Task:
     learning_rate: float = 3e-3
     layers: int = 3
     unit: str = "blank"
+    tokenizer: Tokenizer | None = None
 
     @property
     def rows(self) -> Rows:
@@ -229,6 +231,7 @@ def language_task(
         held_out=evaluated,
         batch_size=16 if quick else 32,
         unit="token",
+        tokenizer=tokenizer,
     )
 
 
