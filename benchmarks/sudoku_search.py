@@ -177,11 +177,11 @@ class Search:
 
     def later_look(self) -> None:
         """Remasking by confidence; with a limit of 0 no digit is masked again."""
-        plain = None
         for limit in LIMITS:
             # `generate` shows committed digits to a rule only if it may mask them again.
             answers, _, flops = self.generate(self.boards, remask_probability=1, unmasking=LaterLook(limit))
-            plain = answers if plain is None else plain
+            if limit == 0:
+                plain = answers
             changed = int((answers != plain).any(-1).sum())
             self.add("later look", self.right(answers), flops, limit=limit, changed=changed)
 
