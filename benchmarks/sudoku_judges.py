@@ -106,7 +106,7 @@ def main() -> None:
     parser.set_defaults(seed=3)  # as in sudoku_search.py; the head is trained on puzzles of seed 5
     parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
     parser.add_argument("--count", type=int, default=150, help="puzzles to choose answers to (default: 150)")
-    parser.add_argument("--candidates", type=int, default=2, help="copies to choose from (default: 2)")
+    parser.add_argument("--candidates", type=int, default=8, help="copies to choose from (default: 8)")
     parser.add_argument("--until-count", type=int, default=300, help="puzzles to accept answers to (default: 300)")
     parser.add_argument("--until", type=int, default=64, help="symmetric copies tried at most (default: 64)")
     parser.add_argument("--train", type=int, default=300, help="puzzles to train the head on (default: 300)")

@@ -2,10 +2,11 @@
 """
 What more computation at inference buys on minimal Sudokus: more denoising steps, more loops, remasking, or several
 candidates, sampled or from symmetric copies of the puzzle, and how to choose among them with and without the rules;
-and, with `--until`, symmetric copies tried one after another until an answer is accepted: by the rules, because two
-copies agree, or by its NELBO.
+with `--later-look`, remasking by confidence in place of ReMDM's draw; and, with `--until`, symmetric copies tried one
+after another until an answer is accepted: by the rules, because two copies agree, or by its NELBO.
 
     python benchmarks/sudoku_search.py --count 150 --output benchmarks/results/sudoku_search.json
+    python benchmarks/sudoku_search.py --count 300 --later-look --output benchmarks/results/sudoku_later_look.json
     python benchmarks/sudoku_search.py --count 300 --until 64 --output benchmarks/results/sudoku_until.json
     python benchmarks/sudoku_search.py --plot docs/results/search.png
 
@@ -16,7 +17,6 @@ loops and 16 steps. Candidates are nested: the first of eight are the four. The 
 import json
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from flagship.symmetry import Symmetry
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
+from loopmdm.commit_rules import CommitRule
 from loopmdm.evaluation import nelbo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
@@ -37,6 +38,7 @@ STEPS = 16
 # NELBO of an answer, in nats, up to which it is taken to be right. On puzzles of another seed (2) right answers have
 # 0.03 at most by four masks, and wrong ones 3 at least.
 ACCEPTED = 0.3
+LIMITS = (0, 0.5, 0.9, 0.99, 0.9995)  # probabilities below which a committed digit is masked again
 
 RESULTS = Path(__file__).parent / "results"
 # How the picture draws them
@@ -57,6 +59,21 @@ CHOICES = {
     "majority": ("majority", "tab:cyan"),
     "agreement": ("agreement", "tab:blue"),
 }
+
+
+class LaterLook(CommitRule):
+    """The most confident first; a committed digit to which a later pass gives less than `limit` is masked again."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def __call__(self, step):
+        # Every step covers the same positions, as some may be masked again.
+        self.held = step.tokens if step.index == 0 else step.tokens.where(step.masked, self.held)
+        seen = step.logits.softmax(-1).gather(-1, self.held[..., None])[..., 0]
+        is_last = step.index + 1 == step.num_steps
+        step.remask = step.counted & ~step.masked & (seen < self.limit) & ~is_last[:, None]  # not ReMDM's draw
+        return step.best(step.confidence)
 
 
 class Search:
@@ -158,6 +175,16 @@ class Search:
         for arm, count in (("symmetric copies", candidates), ("samples", candidates // 2)):
             self.candidates(arm, count)
 
+    def later_look(self) -> None:
+        """Remasking by confidence; with a limit of 0 no digit is masked again."""
+        for limit in LIMITS:
+            # `generate` shows committed digits to a rule only if it may mask them again.
+            answers, _, flops = self.generate(self.boards, remask_probability=1, unmasking=LaterLook(limit))
+            if limit == 0:
+                plain = answers
+            changed = int((answers != plain).any(-1).sum())
+            self.add("later look", self.right(answers), flops, limit=limit, changed=changed)
+
     def until_accepted(self, judge: str, copies: int, steps: int = 4) -> None:
         """Symmetric copies of the puzzles whose answers the judge has not accepted yet, until `copies` are tried."""
         count, flops = len(self.boards), 0.0
@@ -231,6 +258,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="minimal puzzles (default: 200)")
     parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--masks", type=int, default=4, help="masks per NELBO of an answer (default: 4)")
+    parser.add_argument("--later-look", action="store_true", help="only try remasking by confidence")
     parser.add_argument("--until", type=int, help="only try symmetric copies until one is accepted, at most so many")
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--plot", type=Path, help="only draw what is in benchmarks/results")
@@ -242,13 +270,15 @@ def main() -> None:
         plot(args.plot, STEPS * model.flops(1, 81) / 1e9)
         return
     pairs = puzzles.generate_puzzles(args.count, args.seed, None, None)
-    search, started = Search(model, tokenizer, pairs, args.batch_size, args.masks), time.perf_counter()
-    if args.until is not None:
+    search = Search(model, tokenizer, pairs, args.batch_size, args.masks)
+    if args.later_look:
+        search.later_look()
+    elif args.until is not None:
         for judge in ("rules", "agreement", "nelbo"):
             search.until_accepted(judge, args.until)
     else:
         search.measure_all(args.candidates)
-    write_result(args, seconds=round(time.perf_counter() - started), rows=search.rows)
+    write_result(args, rows=search.rows)
 
 
 if __name__ == "__main__":

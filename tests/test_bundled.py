@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,26 @@ def test_rules_that_stop_loops_are_compared_on_recorded_passes(tmp_path, monkeyp
     assert {row["rule"] for row in result["stopping"]} >= {"gate", "loop_tolerance"}
     scores = torch.tensor([[9.0, 9.0], [1.0, 3.0], [0.0, 2.0]])
     assert sudoku_stopping.stop(scores, 2.0).tolist() == [1, 2]
+
+
+def test_a_later_look_masks_doubted_digits_again(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sudoku_search
+
+    def step(index, masked, tokens, seen):
+        """One row of three positions, the last one a filler; `seen` is the probability of token 1."""
+        one = torch.tensor(seen)
+        fields = {"masked": torch.tensor([[*masked, False]]), "counted": torch.tensor([[True, True, False]])}
+        fields |= {"tokens": torch.tensor([tokens]), "logits": torch.stack((1 - one, one), -1).log()[None]}
+        fields |= {"num_steps": torch.tensor([3]), "best": lambda scores: scores, "confidence": fields["masked"]}
+        return SimpleNamespace(index=index, **fields)
+
+    rule = sudoku_search.LaterLook(0.5)
+    for index, expected in ((1, [True, False, False]), (2, [False, False, False])):  # never in the last step
+        rule(step(0, [True, True], [1, 0, 0], [0.9, 0.4, 0.5]))
+        later = step(index, [False, True], [0, 0, 0], [0.2, 0.1, 0.5])  # token 1, held at the first, is now unlikely
+        rule(later)
+        assert later.remask.tolist() == [expected]
 
 
 def test_judges_of_answers_are_trained_and_compared(tmp_path, monkeypatch):
