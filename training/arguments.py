@@ -162,11 +162,9 @@ class TrainConfig:
         sources = [self.data, self.eval_data]
         paths = [path for one in sources if one is not None for path in ([one] if isinstance(one, str) else one)]
         texts, answers = any(path.endswith(".txt") for path in paths), self.task == "answers"
+        evaluation = ("eval_loops", "eval_sequences", "eval_samples", "eval_texts")
         for name, works, why in (
-            ("eval_loops", self.eval_data is not None, "there is no `eval_data`"),
-            ("eval_sequences", self.eval_data is not None, "there is no `eval_data`"),
-            ("eval_samples", self.eval_data is not None, "there is no `eval_data`"),
-            ("eval_texts", self.eval_data is not None, "there is no `eval_data`"),
+            *((name, self.eval_data is not None, "there is no `eval_data`") for name in evaluation),
             ("text_column", not answers, "`task: answers` reads prompts and answers"),
             ("isolate_documents", not answers, "`task: answers` gives every row one example"),
             ("skip_long", answers, "`task: pretrain` continues a long text in the next row"),
@@ -203,13 +201,12 @@ def _validate(schema: Any, values: dict[str, Any], where: str, known: Iterable[s
         for one in error.errors():
             path: list[str] = []
             value = json.loads(text)
-            for part in one["loc"]:  # which may end with the member of a union that was tried
-                known_parts = (
-                    value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-                )
-                if part in known_parts:
+            for part in one["loc"]:
+                try:
                     value = value[part]
-                    path.append(str(part))
+                except (TypeError, LookupError):  # the member of a union that was tried, or what is missing
+                    continue
+                path.append(str(part))
             place, what = f"`{prefix}{'.'.join(path)}` is {value!r}; it should ", one["msg"]
             if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
                 close = difflib.get_close_matches(path[-1], list(known), n=1)
