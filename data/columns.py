@@ -100,7 +100,8 @@ def _behind_prompt(length: Any, tokens: torch.Tensor, where: str) -> torch.Tenso
         length = length.item()
     if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(tokens):
         raise ValueError(
-            f"{where}: `prompt_length` is {length!r}; it must be a number of tokens, from 0 to the row's {len(tokens)}."
+            f"{where}: `prompt_length` is {length!r}; it must be a number of tokens, from 0 to the row's "
+            f"{len(tokens)}."
         )
     return torch.arange(len(tokens)) >= length
 

@@ -215,10 +215,12 @@ class LoopMDMTrainer(Trainer):
         return norm
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
-        ids, weights = inputs["input_ids"], inputs.get("loss_weights")
-        self._head_positions = self._head_positions + (ids.numel() if weights is None else weights.count_nonzero())
+        batch_size, length = inputs["input_ids"].shape
+        weights, loops = inputs.get("loss_weights"), self.looped_model.model.num_train_loops
+        num_logits = batch_size * length if weights is None else weights.count_nonzero()
+        self._head_positions = self._head_positions + num_logits
         settings = self.gradient_loops, self.checkpoint_loops, self.args.gradient_checkpointing
-        return training_flops(self.looped_model, *ids.shape, self.looped_model.model.num_train_loops, 0, *settings)
+        return training_flops(self.looped_model, batch_size, length, loops, 0, *settings)
 
     def store_flos(self) -> None:
         head = self.looped_model.flops(1, 1, 1, 1) - self.looped_model.flops(1, 1, 1, 0)
