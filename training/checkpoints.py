@@ -105,14 +105,12 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     is passed over, since the run then repeats steps.
     """
     for path in checkpoints_in(folder):
-        if not (path / COMPLETE).exists():
-            continue
-        try:
-            read_checkpoint(path)
-        except ValueError as error:
-            logger.warning(str(error))
-            continue
-        return str(path)
+        if (path / COMPLETE).exists():
+            try:
+                read_checkpoint(path)
+                return str(path)
+            except ValueError as error:
+                logger.warning(str(error))
     return None
 
 

@@ -339,20 +339,14 @@ def is_valid_solution(puzzle: str, answer: str) -> bool:
     return all(set(unit) == set(DIGITS) for unit in rows + columns + boxes)
 
 
-def draw_board(puzzle: str, solution: str | None = None) -> str:
-    """Draws a board as plain text; with the solution, an `x` marks filled cells that differ from it."""
+def draw_board(puzzle: str) -> str:
+    """Draws a board as plain text."""
     _check(puzzle)
-    solution = puzzle if solution is None else solution
-    _check(solution)
     line = "+---------+---------+---------+"
     lines = [line]
     for row in range(9):
-        drawn = ""
-        for cell in range(9 * row, 9 * row + 9):
-            blank = puzzle[cell] in BLANKS
-            drawn += "|" if cell % 3 == 0 else ""
-            drawn += f" {'.' if blank else puzzle[cell]}{' ' if blank or puzzle[cell] == solution[cell] else 'x'}"
-        lines.append(drawn + "|")
+        cells = [f" {'.' if cell in BLANKS else cell} " for cell in puzzle[9 * row : 9 * row + 9]]
+        lines.append("|".join(["", *("".join(cells[box : box + 3]) for box in (0, 3, 6)), ""]))
         if row % 3 == 2:
             lines.append(line)
     return "\n".join(lines)
