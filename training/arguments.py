@@ -159,8 +159,7 @@ class TrainConfig:
 
     def _check_effect(self) -> None:
         """Raises a ValueError where a setting would be ignored."""
-        sources = [self.data, self.eval_data]
-        paths = [path for one in sources if one is not None for path in ([one] if isinstance(one, str) else one)]
+        paths = [*listed(self.data), *listed(self.eval_data)]
         texts, answers = any(path.endswith(".txt") for path in paths), self.task == "answers"
         evaluation = ("eval_loops", "eval_sequences", "eval_samples", "eval_texts")
         for name, works, why in (
@@ -176,6 +175,11 @@ class TrainConfig:
         for name in self.trainer if self.optimizer == "muon" else ():
             if name.startswith(("adam_", "optim")):
                 raise ValueError(f"`trainer.{name}` has no effect with `optimizer: muon`; leave one of them out.")
+
+
+def listed(names: str | list[str] | None) -> list[str]:
+    """The names in `data` or `eval_data`, of which one may stand alone."""
+    return [names] if isinstance(names, str) else names or []
 
 
 def _arguments_of(takes: Any) -> dict[str, Any]:

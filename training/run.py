@@ -34,7 +34,7 @@ from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
 from .adapters import adapter_to_continue, attach_adapter, lora_config
-from .arguments import TrainConfig, read_config
+from .arguments import TrainConfig, listed, read_config
 from .checkpoints import COMPLETE, check_folder, checkpoints_in, locked
 from .checks import check_options
 from .collator import MaskedDiffusionCollator
@@ -126,8 +126,7 @@ def check_run(config: TrainConfig, resume: bool) -> None:
 def _check_files(config: TrainConfig) -> None:
     """Raises a ValueError if a file or folder that the run names is missing."""
     for name in ("data", "eval_data"):
-        given = getattr(config, name) or []
-        for path in [given] if isinstance(given, str) else given:
+        for path in listed(getattr(config, name)):
             # Any other name may be a data set on the Hub.
             is_path = path.endswith((".txt", ".jsonl", ".parquet")) or path.startswith((".", "/", "~"))
             if is_path and not Path(path).expanduser().exists():
@@ -390,7 +389,7 @@ def _read_examples(
     """Tokenised examples: a list, or a stream if the data set is streamed."""
     encoded = functools.partial(
         read_examples,
-        [data] if isinstance(data, str) else data,
+        listed(data),
         tokenizer,
         model_config,
         config.task,
