@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import load_tokenizer
-from ..data.stream import StreamedExamples
+from ..data import StreamedExamples, load_tokenizer, spread
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import find_model
 from .arguments import TrainConfig
@@ -112,10 +111,8 @@ def _sample_batches(parts: RunParts) -> list[dict[str, torch.Tensor]]:
     source: Any = parts.stream
     if isinstance(source, StreamedExamples):
         source = list(itertools.islice(source, size * _SAMPLES))
-    count = math.ceil(len(source) / size)
-    starts = [i * count // min(count, _SAMPLES) * size for i in range(min(count, _SAMPLES))]
-    total = len(source)
-    return [parts.collator([source[i] for i in range(start, min(start + size, total))]) for start in starts]
+    batches = (range(start, min(start + size, len(source))) for start in spread(range(0, len(source), size), _SAMPLES))
+    return [parts.collator([source[i] for i in batch]) for batch in batches]
 
 
 def _show_rows(tokenizer: Any, batch: dict[str, torch.Tensor], num_rows: int) -> list[list[tuple[str, str]]]:

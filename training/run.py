@@ -25,6 +25,7 @@ from ..data import (
     load_tokenizer,
     locate,
     read_examples,
+    spread,
     this_process,
     turn_end,
     vocabulary_size,
@@ -222,8 +223,7 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
         rows = _read_examples(config, config.eval_data, tokenizer, length, model_config)
         if isinstance(rows, StreamedExamples):
             rows = list(itertools.islice(rows.examples(), config.eval_sequences))
-        count = min(config.eval_sequences, len(rows))
-        eval_examples = [rows[i * len(rows) // count] for i in range(count)]
+        eval_examples = spread(rows, config.eval_sequences)
     stream = _make_stream(examples, arguments)
     made = source, model_config, arguments, schedule, collator, examples, stream, eval_examples, lora, adapter
     return RunParts(config, tokenizer, *made, options)
