@@ -18,7 +18,7 @@ from .files import (
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
 from .processes import Process, this_process
-from .stream import ExampleStream, StreamedExamples
+from .stream import ExampleStream, StreamedExamples, spread
 from .tokens import check_tokens, encode, encode_with_bytes
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "read_examples",
     "read_jsonl",
     "read_rows",
+    "spread",
     "text_of",
     "this_process",
     "turn_end",

@@ -9,9 +9,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_OF_TOKENS = ("attention_mask", "labels", "maskable", "assistant_masks", "completion_mask", "document_ids")
-TOKEN_COLUMNS = ("input_ids", *_OF_TOKENS, "prompt_length", "token_type_ids")
-_SAY_WHAT_IS_LEARNT = ("labels", "maskable", "assistant_masks", "completion_mask")
+_MASKS = ("maskable", "assistant_masks", "completion_mask")
+_OF_TOKENS = ("attention_mask", "labels", *_MASKS, "document_ids", "token_type_ids")
+TOKEN_COLUMNS = ("input_ids", *_OF_TOKENS, "prompt_length")
 _LEARNT = "say what is learnt with `labels` (-100 elsewhere) or `completion_mask`"
 _REFUSED = {
     **dict.fromkeys(("special_tokens_mask", "loss_mask", "prompt_mask", "labels_mask"), _LEARNT),
@@ -45,13 +45,13 @@ def read_columns(row: dict[str, Any], where: str, mask_token_id: int) -> dict[st
             raise ValueError(f"{where} has `{name}`, which would be lost; {fix}.")
     if row.get("input_ids") is None:
         raise ValueError(f"{where} has no `input_ids`; it has {', '.join(row) or 'nothing'}.")
-    tokens = _integers(row["input_ids"], "input_ids", where).long()
+    tokens = _integers(row["input_ids"], "input_ids", where)
     if tokens.ndim != 1:
         raise ValueError(f"{where}: `input_ids` has shape {tuple(tokens.shape)}; it must be one row of tokens.")
     if (tokens < 0).any():
         raise ValueError(f"{where} has the token {int(tokens.min())}; tokens are counted from 0.")
     found = {}
-    for name in (*_OF_TOKENS, "token_type_ids"):
+    for name in _OF_TOKENS:
         if row.get(name) is not None:
             found[name] = _integers(row[name], name, where)
             if found[name].shape != tokens.shape:
@@ -61,27 +61,25 @@ def read_columns(row: dict[str, Any], where: str, mask_token_id: int) -> dict[st
         tokens, found = tokens[real], {name: values[real] for name, values in found.items()}
     if found.pop("token_type_ids", tokens * 0).any():
         raise ValueError(f"{where} has `token_type_ids` that are not 0; the model has no types of tokens.")
-    result = {"input_ids": tokens, "maskable": _learnt(found, tokens, where)}
-    if "document_ids" in found:
-        result["document_ids"] = found["document_ids"].long()
-    _leave_prompt(result, row.get("prompt_length"), where)
-    if (result["input_ids"] == mask_token_id).any():
+    maskable = _learnt(found, tokens, where) & _behind_prompt(row.get("prompt_length"), tokens, where)
+    if (tokens == mask_token_id).any():
         raise ValueError(f"{where} holds the mask token ({mask_token_id}); give clean tokens.")
-    if not result["maskable"].any():
+    if not maskable.any():
         masks = [f"`{name}`" for name in ("assistant_masks", "completion_mask") if name in found]
         hint = f" Is {masks[0]} from a chat template without a generation block?" if masks else ""
         raise ValueError(f"{where} has no maskable token, so there is nothing to learn.{hint}")
-    return result
+    documents = {"document_ids": found["document_ids"]} if "document_ids" in found else {}
+    return {"input_ids": tokens, "maskable": maskable, **documents}
 
 
 def says_what_is_learnt(row: dict[str, Any]) -> bool:
     """Whether a row of tokens has columns that say which tokens are learnt."""
-    return any(row.get(name) is not None for name in (*_SAY_WHAT_IS_LEARNT, "prompt_length"))
+    return any(row.get(name) is not None for name in ("labels", *_MASKS, "prompt_length"))
 
 
 def _learnt(found: dict[str, torch.Tensor], tokens: torch.Tensor, where: str) -> torch.Tensor:
     maskable = torch.ones_like(tokens, dtype=torch.bool)
-    for name in ("maskable", "assistant_masks", "completion_mask"):
+    for name in _MASKS:
         if name in found:
             maskable &= _mask(found, name, where)
     if "labels" in found:
@@ -96,18 +94,16 @@ def _learnt(found: dict[str, torch.Tensor], tokens: torch.Tensor, where: str) ->
     return maskable
 
 
-def _leave_prompt(result: dict[str, torch.Tensor], length: Any, where: str) -> None:
-    """Removes the prompt from the tokens that are learnt."""
-    if length is None:
-        return
+def _behind_prompt(length: Any, tokens: torch.Tensor, where: str) -> torch.Tensor:
+    length = 0 if length is None else length
     if isinstance(length, torch.Tensor) and length.numel() == 1:
         length = length.item()
-    if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(result["input_ids"]):
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 <= length <= len(tokens):
         raise ValueError(
             f"{where}: `prompt_length` is {length!r}; it must be a number of tokens, from 0 to the row's "
-            f"{len(result['input_ids'])}."
+            f"{len(tokens)}."
         )
-    result["maskable"] = result["maskable"] & (torch.arange(len(result["input_ids"])) >= length)
+    return torch.arange(len(tokens)) >= length
 
 
 def _integers(values: Any, name: str, where: str) -> torch.Tensor:
@@ -117,7 +113,7 @@ def _integers(values: Any, name: str, where: str) -> torch.Tensor:
         raise ValueError(f"{where}: `{name}` does not hold integers: {error}.") from error
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"{where}: `{name}` holds {tensor.dtype} numbers; it must hold integers.")
-    return tensor if tensor.dtype == torch.bool else tensor.long()
+    return tensor.long()
 
 
 def _mask(found: dict[str, torch.Tensor], name: str, where: str) -> torch.BoolTensor:

@@ -74,19 +74,15 @@ def _answers(
     rows: Iterable[tuple[str, Any]], tokenizer: Any, config: Any, length: int, skip_long: bool, unused: UnusedColumns
 ) -> Iterator[dict[str, Any]]:
     for where, row in rows:
-        example, size = None, 0
-        if isinstance(row, dict):
-            # Tokenising takes a hundred times the memory of a text, so rows that cannot fit are not tokenised.
-            size = least_tokens(row, columns_of_answer(row) - {"tools"})
-        if size <= length:
-            example = _answer(where, row, tokenizer, config, unused)
-            size = len(example["input_ids"])
-        if example is not None and size <= length:
+        # Tokenising takes a hundred times the memory of a text, so rows that cannot fit are not tokenised.
+        least = least_tokens(row, columns_of_answer(row) - {"tools"}) if isinstance(row, dict) else 0
+        example = None if least > length else _answer(where, row, tokenizer, config, unused)
+        if example is not None and len(example["input_ids"]) <= length:
             yield example
         elif not skip_long:
-            least = "" if example is not None else "at least "
+            size = f"at least {least}" if example is None else len(example["input_ids"])
             raise ValueError(
-                f"{where} has {least}{size} tokens, more than `sequence_length` ({length}); raise it, or set "
+                f"{where} has {size} tokens, more than `sequence_length` ({length}); raise it, or set "
                 "`skip_long: true`."
             )
 

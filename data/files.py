@@ -113,24 +113,19 @@ def _lines_or_errors(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueEr
     """Like [`json_lines`], with a ValueError in place of a line that is not an object."""
     is_empty = True
     with path.open("rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(LONGEST_LINE + 1)
-            if not line:
-                break
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
             where = f"{path}, line {number}"
-            if len(line) > LONGEST_LINE:
-                while line and not line.endswith(b"\n"):  # the rest of it
-                    line = file.readline(LONGEST_LINE)
-                yield (
-                    number,
-                    ValueError(f"{where} has more than {LONGEST_LINE >> 20} MiB; split it into several rows."),
-                )
-            else:
+            if len(line) <= LONGEST_LINE:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
-                yield number, _object(line, where)
+                row = _object(line, where)
+            else:
+                while line and not line.endswith(b"\n"):  # the rest of it
+                    line = file.readline(LONGEST_LINE)
+                row = ValueError(f"{where} has more than {LONGEST_LINE >> 20} MiB; split it into several rows.")
             is_empty = False
+            yield number, row
     if is_empty:
         raise ValueError(f"{path} holds no examples.")
 

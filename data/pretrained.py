@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
+_adapter_file_of_hub = functools.lru_cache(find_adapter_config_file)  # which asks the Hub every time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # Code that merges an adapter into its base model
 MERGE = 'AutoPeftModelForCausalLM.from_pretrained("{}").merge_and_unload().save_pretrained("merged")'
@@ -73,7 +74,7 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return None
-    file = folder / "adapter_config.json" if folder.is_dir() else _adapter_file_of_hub(name, revision)
+    file = folder / "adapter_config.json" if folder.is_dir() else _adapter_file_of_hub(name, revision=revision)
     if file is None or not Path(file).is_file():
         return None
     try:
@@ -86,11 +87,6 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{name} is an adapter without adapter_model.safetensors; only safetensors files are read.")
     return locate(base, f"the base model of the adapter {name}")
-
-
-@functools.lru_cache
-def _adapter_file_of_hub(name: str, revision: str | None) -> str | None:
-    return find_adapter_config_file(name, revision=revision)  # without the cache it would ask the Hub every time
 
 
 def vocabulary_size(tokenizer: Any) -> int:

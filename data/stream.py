@@ -1,13 +1,15 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Training examples in the order in which they are seen."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..objective.seeds import seeded_generator
+
+Row = TypeVar("Row")
 
 
 class ExampleStream(Dataset):
@@ -83,3 +85,9 @@ class StreamedExamples(IterableDataset):
                 index += 1
             if index == start:
                 raise ValueError("There are no training examples.")
+
+
+def spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most `count` of the rows, evenly spread over them."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]

@@ -95,13 +95,16 @@ def trace_log_probs(
 
 def _check_repeatable(config: Any, model_config: Any) -> None:
     """Raises a ValueError for arguments of `generate` whose passes cannot be repeated with gradients."""
-    is_causal, by_rows = model_config.attention_block_size is not None, config.loop_policy or config.loop_tolerance
-    per_position = config.visible_loops is not None or getattr(config.loop_policy, "per_position", False)
+    is_causal, policy = model_config.attention_block_size is not None, config.loop_policy
+    positions = "positions that stop looping pass no gradients on"
+    blocks = "a block-causal model applies exits to single blocks"
     for name, is_wrong, why in (
         ("cache_implementation", config.cache_implementation is not None, "keys and values of earlier steps are gone"),
         ("guidance_scale", config.guidance_scale not in (None, 1), "it mixes two passes"),
-        ("visible_loops", per_position, "positions that stop looping pass no gradients on"),
-        ("loop_tolerance", is_causal and by_rows is not None, "a block-causal model applies exits to single blocks"),
+        ("visible_loops", config.visible_loops is not None, positions),
+        ("loop_policy", policy is not None and policy.per_position, positions),
+        ("loop_policy", policy is not None and is_causal, blocks),
+        ("loop_tolerance", config.loop_tolerance is not None and is_causal, blocks),
     ):
         if is_wrong:
             raise ValueError(f"`{name}` cannot be used in a call whose log-probabilities are computed again: {why}.")

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import MASK, tiny_model
 
 from loopmdm import LoopMDMGenerationConfig
+from loopmdm.loop_policies import RowTolerance, VisibleLoops
 from loopmdm.objective import nelbo, nelbo_log_probs, trace_log_probs
 
 CALLS = [
@@ -77,6 +78,7 @@ def test_adapters_get_the_gradient_and_copies_their_rows():
         ({"cache_implementation": "dual"}, "`cache_implementation` cannot"),
         ({"guidance_scale": 2.0}, "`guidance_scale` cannot"),
         ({"visible_loops": 1}, "`visible_loops` cannot"),
+        ({"loop_policy": VisibleLoops(1)}, "`loop_policy` cannot"),
     ],
 )
 def test_passes_that_cannot_be_repeated_are_refused(arguments, message):
@@ -142,9 +144,10 @@ def test_training_draws_do_not_change_the_loops_of_a_trace():
 
 def test_exits_of_single_blocks_are_refused():
     model = double_model(attention_block_size=4)
-    arguments = {"loop_tolerance": 0.4, "num_loops": 6}
-    output = run(model, torch.tensor([[5, 9, 3]]), max_new_tokens=6, output_trace=True, **arguments)
-    with pytest.raises(ValueError, match="block-causal"):
-        trace_log_probs(model, output, generation_config=LoopMDMGenerationConfig(**arguments))
+    for name, exit_rule in (("loop_tolerance", 0.4), ("loop_policy", RowTolerance(0.4))):
+        arguments = {name: exit_rule, "num_loops": 6}
+        output = run(model, torch.tensor([[5, 9, 3]]), max_new_tokens=6, output_trace=True, **arguments)
+        with pytest.raises(ValueError, match=f"`{name}` cannot.*block-causal"):
+            trace_log_probs(model, output, generation_config=LoopMDMGenerationConfig(**arguments))
     with pytest.raises(ValueError, match="`indices` has 2 entries for 1"):
         nelbo_log_probs(model, torch.tensor([[5, 9]]), indices=[0, 1])

@@ -264,19 +264,15 @@ def test_is_valid_solution_checks_rows_columns_and_boxes():
 
 def test_draw_board():
     _, solution = PAIRS[0]
-    wrong_digit = "1" if solution[1] != "1" else "2"
-    board = solution[0] + wrong_digit + "." + solution[3:80] + "0"
-    lines = puzzles.draw_board(board, solution=solution).splitlines()
+    board = solution[:2] + "." + solution[3:80] + "0"
+    lines = puzzles.draw_board(board).splitlines()
     assert len(lines) == 13
     assert {len(line) for line in lines} == {31}
     assert all(set(lines[i]) == set("+-") for i in (0, 4, 8, 12))
-    assert lines[1].startswith(f"| {solution[0]}  {wrong_digit}x . | {solution[3]} ")
+    assert lines[1].startswith(f"| {solution[0]}  {solution[1]}  . | {solution[3]} ")
     assert lines[11].endswith(f" {solution[79]}  . |")
-    drawn = "\n".join(lines)
-    assert drawn.count("x") == 1
-    assert puzzles.draw_board(board) == drawn.replace("x", " ")
     with pytest.raises(ValueError, match="give 81 characters"):
-        puzzles.draw_board(board, solution="1")
+        puzzles.draw_board("1")
 
 
 # Files and the command line

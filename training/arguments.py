@@ -159,14 +159,11 @@ class TrainConfig:
 
     def _check_effect(self) -> None:
         """Raises a ValueError where a setting would be ignored."""
-        sources = [self.data, self.eval_data]
-        paths = [path for one in sources if one is not None for path in ([one] if isinstance(one, str) else one)]
+        paths = [*listed(self.data), *listed(self.eval_data)]
         texts, answers = any(path.endswith(".txt") for path in paths), self.task == "answers"
+        evaluation = ("eval_loops", "eval_sequences", "eval_samples", "eval_texts")
         for name, works, why in (
-            ("eval_loops", self.eval_data is not None, "there is no `eval_data`"),
-            ("eval_sequences", self.eval_data is not None, "there is no `eval_data`"),
-            ("eval_samples", self.eval_data is not None, "there is no `eval_data`"),
-            ("eval_texts", self.eval_data is not None, "there is no `eval_data`"),
+            *((name, self.eval_data is not None, "there is no `eval_data`") for name in evaluation),
             ("text_column", not answers, "`task: answers` reads prompts and answers"),
             ("isolate_documents", not answers, "`task: answers` gives every row one example"),
             ("skip_long", answers, "`task: pretrain` continues a long text in the next row"),
@@ -178,6 +175,11 @@ class TrainConfig:
         for name in self.trainer if self.optimizer == "muon" else ():
             if name.startswith(("adam_", "optim")):
                 raise ValueError(f"`trainer.{name}` has no effect with `optimizer: muon`; leave one of them out.")
+
+
+def listed(names: str | list[str] | None) -> list[str]:
+    """The names in `data` or `eval_data`, of which one may stand alone."""
+    return [names] if isinstance(names, str) else names or []
 
 
 def _arguments_of(takes: Any) -> dict[str, Any]:
@@ -203,13 +205,12 @@ def _validate(schema: Any, values: dict[str, Any], where: str, known: Iterable[s
         for one in error.errors():
             path: list[str] = []
             value = json.loads(text)
-            for part in one["loc"]:  # which may end with the member of a union that was tried
-                known_parts = (
-                    value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-                )
-                if part in known_parts:
+            for part in one["loc"]:
+                try:
                     value = value[part]
-                    path.append(str(part))
+                except (TypeError, LookupError):  # the member of a union that was tried, or what is missing
+                    continue
+                path.append(str(part))
             place, what = f"`{prefix}{'.'.join(path)}` is {value!r}; it should ", one["msg"]
             if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
                 close = difflib.get_close_matches(path[-1], list(known), n=1)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers.utils import logging
 
-from ..data import ExampleStream, StreamedExamples, write_json
+from ..data import ExampleStream, StreamedExamples, spread, write_json
 
 if TYPE_CHECKING:
     from .trainer import LoopMDMTrainer
@@ -105,14 +105,12 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     is passed over, since the run then repeats steps.
     """
     for path in checkpoints_in(folder):
-        if not (path / COMPLETE).exists():
-            continue
-        try:
-            read_checkpoint(path)
-        except ValueError as error:
-            logger.warning(str(error))
-            continue
-        return str(path)
+        if (path / COMPLETE).exists():
+            try:
+                read_checkpoint(path)
+                return str(path)
+            except ValueError as error:
+                logger.warning(str(error))
     return None
 
 
@@ -280,8 +278,7 @@ def data_fingerprint(dataset: Any, num_examples: int = 256) -> str:
         chosen = itertools.islice(examples.examples(), num_examples)
         digest.update(b"stream")
     elif hasattr(examples, "__len__") and hasattr(examples, "__getitem__"):
-        count = min(num_examples, len(examples))
-        chosen = (examples[i * len(examples) // count] for i in range(count))
+        chosen = spread(examples, num_examples)
         digest.update(f"{len(examples)}".encode())
     else:
         return "stream"

@@ -61,9 +61,8 @@ def check_options(
 
 def check_parts(trainer: "LoopMDMTrainer") -> None:
     """Raises a ValueError for arguments of the Trainer that would give a wrong result, or that it would never call."""
-    for name in ("compute_loss_func", "model_init"):
+    for name, fix in (("compute_loss_func", "leave it out"), ("model_init", "give the model itself")):
         if getattr(trainer, name) is not None:
-            fix = "leave it out" if name == "compute_loss_func" else "give the model itself"
             raise ValueError(f"`{name}` does not work here: the loss comes from the model that is given; {fix}.")
     for name in ("compute_metrics", "preprocess_logits_for_metrics"):
         if trainer.eval_loops is not None and getattr(trainer, name) is not None:

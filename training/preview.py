@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import load_tokenizer
-from ..data.stream import StreamedExamples
+from ..data import StreamedExamples, load_tokenizer, spread
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..objective import find_model
 from .arguments import TrainConfig
@@ -62,30 +61,29 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
     Raises:
         ValueError: Whatever the run would raise before its first step.
     """
-    output = Path(config.output).expanduser()
     check_run(config, resume)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    parts = make_parts(config, tokenizer, output / CHECKPOINTS)
+    parts = make_parts(config, tokenizer, Path(config.output).expanduser() / CHECKPOINTS)
     batches = _sample_batches(parts)
     shapes = []
     for batch in batches:
         rows, length = batch["input_ids"].shape
-        shapes.append(Shape(rows, length, int((batch["loss_weights"] != 0).sum())))
+        shapes.append(Shape(rows, length, int(batch["loss_weights"].count_nonzero())))
     arguments, schedule = parts.arguments, parts.schedule
     steps = _num_steps(parts)
     micro_batches = steps * arguments.gradient_accumulation_steps  # of a process
     shares = _loop_shares(schedule)
     mean_loops = sum(loops * share for loops, share in enumerate(shares, start=1))
-    model = _empty_model(config, parts)
+    model = _empty_model(parts)
     flops = sum(
-        share * _flops(config, parts, model, shape, loops) / len(shapes)
+        share * _flops(parts, model, shape, loops) / len(shapes)
         for loops, share in enumerate(shares, start=1)
         for shape in shapes
     )
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     timed = batches[0], shapes[0], round(mean_loops)
-    seconds, is_measured = _seconds(config, tokenizer, parts, timed, flops, num_parameters)
+    seconds, is_measured = _seconds(parts, timed, flops, num_parameters)
     processes = arguments.world_size
     facts = {
         **_data_facts(parts),
@@ -101,7 +99,7 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
     }
     shown = _show_rows(tokenizer, batches[0], num_rows)
     loops = schedule.draw(arguments.seed, 0, steps)
-    return Preview(shown, loops, facts, is_measured, _memory(config, parts, model, shapes[0]))
+    return Preview(shown, loops, facts, is_measured, _memory(parts, model, shapes[0]))
 
 
 # Rows
@@ -113,10 +111,8 @@ def _sample_batches(parts: RunParts) -> list[dict[str, torch.Tensor]]:
     source: Any = parts.stream
     if isinstance(source, StreamedExamples):
         source = list(itertools.islice(source, size * _SAMPLES))
-    count = math.ceil(len(source) / size)
-    starts = [i * count // min(count, _SAMPLES) * size for i in range(min(count, _SAMPLES))]
-    total = len(source)
-    return [parts.collator([source[i] for i in range(start, min(start + size, total))]) for start in starts]
+    batches = (range(start, min(start + size, len(source))) for start in spread(range(0, len(source), size), _SAMPLES))
+    return [parts.collator([source[i] for i in batch]) for batch in batches]
 
 
 def _show_rows(tokenizer: Any, batch: dict[str, torch.Tensor], num_rows: int) -> list[list[tuple[str, str]]]:
@@ -156,12 +152,12 @@ def _data_facts(parts: RunParts) -> dict[str, Any]:
 
 
 def _num_steps(parts: RunParts) -> int:
-    """The number of optimiser steps, counted as in transformers' Trainer."""
+    """The number of optimiser steps, counted as in transformers' Trainer, which passes over the stream once."""
     arguments = parts.arguments
     if arguments.max_steps > 0:
         return arguments.max_steps
     batches = math.ceil(len(parts.stream) / (arguments.per_device_train_batch_size * arguments.world_size))
-    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+    return math.ceil(batches / arguments.gradient_accumulation_steps)
 
 
 def _loop_shares(schedule: LoopSchedule, points: int = 200) -> list[float]:
@@ -169,25 +165,25 @@ def _loop_shares(schedule: LoopSchedule, points: int = 200) -> list[float]:
     return torch.stack([schedule.probabilities((i + 0.5) / points) for i in range(points)]).mean(0).tolist()
 
 
-def _flops(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape, loops: int) -> float:
+def _flops(parts: RunParts, model: nn.Module, shape: Shape, loops: int) -> float:
     """FLOPs of a micro-batch, counted as in the log."""
+    config, masked = parts.config, shape.masked / shape.rows
     settings = config.gradient_loops, config.checkpoint_loops, parts.arguments.gradient_checkpointing
-    masked = shape.masked / shape.rows
     return training_flops(find_model(model), shape.rows, shape.length, loops, masked, *settings)
 
 
 # Memory
 
 
-def _empty_model(config: TrainConfig, parts: RunParts) -> nn.Module:
+def _empty_model(parts: RunParts) -> nn.Module:
     """The model to train, on the meta device, where it takes no memory."""
     with torch.device("meta"):
-        model = LoopMDMForMaskedLM._from_config(parts.model_config, dtype=getattr(torch, config.dtype))
+        model = LoopMDMForMaskedLM._from_config(parts.model_config, dtype=getattr(torch, parts.config.dtype))
     lora = parts.lora
     if parts.adapter is not None:
         from peft import PeftConfig
 
-        lora = PeftConfig.from_pretrained(config.model)
+        lora = PeftConfig.from_pretrained(parts.adapter)
         lora.inference_mode = False
     if lora is not None:
         from peft import get_peft_model
@@ -196,9 +192,9 @@ def _empty_model(config: TrainConfig, parts: RunParts) -> nn.Module:
     return model.train()
 
 
-def _memory(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape) -> dict[str, int]:
+def _memory(parts: RunParts, model: nn.Module, shape: Shape) -> dict[str, int]:
     """Bytes that a process needs at S_max."""
-    arguments = parts.arguments
+    config, arguments = parts.config, parts.arguments
     settings = StepSettings(
         getattr(torch, config.dtype),
         torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
@@ -215,26 +211,21 @@ def _memory(config: TrainConfig, parts: RunParts, model: nn.Module, shape: Shape
 
 
 def _seconds(
-    config: TrainConfig,
-    tokenizer: Any,
-    parts: RunParts,
-    timed: tuple[dict[str, torch.Tensor], Shape, int],
-    flops: float,
-    num_parameters: int,
+    parts: RunParts, timed: tuple[dict[str, torch.Tensor], Shape, int], flops: float, num_parameters: int
 ) -> tuple[float, bool]:
     """
     Seconds of a micro-batch of `flops`, and whether they were measured, which is done on `timed`: a batch, its shape,
     and its loops.
     """
     batch, shape, loops = timed
-    device = parts.arguments.device
+    config, device = parts.config, parts.arguments.device
     speed = _EFFICIENCY * _matmul_speed(device, parts.arguments.bf16)
     if num_parameters > _CHEAP_PARAMETERS or 3 * flops / speed > _CHEAP_SECONDS:
         return flops / speed, False
-    model = load_trainable(config, tokenizer, parts).to(device).train()
+    model = load_trainable(parts).to(device).train()
     looped = find_model(model)
     looped.model.gradient_loops, looped.model.checkpoint_loops = config.gradient_loops, config.checkpoint_loops
-    optimizer = make_optimizer(config, model, parts.arguments)
+    optimizer = make_optimizer(parts, model)
     if optimizer is None:
         optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-5)
     set_num_train_loops(model, loops)
@@ -250,7 +241,7 @@ def _seconds(
         optimizer.zero_grad()
         loss.item()  # waits for the device
         seconds = min(seconds, time.perf_counter() - start)
-    return seconds * flops / _flops(config, parts, model, shape, loops), True
+    return seconds * flops / _flops(parts, model, shape, loops), True
 
 
 def _matmul_speed(device: torch.device, bf16: bool) -> float:

@@ -3,10 +3,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..data import (
     load_tokenizer,
     locate,
     read_examples,
+    spread,
     this_process,
     turn_end,
     vocabulary_size,
@@ -34,7 +35,7 @@ from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
 from .adapters import adapter_to_continue, attach_adapter, lora_config
-from .arguments import TrainConfig, read_config
+from .arguments import TrainConfig, listed, read_config
 from .checkpoints import COMPLETE, check_folder, checkpoints_in, locked
 from .checks import check_options
 from .collator import MaskedDiffusionCollator
@@ -84,7 +85,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
         return {}  # the main process moves the files, or raises
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     parts = make_parts(config, tokenizer, output / CHECKPOINTS)
-    model = load_trainable(config, tokenizer, parts)
+    model = load_trainable(parts)
     trainer = LoopMDMTrainer(
         model=model,
         args=parts.arguments,
@@ -92,7 +93,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
         eval_dataset=parts.eval_examples,
         data_collator=parts.collator,
         processing_class=tokenizer,
-        optimizers=(make_optimizer(config, model, parts.arguments), None),
+        optimizers=(make_optimizer(parts, model), None),
         loop_schedule=parts.schedule,
         checkpoint_loops=config.checkpoint_loops,
         **parts.options,
@@ -126,8 +127,7 @@ def check_run(config: TrainConfig, resume: bool) -> None:
 def _check_files(config: TrainConfig) -> None:
     """Raises a ValueError if a file or folder that the run names is missing."""
     for name in ("data", "eval_data"):
-        given = getattr(config, name) or []
-        for path in [given] if isinstance(given, str) else given:
+        for path in listed(getattr(config, name)):
             # Any other name may be a data set on the Hub.
             is_path = path.endswith((".txt", ".jsonl", ".parquet")) or path.startswith((".", "/", "~"))
             if is_path and not Path(path).expanduser().exists():
@@ -168,8 +168,10 @@ def _own_files(output: Path) -> set[str]:
 
 @dataclasses.dataclass
 class RunParts:
-    """The parts of a run except its weights, all of them checked."""
+    """A run and its parts except the weights, all of them checked."""
 
+    config: TrainConfig
+    tokenizer: Any
     source: str | None  # folder or Hub id of the weights; None: fresh ones
     model_config: LoopMDMConfig
     arguments: TrainingArguments
@@ -221,26 +223,25 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
         rows = _read_examples(config, config.eval_data, tokenizer, length, model_config)
         if isinstance(rows, StreamedExamples):
             rows = list(itertools.islice(rows.examples(), config.eval_sequences))
-        count = min(config.eval_sequences, len(rows))
-        eval_examples = [rows[i * len(rows) // count] for i in range(count)]
-    stream, arguments = _make_stream(examples, arguments)
-    parts = source, model_config, arguments, schedule, collator, examples, stream, eval_examples, lora, adapter
-    return RunParts(*parts, options)
+        eval_examples = spread(rows, config.eval_sequences)
+    stream = _make_stream(examples, arguments)
+    made = source, model_config, arguments, schedule, collator, examples, stream, eval_examples, lora, adapter
+    return RunParts(config, tokenizer, *made, options)
 
 
-def load_trainable(config: TrainConfig, tokenizer: Any, parts: RunParts) -> nn.Module:
+def load_trainable(parts: RunParts) -> nn.Module:
     """The model to train, fresh or loaded, with its adapter if the run trains one."""
-    base = _make_model(config, parts.source, parts.model_config)
-    if config.task == "answers":
-        add_end_tokens(base, tokenizer)
+    base = _make_model(parts)
+    if parts.config.task == "answers":
+        add_end_tokens(base, parts.tokenizer)
     return attach_adapter(base, parts.adapter, parts.lora)
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module, arguments: TrainingArguments) -> MuonAdamW | None:
+def make_optimizer(parts: RunParts, model: nn.Module) -> MuonAdamW | None:
     """The optimiser, or None for the Trainer's own."""
-    if config.optimizer != "muon":
+    if parts.config.optimizer != "muon":
         return None
-    return MuonAdamW(model, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    return MuonAdamW(model, lr=parts.arguments.learning_rate, weight_decay=parts.arguments.weight_decay)
 
 
 def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) -> LoopMDMConfig:
@@ -295,18 +296,18 @@ def _check_weights_fit(model: str, before: LoopMDMConfig, after: LoopMDMConfig) 
         )
 
 
-def _make_model(config: TrainConfig, source: str | None, model_config: LoopMDMConfig) -> LoopMDMForMaskedLM:
-    dtype = getattr(torch, config.dtype)
-    torch.manual_seed(config.trainer.get("seed", 42))
-    if source is None:
-        return LoopMDMForMaskedLM(model_config).to(dtype)
+def _make_model(parts: RunParts) -> LoopMDMForMaskedLM:
+    dtype, changes = getattr(torch, parts.config.dtype), parts.config.model_config
+    torch.manual_seed(parts.arguments.seed)
+    if parts.source is None:
+        return LoopMDMForMaskedLM(parts.model_config).to(dtype)
     # Ids of tokens may lie outside the vocabulary until it has been resized, so they are set last.
-    tokens = {name: value for name, value in config.model_config.items() if name.endswith("_token_id")}
-    others = {name: value for name, value in config.model_config.items() if name not in {"vocab_size", *tokens}}
-    model = LoopMDMForMaskedLM.from_pretrained(source, dtype=dtype, **others)
-    if model.config.vocab_size != model_config.vocab_size:
-        model.resize_token_embeddings(model_config.vocab_size)
-    for name, value in {**tokens, "num_loops": model_config.num_loops}.items():
+    tokens = {name: value for name, value in changes.items() if name.endswith("_token_id")}
+    others = {name: value for name, value in changes.items() if name not in {"vocab_size", *tokens}}
+    model = LoopMDMForMaskedLM.from_pretrained(parts.source, dtype=dtype, **others)
+    if model.config.vocab_size != parts.model_config.vocab_size:
+        model.resize_token_embeddings(parts.model_config.vocab_size)
+    for name, value in {**tokens, "num_loops": parts.model_config.num_loops}.items():
         setattr(model.config, name, value)
     model.config.validate()
     return model
@@ -365,40 +366,40 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
     return made
 
 
-def _make_stream(examples: Any, arguments: TrainingArguments):
-    """The examples in the order of the run, and arguments with which the Trainer passes over them once."""
+def _make_stream(
+    examples: list[dict] | StreamedExamples, arguments: TrainingArguments
+) -> ExampleStream | StreamedExamples:
+    """The examples in the order of the run. Sets `arguments` so that the Trainer passes over them once."""
     if isinstance(examples, StreamedExamples):
         if arguments.max_steps <= 0:
             raise ValueError("The length of a streamed data set is not known; set `trainer: {max_steps: ...}`.")
-        return examples, arguments
+        return examples
     per_step = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     if arguments.max_steps > 0:
         count = arguments.max_steps * per_step
     else:
         count = max(per_step, round(arguments.num_train_epochs * len(examples)))
         arguments.num_train_epochs = 1
-    return ExampleStream(examples, count, arguments.seed), arguments
+    return ExampleStream(examples, count, arguments.seed)
 
 
 def _read_examples(
     config: TrainConfig, data: str | list[str], tokenizer: Any, length: int, model_config: LoopMDMConfig
 ) -> list[dict] | StreamedExamples:
     """Tokenised examples: a list, or a stream if the data set is streamed."""
-
-    def encoded() -> Iterator[dict[str, Any]]:
-        return read_examples(
-            [data] if isinstance(data, str) else data,
-            tokenizer,
-            model_config,
-            config.task,
-            length,
-            text_column=config.text_column,
-            documents=config.documents,
-            isolate_documents=config.isolate_documents,
-            skip_long=config.skip_long,
-            dataset=config.dataset,
-        )
-
+    encoded = functools.partial(
+        read_examples,
+        listed(data),
+        tokenizer,
+        model_config,
+        config.task,
+        length,
+        text_column=config.text_column,
+        documents=config.documents,
+        isolate_documents=config.isolate_documents,
+        skip_long=config.skip_long,
+        dataset=config.dataset,
+    )
     is_stream = config.dataset.get("streaming")
     examples = list(itertools.islice(encoded(), 1 if is_stream else None))
     if not examples:

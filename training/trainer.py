@@ -106,8 +106,8 @@ class LoopMDMTrainer(Trainer):
         self.gradient_loops = gradient_loops
         self.checkpoint_loops = checkpoint_loops
         self.eval_loops = eval_loops
-        self.ema_decay = ema_decay
         self.eval_samples = eval_samples
+        self.ema_decay = ema_decay
         self.ema = None
         if ema_decay is not None:
             self.ema = AveragedModel(self.looped_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
@@ -216,21 +216,11 @@ class LoopMDMTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> int:
         batch_size, length = inputs["input_ids"].shape
-        if "loss_weights" in inputs:
-            self._head_positions = self._head_positions + inputs["loss_weights"].count_nonzero()
-        else:
-            self._head_positions = self._head_positions + inputs["input_ids"].numel()
-        transformer = self.looped_model.model
-        return training_flops(
-            self.looped_model,
-            batch_size,
-            length,
-            transformer.num_train_loops,
-            0,
-            transformer.gradient_loops,
-            transformer.checkpoint_loops,
-            self.args.gradient_checkpointing,
-        )
+        weights, loops = inputs.get("loss_weights"), self.looped_model.model.num_train_loops
+        num_logits = batch_size * length if weights is None else weights.count_nonzero()
+        self._head_positions = self._head_positions + num_logits
+        settings = self.gradient_loops, self.checkpoint_loops, self.args.gradient_checkpointing
+        return training_flops(self.looped_model, batch_size, length, loops, 0, *settings)
 
     def store_flos(self) -> None:
         head = self.looped_model.flops(1, 1, 1, 1) - self.looped_model.flops(1, 1, 1, 0)
@@ -255,11 +245,8 @@ class LoopMDMTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, dict) and self.eval_loops is not None:
-            metrics = {}
-            for name, dataset in eval_dataset.items():
-                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
+        if isinstance(eval_dataset, dict):  # the Trainer calls this method for each
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self.averaged_weights():
             if self.eval_loops is None:
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
-from loopmdm.data import pack_documents, read_documents
+from loopmdm.data import pack_documents, read_documents, spread
 from loopmdm.evaluation import nelbo
 
 
@@ -31,8 +31,7 @@ def main() -> None:
         encoded = (tokenizer(text, add_special_tokens=False, verbose=False) for text in read_documents(path))
         documents = (one["input_ids"] for one in encoded)
         rows = [row["input_ids"] for row in pack_documents(documents, args.length, tokenizer.eos_token_id)]
-        rows = [row for row in rows if len(row) == args.length]
-        texts[path] = torch.stack([rows[i * len(rows) // args.rows] for i in range(args.rows)])
+        texts[path] = torch.stack(spread([row for row in rows if len(row) == args.length], args.rows))
     for folder in args.models:
         model = LoopMDMForMaskedLM.from_pretrained(folder)
         for path, input_ids in texts.items():

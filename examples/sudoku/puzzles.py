@@ -13,6 +13,7 @@ once, so that plain Python generates more than a thousand puzzles per second and
 
 import argparse
 import functools
+import itertools
 import multiprocessing
 import os
 import random
@@ -157,21 +158,14 @@ def _format(solved: int) -> str:
 
 def solve(puzzle: str) -> str | None:
     """Returns a solution of the puzzle (the only one, if it is a proper puzzle), or None if there is none."""
-    for solved in _search(_parse(puzzle)):
-        return _format(solved)
-    return None
+    return next(map(_format, _search(_parse(puzzle))), None)
 
 
 def count_solutions(puzzle: str, limit: int = 2) -> int:
     """Counts the solutions of the puzzle, up to `limit`."""
     if limit < 1:
         raise ValueError(f"limit is {limit}: give a number of at least 1")
-    count = 0
-    for _ in _search(_parse(puzzle)):
-        count += 1
-        if count == limit:
-            break
-    return count
+    return sum(1 for _ in itertools.islice(_search(_parse(puzzle)), limit))
 
 
 def solved_by_singles(puzzle: str) -> bool:
@@ -253,24 +247,14 @@ def _dig(grid: list[int], target: int | None, rng: random.Random) -> set[int] | 
     return clues if target in (None, len(clues)) else None
 
 
-def _generate(index: int, seed: int, min_clues: int, max_clues: int) -> tuple[str, str]:
+def _generate(index: int, seed: int, min_clues: int | None, max_clues: int | None) -> tuple[str, str]:
     # Seeding with a string goes through SHA-512, so neighbouring seeds and indices are unrelated.
-    rng = random.Random(f"{seed}/{index}")
-    target = rng.randint(min_clues, max_clues)
+    rng = random.Random(f"minimal/{seed}/{index}" if min_clues is None else f"{seed}/{index}")
+    target = None if min_clues is None else rng.randint(min_clues, max_clues)
     clues = None
     while clues is None:  # a new grid, for the same target: the number of clues stays uniform
         grid = _random_grid(rng)
         clues = _dig(grid, target, rng)
-    return _pair(grid, clues)
-
-
-def _generate_minimal(index: int, seed: int) -> tuple[str, str]:
-    rng = random.Random(f"minimal/{seed}/{index}")
-    grid = _random_grid(rng)
-    return _pair(grid, _dig(grid, None, rng))
-
-
-def _pair(grid: list[int], clues: set[int]) -> tuple[str, str]:
     solution = "".join(DIGITS[bit // 81] for bit in grid)
     return "".join(DIGITS[bit // 81] if bit in clues else "." for bit in grid), solution
 
@@ -282,10 +266,7 @@ def _stream(
     for name, value, least in (("count", count, 0), ("processes", processes, 1)):
         if value < least:
             raise ValueError(f"{name} is {value}: give a number of at least {least}")
-    if min_clues is None:
-        generate = functools.partial(_generate_minimal, seed=seed)
-        return map(generate, range(count)) if processes == 1 else _parallel(generate, count, processes)
-    if not FEWEST_CLUES <= min_clues <= max_clues <= 81:
+    if min_clues is not None and not FEWEST_CLUES <= min_clues <= max_clues <= 81:
         raise ValueError(
             f"min_clues is {min_clues} and max_clues is {max_clues}: "
             f"give {FEWEST_CLUES} <= min_clues <= max_clues <= 81 (fewer clues are too rare to find by random digging)"
@@ -358,20 +339,14 @@ def is_valid_solution(puzzle: str, answer: str) -> bool:
     return all(set(unit) == set(DIGITS) for unit in rows + columns + boxes)
 
 
-def draw_board(puzzle: str, solution: str | None = None) -> str:
-    """Draws a board as plain text; with the solution, an `x` marks filled cells that differ from it."""
+def draw_board(puzzle: str) -> str:
+    """Draws a board as plain text."""
     _check(puzzle)
-    solution = puzzle if solution is None else solution
-    _check(solution)
     line = "+---------+---------+---------+"
     lines = [line]
     for row in range(9):
-        drawn = ""
-        for cell in range(9 * row, 9 * row + 9):
-            blank = puzzle[cell] in BLANKS
-            drawn += "|" if cell % 3 == 0 else ""
-            drawn += f" {'.' if blank else puzzle[cell]}{' ' if blank or puzzle[cell] == solution[cell] else 'x'}"
-        lines.append(drawn + "|")
+        cells = [f" {'.' if cell in BLANKS else cell} " for cell in puzzle[9 * row : 9 * row + 9]]
+        lines.append("|".join(["", *("".join(cells[box : box + 3]) for box in (0, 3, 6)), ""]))
         if row % 3 == 2:
             lines.append(line)
     return "\n".join(lines)
