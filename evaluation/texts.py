@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..data import check_tokens, encode, encode_answer, encode_with_bytes, first_text, read_rows, text_of
+from ..data import check_tokens, encode, encode_answer, encode_with_bytes, first_text, read_rows, spread, text_of
 from ..data.encode import ANSWER_NAMES
 from ..generation_utils import check_argument
 
@@ -89,8 +89,7 @@ def make_windows(
                     size = sum(text.num_bytes[start + i] for i, scored in enumerate(maskable) if scored)
                 windows.append(Window(index, start, text.input_ids[start:end], maskable, size))
             fresh = end
-    count = min(max_windows or len(windows), len(windows))
-    return [windows[i * len(windows) // count] for i in range(count)]
+    return spread(windows, max_windows or len(windows))
 
 
 def pad_windows(windows: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
