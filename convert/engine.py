@@ -105,9 +105,8 @@ def _check_options(calibrate_on, calibration_width, verify_against, sigma, plan_
     """Raises a ValueError for arguments that contradict one another, and for missing files."""
     if sigma is not None and not 0 <= sigma < math.inf:
         raise ValueError(f"`sigma` is {sigma}; a noise level is at least 0, and finite.")
-    if calibrate_on is not None and not {"loop_start", "loop_end"}.isdisjoint(
-        name for name, value in plan_options.items() if value is not None
-    ):
+    is_placed = any(plan_options.get(name) is not None for name in ("loop_start", "loop_end"))
+    if calibrate_on is not None and is_placed:
         raise ValueError("Calibration chooses the loop's place; leave out `loop_start` and `loop_end`.")
     if calibrate_on is None and calibration_width is not None:
         raise ValueError("The calibration's width is given without a text; add --calibrate FILE, or leave it out.")
