@@ -2,7 +2,6 @@
 """The files of a conversion: tensors, one at a time, in shards, in a folder that gets its name when it is complete."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..data import write_json
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .plan import Plan, Weights
 
@@ -125,7 +125,7 @@ def write_weights(
     if shards.is_sharded:
         total = {"total_parameters": sum(tensor.numel() for tensor in plan.shapes.values()), **shards.metadata}
         index = {"metadata": total, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def make_tensor(plan: Weights, name: str) -> torch.Tensor:
