@@ -31,20 +31,25 @@ from .tokenizer import (
 
 
 @dataclass
-class Weights:
+class Result:
     """
-    The tensors of a result, and how to make them.
+    What a conversion or an export makes of a source.
 
     Args:
-        source ([`Source`]): The checkpoint that they are made from.
+        source ([`Source`]): The checkpoint that it is made from.
+        family ([`Family`]): The format that a conversion reads, or an export writes.
         config ([`LoopMDMConfig`]): The configuration of the result, including the dtype of its tensors.
+        tokens, tokenizer: Its special tokens, and the tokenizer's files.
         recipes (`dict[str, Recipe]`): By name of the result's tensor, how it is made.
         copies (`dict[str, str]`): By name, tensors of the source that are not used, because they must equal another.
         shapes (`dict[str, torch.Tensor]`): The result's tensors on the meta device.
     """
 
     source: Source
+    family: Family
     config: LoopMDMConfig
+    tokens: SpecialTokens
+    tokenizer: TokenizerFiles
     recipes: dict[str, Recipe]
     copies: dict[str, str]
     shapes: dict[str, torch.Tensor]
@@ -66,21 +71,17 @@ class Weights:
 
 
 @dataclass
-class Plan(Weights):
+class Plan(Result):
     """
     Everything about a conversion that is known before it is done.
 
     Args:
-        family ([`Family`]): The format of the source.
-        tokens, tokenizer, generation: The special tokens, tokenizer files and generation config of the result.
         loaded_tokenizer: The tokenizer of the result; None if there is none, or its own code may not run.
+        generation ([`LoopMDMGenerationConfig`]): The defaults of `generate`.
         ignored (`list[str]`): Tensors of the source that are not needed.
         window_chosen (`str`): How the loop's place was chosen.
     """
 
-    family: Family
-    tokens: SpecialTokens
-    tokenizer: TokenizerFiles
     loaded_tokenizer: Any
     generation: LoopMDMGenerationConfig
     ignored: list[str]

@@ -19,7 +19,7 @@ from ..hub import write_export_card
 from ..weight_files import read_json
 from .families import FAMILIES
 from .family import MODEL_FIELDS, TOKEN_FIELDS, Family, Recipe, copy, zeros
-from .plan import Weights, in_words, result_dtype, saved_tensors
+from .plan import Result, in_words, result_dtype, saved_tensors
 from .source import Source, StoredTensor, open_source
 from .tokenizer import SpecialTokens, TokenizerFiles, load_tokenizer, token_ids, write_tokenizer
 from .verify import verify_export
@@ -29,23 +29,19 @@ BIASES = ("attention_bias", "attention_output_bias", "mlp_bias", "lm_head_bias")
 
 
 @dataclass
-class Export(Weights):
+class Export(Result):
     """
     Everything about an export that can be known before it is done.
 
     Args:
-        family, num_loops: The format, and how many loops become layers.
+        num_loops (`int`): How many loops become layers.
         origins (`list[int]`): For every layer of the result that of the looped model.
         stored_config (`dict`): config.json of the result.
-        tokens, tokenizer: Of the looped model.
     """
 
-    family: Family
     num_loops: int
     origins: list[int]
     stored_config: dict[str, Any]
-    tokens: SpecialTokens
-    tokenizer: TokenizerFiles
 
     def record(self) -> dict[str, Any]:
         """What `export.json` keeps."""
@@ -111,9 +107,7 @@ def export_checkpoint(
         write_weights(plan, folder, max_shard_size, lambda done, total: progress("writing", done, total))
         write_tokenizer(plan.source, plan.tokenizer, plan.tokens, folder)
         GenerationConfig(**plan.tokens.ids()).save_pretrained(folder)
-        found = []
-        if verify:
-            found = verify_export(plan, plan.family, plan.stored_config, plan.num_loops, folder)
+        found = verify_export(plan, plan.stored_config, plan.num_loops, folder) if verify else []
         record = {**plan.record(), "verification": found}
         write_json(folder / "export.json", record)
         write_export_card(folder, output.name, record, plan.config, plan.source.card)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from ..data import adapter_base
 from .card import CARD, write_card
+from .source import card_data
 
 # Files that nobody needs to load the model: checkpoints, states of optimisers, pickles of trainers, hidden files
 IGNORED = [
@@ -106,8 +106,7 @@ def _check_card(folder: Path) -> str | list[str]:
             "licence."
         )
     try:
-        text = file.read_text(encoding="utf-8")
-        data = ModelCard(text, ignore_metadata_errors=True).data if REGEX_YAML_BLOCK.search(text) else ModelCardData()
+        data = card_data(file.read_text(encoding="utf-8"))
     except Exception as error:  # of YAML, of the encoding
         raise ValueError(f"The metadata of {file} cannot be read: {' '.join(str(error).split())}") from error
     license = data.license
