@@ -82,7 +82,7 @@ def convert_checkpoint(
     on_plan(plan)
     with new_folder(output) as folder:
         write_weights(plan, folder, max_shard_size, lambda done, total: progress("writing", done, total))
-        files = write_tokenizer(plan.source, plan.tokenizer, plan.tokens, folder)
+        files = write_tokenizer(plan.tokenizer, plan.tokens, folder)
         plan.generation.save_pretrained(folder)
         write_code(plan, folder)
         found: dict[str, Any] = {}

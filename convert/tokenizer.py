@@ -229,24 +229,23 @@ def find_special_tokens(
     )
 
 
-def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTokens, output: Path) -> list[str]:
+def write_tokenizer(tokenizer: TokenizerFiles, tokens: SpecialTokens, output: Path) -> list[str]:
     """
     Copies the tokenizer's files, including its code and chat template, and declares the mask token in them. Returns
     the names of the files.
     """
     if not tokenizer:
         return []
-    templates = [path.name for path in source.folder.glob("*.jinja")]
-    code = [path.name for path in source.folder.glob("tokenization*.py")]
-    names = [name for name in (*FILES, *templates, *code) if (source.folder / name).is_file()]
+    folder = tokenizer.folder
+    found = [*folder.glob("*.jinja"), *folder.glob("tokenization*.py"), *(folder / name for name in FILES)]
+    names = [path.name for path in found if path.is_file()]
     for name in names:
-        shutil.copyfile(source.folder / name, output / name)
+        shutil.copyfile(folder / name, output / name)
 
     settings = dict(tokenizer.settings)
     if "tokenizer_class" not in settings and "auto_map" not in settings:
         # Without it, transformers looks the class up by the model's type, and does not know ours.
-        is_fast = (source.folder / "tokenizer.json").is_file()
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if is_fast else "GPT2Tokenizer"
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if "tokenizer.json" in names else "GPT2Tokenizer"
     settings["mask_token"] = tokens.mask_token
     if tokens.mask_token is not None and tokenizer.id_of(tokens.mask_token) is None:
         flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
@@ -268,7 +267,7 @@ def load_tokenizer(
     if not tokenizer:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(source, tokenizer, tokens, Path(folder))
+        write_tokenizer(tokenizer, tokens, Path(folder))
         try:
             return AutoTokenizer.from_pretrained(
                 folder, config=PreTrainedConfig(), trust_remote_code=trust_remote_code

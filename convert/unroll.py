@@ -105,7 +105,7 @@ def export_checkpoint(
     check_space(plan, output)
     with new_folder(output) as folder:
         write_weights(plan, folder, max_shard_size, lambda done, total: progress("writing", done, total))
-        write_tokenizer(plan.source, plan.tokenizer, plan.tokens, folder)
+        write_tokenizer(plan.tokenizer, plan.tokens, folder)
         GenerationConfig(**plan.tokens.ids()).save_pretrained(folder)
         found = verify_export(plan, plan.stored_config, plan.num_loops, folder) if verify else []
         record = {**plan.record(), "verification": found}
