@@ -100,12 +100,11 @@ def _reference_model(source: Source, family: Family, vocab_size: int, dtype: tor
     known = set(config_class().to_dict()) - REPLACED
     settings = {name: value for name, value in source.config.items() if name in known}
     settings |= {"vocab_size": vocab_size, "tie_word_embeddings": "lm_head.weight" not in source}
-    suffix = "LMHeadModel" if family.reference == "GPT2" else "ForCausalLM"
-    if family.reference != "GPT2":
+    if "rope_parameters" in known:
         settings["rope_parameters"] = rope_parameters(source.config)
     config = config_class(**settings)
     config._attn_implementation = "sdpa"
-    model_class = getattr(transformers, family.reference + suffix)
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     weights = {family.reference_name(name): source.read(name) for name in source.tensors}
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
