@@ -276,35 +276,33 @@ def _account_for_all(
 
 
 def saved_tensors(config: LoopMDMConfig) -> dict[str, torch.Tensor]:
-    """The tensors that a model is saved with, in its order, on the meta device."""
+    """The tensors that a model is saved with, in its order and dtype, on the meta device."""
     with torch.device("meta"):
-        tensors = dict(LoopMDMForMaskedLM(config).state_dict())
+        tensors = dict(LoopMDMForMaskedLM(config).to(dtype=config.dtype).state_dict())
     if config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     return tensors
 
 
 def _result_shapes(source: Source, recipes: dict[str, Recipe], config: LoopMDMConfig) -> dict[str, torch.Tensor]:
-    """Runs all recipes on meta tensors, and compares the shapes with those of the model."""
+    """The tensors of the model. Runs all recipes on the meta device, and compares the shapes with theirs."""
     needed = saved_tensors(config)
     missing, unknown = sorted(needed.keys() - recipes.keys()), sorted(recipes.keys() - needed.keys())
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model does not have"
         raise ValueError(f"{source.name} {what}; its layers differ from each other, or it is incomplete.")
-    shapes = {}
-    for target in needed:  # the model's order
+    for target, tensor in needed.items():
         recipe = recipes[target]
         try:
             inputs = [torch.empty(source.shape(name), device="meta") for name in recipe.sources]
-            result = tuple(recipe.compute(*inputs).shape)
+            result = recipe.compute(*inputs).shape
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"{', '.join(recipe.sources)} of {source.name} cannot become {target!r}: {error}"
             ) from error
-        if result != tuple(needed[target].shape):
+        if result != tensor.shape:
             raise ValueError(
                 f"{recipe.sources[0]!r} of {source.name} has shape {source.shape(recipe.sources[0])}, which gives "
-                f"{result} for {target!r} ({recipe.how}) where {tuple(needed[target].shape)} is needed."
+                f"{tuple(result)} for {target!r} ({recipe.how}) where {tuple(tensor.shape)} is needed."
             )
-        shapes[target] = torch.empty(result, dtype=config.dtype, device="meta")
-    return shapes
+    return needed
