@@ -142,7 +142,7 @@ def open_source(
     config = read_json(folder / "config.json") or read_json(folder / "lit_config.json")
     if not config and (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{source} is an adapter, not a whole model. Merge it into its base model, and convert the result: "
+            f"{source} is an adapter, not a whole model. Merge it into its base model, and take the result: "
             f"`{MERGE.format(source)}`."
         )
     files = [path] if path.is_file() else _weight_files(path)

@@ -14,7 +14,6 @@ from transformers import GenerationConfig
 
 from ..configuration_loopmdm import LoopMDMConfig, check_num_loops
 from ..data import write_json
-from ..data.pretrained import MERGE, adapter_base
 from ..hub import write_export_card
 from ..weight_files import read_json
 from .families import FAMILIES
@@ -130,11 +129,6 @@ def plan_export(
     check_num_loops(num_loops)
     if format is not None and format not in formats():
         raise ValueError(f"There is no format {format!r} to write; there are {', '.join(formats())}.")
-    if adapter_base(str(model), revision) is not None:
-        raise ValueError(
-            f"{model} is an adapter, not a whole model. Merge it into its base model, and export the result: "
-            f"`{MERGE.format(model)}`."
-        )
     source = open_source(model, revision)
     config = _read_config(source)
     if config.loop_update == "damped" and num_loops > 1:
