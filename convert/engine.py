@@ -71,7 +71,8 @@ def convert_checkpoint(
     output = Path(output).expanduser()
     check_output(output)
     check_shard_size(max_shard_size)
-    _check_options(calibrate_on, calibration_width, verify_against, sigma, plan_options)
+    size = calibration_sequences, calibration_length
+    _check_options(calibrate_on, calibration_width, size, verify_against, sigma, plan_options)
     plan = plan_conversion(open_source(source, revision, allow_pickle, sigma), **plan_options)
     _check_possible(plan, calibrate_on, calibration_width, verify, verify_against)
     input_ids = None
@@ -82,10 +83,9 @@ def convert_checkpoint(
     on_plan(plan)
     with new_folder(output) as folder:
         write_weights(plan, folder, max_shard_size, lambda done, total: progress("writing", done, total))
-        files = write_tokenizer(plan.source, plan.tokenizer, plan.tokens, folder)
+        found: dict[str, Any] = {"tokenizer_files": write_tokenizer(plan.tokenizer, plan.tokens, folder)}
         plan.generation.save_pretrained(folder)
         write_code(plan, folder)
-        found: dict[str, Any] = {}
         if input_ids is not None:
             found["calibration"] = _calibrate(plan, folder, Path(calibrate_on), input_ids, calibration_width, progress)
         model = load_written(plan, folder, torch.float32) if verify or verify_against is not None else None
@@ -93,7 +93,7 @@ def convert_checkpoint(
             found["verification"] = verify_with_transformers(model, plan)
         if verify_against is not None:
             found["verification_against_file"] = verify_with_file(model, verify_against)
-        record = {**plan.record(), "tokenizer_files": files, **found}
+        record = {**plan.record(), **found}
         write_json(folder / "conversion.json", record)
         write_card(folder, output.name, config=plan.config, source=plan.source.card, conversion=record)
         # Last, since a folder without it does not load
@@ -101,16 +101,20 @@ def convert_checkpoint(
     return record
 
 
-def _check_options(calibrate_on, calibration_width, verify_against, sigma, plan_options: dict[str, Any]) -> None:
+def _check_options(
+    calibrate_on, calibration_width, size: tuple[int, int], verify_against, sigma, plan_options: dict[str, Any]
+) -> None:
     """Raises a ValueError for arguments that contradict one another, and for missing files."""
     if sigma is not None and not 0 <= sigma < math.inf:
         raise ValueError(f"`sigma` is {sigma}; a noise level is at least 0, and finite.")
-    if calibrate_on is not None and not {"loop_start", "loop_end"}.isdisjoint(
-        name for name, value in plan_options.items() if value is not None
-    ):
+    is_placed = any(plan_options.get(name) is not None for name in ("loop_start", "loop_end"))
+    if calibrate_on is not None and is_placed:
         raise ValueError("Calibration chooses the loop's place; leave out `loop_start` and `loop_end`.")
     if calibrate_on is None and calibration_width is not None:
         raise ValueError("The calibration's width is given without a text; add --calibrate FILE, or leave it out.")
+    for name, value in zip(("calibration_sequences", "calibration_length"), size, strict=True):
+        if value < 1:
+            raise ValueError(f"`{name}` is {value}; it must be at least 1.")
     for path in (calibrate_on, verify_against):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{path} is not a file.")

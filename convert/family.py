@@ -13,6 +13,12 @@ import torch
 from ..configuration_loopmdm import LoopMDMConfig
 from .source import Source
 
+# Fields of a configuration that are not the source's: those of the loop, and the ids of special tokens
+LOOP_FIELDS = ("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update")
+TOKEN_FIELDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+# All others: what a plain model is
+MODEL_FIELDS = LoopMDMConfig.__annotations__.keys() - {*LOOP_FIELDS, *TOKEN_FIELDS}
+
 
 @dataclass(frozen=True)
 class Recipe:

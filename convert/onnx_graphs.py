@@ -3,7 +3,6 @@
 `readout` (tail, norm and output head). Whoever runs them decides how often mid is applied.
 """
 
-import json
 import logging
 import shutil
 import warnings
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data import write_json
 from ..generation_utils import LoopMDMGenerationConfig
 from ..loop_context import LoopContext, take_positions
 from ..modeling_loopmdm import LoopMDMForMaskedLM
@@ -21,7 +21,6 @@ from .write import check_output, new_folder
 GRAPHS = ("prelude", "loop", "readout")
 WEIGHTS = ("float32", "int8")
 EXTERNAL = 10**9  # bytes of a graph's weights, above which they are a file of their own; protobuf ends at 2 GB
-MISSING = "Exporting a model to ONNX takes {}; run `pip install 'loopmdm[onnx]'`."
 # How `generate` reports, which graphs know nothing of, and a cache that changes no token
 REPORTS = ("return_dict_in_generate", "output_scores", "output_trace", "use_cache", "bos_token_id")
 
@@ -61,18 +60,17 @@ class Part(nn.Module):
         return take_positions(states, torch.where(last < 0, columns, last).expand(states.shape[:2]))
 
 
-def _check_weights(weights: str) -> None:
+def _check_possible(weights: str) -> None:
+    """Raises a ValueError for other kinds of weights, and where a library is missing."""
     if weights not in WEIGHTS:
         raise ValueError(f"`weights` (`--dtype`) is {weights!r}; ONNX graphs take {' or '.join(WEIGHTS)}.")
-
-
-def check_libraries() -> None:
-    """Raises a ValueError where a library is missing."""
     for library in ("onnx", "onnxscript", "onnxruntime"):
         try:
             __import__(library)
         except ImportError:
-            raise ValueError(MISSING.format(library)) from None
+            raise ValueError(
+                f"Exporting a model to ONNX takes {library}; run `pip install 'loopmdm[onnx]'`."
+            ) from None
 
 
 def _check_exportable(model: LoopMDMForMaskedLM, is_dynamic: bool) -> None:
@@ -108,8 +106,7 @@ def export_graphs(
     Raises:
         ValueError: A library is missing, the model cannot be expressed, or float32 graphs do not compute what it does.
     """
-    _check_weights(weights)
-    check_libraries()
+    _check_possible(weights)
     _check_exportable(model, length is None)
     shape = (1, length) if length is not None else (2, min(8, model.config.max_position_embeddings))
     ids = torch.full(shape, model.config.mask_token_id)
@@ -235,14 +232,13 @@ def export_onnx(
 
     output = Path(output).expanduser()
     check_output(output)
-    _check_weights(weights)
-    check_libraries()
+    _check_possible(weights)
     model = load_model(source, "float32", "cpu", revision)
     own = ("num_loops", "loop_update", "vocab_size", "max_position_embeddings", "attention_block_size")
     with new_folder(output) as folder:
         about = export_graphs(model, folder, weights)
         about |= {name: getattr(model.config, name) for name in (*own, "mask_token_id", "pad_token_id")}
         about["generation"] = saved_settings(model)
-        (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / "model.json", about)
         shutil.copy(Path(__file__).with_name("onnx_runner.py"), folder)
     return about

@@ -126,6 +126,15 @@ class OnnxModel:
                 )
         if settings["unmasking"] not in RULES:
             raise ValueError(f"`unmasking` is {settings['unmasking']!r}; choose one of {', '.join(RULES)}.")
+        for name, least in (("max_new_tokens", 0), ("block_length", 1), ("max_denoising_steps", 1)):
+            if settings[name] is not None and settings[name] < least:
+                raise ValueError(f"`{name}` is {settings[name]}; it must be at least {least}.")
+        threshold, size = settings["confidence_threshold"], self.about["vocab_size"]
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"`confidence_threshold` is {threshold}; it must be above 0, and at most 1.")
+        for token in settings["suppress_tokens"] or ():
+            if not 0 <= token < size:
+                raise ValueError(f"`suppress_tokens` holds {token}, which is outside the vocabulary of {size} tokens.")
         return settings
 
     @staticmethod

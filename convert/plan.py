@@ -16,13 +16,12 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .families import choose_family
-from .family import Family, Recipe
+from .family import LOOP_FIELDS, Family, Recipe
 from .loop_window import default_window
 from .source import Source
 from .tokenizer import (
     SpecialTokens,
     TokenizerFiles,
-    check_size,
     find_special_tokens,
     find_turn_end,
     ids_without_token,
@@ -32,20 +31,25 @@ from .tokenizer import (
 
 
 @dataclass
-class Weights:
+class Result:
     """
-    The tensors of a result, and how to make them.
+    What a conversion or an export makes of a source.
 
     Args:
-        source ([`Source`]): The checkpoint that they are made from.
+        source ([`Source`]): The checkpoint that it is made from.
+        family ([`Family`]): The format that a conversion reads, or an export writes.
         config ([`LoopMDMConfig`]): The configuration of the result, including the dtype of its tensors.
+        tokens, tokenizer: Its special tokens, and the tokenizer's files.
         recipes (`dict[str, Recipe]`): By name of the result's tensor, how it is made.
         copies (`dict[str, str]`): By name, tensors of the source that are not used, because they must equal another.
         shapes (`dict[str, torch.Tensor]`): The result's tensors on the meta device.
     """
 
     source: Source
+    family: Family
     config: LoopMDMConfig
+    tokens: SpecialTokens
+    tokenizer: TokenizerFiles
     recipes: dict[str, Recipe]
     copies: dict[str, str]
     shapes: dict[str, torch.Tensor]
@@ -54,23 +58,30 @@ class Weights:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.shapes.values())
 
+    def record(self) -> dict[str, Any]:
+        """The origin of the tensors as plain data."""
+        return {
+            "source": self.source.name,
+            "dtype": str(self.config.dtype).removeprefix("torch."),
+            "tensors": {
+                target: {"from": list(recipe.sources), "how": recipe.how} for target, recipe in self.recipes.items()
+            },
+            "versions": {name: importlib.metadata.version(name) for name in ("loopmdm", "torch", "transformers")},
+        }
+
 
 @dataclass
-class Plan(Weights):
+class Plan(Result):
     """
     Everything about a conversion that is known before it is done.
 
     Args:
-        family ([`Family`]): The format of the source.
-        tokens, tokenizer, generation: The special tokens, tokenizer files and generation config of the result.
         loaded_tokenizer: The tokenizer of the result; None if there is none, or its own code may not run.
+        generation ([`LoopMDMGenerationConfig`]): The defaults of `generate`.
         ignored (`list[str]`): Tensors of the source that are not needed.
         window_chosen (`str`): How the loop's place was chosen.
     """
 
-    family: Family
-    tokens: SpecialTokens
-    tokenizer: TokenizerFiles
     loaded_tokenizer: Any
     generation: LoopMDMGenerationConfig
     ignored: list[str]
@@ -87,21 +98,15 @@ class Plan(Weights):
                 part = "head" if index < config.loop_start else "mid" if index < config.loop_end else "tail"
             counts["total"] += tensor.numel()
             counts[part] += tensor.numel()
-        loop = ("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update")
         return {
-            "source": self.source.name,
             "family": self.family.name,
-            "dtype": str(config.dtype).removeprefix("torch."),
             "parameters": counts,
             "layers": config.num_hidden_layers,
-            "loop": {**{name: getattr(config, name) for name in loop}, "chosen": self.window_chosen},
+            "loop": {**{name: getattr(config, name) for name in LOOP_FIELDS}, "chosen": self.window_chosen},
             "special_tokens": asdict(self.tokens),
-            "tensors": {
-                target: {"from": list(recipe.sources), "how": recipe.how} for target, recipe in self.recipes.items()
-            },
+            **super().record(),
             "ignored": self.ignored,
             "copies": self.copies,
-            "versions": {name: importlib.metadata.version(name) for name in ("loopmdm", "torch", "transformers")},
         }
 
 
@@ -142,21 +147,20 @@ def plan_conversion(
     Raises:
         ValueError: Anything about the source or the arguments does not fit.
     """
-    with _in_words(source):
+    with in_words(source):
         family = choose_family(source, family, from_causal)
+        if shift_logits is not None and not family.from_causal:
+            raise ValueError("`shift_logits` is for --from-causal only; every other family decides it itself.")
         source = family.prepare(source)
         settings = family.config(source)
         tokenizer = TokenizerFiles(source.folder)
         tokens = find_special_tokens(source, family, tokenizer, settings, mask_token_id)
         loaded_tokenizer = load_tokenizer(source, tokenizer, tokens, trust_remote_code)
         tokens.add_end(find_turn_end(tokenizer, loaded_tokenizer))
-    if shift_logits is not None:
-        if not family.from_causal:
-            raise ValueError("`shift_logits` is for --from-causal only; every other family decides it itself.")
-        settings["shift_logits"] = shift_logits
-    with _in_words(source):
         recipes = family.recipes(source, settings)
         family_generation = family.generation(source)
+    if shift_logits is not None:
+        settings["shift_logits"] = shift_logits
     if tokens.mask_found == "new token" or tokens.mask_token_id == settings["vocab_size"]:
         recipes = _with_mask_row(recipes, tokens.mask_token_id)
         settings["vocab_size"] = max(settings["vocab_size"], tokens.mask_token_id + 1)
@@ -164,10 +168,9 @@ def plan_conversion(
     if max_train_loops is not None:
         loop["max_train_loops"] = max_train_loops
     settings |= {**tokens.ids(), **loop, "dtype": result_dtype(source, recipes, dtype)}
-    with _in_words(source):
+    with in_words(source):
         config = LoopMDMConfig(**settings, architectures=["LoopMDMForMaskedLM"])
-    ids = token_ids(tokenizer, loaded_tokenizer)
-    check_size(source, ids, config.vocab_size)
+    ids = token_ids(source, tokenizer, loaded_tokenizer, config.vocab_size)
     ignored, copies = _account_for_all(source, family, recipes, config)
     unused = ids_without_token(ids, tokens, config.vocab_size)
     special = {name: value for name, value in tokens.ids().items() if name != "mask_token_id"}
@@ -203,7 +206,7 @@ def _loop(
 
 
 @contextlib.contextmanager
-def _in_words(source: Source) -> Iterator[None]:
+def in_words(source: Source) -> Iterator[None]:
     """Turns the errors that damaged files of the source cause into a ValueError."""
     try:
         yield
@@ -272,30 +275,34 @@ def _account_for_all(
     return sorted(ignored), copies
 
 
-def _result_shapes(source: Source, recipes: dict[str, Recipe], config: LoopMDMConfig) -> dict[str, torch.Tensor]:
-    """Runs all recipes on meta tensors, and compares the shapes with those of the model."""
+def saved_tensors(config: LoopMDMConfig) -> dict[str, torch.Tensor]:
+    """The tensors that a model is saved with, in its order and dtype, on the meta device."""
     with torch.device("meta"):
-        needed = dict(LoopMDMForMaskedLM(config).state_dict())
+        tensors = dict(LoopMDMForMaskedLM(config).to(dtype=config.dtype).state_dict())
     if config.tie_word_embeddings:
-        del needed["lm_head.weight"]
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def _result_shapes(source: Source, recipes: dict[str, Recipe], config: LoopMDMConfig) -> dict[str, torch.Tensor]:
+    """The tensors of the model. Runs all recipes on the meta device, and compares the shapes with theirs."""
+    needed = saved_tensors(config)
     missing, unknown = sorted(needed.keys() - recipes.keys()), sorted(recipes.keys() - needed.keys())
     if missing or unknown:
         what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model does not have"
         raise ValueError(f"{source.name} {what}; its layers differ from each other, or it is incomplete.")
-    shapes = {}
-    for target in needed:  # the model's order
+    for target, tensor in needed.items():
         recipe = recipes[target]
         try:
             inputs = [torch.empty(source.shape(name), device="meta") for name in recipe.sources]
-            result = tuple(recipe.compute(*inputs).shape)
+            result = recipe.compute(*inputs).shape
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"{', '.join(recipe.sources)} of {source.name} cannot become {target!r}: {error}"
             ) from error
-        if result != tuple(needed[target].shape):
+        if result != tensor.shape:
             raise ValueError(
                 f"{recipe.sources[0]!r} of {source.name} has shape {source.shape(recipe.sources[0])}, which gives "
-                f"{result} for {target!r} ({recipe.how}) where {tuple(needed[target].shape)} is needed."
+                f"{tuple(result)} for {target!r} ({recipe.how}) where {tuple(tensor.shape)} is needed."
             )
-        shapes[target] = torch.empty(result, dtype=config.dtype, device="meta")
-    return shapes
+    return needed

@@ -142,7 +142,7 @@ def open_source(
     config = read_json(folder / "config.json") or read_json(folder / "lit_config.json")
     if not config and (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{source} is an adapter, not a whole model. Merge it into its base model, and convert the result: "
+            f"{source} is an adapter, not a whole model. Merge it into its base model, and take the result: "
             f"`{MERGE.format(source)}`."
         )
     files = [path] if path.is_file() else _weight_files(path)
@@ -213,20 +213,21 @@ def _check_index(folder: Path, files: list[Path], tensors: dict[str, StoredTenso
                 raise ValueError(f"{index_file.name} says that {named[absent[0]]} has {absent[0]!r}, but it does not.")
 
 
+def _read_tensor(file: Path, name: str) -> torch.Tensor:
+    # Opened for every tensor, so that only this one is mapped into memory.
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
 def _safetensors(file: Path) -> dict[str, StoredTensor]:
-    def reader(name: str) -> Callable[[], torch.Tensor]:
-        def read() -> torch.Tensor:
-            # Opened for every tensor, so that only this one is mapped into memory.
-            with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name)
-
-        return read
-
     stored = read_header(file)
     for name, (dtype, _) in stored.items():
         if dtype not in DTYPES:
             raise _quantised(file, name, dtype)
-    return {name: StoredTensor(shape, DTYPES[dtype], reader(name)) for name, (dtype, shape) in stored.items()}
+    return {
+        name: StoredTensor(shape, DTYPES[dtype], functools.partial(_read_tensor, file, name))
+        for name, (dtype, shape) in stored.items()
+    }
 
 
 def _quantised(file: Path, name: str, dtype: Any) -> ValueError:

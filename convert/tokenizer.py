@@ -1,7 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Special tokens and tokenizer files of a converted checkpoint."""
 
-import json
 import re
 import shutil
 import tempfile
@@ -12,9 +11,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..data import turn_end
+from ..data import turn_end, write_json
 from ..weight_files import read_json
-from .family import Family
+from .family import TOKEN_FIELDS, Family
 from .source import Source
 
 FILES = (
@@ -75,7 +74,8 @@ class TokenizerFiles:
         self.folder = folder
         self.settings = read_json(folder / "tokenizer_config.json")
         named = read_json(folder / "special_tokens_map.json")
-        self.special = {name: _content(self.settings.get(name, named.get(name))) for name in _TOKEN_NAMES}
+        names = [field.removesuffix("_id") for field in TOKEN_FIELDS]
+        self.special = {name: _content(self.settings.get(name, named.get(name))) for name in names}
         model = read_json(folder / "tokenizer.json")
         vocabulary = (model.get("model") or {}).get("vocab") or read_json(folder / "vocab.json")
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
@@ -134,9 +134,6 @@ class TokenizerFiles:
 
     def token_of(self, index: int) -> str | None:
         return next((token for token, at in self.vocabulary.items() if at == index), None)
-
-
-_TOKEN_NAMES = ("mask_token", "pad_token", "bos_token", "eos_token")
 
 
 def _content(token: Any) -> str | None:
@@ -232,24 +229,23 @@ def find_special_tokens(
     )
 
 
-def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTokens, output: Path) -> list[str]:
+def write_tokenizer(tokenizer: TokenizerFiles, tokens: SpecialTokens, output: Path) -> list[str]:
     """
     Copies the tokenizer's files, including its code and chat template, and declares the mask token in them. Returns
     the names of the files.
     """
     if not tokenizer:
         return []
-    templates = [path.name for path in source.folder.glob("*.jinja")]
-    code = [path.name for path in source.folder.glob("tokenization*.py")]
-    names = [name for name in (*FILES, *templates, *code) if (source.folder / name).is_file()]
+    folder = tokenizer.folder
+    found = [*folder.glob("*.jinja"), *folder.glob("tokenization*.py"), *(folder / name for name in FILES)]
+    names = [path.name for path in found if path.is_file()]
     for name in names:
-        shutil.copyfile(source.folder / name, output / name)
+        shutil.copyfile(folder / name, output / name)
 
     settings = dict(tokenizer.settings)
     if "tokenizer_class" not in settings and "auto_map" not in settings:
         # Without it, transformers looks the class up by the model's type, and does not know ours.
-        is_fast = (source.folder / "tokenizer.json").is_file()
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if is_fast else "GPT2Tokenizer"
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if "tokenizer.json" in names else "GPT2Tokenizer"
     settings["mask_token"] = tokens.mask_token
     if tokens.mask_token is not None and tokenizer.id_of(tokens.mask_token) is None:
         flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
@@ -257,7 +253,7 @@ def write_tokenizer(source: Source, tokenizer: TokenizerFiles, tokens: SpecialTo
         added[str(tokens.mask_token_id)] = {"content": tokens.mask_token, "special": True, **flags}
     if _content(settings.get("pad_token")) == tokens.mask_token:
         settings["pad_token"] = None if tokens.pad_token_id is None else tokenizer.token_of(tokens.pad_token_id)
-    (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "tokenizer_config.json", settings)
     return sorted({*names, "tokenizer_config.json"})
 
 
@@ -271,7 +267,7 @@ def load_tokenizer(
     if not tokenizer:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(source, tokenizer, tokens, Path(folder))
+        write_tokenizer(tokenizer, tokens, Path(folder))
         try:
             return AutoTokenizer.from_pretrained(
                 folder, config=PreTrainedConfig(), trust_remote_code=trust_remote_code
@@ -294,11 +290,20 @@ def find_turn_end(tokenizer: TokenizerFiles, loaded: Any) -> int | None:
     return None if end == loaded.unk_token_id else end
 
 
-def token_ids(tokenizer: TokenizerFiles, loaded: Any) -> set[int] | None:
-    """The ids that have a token; None if they are not known."""
-    if loaded is not None:
-        return set(loaded.get_vocab().values())
-    return set(tokenizer.vocabulary.values()) if tokenizer.is_complete else None
+def token_ids(source: Source, tokenizer: TokenizerFiles, loaded: Any, vocab_size: int) -> set[int] | None:
+    """
+    The ids that have a token; None if they are not known. Raises a ValueError if one of them has no row in the
+    embedding, which has `vocab_size`.
+    """
+    if loaded is None and not tokenizer.is_complete:
+        return None
+    ids = set((tokenizer.vocabulary if loaded is None else loaded.get_vocab()).values())
+    if max(ids, default=0) >= vocab_size:
+        raise ValueError(
+            f"The tokenizer of {source.name} has the token {max(ids)}, and the embedding {vocab_size} rows, so they "
+            "do not belong together; put the right tokenizer beside the weights."
+        )
+    return ids
 
 
 def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: int) -> list[int] | None:
@@ -307,13 +312,3 @@ def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: i
         return None
     known = {*ids, *tokens.ends(), tokens.mask_token_id, tokens.pad_token_id, tokens.bos_token_id}
     return [index for index in range(vocab_size) if index not in known] or None
-
-
-def check_size(source: Source, ids: set[int] | None, vocab_size: int) -> None:
-    """Raises a ValueError if a token of the tokenizer has no row in the embedding."""
-    highest = max(ids or {0})
-    if highest >= vocab_size:
-        raise ValueError(
-            f"The tokenizer of {source.name} has the token {highest}, and the embedding {vocab_size} rows, so they do "
-            "not belong together; put the right tokenizer beside the weights."
-        )

@@ -1,8 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """A looped model written as a plain one: its loops as layers, in the format of a family of checkpoints."""
 
-import importlib.metadata
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,57 +13,44 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 
 from ..configuration_loopmdm import LoopMDMConfig, check_num_loops
-from ..data.pretrained import MERGE, adapter_base
+from ..data import write_json
 from ..hub import write_export_card
-from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
 from .families import FAMILIES
-from .family import Family, Recipe, copy, zeros
-from .plan import Weights, result_dtype
+from .family import MODEL_FIELDS, TOKEN_FIELDS, Family, Recipe, copy, zeros
+from .plan import Result, in_words, result_dtype, saved_tensors
 from .source import Source, StoredTensor, open_source
-from .tokenizer import SpecialTokens, TokenizerFiles, check_size, load_tokenizer, token_ids, write_tokenizer
+from .tokenizer import SpecialTokens, TokenizerFiles, load_tokenizer, token_ids, write_tokenizer
 from .verify import verify_export
 from .write import check_output, check_shard_size, check_space, new_folder, write_weights
 
-# Fields of a configuration that do not say what the unrolled model computes
-INDIFFERENT = {
-    *("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update", "initializer_range"),
-    *("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"),
-}
 BIASES = ("attention_bias", "attention_output_bias", "mlp_bias", "lm_head_bias")
 
 
 @dataclass
-class Export(Weights):
+class Export(Result):
     """
     Everything about an export that can be known before it is done.
 
     Args:
-        family, num_loops: The format, and how many loops become layers.
+        num_loops (`int`): How many loops become layers.
         origins (`list[int]`): For every layer of the result that of the looped model.
         stored_config (`dict`): config.json of the result.
-        tokens, tokenizer: Of the looped model.
     """
 
-    family: Family
     num_loops: int
     origins: list[int]
     stored_config: dict[str, Any]
-    tokens: SpecialTokens
-    tokenizer: TokenizerFiles
 
     def record(self) -> dict[str, Any]:
         """What `export.json` keeps."""
         return {
-            "source": self.source.name,
             "format": self.family.name,
             "num_loops": self.num_loops,
             "layers": len(self.origins),
             "layers_from": self.origins,
             "parameters": sum(tensor.numel() for tensor in self.shapes.values()),
-            "dtype": str(self.config.dtype).removeprefix("torch."),
-            "tensors": {name: {"from": list(one.sources), "how": one.how} for name, one in self.recipes.items()},
-            "versions": {name: importlib.metadata.version(name) for name in ("loopmdm", "torch", "transformers")},
+            **super().record(),
         }
 
 
@@ -119,17 +104,14 @@ def export_checkpoint(
     check_space(plan, output)
     with new_folder(output) as folder:
         write_weights(plan, folder, max_shard_size, lambda done, total: progress("writing", done, total))
-        write_tokenizer(plan.source, plan.tokenizer, plan.tokens, folder)
+        write_tokenizer(plan.tokenizer, plan.tokens, folder)
         GenerationConfig(**plan.tokens.ids()).save_pretrained(folder)
-        found = []
-        if verify:
-            found = verify_export(plan, plan.family, plan.stored_config, plan.num_loops, folder)
+        found = verify_export(plan, plan.stored_config, plan.num_loops, folder) if verify else []
         record = {**plan.record(), "verification": found}
-        (folder / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "export.json", record)
         write_export_card(folder, output.name, record, plan.config, plan.source.card)
         # Last of all: a folder without it does not load.
-        config = json.dumps(plan.stored_config, indent=2) + "\n"
-        (folder / "config.json").write_text(config, encoding="utf-8")
+        write_json(folder / "config.json", plan.stored_config)
     return record
 
 
@@ -147,11 +129,6 @@ def plan_export(
     check_num_loops(num_loops)
     if format is not None and format not in formats():
         raise ValueError(f"There is no format {format!r} to write; there are {', '.join(formats())}.")
-    if adapter_base(str(model), revision) is not None:
-        raise ValueError(
-            f"{model} is an adapter, not a whole model. Merge it into its base model, and export the result: "
-            f"`{MERGE.format(model)}`."
-        )
     source = open_source(model, revision)
     config = _read_config(source)
     if config.loop_update == "damped" and num_loops > 1:
@@ -166,11 +143,10 @@ def plan_export(
     family = formats()[format] if format is not None else _nearest(source, unrolled)
     unrolled = _fitted(unrolled, family)
     tokenizer = TokenizerFiles(source.folder)
-    ids = {name: getattr(config, name) for name in ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")}
     mask_token = tokenizer.token_of(config.mask_token_id)
-    tokens = SpecialTokens(mask_token=mask_token, mask_found="config.json", **ids)
+    tokens = SpecialTokens(mask_token=mask_token, mask_found="config.json", **_ids(config))
     loaded = load_tokenizer(source, tokenizer, tokens, trust_remote_code)
-    check_size(source, token_ids(tokenizer, loaded), config.vocab_size)
+    token_ids(source, tokenizer, loaded, config.vocab_size)  # checks them
     recipes, shapes, same = _recipes(source, config, unrolled, family, origins)
     unrolled.dtype = getattr(torch, result_dtype(source, recipes, dtype))
     return Export(
@@ -192,10 +168,8 @@ def _read_config(source: Source) -> LoopMDMConfig:
     if "LoopMDMForMaskedLM" not in source.architectures:
         found = ", ".join(source.architectures) or "no architecture named in a config.json"
         raise ValueError(f"{source.name} ({found}) is not a LoopMDM; only its loops can be written as layers.")
-    try:
+    with in_words(source):
         return LoopMDMConfig.from_dict(source.config)
-    except StrictDataclassError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def _unrolled(config: LoopMDMConfig, num_layers: int, **changes: Any) -> LoopMDMConfig:
@@ -208,12 +182,15 @@ def _unrolled(config: LoopMDMConfig, num_layers: int, **changes: Any) -> LoopMDM
         raise ValueError(f"With its loops as layers the model has {num_layers}: {reason} Take fewer loops.") from error
 
 
+def _ids(config: LoopMDMConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in TOKEN_FIELDS}
+
+
 def _stored_config(config: LoopMDMConfig, family: Family) -> dict[str, Any]:
-    ids = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
     return {
         **(family.stored or {}),
         **family.stored_config(config),
-        **{name: getattr(config, name) for name in ids},
+        **_ids(config),
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
 
@@ -248,17 +225,16 @@ def _fitted(config: LoopMDMConfig, family: Family) -> LoopMDMConfig:
         config = _unrolled(config, config.num_hidden_layers, **changes)
     stored = {
         family.stored_name(name): StoredTensor(tuple(tensor.shape), torch.float32, tensor.detach)
-        for name, tensor in _state(config).items()
+        for name, tensor in saved_tensors(config).items()
     }
     written = Source("the result", Path(), Path(), stored, _stored_config(config, family))
+    given = {"mask_token_id": config.mask_token_id, "loop_start": 0, "loop_end": config.num_hidden_layers}
     try:
-        ids = {"mask_token_id": config.mask_token_id, "loop_start": 0, "loop_end": config.num_hidden_layers}
-        read = LoopMDMConfig(**family.config(written) | ids)
-    except StrictDataclassError as error:
-        raise _Inexpressible(family, "this model", error.__cause__ or error) from error
+        with in_words(written):
+            read = LoopMDMConfig(**family.config(written) | given)
     except ValueError as error:
         raise _Inexpressible(family, "this model", error) from error
-    for name in sorted(LoopMDMConfig.__annotations__.keys() - INDIFFERENT):
+    for name in sorted(MODEL_FIELDS - {"initializer_range"}):
         # Rotation in float32 or in the model's dtype is a matter of rounding, but for rounded tables.
         is_rounding = name == "rope_precision" and "bfloat16" not in (read.rope_precision, config.rope_precision)
         if getattr(read, name) != getattr(config, name) and not is_rounding:
@@ -290,20 +266,11 @@ def _nearest(source: Source, config: LoopMDMConfig) -> Family:
     return formats()[min(fitting, key=lambda name: fitting[name])]
 
 
-def _state(config: LoopMDMConfig) -> dict[str, torch.Tensor]:
-    """The tensors of a model without data."""
-    with torch.device("meta"):
-        state = dict(LoopMDMForMaskedLM(config).state_dict())
-    if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state
-
-
 def _recipes(
     source: Source, config: LoopMDMConfig, unrolled: LoopMDMConfig, family: Family, origins: list[int]
 ) -> tuple[dict[str, Recipe], dict[str, torch.Tensor], dict[str, str]]:
     """How the result's tensors are made, what they look like, and which of the source's are copies of others."""
-    needed = {name: tuple(tensor.shape) for name, tensor in _state(config).items()}
+    needed = {name: tuple(tensor.shape) for name, tensor in saved_tensors(config).items()}
     for name, shape in needed.items():
         if source.shape(name) != shape:
             raise ValueError(f"{name!r} of {source.name} has shape {source.shape(name)}; its config asks for {shape}.")
@@ -314,7 +281,7 @@ def _recipes(
     if surplus:
         raise ValueError(f"{source.name} has the tensor {surplus[0]!r}, which its config has no place for.")
     recipes, shapes = {}, {}
-    for name, tensor in _state(unrolled).items():
+    for name, tensor in saved_tensors(unrolled).items():
         origin = re.sub(r"(?<=^model\.layers\.)\d+", lambda match: str(origins[int(match[0])]), name)
         stored = family.stored_name(name)
         # What the model lacks are the biases that the format always has.

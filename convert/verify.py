@@ -13,7 +13,7 @@ from ..configuration_loopmdm import LoopMDMConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .family import Family
 from .llama_format import rope_parameters
-from .plan import Plan, Weights, plan_conversion
+from .plan import Plan, Result, plan_conversion
 from .source import Source, open_source
 from .write import make_tensor
 
@@ -41,9 +41,7 @@ def verify_with_transformers(model: LoopMDMForMaskedLM, plan: Plan) -> dict[str,
     return _compare_with_reference(model, plan.source, plan.family, num_rows, input_ids)
 
 
-def verify_export(
-    plan: Weights, family: Family, stored_config: dict[str, Any], num_loops: int, folder: Path
-) -> list[dict[str, Any]]:
+def verify_export(plan: Result, stored_config: dict[str, Any], num_loops: int, folder: Path) -> list[dict[str, Any]]:
     """
     Compares a folder that [`export_checkpoint`] has written, except for its config.json, with the looped model: in
     float64, after converting it back, and in float32, in transformers' own class of the format, if there is one.
@@ -54,7 +52,7 @@ def verify_export(
     # Loaded in the written dtype first, so that rounding to it does not count as a difference
     looped = LoopMDMForMaskedLM.from_pretrained(plan.source.folder, dtype=dtype).double().eval()
     input_ids = _random_ids(looped.config, looped.config.vocab_size)
-    back = plan_conversion(written, family=family, mask_token_id=looped.config.mask_token_id)
+    back = plan_conversion(written, family=plan.family, mask_token_id=looped.config.mask_token_id)
     state = {name: make_tensor(back, name) for name in back.shapes}
     plain = LoopMDMForMaskedLM.from_pretrained(None, config=back.config, state_dict=state, dtype=dtype)
     with torch.no_grad():
@@ -63,9 +61,9 @@ def verify_export(
     # These logits are aligned already.
     record = _compare(looped, input_ids, logits, num_loops, EXACT, shifts=False)
     found = [{"against": "the written model, converted back", **record}]
-    if family.reference is not None:
+    if plan.family.reference is not None:
         vocab_size = looped.config.vocab_size
-        found.append(_compare_with_reference(looped.float(), written, family, vocab_size, input_ids, num_loops))
+        found.append(_compare_with_reference(looped.float(), written, plan.family, vocab_size, input_ids, num_loops))
     return found
 
 
@@ -102,12 +100,11 @@ def _reference_model(source: Source, family: Family, vocab_size: int, dtype: tor
     known = set(config_class().to_dict()) - REPLACED
     settings = {name: value for name, value in source.config.items() if name in known}
     settings |= {"vocab_size": vocab_size, "tie_word_embeddings": "lm_head.weight" not in source}
-    suffix = "LMHeadModel" if family.reference == "GPT2" else "ForCausalLM"
-    if family.reference != "GPT2":
+    if "rope_parameters" in known:
         settings["rope_parameters"] = rope_parameters(source.config)
     config = config_class(**settings)
     config._attn_implementation = "sdpa"
-    model_class = getattr(transformers, family.reference + suffix)
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     weights = {family.reference_name(name): source.read(name) for name in source.tensors}
     model, info = model_class.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True

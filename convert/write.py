@@ -2,7 +2,6 @@
 """The files of a conversion: tensors, one at a time, in shards, in a folder that gets its name when it is complete."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -16,8 +15,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
+from ..data import write_json
 from ..modeling_loopmdm import LoopMDMForMaskedLM
-from .plan import Plan, Weights
+from .plan import Plan, Result
 
 # Bytes for all files other than weights, a generous guess
 SMALL_FILES = 64 * 2**20
@@ -37,7 +37,7 @@ def check_shard_size(size: int | str) -> None:
         raise ValueError(f"`max_shard_size` is {size!r}; give a number of bytes, or one with a unit such as 5GB.")
 
 
-def check_space(plan: Weights, output: Path) -> None:
+def check_space(plan: Result, output: Path) -> None:
     """Raises a ValueError if the disk has no room for the result."""
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     free, needed = shutil.disk_usage(existing).free, plan.num_bytes + SMALL_FILES
@@ -97,7 +97,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def write_weights(
-    plan: Weights,
+    plan: Result,
     folder: Path,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], Any] = lambda done, total: None,
@@ -125,10 +125,10 @@ def write_weights(
     if shards.is_sharded:
         total = {"total_parameters": sum(tensor.numel() for tensor in plan.shapes.values()), **shards.metadata}
         index = {"metadata": total, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
-def make_tensor(plan: Weights, name: str) -> torch.Tensor:
+def make_tensor(plan: Result, name: str) -> torch.Tensor:
     """Makes one tensor of the result from those of the source. Raises a ValueError if it is not finite."""
     recipe, dtype = plan.recipes[name], plan.config.dtype
     result = recipe.compute(*(plan.source.read(source) for source in recipe.sources))

@@ -87,15 +87,12 @@ def write_card(
         "budget": read_json(folder / BUDGET),
     }
     origin = source or SourceCard()
-    for file in origin.license_files:
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
-    if conversion is not None and origin.text is not None:
-        (folder / SOURCE_CARD).write_text(origin.text, encoding="utf-8")
+    _keep(folder, origin, with_text=conversion is not None)
     table, results = what_loops_buy(records, config, name)
     file = folder / CARD
     before = read_metadata(file.read_text(encoding="utf-8")) if file.exists() else {}
-    made = {key: value for key, value in before.items() if key != "model-index"} or _metadata(folder, origin, records)
+    kept = {key: value for key, value in before.items() if key != "model-index"}
+    made = kept or _metadata(folder, origin, records["training"])
     data = ModelCardData(**made | ({"model_name": name, "eval_results": results} if results else {}))
     with torch.device("meta"):
         num_parameters = LoopMDMForMaskedLM(config).num_parameters()
@@ -126,13 +123,18 @@ def write_export_card(
         source ([`SourceCard`]): The card of the looped model; its licence is kept.
     """
     folder = Path(folder)
-    for file in source.license_files:
-        shutil.copyfile(file, folder / file.name)
-    if source.text is not None:
-        (folder / SOURCE_CARD).write_text(source.text, encoding="utf-8")
-    metadata = _metadata(folder, source, {"training": {}})
+    _keep(folder, source)
     body = "\n".join([f"# {name}\n", *unrolled(record, config, (folder / SOURCE_CARD).is_file())])
-    return _write(folder / CARD, ModelCardData(**metadata), body)
+    return _write(folder / CARD, ModelCardData(**_metadata(folder, source, {})), body)
+
+
+def _keep(folder: Path, source: SourceCard, with_text: bool = True) -> None:
+    """Copies the licences of a source, and its card under another name."""
+    for file in source.license_files:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    if with_text and source.text is not None:
+        (folder / SOURCE_CARD).write_text(source.text, encoding="utf-8")
 
 
 def _write(file: Path, data: ModelCardData, body: str) -> Path:
@@ -146,9 +148,9 @@ def _checksum(body: str) -> str:
     return hashlib.sha256("\n".join(body.strip().splitlines()).encode()).hexdigest()[:16]
 
 
-def _metadata(folder: Path, origin: SourceCard, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _metadata(folder: Path, origin: SourceCard, training: dict[str, Any]) -> dict[str, Any]:
     is_adapter = (folder / "adapter_config.json").is_file()
-    run = records["training"].get("run", {})
+    run = training.get("run", {})
     data = run.get("data") or []
     names = [one for one in ([data] if isinstance(data, str) else data) if is_hub_data(one)]
     # The Hub's names for relations; it has none for a conversion.

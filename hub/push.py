@@ -1,7 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Publishing a model's folder on the Hub: checks, the choice of files, and the upload."""
 
-import fnmatch
 import json
 import os
 import subprocess
@@ -11,42 +10,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from ..data import adapter_base
 from .card import CARD, write_card
+from .source import card_data
 
 # Files that nobody needs to load the model: checkpoints, states of optimisers, pickles of trainers, hidden files
-IGNORED = (
-    ".*",
-    "*/.*",
-    "checkpoints/*",
-    "checkpoint-*",
-    "optimizer.*",
-    "scheduler.pt",
-    "rng_state*",
-    "training_args.bin",
-    "__pycache__/*",
-    "*.pyc",
-)
+IGNORED = [
+    *(".*", "*/.*", "__pycache__/*", "*.pyc"),
+    *("checkpoints/*", "checkpoint-*", "optimizer.*", "scheduler.pt", "rng_state*", "training_args.bin"),
+]
 LICENSE_FIX = (
     f"write it into {CARD}, between the lines of `---` at the top (`license: apache-2.0`, or the licence of the model "
     "and data it is made from; https://huggingface.co/docs/hub/repositories-licenses lists them)"
 )
 # This runs as if the package were not installed, so that only the folder defines the model.
 _LOAD = """
-import json, sys
+import json, os, sys
 sys.modules["loopmdm"] = None
 import torch
-from transformers import AutoModel, AutoTokenizer
-folder, is_adapter, has_tokenizer = sys.argv[1], sys.argv[2] == "True", sys.argv[3] == "True"
-if is_adapter:
+from transformers import AutoModel as Auto, AutoTokenizer
+folder = sys.argv[1]
+files = os.listdir(folder)
+if "config.json" not in files:
     from peft import AutoPeftModelForCausalLM as Auto
-else:
-    Auto = AutoModel
 model = Auto.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
 config = model.config
 tokens = torch.full((1, min(8, config.max_position_embeddings)), config.mask_token_id)
@@ -55,7 +45,7 @@ with torch.no_grad():
 logits[..., config.mask_token_id] = 0
 if not logits.isfinite().all():
     raise SystemExit("ValueError: its logits are not finite")
-if has_tokenizer:
+if "tokenizer_config.json" in files:
     size = max(AutoTokenizer.from_pretrained(folder, trust_remote_code=True).get_vocab().values()) + 1
     if size > config.vocab_size:
         raise SystemExit(f"ValueError: its tokenizer has {size} tokens, and the model {config.vocab_size}")
@@ -72,14 +62,12 @@ class Upload:
         folder (`Path`), repo (`str`): The folder, and the id of the repository.
         files (`dict[str, int]`): Bytes of the files to upload, by path.
         license (`str` or `list[str]`): The licence that the card names.
-        is_adapter (`bool`): Whether the folder holds only an adapter.
     """
 
     folder: Path
     repo: str
     files: dict[str, int]
     license: str | list[str]
-    is_adapter: bool
 
 
 def check_upload(folder: str | Path, repo: str) -> Upload:
@@ -95,26 +83,18 @@ def check_upload(folder: str | Path, repo: str) -> Upload:
         validate_repo_id(repo)
     except HFValidationError:
         raise ValueError(f"{repo} is not an id on the Hub; give `owner/name`.") from None
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    if not is_adapter and not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} does not hold a model: there is no config.json in it.")
     license = _check_card(folder)
-    base = adapter_base(str(folder)) if is_adapter else None
+    base = adapter_base(str(folder))
     if base is not None and Path(base).exists():
         raise ValueError(
             f"{folder} is an adapter of {base}, a folder that nobody else has; push that first, and write its id into "
             "adapter_config.json (`base_model_name_or_path`)."
         )
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not _is_ignored(path.relative_to(folder).as_posix())
-    }
-    return Upload(folder, repo, files, license, is_adapter)
-
-
-def _is_ignored(path: str) -> bool:
-    return any(fnmatch.fnmatch(path, pattern) for pattern in IGNORED)
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {path: (folder / path).stat().st_size for path in filter_repo_objects(paths, ignore_patterns=IGNORED)}
+    return Upload(folder, repo, files, license)
 
 
 def _check_card(folder: Path) -> str | list[str]:
@@ -126,8 +106,7 @@ def _check_card(folder: Path) -> str | list[str]:
             "licence."
         )
     try:
-        text = file.read_text(encoding="utf-8")
-        data = ModelCard(text, ignore_metadata_errors=True).data if REGEX_YAML_BLOCK.search(text) else ModelCardData()
+        data = card_data(file.read_text(encoding="utf-8"))
     except Exception as error:  # of YAML, of the encoding
         raise ValueError(f"The metadata of {file} cannot be read: {' '.join(str(error).split())}") from error
     license = data.license
@@ -152,11 +131,9 @@ def load_in_fresh_process(folder: str | Path) -> dict[str, Any]:
         ValueError: It does not load, its logits are not finite, or its tokenizer does not fit.
     """
     folder = Path(folder).expanduser().absolute()
-    is_adapter = not (folder / "config.json").is_file()
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
     with tempfile.TemporaryDirectory() as place:  # a fresh cache, without code of an earlier state of the folder
         result = subprocess.run(
-            [sys.executable, "-c", _LOAD, str(folder), str(is_adapter), str(has_tokenizer)],
+            [sys.executable, "-c", _LOAD, str(folder)],
             cwd=place,
             env={**os.environ, "HF_MODULES_CACHE": place, "TRANSFORMERS_VERBOSITY": "error"},
             stdin=subprocess.DEVNULL,
@@ -200,9 +177,9 @@ def upload(checked: Upload, private: bool = False, message: str | None = None) -
             repo_id=repo,
             folder_path=checked.folder,
             commit_message=message or "Upload model",
-            ignore_patterns=list(IGNORED),
+            ignore_patterns=IGNORED,
         )
     except HfHubHTTPError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"The Hub refuses {checked.repo} ({reason}); does `hf auth whoami` own it?") from error
-    return str(commit.repo_url) if getattr(commit, "repo_url", None) else f"https://huggingface.co/{repo}"
+    return str(commit.repo_url)

@@ -51,8 +51,9 @@ def paragraph(text: str, indent: str = "") -> str:
     return wrapper.fill(text) + "\n"
 
 
-def _items(texts: Sequence[str]) -> list[str]:
-    return [paragraph(f"- {text}", "  ").rstrip() for text in texts]
+def _section(title: str, items: Sequence[str]) -> str:
+    """Markdown of a heading and a list."""
+    return "\n".join([f"## {title}\n", *(paragraph(f"- {item}", "  ").rstrip() for item in items), ""])
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -216,15 +217,13 @@ def how_it_was_made(
     items = []
     conversion, training = records["conversion"], records["training"]
     if conversion:
-        card = ", whose card is [README.source.md](README.source.md)" if has_source_card else ""
         items.append(
-            f"Converted from {_origin(conversion['source'], base)}{card} (format {conversion['family']}, "
+            f"Converted from {_origin(conversion['source'], base, has_source_card)} (format {conversion['family']}, "
             f"{conversion['dtype']}). The looped layers were chosen {conversion['loop']['chosen']}. `conversion.json` "
             "has the mapping of all tensors."
         )
         items += [
-            f"At `num_loops=1` its logits were compared with those of {found['against']}: the largest difference is "
-            f"{found['max_difference']:.2g}, in logits up to {found['max_logit']:.1f} ({found['dtype']})."
+            f"At `num_loops=1` its logits were compared with those of {found['against']}: {_difference(found)}"
             for name, found in conversion.items()
             if name.startswith("verification")
         ]
@@ -238,16 +237,26 @@ def how_it_was_made(
             f"{training['training_flops']:.3g} FLOPs, with up to {most_loops(records, config)} loops (schedule "
             f"`{run['loops'].get('schedule', 'uniform')}`). `training.json` has all settings and the log."
         )
-    return "\n".join(["## How it was made\n", *_items(items), ""]) if items else ""
+    return _section("How it was made", items) if items else ""
 
 
-def _origin(name: str, base: str | list[str] | None) -> str:
+def _origin(name: str, base: str | list[str] | None, has_card: bool = False) -> str:
     """The origin of a model: a link, or the name of a local folder and the models that it comes from."""
+    card = ", whose card is [README.source.md](README.source.md)" if has_card else ""
     bases = [base] if isinstance(base, str) else base or []
-    links = ", ".join(f"[{one}](https://huggingface.co/{one})" for one in bases)
-    if name in bases:
-        return f"[{name}](https://huggingface.co/{name})"
-    return f"`{Path(name).name}`, a local folder" + (f" (made from {links})" if links else "")
+    links = {one: f"[{one}](https://huggingface.co/{one})" for one in bases}
+    if name in links:
+        return links[name] + card
+    made = f" (made from {', '.join(links.values())})" if links else ""
+    return f"`{Path(name).name}`, a local folder{made}{card}"
+
+
+def _difference(found: dict[str, Any]) -> str:
+    """What a comparison of logits has found."""
+    return (
+        f"the largest difference is {found['max_difference']:.2g}, in logits up to {found['max_logit']:.1f} "
+        f"({found['dtype']})."
+    )
 
 
 def most_loops(records: dict[str, dict[str, Any]], config: LoopMDMConfig) -> int:
@@ -270,20 +279,18 @@ def limits(records: dict[str, dict[str, Any]], config: LoopMDMConfig) -> str:
     if records["budget"] or (training.get("evaluation") or {}):
         lines.append("The figures above hold for this model on the data named there, not for other data or seeds.")
     lines.append("Nothing else was measured, neither the truth of its texts nor its biases.")
-    return "\n".join(["## Limits\n", *_items(lines), ""])
+    return _section("Limits", lines)
 
 
 def unrolled(record: dict[str, Any], config: LoopMDMConfig, has_source_card: bool) -> list[str]:
     """The sections of the card of an exported model, whose loops have become layers, in Markdown."""
-    card = ", whose card is [README.source.md](README.source.md)" if has_source_card else ""
     items = [
-        f"Exported from {_origin(record['source'], None)}{card}: {record['num_loops']} loops as layers, "
+        f"Exported from {_origin(record['source'], None, has_source_card)}: {record['num_loops']} loops as layers, "
         f"{record['dtype']}. `export.json` says which layer is which (`layers_from`)."
     ]
     items += [
         f"Its logits were compared with those of the looped model at {record['num_loops']} loops through "
-        f"{found['against']}: the largest difference is {found['max_difference']:.2g}, in logits up to "
-        f"{found['max_logit']:.1f} ({found['dtype']})."
+        f"{found['against']}: {_difference(found)}"
         for found in record["verification"]
     ]
     rules = [
@@ -303,6 +310,6 @@ def unrolled(record: dict[str, Any], config: LoopMDMConfig, has_source_card: boo
             f"([LoopMDM](https://arxiv.org/abs/2605.26106)) with {record['num_loops']} loops, for engines without "
             "loops. The looped layers are stored once for each loop."
         ),
-        "\n".join(["## How it was made\n", *_items(items), ""]),
-        "\n".join(["## Limits\n", *_items(rules), ""]),
+        _section("How it was made", items),
+        _section("Limits", rules),
     ]

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import validate_repo_id
+
+from ..data import locate
 
 LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 # The files of a repository that cards of derived models need
@@ -47,7 +47,7 @@ def read_source_card(name: str | Path, folder: str | Path | None = None) -> Sour
         folder (*optional*): The folder that the files of a Hub id have been downloaded to.
     """
     place = Path(folder or name).expanduser()
-    is_id = not Path(name).expanduser().exists() and _is_id(str(name))
+    is_id = _is_id(str(name))
     if folder is None and is_id:
         try:
             place = Path(snapshot_download(str(name), allow_patterns=list(CARD_FILES)))
@@ -67,22 +67,24 @@ def read_source_card(name: str | Path, folder: str | Path | None = None) -> Sour
     return SourceCard(str(name) if is_id else base, kept, text, files)
 
 
+def card_data(text: str) -> ModelCardData:
+    """The metadata of a card, unchanged. Raises a ValueError, TypeError or YAMLError if they are damaged."""
+    return ModelCard(text, ignore_metadata_errors=True).data if REGEX_YAML_BLOCK.search(text) else ModelCardData()
+
+
 def read_metadata(text: str) -> dict[str, Any]:
-    """The metadata of a card, unchanged; empty if they are damaged."""
-    if not REGEX_YAML_BLOCK.search(text):
-        return {}
+    """As [`card_data`]; empty if they are damaged."""
     try:
-        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        return card_data(text).to_dict()
     except (ValueError, TypeError, yaml.YAMLError):
         return {}
 
 
 def _is_id(name: str) -> bool:
     try:
-        validate_repo_id(name)
-    except HFValidationError:
+        return not Path(locate(name, "a card")).is_dir()
+    except ValueError:
         return False
-    return not name.startswith((".", "/", "~"))
 
 
 def _is_plain(value: Any) -> bool:

@@ -145,8 +145,8 @@ def quick(monkeypatch):
     """Runs in this process what others run in a fresh one, which imports torch anew."""
 
     def run(command, **options):
-        *_, code, folder, is_adapter, has_tokenizer = command
-        monkeypatch.setattr(sys, "argv", ["-c", folder, is_adapter, has_tokenizer])
+        *_, code, folder = command
+        monkeypatch.setattr(sys, "argv", ["-c", folder])
         monkeypatch.setitem(sys.modules, "loopmdm", sys.modules["loopmdm"])  # the code hides it
         with pytest.raises(SystemExit) as exit_:
             exec(code, {})

@@ -6,9 +6,9 @@ server of static files can serve it, and it loads nothing from elsewhere.
 """
 
 import argparse
-import importlib.util
 import json
 import os
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,8 @@ def example_data(model: str) -> tuple[list[str] | None, dict[str, Any] | None]:
     generator, measured = folder / "puzzles.py", folder / "results.json"
     puzzles = None
     if generator.is_file():
-        spec = importlib.util.spec_from_file_location("sudoku_puzzles", generator)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        pairs = module.generate_puzzles(48, 7, 36, 72) + module.generate_puzzles(24, 7, None, None)
-        puzzles = [puzzle for puzzle, _ in pairs]
+        generate = runpy.run_path(str(generator))["generate_puzzles"]
+        puzzles = [puzzle for puzzle, _ in generate(48, 7, 36, 72) + generate(24, 7, None, None)]
     return puzzles, json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else None
 
 

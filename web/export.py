@@ -1,7 +1,6 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """A model of boards as files that a browser runs: three ONNX graphs, and a description of the model and the board."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from ..convert.onnx_graphs import export_graphs, saved_settings
+from ..data import write_json
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 FLOAT32_LIMIT = 8_000_000  # bytes of weights, above which they become int8
@@ -134,7 +134,7 @@ def export_board_model(
         "samples": dict(_find_samples(model, board, puzzles or [])),
         "measured": _solve_rates(measured),
     }
-    (folder / "model.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "model.json", description)
     return description
 
 

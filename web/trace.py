@@ -205,6 +205,3 @@ def _hash(text: str) -> str:
 def write_html(path: str | Path, html: str) -> None:
     """Writes a page to `path`, atomically."""
     write_atomically(Path(path), html)
-
-
-__all__ = ["trace_to_html", "write_html"]

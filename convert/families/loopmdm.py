@@ -1,16 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """A LoopMDM that was trained without loops: the result has the same weights with another loop."""
 
-from dataclasses import fields
-
 from ...configuration_loopmdm import LoopMDMConfig
-from ..family import Family, copy
-
-# Fields that every conversion sets itself
-DECIDED = {
-    *("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update"),
-    *("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id"),
-}
+from ..family import MODEL_FIELDS, Family, copy
 
 
 class LoopMDM(Family):
@@ -25,9 +17,7 @@ class LoopMDM(Family):
                 f"{source.name} is a looped model already (`max_train_loops` is {config.max_train_loops}); only a "
                 "model trained without loops (`max_train_loops` 1) can be given another loop."
             )
-        inherited = {field.name for field in fields(LoopMDMConfig.__mro__[1])}
-        names = {field.name for field in fields(LoopMDMConfig)} - inherited - DECIDED
-        return {name: getattr(config, name) for name in sorted(names)}
+        return {name: getattr(config, name) for name in MODEL_FIELDS}
 
     def recipes(self, source, config):
         return {name: copy(name) for name in source.tensors}

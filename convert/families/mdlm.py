@@ -40,20 +40,20 @@ class MDLM(DiTFormat):
         """From config.json, or from the hyper-parameters of a training checkpoint."""
         if source.config:
             return super().settings(source)
-        hyper = stub_value(source.extras.get("hyper_parameters", {}))
-        hyper = stub_value(hyper.get("config", {})) if isinstance(hyper, dict) else {}
-        model = hyper.get("model") if isinstance(hyper, dict) else None
-        if not isinstance(model, dict):
+        try:
+            hyper = stub_value(source.extras["hyper_parameters"])["config"]
+            model = hyper["model"]
+            return {
+                "n_heads": int(model["n_heads"]),
+                "length": int(model["length"]),
+                "time_conditioning": bool(hyper["time_conditioning"]),
+                "n_blocks": model.get("n_blocks"),
+            }
+        except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{source.name} has neither a config.json nor hyper-parameters that can be read; put a config.json "
                 "with `n_heads`, `model_length` and `time_conditioning` beside it."
-            )
-        return {
-            "n_heads": int(model["n_heads"]),
-            "length": int(model["length"]),
-            "time_conditioning": bool(hyper["time_conditioning"]),
-            "n_blocks": model.get("n_blocks"),
-        }
+            ) from error
 
     def config(self, source):
         if source.config.get("cfg"):
