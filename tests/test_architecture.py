@@ -268,6 +268,8 @@ def test_four_dimensional_masks_pass_through(attention):
     expected = blocks(ids).logits
     for found in (plain(ids, mask).logits, blocks(ids, mask).logits, plain(ids, mask.expand(2, -1, -1, -1)).logits):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    whole = torch.zeros_like(mask) if attention == "eager" else torch.ones_like(mask)
+    torch.testing.assert_close(blocks(ids, whole).logits, plain(ids).logits, rtol=0, atol=1e-12)
     found = plain(ids, mask, logits_to_keep=keep).logits
     torch.testing.assert_close(found, expected.take_along_dim(keep[..., None], 1), rtol=0, atol=1e-12)
     assert (scores(plain(ids).logits) - scores(expected)).abs().max() > 0.01
@@ -329,10 +331,11 @@ def test_learned_positions_are_limited_and_rotary_ones_are_not():
         model(random_ids(1, 2), position_ids=torch.tensor([[0, -1]]))
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn"])
 @pytest.mark.parametrize("overrides", [{"attention_block_size": 2}, {}], ids=str)
-def test_flash_attention_sees_all_or_nothing(overrides):
+def test_flash_attention_sees_all_or_nothing(overrides, attention):
     model = tiny_model(**overrides)
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = attention  # none of them is installed here
     documents = None if overrides else torch.zeros(1, 4)
     with pytest.raises(ValueError, match=r"cannot be block-causal, see packed documents apart.*set_attn_impl"):
         model(random_ids(1, 4), document_ids=documents)

@@ -249,22 +249,6 @@ def test_loss_and_gradients_of_packed_documents(shift_logits):
         torch.testing.assert_close(gradient, gradients(alone)[name], **EXACT)
 
 
-@pytest.mark.parametrize("shape", [(9,), (3, 8), (1, 9), (3, 9, 1)], ids=str)
-def test_document_ids_of_another_shape(shape):
-    batch = packed_batch() | {"document_ids": torch.zeros(shape, dtype=torch.long)}
-    with pytest.raises(ValueError, match=r"`document_ids` has shape .*; the input needs \(3, 9\)"):
-        tiny_model()(**batch)
-
-
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn"])
-@pytest.mark.parametrize("overrides", [{}, {"attention_block_size": 2}], ids=str)
-def test_flash_attention_cannot_pack(attention, overrides):
-    model = tiny_model(**overrides)
-    model.config._attn_implementation = attention
-    with pytest.raises(ValueError, match=r"attention cannot .*call `model.set_attn_implementation"):
-        model(**packed_batch())
-
-
 # Operations
 
 
