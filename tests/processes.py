@@ -30,7 +30,7 @@ def _work(function: Callable, outputs: tuple, args: tuple, kwargs: dict[str, Any
 
 
 def as_rank(rank: int, count: int, port: int = 0) -> None:
-    """Makes this process one of several, by what torchrun tells each; accelerate forgets what it knew of the parent."""
+    """Makes this process one of several, by what torchrun tells each; accelerate forgets what it knew."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}

@@ -161,12 +161,12 @@ def test_rolling_likelihood_adds_up_windows(folder):
     (total,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (" ".join(words),)), disable_tqdm=True)
     ids = lm.tokenizer(" ".join(words))["input_ids"]
     expected = 0.0
-    for start, fresh, end in ((0, 0, 4), (3, 4, 7), (6, 7, 8)):
-        window = torch.tensor([ids[start:end]])
-        maskable = torch.arange(start, end)[None] >= fresh
+    for begin, fresh, end in ((0, 0, 4), (3, 4, 7), (6, 7, 8)):
+        window = torch.tensor([ids[begin:end]])
+        maskable = torch.arange(begin, end)[None] >= fresh
         samples = 8 if end - fresh > 1 else 2
         expected -= nelbo(
-            lm.model, window, maskable=maskable, num_loops=2, num_samples=samples, indices=[start]
+            lm.model, window, maskable=maskable, num_loops=2, num_samples=samples, indices=[begin]
         ).nats.item()
     assert total == pytest.approx(expected, rel=1e-5)
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 What other libraries put around a model, and what is done with it then. Each cell of the table, wrapper by use, equals
-the plain model, or raises an error that names the remedy. The ids of the tests are the table (`--collect-only`); a cell
-that cannot apply is skipped, and says why (`-rs`).
+the plain model, or raises an error that names the remedy. The ids of the tests are the table (`--collect-only`); a
+cell that cannot apply is skipped, and says why (`-rs`).
 """
 
 import copy
