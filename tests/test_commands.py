@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from commands import refusal, run
+from commands import PUZZLE, SOLUTION, refusal, run
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -21,8 +21,6 @@ import loopmdm_cli
 from loopmdm_cli import output
 
 ROOT = Path(__file__).resolve().parents[1]
-PUZZLE = "..7.583.6.8...1.4734..628.9..497..8.9.8..5..475..2.1.35...496..87..1.4..4..58...."
-SOLUTION = "297458316685391247341762859134976582928135764756824193513249678879613425462587931"
 
 COMMANDS = {
     ("info",): ["--length", "--measure", "--json"],

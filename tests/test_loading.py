@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversion import save_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import random_ids, tiny_config, tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,7 +26,6 @@ from transformers import (
     AutoModelForMaskedLM,
     GenerationConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     pipeline,
 )
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
@@ -263,10 +260,7 @@ def test_package(clone, expected, saved_by_clone, tmp_path, trust_remote_code):
 
 def test_pipelines_by_path(clone, expected, fresh, tmp_path):
     shutil.copytree(clone, folder := tmp_path / "with-tokenizer")
-    words = {**{f"w{i}": i for i in range(22)}, "[MASK]": 22}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w1"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", pad_token="w0").save_pretrained(folder)
+    save_tokenizer(folder, 22, extra=("[MASK]",), mask="[MASK]", pad="w0")
 
     def run(folder, expected):
         expected = load_file(expected)
