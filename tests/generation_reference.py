@@ -85,6 +85,20 @@ class TableModel(LoopMDMForMaskedLM):
         return torch.full((num_rows, len(self.table)), self.config.mask_token_id)
 
 
+class Recorder:
+    """A streamer without drafts."""
+
+    def __init__(self):
+        self.puts, self.ended = [], False
+
+    def put(self, value):
+        assert value.ndim == 1 and value.device.type == "cpu"
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
 def commit_steps(trace) -> torch.Tensor:
     """The step that (last) committed each position, `(num_rows, length)`; -1 where none did."""
     steps = torch.full(trace[0].committed.shape, -1)

@@ -121,7 +121,7 @@ def assert_equals_stored(model, kind="dual", interval=None, loop_tolerance=None,
     options = {"cache_implementation": kind, "cache_refresh_interval": interval}
     options |= {"loop_tolerance": loop_tolerance, "visible_loops": visible_loops}
     predictor = partial(Stored, kind=kind, interval=interval, tolerance=loop_tolerance, visible_loops=visible_loops)
-    arguments = {"max_new_tokens": 7, "block_length": 4, "num_loops": 3} | arguments
+    arguments = {"rows": ROWS[1:], "max_new_tokens": 7, "block_length": 4, "num_loops": 3} | arguments
     return assert_equals_reference(model, predictor, options=options, **arguments)
 
 
@@ -206,7 +206,7 @@ def test_chance_with_caches_is_that_of_the_row_alone(model, causal):
     ids=str,
 )
 def test_exit_rules_equal_those_of_forward(exits, arguments, shift_logits):
-    arguments = {"max_new_tokens": 7, "num_loops": 4} | arguments
+    arguments = {"max_new_tokens": 5, "num_loops": 4} | arguments
     assert_equals_reference(
         double_model(shift_logits=shift_logits), partial(plain, **exits), options=exits, **arguments
     )
@@ -225,7 +225,7 @@ def test_exit_rules_equal_those_of_forward(exits, arguments, shift_logits):
 )
 @pytest.mark.parametrize("arguments", [{}, {"unmasking": "ancestral", "max_denoising_steps": 9}], ids=str)
 def test_exit_rules_of_block_causal_models_leave_finished_blocks_alone(overrides, exits, predictor, arguments):
-    arguments = {"max_new_tokens": 7, "num_loops": 4} | arguments
+    arguments = {"max_new_tokens": 5, "num_loops": 4} | arguments
     assert_equals_reference(block_model(**overrides), partial(predictor, **exits), options=exits, **arguments)
 
 

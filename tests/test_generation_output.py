@@ -11,6 +11,7 @@ import torch
 from generation_reference import (
     BLOCK,
     ROWS,
+    Recorder,
     batch_of,
     counted,
     double_model,
@@ -213,20 +214,6 @@ def test_scores_are_those_that_tokens_were_chosen_by(model, arguments):
 
 
 # Streams
-
-
-class Recorder:
-    """A streamer without drafts."""
-
-    def __init__(self):
-        self.puts, self.ended = [], False
-
-    def put(self, value):
-        assert value.ndim == 1 and value.device.type == "cpu"
-        self.puts.append(value.tolist())
-
-    def end(self):
-        self.ended = True
 
 
 class DraftRecorder(Recorder):
