@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import refusal
 from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from processes import FORK, start
 from safetensors.torch import load_file
 from tiny import tiny_model
+from training_runs import SIZES, TEXT, run_writer
 from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
@@ -27,8 +27,6 @@ from loopmdm.training import LoopMDMTrainer
 from loopmdm.training.checkpoints import locked
 from loopmdm.training.run import make_parts, read_config, train
 
-TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
@@ -39,21 +37,14 @@ def tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(tmp_path, tokenizer):
-    """Writes a run's file; `run(key=value)` changes it and returns its path."""
+    """Writes a run's file: `run(key=value)`, see `run_writer`."""
     (tmp_path / "text.txt").write_text(TEXT)
     values = {
         "output": str(tmp_path / "out"),
         "tokenizer": tokenizer,
         "data": str(tmp_path / "text.txt"),
         "sequence_length": 16,
-        "model_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 32,
-            "max_train_loops": 3,
-        },
+        "model_config": SIZES,
         "trainer": {
             "max_steps": 4,
             "per_device_train_batch_size": 4,
@@ -64,16 +55,7 @@ def run(tmp_path, tokenizer):
             "seed": 3,
         },
     }
-
-    def write(**changes) -> str:
-        for name, value in changes.items():
-            if isinstance(value, dict) and isinstance(values.get(name), dict):
-                value = {**values[name], **value}
-            values[name] = value
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-        return str(tmp_path / "run.yaml")
-
-    return write
+    return run_writer(tmp_path, values)
 
 
 def go(path: str, *overrides: str, resume: bool = False) -> dict:
