@@ -173,8 +173,8 @@ def check(model, expected):
         assert torch.equal(model.generate(ids, num_loops=num_loops), expected[f"sequences_{num_loops}"])
 
 
-def load_and_save_twice(source, expected, out):
-    for auto_class in AUTO_CLASSES:
+def load_and_save_twice(source, expected, out, count):
+    for auto_class in AUTO_CLASSES[: int(count)]:
         model = auto_class.from_pretrained(source, trust_remote_code=True)
         assert type(model).__module__.startswith("transformers_modules.")
         check(model, expected)
@@ -197,7 +197,7 @@ def assert_complete(folder):
 @pytest.fixture(scope="module")
 def saved_by_clone(clone, expected, fresh):
     out = fresh.folder / "saved_by_clone"
-    fresh(load_and_save_twice, clone, expected, out)
+    fresh(load_and_save_twice, clone, expected, out, "3")
     return sorted(out.iterdir())
 
 
@@ -213,7 +213,7 @@ def test_hub_snapshot(model, expected, fresh):
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     out = fresh.folder / "saved_by_snapshot"
-    fresh(load_and_save_twice, "user/loop-mdm.v1", expected, out)
+    fresh(load_and_save_twice, "user/loop-mdm.v1", expected, out, "1")
     for folder in out.iterdir():
         assert_complete(folder)
 

@@ -7,12 +7,9 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, MASK, counted_rows, in_turn, random_ids, scores, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import gradients
 
 EXACT = {"rtol": 0, "atol": 1e-11}
-
-
-def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 # Logits
