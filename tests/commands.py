@@ -9,6 +9,10 @@ from typer.testing import CliRunner
 
 import loopmdm_cli
 
+# For the bundled model
+PUZZLE = "..7.583.6.8...1.4734..628.9..497..8.9.8..5..475..2.1.35...496..87..1.4..4..58...."
+SOLUTION = "297458316685391247341762859134976582928135764756824193513249678879613425462587931"
+
 
 def run(*args: object, input: str | None = None) -> str:
     """Standard output of a command that succeeds; any exception is raised."""

@@ -2,14 +2,14 @@
 """What test_distributed.py runs: on one process in the test itself, and on two, which are forks of it."""
 
 import datetime
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from processes import as_rank
 from tiny import tiny_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -249,10 +249,7 @@ def run_sharded(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
 
 def main(folder: Path, rank: int) -> None:
     """The work of a rank, in a process of its own, which leaves its results in `folder`."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # that of the process that this one is a fork of
-    GradientState._reset_state()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # accelerate asks for them; they meet in a file
+    as_rank(rank, RANKS)  # they meet in a file, not at a port
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60))
     results = {

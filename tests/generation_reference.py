@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
+import evaluation_models
 import torch
 from tiny import MASK, PAD, tiny_config, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerFast
 
@@ -61,11 +61,9 @@ def run(model, ids, mask=None, **arguments):
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """A word for every token of `tiny_config`."""
-    vocabulary = {"[PAD]": PAD, "[MASK]": MASK} | {chr(96 + token): token for token in range(1, 22)}
-    # The prefix that StopStringCriteria learns from how a tokenizer joins words
-    words = Tokenizer(models.WordLevel(vocabulary | {"abcdef": 23}, unk_token="[PAD]"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", mask_token="[MASK]")
+    # The last is what StopStringCriteria learns from how a tokenizer joins words
+    words = ["[PAD]", *map(chr, range(97, 118)), "[MASK]", "abcdef"]
+    return evaluation_models.word_tokenizer(words, pad_token="[PAD]", eos_token=None, mask_token="[MASK]")
 
 
 class TableModel(LoopMDMForMaskedLM):
@@ -85,6 +83,20 @@ class TableModel(LoopMDMForMaskedLM):
     def masks(self, num_rows: int = 1) -> torch.Tensor:
         """Input of [MASK]s alone, one per row of the table."""
         return torch.full((num_rows, len(self.table)), self.config.mask_token_id)
+
+
+class Recorder:
+    """A streamer without drafts."""
+
+    def __init__(self):
+        self.puts, self.ended = [], False
+
+    def put(self, value):
+        assert value.ndim == 1 and value.device.type == "cpu"
+        self.puts.append(value.tolist())
+
+    def end(self):
+        self.ended = True
 
 
 def commit_steps(trace) -> torch.Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 FORK = multiprocessing.get_context("fork")
 
@@ -26,3 +27,11 @@ def _work(function: Callable, outputs: tuple, args: tuple, kwargs: dict[str, Any
         os.dup2(nowhere if output is None else output, number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not pytest's
     function(*args, **kwargs)
+
+
+def as_rank(rank: int, count: int, port: int = 0) -> None:
+    """Makes this process one of several, by what torchrun tells each; accelerate forgets what it knew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import refusal, run
 from evaluation_models import save_looped, word_tokenizer
 from peft import (
@@ -20,6 +19,7 @@ from peft import (
     get_peft_model,
 )
 from tiny import tiny_config, tiny_model
+from training_runs import run_writer
 from transformers.utils import logging
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
@@ -179,17 +179,11 @@ def test_commands_refuse_soft_prompts(base, tmp_path):
 
 @pytest.fixture
 def run_file(tmp_path, base):
-    """Writes a run on answers; `run_file(key=value)` changes it and returns its path."""
-
-    def write(**changes) -> str:
-        (tmp_path / "a.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n' * 8)
-        trainer = {"max_steps": 2, "learning_rate": 0.05, "save_strategy": "no", "disable_tqdm": True}
-        values = {"output": str(tmp_path / "out"), "model": base, "data": str(tmp_path / "a.jsonl"), "task": "answers"}
-        values = {**values, "sequence_length": 16, "trainer": trainer} | changes
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-        return str(tmp_path / "run.yaml")
-
-    return write
+    """Writes a run on answers: `run_file(key=value)`, see `run_writer`."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "w1 w2", "completion": "w3"}\n' * 8)
+    trainer = {"max_steps": 2, "learning_rate": 0.05, "save_strategy": "no", "disable_tqdm": True}
+    values = {"output": str(tmp_path / "out"), "model": base, "data": str(tmp_path / "a.jsonl"), "task": "answers"}
+    return run_writer(tmp_path, {**values, "sequence_length": 16, "trainer": trainer})
 
 
 def test_training_goes_on_from_an_adapter(run_file, base, adapter, tmp_path):

@@ -5,7 +5,7 @@ Compared in float64, where rounding hides no mistake."""
 import pytest
 import torch
 from references import run_layers, transformers_logits, transformers_model
-from tiny import ARCHITECTURES, BIASES, MASK, random_ids, scores, tiny_model
+from tiny import ARCHITECTURES, BIASES, MASK, in_turn, random_ids, scores, tiny_model
 
 from loopmdm.modeling_loopmdm import apply_rotary_pos_emb
 
@@ -48,11 +48,9 @@ def random_batch(seed: int, length: int = 20) -> tuple[torch.Tensor, torch.Tenso
     return random_ids(4, length, seed), mask, documents
 
 
-@pytest.mark.parametrize("num_loops", [1, 3])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("overrides", FAMILIES.values(), ids=FAMILIES)
-def test_logits_and_gradients_equal_the_unrolled_stack_of_transformers(overrides, attention, num_loops):
-    ours = tiny_model(attn_implementation=attention, **overrides).double()
+@pytest.mark.parametrize(("name", "attention", "num_loops"), in_turn(FAMILIES, ["sdpa", "eager"], [1, 3]))
+def test_logits_and_gradients_equal_the_unrolled_stack_of_transformers(name, attention, num_loops):
+    ours = tiny_model(attn_implementation=attention, **FAMILIES[name]).double()
     theirs = transformers_model(ours, num_loops)
     ids, mask, documents = random_batch(seed=num_loops)
     for packed in (None, documents):
@@ -67,6 +65,7 @@ def test_logits_and_gradients_equal_the_unrolled_stack_of_transformers(overrides
     (expected * direction).sum().backward()
     theirs = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
         if name in theirs:  # GPT-2 has other names
             expected = theirs[name].grad
             torch.testing.assert_close(parameter.grad, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
@@ -286,6 +285,8 @@ def test_four_dimensional_masks_pass_through(attention):
     expected = blocks(ids).logits
     for found in (plain(ids, mask).logits, blocks(ids, mask).logits, plain(ids, mask.expand(2, -1, -1, -1)).logits):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    whole = torch.zeros_like(mask) if attention == "eager" else torch.ones_like(mask)
+    torch.testing.assert_close(blocks(ids, whole).logits, plain(ids).logits, rtol=0, atol=1e-12)
     found = plain(ids, mask, logits_to_keep=keep).logits
     torch.testing.assert_close(found, expected.take_along_dim(keep[..., None], 1), rtol=0, atol=1e-12)
     assert (scores(plain(ids).logits) - scores(expected)).abs().max() > 0.01
@@ -358,10 +359,11 @@ def test_learned_positions_are_limited_and_rotary_ones_are_not():
         model(random_ids(1, 2), position_ids=torch.tensor([[0, -1]]))
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn"])
 @pytest.mark.parametrize("overrides", [{"attention_block_size": 2}, {}], ids=str)
-def test_flash_attention_sees_all_or_nothing(overrides):
+def test_flash_attention_sees_all_or_nothing(overrides, attention):
     model = tiny_model(**overrides)
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = attention  # none of them is installed here
     documents = None if overrides else torch.zeros(1, 4)
     with pytest.raises(ValueError, match=r"cannot be block-causal, see packed documents apart.*set_attn_impl"):
         model(random_ids(1, 4), document_ids=documents)

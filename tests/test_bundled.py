@@ -10,14 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import PUZZLE, SOLUTION
 from transformers import AutoTokenizer
 
 from loopmdm import LoopMDMForMaskedLM
 
 ROOT = Path(__file__).resolve().parents[1]
 SUDOKU = ROOT / "examples" / "sudoku"
-PUZZLE = "..7.583.6.8...1.4734..628.9..497..8.9.8..5..475..2.1.35...496..87..1.4..4..58...."
-SOLUTION = "297458316685391247341762859134976582928135764756824193513249678879613425462587931"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from references import run_while_moving
-from tiny import ARCHITECTURES, MASK, PAD, random_ids, scores, tiny_config, tiny_model
+from tiny import ARCHITECTURES, MASK, PAD, in_turn, random_ids, scores, tiny_config, tiny_model
 from transformers import DynamicCache
 
 from loopmdm.cache_utils import LoopMDMCache
@@ -105,12 +105,10 @@ CHUNKS = {
 }
 
 
-@pytest.mark.parametrize("num_loops", [1, 3])
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-@architectures
-def test_chunks_equal_one_pass(overrides, chunks, num_loops):
+@pytest.mark.parametrize(("name", "chunks", "num_loops"), in_turn(VARIANTS, CHUNKS, [1, 3]))
+def test_chunks_equal_one_pass(name, chunks, num_loops):
     attention = "sdpa" if num_loops == 3 else "eager"
-    assert_chunks_equal_plain(block_model(attention, **overrides), *chunks, num_loops)
+    assert_chunks_equal_plain(block_model(attention, **VARIANTS[name]), *CHUNKS[chunks], num_loops)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

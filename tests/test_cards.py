@@ -6,43 +6,42 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from commands import run as command
 from conversion import convert, edited
 from evaluation_models import word_tokenizer
 from huggingface_hub import ModelCard
 from tiny import tiny_model
+from training_runs import SIZES, TEXT, run_writer
 
 from loopmdm.convert import convert_checkpoint
 from loopmdm.hub import is_own_card, read_source_card, write_card
 from loopmdm.hub.sections import what_loops_buy
 from loopmdm.training.run import read_config, train
 
-TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
 LICENSED = (
     "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: [en]\n---\n\n# A source\n\n94 %!\n"
 )
-MODEL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A file of a run in a moment; `run(key=value)` changes it, trains, and returns the output."""
+    """A run in a moment: `run(key=value)`, see `run_writer`, trains and returns the output."""
     word_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text(TEXT)
+    values = {
+        "output": str(tmp_path / "out"),
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "data": str(tmp_path / "text.txt"),
+        "sequence_length": 16,
+        "model_config": SIZES | {"num_hidden_layers": 3},
+        "trainer": {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True},
+    }
+    write = run_writer(tmp_path, values)
 
     def go(**changes) -> Path:
-        values = {
-            "output": str(tmp_path / "out"),
-            "tokenizer": str(tmp_path / "tokenizer"),
-            "data": str(tmp_path / "text.txt"),
-            "sequence_length": 16,
-            "model_config": {**MODEL, "max_position_embeddings": 32, "max_train_loops": 3},
-            "trainer": {"max_steps": 2, "per_device_train_batch_size": 2, "disable_tqdm": True},
-        } | changes
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-        train(read_config(tmp_path / "run.yaml"))
-        return Path(values["output"])
+        config = read_config(write(**changes))
+        train(config)
+        return Path(config.output)
 
     return go
 

@@ -162,7 +162,9 @@ def test_samples_of_trained_arms_are_judged(monkeypatch, capsys, folder):
 
 
 def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
-    path = tmp_path / "healing.json"
+    path, boards = tmp_path / "healing.json", tasks.sudoku6_rows
+    monkeypatch.setattr(tasks, "sudoku6_rows", lambda cache, count, seed: boards(cache, min(count, 16), seed))
+    monkeypatch.setattr(healing, "LOOPS", (1, 2, 6))
     options = ["--quick", "--shares", "25", "--threads", "1", "--work", str(tmp_path), "--output", str(path)]
     for more in ([], ["--windows"], ["--pilots"]):
         monkeypatch.setattr(sys, "argv", ["healing.py", *options, *more])

@@ -147,6 +147,8 @@ def test_pairs_by_any_name(prompt, answer):
     assert parts(tokenizer, {prompt: "2+2?", answer: "4 </s>"}) == ("2+2?", "4 </s>")  # no second end
     assert parts(tokenizer, {prompt: "", answer: "4"}) == ("", "4 </s>")
     assert parts(tokenizer, {prompt: "2+2?", answer: ""}) == ("2+2?", "</s>")
+    assert parts(tokenizer, {"instruction": "be", "prompt": "2+2?", answer: "4"}) == ("2+2?", "4 </s>")  # the first
+    assert parts(tokenizer_with(None, eos_token=None), {prompt: "2+2?", answer: "4"}) == ("2+2?", "4")
 
 
 def test_ends_that_tokenizers_add_to_prompts_are_left_out_and_those_of_the_text_stay():
@@ -167,6 +169,7 @@ def test_ends_that_tokenizers_add_to_prompts_are_left_out_and_those_of_the_text_
             "message 1 needs `role` and `content`; it has role, v",
         ),
         ({"messages": [ANSWER]}, "has no message before the answer"),
+        *(({"messages": bad}, "`messages` must be a list that ends with one") for bad in ([], "2+2?", ["2+2?", "4"])),
         ({"messages": [USER, {"role": "model", "content": "4"}]}, "that ends with one of the role `assistant`"),
         (
             {"messages": [USER, ANSWER], "images": ["a"]},
@@ -188,6 +191,8 @@ def test_ends_that_tokenizers_add_to_prompts_are_left_out_and_those_of_the_text_
         ({"system": "be kind", "prompt": "2+2?", "completion": "4"}, "has `system`, which would be lost"),
         ({"prompt": "2+2? \ud800", "completion": "4"}, "The tokenizer cannot read Row 3"),
         ({"prompt": "2+2?", "completion": None}, "no text called answer or response or output or completion"),
+        ({"prompt": 5, "completion": "4"}, "no text called prompt or question or instruction"),
+        ({}, "it has nothing"),
     ],
     ids=str,
 )
@@ -211,6 +216,12 @@ def test_rows_that_would_be_misread_are_refused(example, message):
             "leaves",
         ),
         (ROLES.replace("{{ m['content'] }}", ""), [{"type": "text", "text": "4"}], "`content` is a list of parts"),
+        (None, "4", "has no chat template"),
+        (
+            "{% for m in messages|reverse %}{{ m['content'] + ' ' }}{% endfor %}",
+            "4",
+            "does not put the answer behind the prompt",
+        ),
     ],
     ids=str,
 )

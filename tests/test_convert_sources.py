@@ -40,8 +40,6 @@ from safetensors.torch import load_file, save_file
 import loopmdm.convert.source as source_module
 from loopmdm.convert import convert_checkpoint, open_source
 
-BROKEN = "is not a complete safetensors file"
-
 
 @pytest.fixture(scope="module")
 def plain_llada(tmp_path_factory) -> Path:
@@ -99,21 +97,12 @@ def test_shards_that_do_not_fit_their_index(tmp_path, out):
     refuse(tmp_path / "repeated", out, f"{second} holds", "again")
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 200, 0.1, 0.5, -4, -1])
-def test_truncated_safetensors(src, out, size):
-    """Cut in the header's length, in the header, and in the data."""
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_truncated_safetensors(src, out, share):
+    """Cut in the header, and in the data; see test_hostile_models.py for all else that a header can be."""
     file = edited("llada", src) / "model.safetensors"
-    total = file.stat().st_size
-    os.truncate(file, int(size * total) if isinstance(size, float) else size if size >= 0 else total + size)
-    refuse(src, out, str(file), BROKEN)
-
-
-@pytest.mark.parametrize(("offset", "text"), [(0, b"\xff" * 8), (8, b"xxxx"), (60, b'"""')])
-def test_damaged_headers(src, out, offset, text):
-    file = edited("llada", src) / "model.safetensors"
-    original = file.read_bytes()
-    file.write_bytes(original[:offset] + text + original[offset + len(text) :])
-    refuse(src, out, str(file), BROKEN)
+    os.truncate(file, int(share * file.stat().st_size))
+    refuse(src, out, str(file), "is not a complete safetensors file")
 
 
 def test_a_file_that_shrinks_while_it_is_read(src, out):

@@ -10,7 +10,6 @@ import torch
 from evaluation_models import word_tokenizer
 from tiny import tiny_config
 from tokenizers.pre_tokenizers import Split
-from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 from training_runs import MASK, PAD
 
@@ -20,7 +19,6 @@ from loopmdm.training import (
     ExampleStream,
     MaskedDiffusionCollator,
     StreamedExamples,
-    encode_answer,
     pack_documents,
     read_documents,
     read_jsonl,
@@ -257,99 +255,6 @@ def test_packing_is_lazy_and_checks_its_length():
     assert list(pack_documents([], 4)) == list(pack_documents([[], []], 4)) == []
     with pytest.raises(ValueError, match="`length` is 0"):
         list(pack_documents([[1]], 0))
-
-
-# Prompts and answers
-
-WORDS = [
-    "<pad>",
-    "<unk>",
-    "<s>",
-    "</s>",
-    "<mask>",
-    "<user>",
-    "<assistant>",
-    *["what", "is", "two", "and", "four", "six", "?"],
-]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </s> ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
-)
-PROMPT = "what is two and four ?"
-
-
-def chat_tokenizer(chat_template: str | None = None, ends: bool = False, eos: str | None = "</s>"):
-    """A tokenizer that begins every text, or begins and ends it."""
-    tokenizer = word_tokenizer(WORDS, unk_token="<unk>", bos_token="<s>", eos_token=eos)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>" if ends else "<s> $A", special_tokens=[("<s>", 2), ("</s>", 3)]
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-@pytest.mark.parametrize("ends", [False, True], ids=["begins texts", "begins and ends texts"])
-def test_plain_pairs(ends):
-    tokenizer = chat_tokenizer(ends=ends)
-    for prompt, answer in itertools.product(
-        ("prompt", "question", "instruction"), ("answer", "response", "output", "completion")
-    ):
-        encoded = encode_answer(tokenizer, {prompt: PROMPT, answer: "six", "id": 3})
-        words = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-        assert words == ["<s>", *PROMPT.split(), "six", "</s>"]
-        assert encoded["prompt_length"] == 7
-    assert encode_answer(chat_tokenizer(eos=None), {"prompt": "two", "answer": "six"})["input_ids"] == [2, 9, 12]
-    # the first name wins
-    both = encode_answer(tokenizer, {"question": "two", "prompt": "four", "answer": "six"})
-    assert tokenizer.decode(both["input_ids"]) == "<s> four six </s>"
-    batch = MaskedDiffusionCollator(4, 0)([{**both, "index": 0}])
-    assert batch["labels"].tolist() == [[-100, -100, 12, 3]]
-
-
-def test_conversations():
-    tokenizer = chat_tokenizer(TEMPLATE)
-    messages = [
-        {"role": "user", "content": "what is two ?"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "and four ?"},
-        {"role": "assistant", "content": "six six"},
-    ]
-    encoded = encode_answer(tokenizer, {"messages": messages})
-    words = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    prompt, answer = words[: encoded["prompt_length"]], words[encoded["prompt_length"] :]
-    assert answer == ["six", "six", "</s>"]
-    assert prompt.count("<assistant>") == 2 and prompt[-1] == "<assistant>"
-
-
-@pytest.mark.parametrize(
-    ("example", "template", "message"),
-    [
-        (
-            {"prompt": "two"},
-            None,
-            "Row 3 has no text called answer or response or output or completion; it has prompt",
-        ),
-        ({"answer": "two"}, None, "Row 3 has no text called prompt or question or instruction"),
-        ({}, None, "it has nothing"),
-        ({"prompt": 5, "answer": "two"}, None, "no text called prompt"),
-        ("two", None, "Row 3 is a text; give prompts and answers"),
-        ({"messages": []}, TEMPLATE, "Row 3: `messages` must be a list that ends with one of the role `assistant`"),
-        ({"messages": "two"}, TEMPLATE, "Row 3: `messages` must be a list"),
-        ({"messages": ["two", "six"]}, TEMPLATE, "Row 3: `messages` must be a list"),
-        ({"messages": [{"role": "user", "content": "two"}]}, TEMPLATE, "ends with one of the role `assistant`"),
-        ({"messages": [{"role": "assistant", "content": "two"}]}, None, "has no chat template"),
-        ({"messages": [{"role": "assistant", "content": "two"}]}, TEMPLATE, "Row 3 has no message before the answer"),
-        (
-            {"messages": [{"role": "user", "content": "two"}, {"role": "assistant", "content": "six"}]},
-            "{% for m in messages|reverse %}{{ m['content'] + ' ' }}{% endfor %}",
-            "Row 3: the chat template does not put the answer behind the prompt",
-        ),
-    ],
-    ids=str,
-)
-def test_bad_answers_are_named(example, template, message):
-    with pytest.raises(ValueError, match=message):
-        encode_answer(chat_tokenizer(template), example, "Row 3")
 
 
 # Texts

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import refusal, run
+from commands import PUZZLE, SOLUTION, refusal, run
 from evaluation_models import make_judge, save_judge, save_looped, word_tokenizer
 
 from loopmdm import LoopMDMForMaskedLM
@@ -18,8 +18,6 @@ from loopmdm.evaluation import generative_perplexity, nelbo
 from loopmdm.evaluation.protocol import output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-PUZZLE = "..7.583.6.8...1.4734..628.9..497..8.9.8..5..475..2.1.35...496..87..1.4..4..58...."
-SOLUTION = "297458316685391247341762859134976582928135764756824193513249678879613425462587931"
 
 
 @pytest.fixture(scope="module")

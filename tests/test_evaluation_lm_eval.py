@@ -2,8 +2,7 @@
 """The lm-eval adapter, end to end on local tasks with tiny models, offline."""
 
 import json
-import os
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import yaml
 from commands import run
 from evaluation_models import save_judge, save_looped
+from processes import as_rank, start
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -81,6 +81,11 @@ def tasks(tmp_path_factory):
     for name, values in definitions.items():
         (path / f"{name}.yaml").write_text(yaml.safe_dump(common | {"task": name} | values))
     return path
+
+
+def evaluated(tasks: Path, *names: str, **options) -> dict | None:
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    return lm_eval.simple_evaluate(tasks=list(names), task_manager=manager, bootstrap_iters=0, **options)
 
 
 def requests(kind: str, *arguments: tuple) -> list[Instance]:
@@ -156,12 +161,12 @@ def test_rolling_likelihood_adds_up_windows(folder):
     (total,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", (" ".join(words),)), disable_tqdm=True)
     ids = lm.tokenizer(" ".join(words))["input_ids"]
     expected = 0.0
-    for start, fresh, end in ((0, 0, 4), (3, 4, 7), (6, 7, 8)):
-        window = torch.tensor([ids[start:end]])
-        maskable = torch.arange(start, end)[None] >= fresh
+    for begin, fresh, end in ((0, 0, 4), (3, 4, 7), (6, 7, 8)):
+        window = torch.tensor([ids[begin:end]])
+        maskable = torch.arange(begin, end)[None] >= fresh
         samples = 8 if end - fresh > 1 else 2
         expected -= nelbo(
-            lm.model, window, maskable=maskable, num_loops=2, num_samples=samples, indices=[start]
+            lm.model, window, maskable=maskable, num_loops=2, num_samples=samples, indices=[begin]
         ).nats.item()
     assert total == pytest.approx(expected, rel=1e-5)
 
@@ -236,14 +241,8 @@ def test_chat_templates(lm):
 
 
 def test_simple_evaluate_runs_local_tasks(folder, lm, tasks):
-    results = lm_eval.simple_evaluate(
-        model="loopmdm",
-        model_args={"pretrained": folder, "num_loops": 2, "num_samples": 8},
-        tasks=["choose", "go_on", "roll"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        batch_size=4,
-        bootstrap_iters=0,
-    )
+    arguments = {"pretrained": folder, "num_loops": 2, "num_samples": 8}
+    results = evaluated(tasks, "choose", "go_on", "roll", model="loopmdm", model_args=arguments, batch_size=4)
     # The choice of the highest likelihood, as `nelbo` itself ranks them
     right = 0
     for doc in DOCS:
@@ -261,56 +260,37 @@ def test_simple_evaluate_runs_local_tasks(folder, lm, tasks):
 
 
 def test_chats_reach_the_model(folder, tasks):
-    results = lm_eval.simple_evaluate(
-        model="loopmdm",
-        model_args=f"pretrained={folder},num_loops=1,num_samples=2",
-        tasks=["go_on"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        apply_chat_template=True,
-        bootstrap_iters=0,
-    )
+    arguments = f"pretrained={folder},num_loops=1,num_samples=2"
+    results = evaluated(tasks, "go_on", model="loopmdm", model_args=arguments, apply_chat_template=True)
     assert results["samples"]["go_on"][0]["arguments"][0][0] == "w0 w1 w2 w3 w0 "
 
 
-SCRIPT = """
-import json, sys
-import lm_eval, torch
-from lm_eval.tasks import TaskManager
-from loopmdm.evaluation.lm_eval_model import LoopMDMEvalModel
-
-torch.set_num_threads(1)
-folder, tasks, output = sys.argv[1:]
-lm = LoopMDMEvalModel(folder, num_loops=2, num_samples=8, batch_size=4, device="cpu")
-manager = TaskManager(include_path=tasks, include_defaults=False)
-results = lm_eval.simple_evaluate(model=lm, tasks=["choose", "go_on"], task_manager=manager, bootstrap_iters=0)
-assert (results is None) == (lm.rank > 0)
-if lm.rank == 0:
-    samples = {sample["doc_id"]: sample["resps"][0][0] for sample in results["samples"]["go_on"]}
-    accuracy = results["results"]["choose"]["acc,none"]
-    json.dump({"processes": lm.world_size, "accuracy": accuracy, "texts": samples}, open(output, "w"))
-"""
+def work(rank: int, port: int, folder: str, tasks: Path, output: Path) -> None:
+    """A process of two, as torchrun starts them."""
+    as_rank(rank, 2, port)
+    lm = LoopMDMEvalModel(folder, num_loops=2, num_samples=8, batch_size=4, device="cpu")
+    results = evaluated(tasks, "choose", "go_on", model=lm)
+    assert (lm.rank, lm.world_size) == (rank, 2) and (results is None) == (rank > 0)
+    if rank == 0:
+        output.write_text(json.dumps({name: results[name] for name in ("results", "samples")}, default=str))
 
 
 def test_several_processes_share_the_work(folder, lm, tasks, tmp_path):
     """Two processes give the results of one."""
-    (tmp_path / "run.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*launcher, str(tmp_path / "run.py"), folder, str(tasks), str(tmp_path / "two.json")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    started = [start(work, rank, port, folder, tasks, tmp_path / "two.json") for rank in range(2)]
+    for process in started:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in started] == [0, 0]
+    found, alone = json.loads((tmp_path / "two.json").read_text()), evaluated(tasks, "choose", "go_on", model=lm)
+    assert found["results"]["choose"]["acc,none"] == alone["results"]["choose"]["acc,none"]
+    texts, expected = (
+        {sample["doc_id"]: sample["resps"][0][0] for sample in results["samples"]["go_on"]}
+        for results in (found, alone)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "two.json").read_text())
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    alone = lm_eval.simple_evaluate(model=lm, tasks=["choose", "go_on"], task_manager=manager, bootstrap_iters=0)
-    assert found["processes"] == 2
-    assert found["accuracy"] == alone["results"]["choose"]["acc,none"]
-    samples = alone["samples"]["go_on"]
-    assert found["texts"] == {str(sample["doc_id"]): sample["resps"][0][0] for sample in samples}
-    assert len(samples) == 3
+    assert texts == expected and len(texts) == 3
 
 
 def test_gsm8k_from_local_files(folder, tmp_path, monkeypatch):

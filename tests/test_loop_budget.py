@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import refusal, run
+from commands import PUZZLE, SOLUTION, refusal, run
 from tiny import random_ids, tiny_model
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
@@ -175,15 +175,9 @@ def folder(tmp_path):
     return folder
 
 
-def sudoku_lines(model_folder: Path, count: int = 4) -> str:
-    from test_bundled import PUZZLE, SOLUTION
-
-    return f"{json.dumps({'prompt': PUZZLE, 'answer': SOLUTION})}\n" * count
-
-
 def test_command_writes_what_it_chose(folder, tmp_path):
     data, output = tmp_path / "data.jsonl", tmp_path / "out.json"
-    data.write_text(sudoku_lines(folder))
+    data.write_text(f"{json.dumps({'prompt': PUZZLE, 'answer': SOLUTION})}\n" * 4)
     arguments = ("calibrate", folder, "--data", data, "--max-denoising-steps", 2, "--num-loops", 2, "--output", output)
     before = (folder / "generation_config.json").read_text()
     run(*arguments, "--dry-run")

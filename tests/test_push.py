@@ -1,6 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """`loopmdm push`: what is refused, what goes to the Hub, and what stays. The Hub is one of the test's own."""
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -73,7 +75,25 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def test_a_folder_is_loaded_and_uploaded(folder, hub):
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs in this process what others run in a fresh one, which imports torch anew."""
+
+    def run(command, **options):
+        *_, code, folder = command
+        monkeypatch.setattr(sys, "argv", ["-c", folder])
+        monkeypatch.setitem(sys.modules, "loopmdm", sys.modules["loopmdm"])  # the code hides it
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
+            try:
+                exec(code, {})
+            except SystemExit as exit_:
+                return SimpleNamespace(returncode=1, stderr=str(exit_))
+        return SimpleNamespace(returncode=0, stdout=shown.getvalue())
+
+    monkeypatch.setattr("loopmdm.hub.push.subprocess.run", run)
+
+
+def test_a_folder_is_loaded_and_uploaded(folder, hub, quick):
     shown = " ".join(command("push", folder, "ann/looped", "--private", "--message", "First").split())
     ((repo, message, files),) = hub.commits
     assert (repo, message, hub.repos) == ("ann/looped", "First", {"ann/looped": True})
@@ -138,21 +158,6 @@ def test_nobody_logged_in(folder, hub, loads, monkeypatch):
 
 def test_a_public_repository_does_not_become_private_in_silence(folder, hub, loads):
     assert "is public" in refusal("push", folder, "ann/public", "--private") and hub.commits == []
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Runs in this process what others run in a fresh one, which imports torch anew."""
-
-    def run(command, **options):
-        *_, code, folder = command
-        monkeypatch.setattr(sys, "argv", ["-c", folder])
-        monkeypatch.setitem(sys.modules, "loopmdm", sys.modules["loopmdm"])  # the code hides it
-        with pytest.raises(SystemExit) as exit_:
-            exec(code, {})
-        return SimpleNamespace(returncode=1, stderr=str(exit_.value))
-
-    monkeypatch.setattr("loopmdm.hub.push.subprocess.run", run)
 
 
 def test_weights_that_give_no_numbers_are_refused(folder, quick):

@@ -7,11 +7,9 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO
 
 import openai
 import pytest
@@ -33,9 +31,20 @@ def tokenizer():
     return word_tokenizer([*WORDS[:-1], "abcdef"])  # what StopStringCriteria learns from how a tokenizer joins words
 
 
-def address(shown: IO[str]) -> str:
-    """What a server says first."""
-    return re.match(r"http://127\.0\.0\.1:\d+/v1", shown.readline())[0]
+@contextlib.contextmanager
+def served(folder: str):
+    """A client of a server in a process of its own."""
+    read, write = os.pipe()
+    process = start(loopmdm_cli.main, ["serve", folder, "--port", "0"], stdout=write)
+    os.close(write)
+    try:
+        with open(read) as shown:
+            address = re.match(r"http://127\.0\.0\.1:\d+/v1", shown.readline())[0]
+            with openai.OpenAI(base_url=address, api_key="none", max_retries=0) as client:
+                yield client
+    finally:
+        process.terminate()
+        process.join()
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +56,8 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def client(folder):
-    command = [sys.executable, "-m", "loopmdm", "serve", folder, "--port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            with openai.OpenAI(base_url=address(process.stdout), api_key="none", max_retries=0) as client:
-                yield client
-        finally:
-            process.terminate()
+    with served(folder) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -263,13 +266,8 @@ def test_an_adapter_is_served(tmp_path, folder):
     model = LoopMDMForMaskedLM.from_pretrained(folder)
     model.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
-    read, write = os.pipe()
-    process = start(loopmdm_cli.main, ["serve", str(tmp_path / "adapter"), "--port", "0"], stdout=write)
-    os.close(write)
-    with open(read) as shown, openai.OpenAI(base_url=address(shown), api_key="none", max_retries=0) as client:
+    with served(str(tmp_path / "adapter")) as client:
         answer = ask(client, str(tmp_path / "adapter"), "w3 w4", max_tokens=6)
-    process.terminate()
-    process.join()
     assert answer.choices[0].message.content == text_of(direct(model, "w3 w4", max_new_tokens=6))
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import refusal
 from evaluation_models import word_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from processes import FORK, start
 from safetensors.torch import load_file
 from tiny import tiny_model
+from training_runs import SIZES, TEXT, run_writer
 from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
@@ -27,8 +27,6 @@ from loopmdm.training import LoopMDMTrainer
 from loopmdm.training.checkpoints import locked
 from loopmdm.training.run import make_parts, read_config, train
 
-TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
@@ -39,21 +37,14 @@ def tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(tmp_path, tokenizer):
-    """Writes a run's file; `run(key=value)` changes it and returns its path."""
+    """Writes a run's file: `run(key=value)`, see `run_writer`."""
     (tmp_path / "text.txt").write_text(TEXT)
     values = {
         "output": str(tmp_path / "out"),
         "tokenizer": tokenizer,
         "data": str(tmp_path / "text.txt"),
         "sequence_length": 16,
-        "model_config": {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 32,
-            "max_train_loops": 3,
-        },
+        "model_config": SIZES,
         "trainer": {
             "max_steps": 4,
             "per_device_train_batch_size": 4,
@@ -64,16 +55,7 @@ def run(tmp_path, tokenizer):
             "seed": 3,
         },
     }
-
-    def write(**changes) -> str:
-        for name, value in changes.items():
-            if isinstance(value, dict) and isinstance(values.get(name), dict):
-                value = {**values[name], **value}
-            values[name] = value
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-        return str(tmp_path / "run.yaml")
-
-    return write
+    return run_writer(tmp_path, values)
 
 
 def go(path: str, *overrides: str, resume: bool = False) -> dict:
@@ -145,9 +127,8 @@ def test_training_learns(run, tmp_path):
     assert record["evaluation"]["eval_nelbo_3"] < 1.5
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_repeats_an_uninterrupted_one(run, tmp_path, optimizer):
-    path = run(optimizer=optimizer, ema_decay=0.8)
+def test_a_resumed_run_repeats_an_uninterrupted_one(run, tmp_path):
+    path = run(optimizer="muon", ema_decay=0.8)
     go(path)
     whole = weights(tmp_path / "out")
     # Stopped after two of four steps: what is left is what a killed process leaves.
@@ -173,18 +154,11 @@ def test_a_finished_folder_is_left_alone(run, tmp_path, monkeypatch):
     assert go(path) == {}, "the first process speaks for all"
 
 
-def test_another_data_set_cannot_be_resumed(run, tmp_path):
-    path = run()
-    go(path)
-    (tmp_path / "out" / "config.json").unlink()
-    (tmp_path / "text.txt").write_text(TEXT.replace("w1 ", "w2 "))
-    with pytest.raises(ValueError, match="is of another run: its data is"):
-        go(path, "trainer.max_steps=6", resume=True)
-
-
-def test_what_changes_the_result_cannot_change_on_resume(begun):
+def test_what_changes_the_result_cannot_change_on_resume(begun, tmp_path):
     path, _ = begun
+    (tmp_path / "other.txt").write_text(TEXT.replace("w1 ", "w2 "))
     for change, message in {
+        f"data={tmp_path / 'other.txt'}": "its data is",
         "trainer.learning_rate=0.02": "its learning_rate is 0.01, here 0.02",
         "loops={schedule: growing}": "its loop schedule is UniformLoops",
         "dtype=bfloat16": "its dtype is",
@@ -412,16 +386,8 @@ def answers(tmp_path, rows) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [{"prompt": "w1 w2", "answer": "w3 w4"}] * 6,
-        [{"question": "w1 w2", "response": "w3 w4"}] * 6,
-        [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]}] * 6,
-    ],
-    ids=["pairs", "other names", "messages"],
-)
-def test_answers_are_learnt_given_prompts(run, tmp_path, rows):
+def test_answers_are_learnt_given_prompts(run, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 w3"}]}] * 6
     record = go(run(task="answers", data=answers(tmp_path, rows), trainer={"max_steps": 30}))
     losses = [line["loss"] for line in record["log"] if "loss" in line]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
@@ -455,20 +421,14 @@ def test_lora_trains_an_adapter_alone(run, tmp_path, tokenizer):
     assert isinstance(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True), PeftModel)
 
 
-def test_json_lines_of_texts(run, tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXT.split("\n\n")))
-    assert go(run(data=str(path), text_column="body"))["steps"] == 4
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_data_sets(run, tmp_path, streaming, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = tmp_path / "rows"
     rows.mkdir()
-    (rows / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT.split("\n\n")))
-    record = go(run(data=str(rows), dataset={"streaming": streaming}))
+    (rows / "train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXT.split("\n\n")))
+    record = go(run(data=str(rows), text_column="body", dataset={"streaming": streaming}))
     assert record["steps"] == 4
 
 
@@ -535,26 +495,18 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"sequence_lenght": 8}, ["`sequence_lenght`, which does not exist", "`sequence_length`?"]),
-        ({"trainer": {"learning_rat": 1}}, ["`learning_rat`", "`learning_rate`?"]),
         ({"trainer": {"output_dir": "x"}}, ["`output_dir`, which this command sets itself"]),
-        ({"model_config": {"hidden": 8}}, ["`model_config` has a key `hidden`"]),
         ({"model_config": {"loop_end": 9}}, ["layers[1:9] of 4 layers"]),
-        ({"collator": {"ratio": 1}}, ["`collator` has a key `ratio`"]),
         ({"collator": {"mask_ratio": [0.9, 0.1]}}, ["`mask_ratio` is (0.9, 0.1)"]),
         ({"loops": {"schedule": "often"}}, ["loop schedule is 'often'", "uniform"]),
         ({"distillation": 0.5}, ["`distillation`, which does not exist"]),
-        ({"loops": {"speed": 2}}, ["`loops` has a key `speed`, which does not exist"]),
         ({"loops": {"max_loops": 0}}, ["`loops.max_loops` is 0"]),
         ({"gradient_loops": 4}, ["`gradient_loops` is 4", "(3)"]),
         ({"task": "chat"}, ["`task` is 'chat'", "answers"]),
         ({"optimizer": "sgd"}, ["`optimizer` is 'sgd'"]),
         ({"sequence_length": 64}, ["`sequence_length` is 64", "1 to 32"]),
-        ({"data": "nowhere.txt"}, ["nowhere.txt is not a file"]),
-        ({"data": None}, ["has no `data`"]),
         ({"model_config": None}, ["neither a `model` to start from", "`model_config`"]),
         ({"tokenizer": None}, ["`tokenizer` is missing"]),
-        ({"ema_decay": 1.5}, ["`ema_decay` is 1.5"]),
         ({"trainer": {"save_total_limit": 1}}, ["`save_total_limit` is 1"]),
         ({"trainer": 3}, ["`trainer` is 3"]),
         ({"trainer": {"label_smoothing_factor": 0.1}}, ["`label_smoothing_factor` is 0.1, which does not work here"]),
@@ -562,10 +514,8 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` needs `eval_data`", "`eval_data`"]),
         ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, ["`trainer`: ", "min_lr"]),
         ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
-        ({"tokenizer": "./nowhere"}, ["./nowhere does not hold a tokenizer; it is not a folder"]),
         ({"model_config": {"vocab_size": 20}}, ["The tokenizer has 32 tokens, and the model 20", "{vocab_size: 32}"]),
         ({"lora": {"layers": "middle"}}, ["'middle'", "mid"]),
-        ({"lora": {"rank": 3}}, ["`lora` has a key `rank`, which does not exist"]),
     ],
     ids=str,
 )
@@ -577,33 +527,6 @@ def test_bad_runs_are_refused_before_training(run, tmp_path, monkeypatch, change
     for part in parts:
         assert part in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "parts"),
-    [
-        ('{"prompt": "w1", "answer": "w2"}\n{"prompt": "w1"\n', ["answers.jsonl, line 2 is not valid JSON"]),
-        ("[1]\n", ["line 1 is a list"]),
-        ("\n", ["holds no examples"]),
-        ('{"prompt": "w1"}\n', ["answers.jsonl, line 1 has no text called answer"]),
-        ('{"messages": [{"role": "user", "content": "w1"}]}\n', ["line 1: `messages` must be a list that ends"]),
-        ('{"prompt": "' + "w1 " * 20 + '", "answer": "w2"}\n', ["line 1 has 22 tokens", "skip_long"]),
-    ],
-)
-def test_bad_answers_are_named(run, tmp_path, content, parts):
-    path = tmp_path / "answers.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError) as error:
-        go(run(task="answers", data=str(path)))
-    for part in parts:
-        assert part in str(error.value)
-
-
-def test_unreadable_texts_are_named(run, tmp_path):
-    for content, part in ((b"", "holds no text"), (b"\xff\xfe\x00\xd8", "is not text in UTF-8")):
-        (tmp_path / "bad.txt").write_bytes(content)
-        with pytest.raises(ValueError, match=part):
-            go(run(data=str(tmp_path / "bad.txt")))
 
 
 def test_command(run, tmp_path):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import refusal
 from commands import run as command
 from evaluation_models import word_tokenizer
 from tiny import tiny_model
+from training_runs import SIZES, TEXT, run_writer
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.objective import find_model
@@ -19,35 +19,26 @@ from loopmdm.training import preview as preview_module
 from loopmdm.training.preview import preview
 from loopmdm.training.run import CHECKPOINTS, make_parts, read_config, train
 
-TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
 ANSWERS = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i + 3}"} for i in range(20)]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A file of a run in `tmp_path`; `run(key=value)` changes it and returns its path."""
+    """The file of a run in the current folder: `run(key=value)`, see `run_writer`."""
     monkeypatch.chdir(tmp_path)
     word_tokenizer().save_pretrained("tokenizer")
     Path("text.txt").write_text(TEXT)
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ANSWERS))
-    model = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
     values = {
         "output": "out",
         "tokenizer": "tokenizer",
         "data": "text.txt",
         "sequence_length": 16,
-        "model_config": {**model, "max_position_embeddings": 32, "max_train_loops": 3},
+        "model_config": SIZES,
         "loops": {"schedule": "fixed"},
         "trainer": {"max_steps": 4, "per_device_train_batch_size": 4, "disable_tqdm": True, "save_strategy": "no"},
     }
-
-    def write(**changes) -> str:
-        for name, value in changes.items():
-            values[name] = {**values[name], **value} if isinstance(value, dict) and name in values else value
-        Path("run.yaml").write_text(yaml.safe_dump(values))
-        return "run.yaml"
-
-    return write
+    return run_writer(tmp_path, values)
 
 
 def look(path: str, *overrides: str):

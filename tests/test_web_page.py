@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import Watched, need, serious_faults, serving
-from commands import refusal
-from test_commands import PUZZLE, SOLUTION
+from commands import PUZZLE, SOLUTION, refusal
 from tiny import tiny_model
 from transformers import AutoTokenizer
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import refusal, run
-from test_commands import PUZZLE
+from commands import PUZZLE, refusal, run
 from tiny import MASK, PAD, tiny_model
 
 from loopmdm.generation_outputs import LoopMDMGenerationOutput, LoopMDMTraceStep

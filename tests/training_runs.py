@@ -1,15 +1,21 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What training tests share: examples, batches, arguments and trainers on tiny models."""
+"""What training tests share: examples, batches, arguments and trainers on tiny models, and files of runs."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
+import yaml
 from tiny import tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
 from loopmdm.training import ExampleStream, LoopMDMTrainer, MaskedDiffusionCollator, MuonAdamW
 
 MASK, PAD = 22, 0
+# Of the words of `word_tokenizer` in evaluation_models.py, and sizes of a model
+TEXT = "\n\n".join(" ".join(f"w{(start + 3 * i) % 29}" for i in range(12)) for start in range(40))
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES |= {"max_position_embeddings": 32, "max_train_loops": 3}
 
 
 def examples(count: int, length: int = 6, seed: int = 0) -> list[dict]:
@@ -91,3 +97,20 @@ def build_run(folder, optimizer="adamw", ema=None, accumulation=1, max_steps=8, 
         **(args or {}),
     }
     return make_trainer(folder, model, args=args, optimizers=optimizers, ema_decay=ema, **kwargs)
+
+
+def run_writer(folder: Path, values: dict) -> Callable[..., str]:
+    """
+    Returns `write(**changes)`, which writes the file of a run and returns its path. Changes last; of a dict single
+    keys may change, and None leaves a value out.
+    """
+
+    def write(**changes) -> str:
+        for name, value in changes.items():
+            merges = isinstance(value, dict) and isinstance(values.get(name), dict)
+            values[name] = {**values[name], **value} if merges else value
+        given = {name: value for name, value in values.items() if value is not None}
+        (folder / "run.yaml").write_text(yaml.safe_dump(given))
+        return str(folder / "run.yaml")
+
+    return write
