@@ -6,7 +6,7 @@ from pathlib import Path
 import study
 from arms import ARMS
 from matplotlib.figure import Figure
-from study import Records, mean
+from study import Records, mean, tokens_per_parameter
 
 COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "late": "tab:red"}
 ABOUT = {
@@ -122,26 +122,31 @@ def plot_frontiers(grids: dict[str, dict], axis, with_settings: bool = False) ->
 def plot_differences(runs: list[dict], path: Path) -> None:
     """
     The NELBO of `late_s3` less that of the same-size run of its budget and seed, on each set of held-out rows, by the
-    tokens per parameter that it was trained on: every run, and means over seeds.
+    tokens per parameter that it was trained on: every run (a sign for each seed), and means over seeds.
     """
+    budgets: dict[float, list[dict]] = {}
+    for run in runs:
+        if run["arm"].startswith("late_s3"):
+            budgets.setdefault(run["settings"]["tflop"] * run["settings"]["budget"], []).append(run)
+    ticks = [mean(list(map(tokens_per_parameter, budgets[tflop]))) for tflop in sorted(budgets)]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     titles = {"held_out": "On held-out text", "other": "On WikiText-2"}
-    for axis, (held_out, title) in zip(figure.subplots(1, len(titles), sharey=True), titles.items(), strict=True):
+    axes = figure.subplots(1, len(titles), sharey=True)
+    for axis, (held_out, title) in zip(axes, titles.items(), strict=True):
         axis.axhline(0, color=COLORS["same_size"], linestyle="--", label=ABOUT["same_size"])
         for color, loops in zip(("C0", "C3", "C1", "C2"), ("1", "2", "3", "4"), strict=True):
-            points: dict[float, list[float]] = {}
-            for run in runs:
-                if run["arm"].startswith("late_s3"):
-                    tokens = run["training"]["examples"] * run["settings"]["length"] / run["training"]["parameters"]
-                    points.setdefault(round(tokens), []).append(run["likelihood"][held_out][loops]["to_base"])
-            for tokens, values in points.items():
-                axis.scatter([tokens] * len(values), values, color=color, s=10, alpha=0.6)
-            means = sorted((tokens, mean(values)) for tokens, values in points.items())
-            axis.plot(*zip(*means, strict=True), color=color, label=f"late, {loops} loop{'s' * (loops > '1')}")
+            means = []
+            for tick, tflop in zip(ticks, sorted(budgets), strict=True):
+                values = [run["likelihood"][held_out][loops]["to_base"] for run in budgets[tflop]]
+                means.append(mean(values))
+                for run, value in zip(budgets[tflop], values, strict=True):
+                    axis.plot(tick, value, "ox+"[run["seed"]], color=color, markersize=4)
+            axis.plot(ticks, means, color=color, label=f"late, {loops} loop{'s' * (loops > '1')}")
         axis.set_xscale("log")
-        axis.set_xticks(sorted(points), [f"{tokens:,}" for tokens in sorted(points)])
+        axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axis.set_xticks([], minor=True)
         finish(axis, title, "training tokens a parameter", "NELBO, nats a token more")
+    axes[1].get_legend().remove()
     figure.savefig(path, dpi=150)
 
 

@@ -4,9 +4,10 @@ Tables and plots of a study, from the file that run.py wrote.
 
     python benchmarks/claims/report.py --results benchmarks/results/claims --study sudoku6 --plots docs/results
 
-Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim, `PLOTS/STUDY-grid.png` where a
-grid was measured, and with `--summary` `PLOTS/summary.png`. An error bar is the standard deviation over seeds where
-there are several, and otherwise the standard error over held-out rows.
+Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim (with `late_s3`, its differences to
+the same-size arm by training tokens), `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary`
+`PLOTS/summary.png`. An error bar is the standard deviation over seeds where there are several, and otherwise the
+standard error over held-out rows.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from study import (
     read_study,
     setting_name,
     solved_by_loops,
+    tokens_per_parameter,
     training_loops,
 )
 
@@ -86,8 +88,7 @@ def difference_tables(records: Records) -> list[str]:
                     for value in (values.get(str(loops), {}) for loops in COLUMNS)
                 ]
                 if any(pairs):
-                    tokens = run["training"]["examples"] * run["settings"]["length"] / run["training"]["parameters"]
-                    rows.append([name, run["seed"], f"{tokens:.0f}", *map(nelbo_cell, pairs)])
+                    rows.append([name, run["seed"], f"{tokens_per_parameter(run):.0f}", *map(nelbo_cell, pairs)])
         if rows:
             header = ["arm", "seed", "tokens a parameter", *COLUMNS]
             found.append(table(f"NELBO on {held_out} less that of the same-size arm, by loops", header, rows))
@@ -203,8 +204,9 @@ def main() -> None:
     if args.plots:
         args.plots.mkdir(parents=True, exist_ok=True)
         if "late_s3" in records:
-            plots.plot_differences(runs, args.plots / f"{args.study}-differences.png")
-        plots.plot_claims(records, runs, args.plots / f"{args.study}.png")
+            plots.plot_differences(runs, args.plots / f"{args.study}.png")
+        else:
+            plots.plot_claims(records, runs, args.plots / f"{args.study}.png")
         if grids:
             plots.plot_grid(grids, args.plots / f"{args.study}-grid.png")
         if args.summary:

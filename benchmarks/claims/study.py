@@ -170,6 +170,11 @@ def quantities(runs: list[dict]) -> dict[str, Callable[[dict], float]]:
     return found | ({"one-step accuracy": final_unsolved} if "one_step" in runs[0] else {})
 
 
+def tokens_per_parameter(run: dict) -> float:
+    """Tokens that a run was trained on, for each parameter."""
+    return run["training"]["examples"] * run["settings"]["length"] / run["training"]["parameters"]
+
+
 def by_budget(runs: list[dict], value: Callable[[dict], float]) -> dict[str, dict[int, Points]]:
     """By main arm and seed, (training TFLOP, value) of every run with a schedule of its own, from the smallest."""
     curves: dict[str, dict[int, Points]] = {}
