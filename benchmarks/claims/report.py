@@ -4,8 +4,8 @@ Tables and plots of a study, from the file that run.py wrote.
 
     python benchmarks/claims/report.py --results benchmarks/results/claims --study sudoku6 --plots docs/results
 
-Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim (with `late_s3`, its differences to
-the same-size arm by training tokens), `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary`
+Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim (with `late_s3`, its differences
+to the same-size arm by training tokens), `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary`
 `PLOTS/summary.png`. An error bar is the standard deviation over seeds where there are several, and otherwise the
 standard error over held-out rows.
 """
