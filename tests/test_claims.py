@@ -154,6 +154,7 @@ def test_samples_of_trained_arms_are_judged(monkeypatch, capsys, folder):
     assert not any(token in text for text in drawn for token in ("[MASK]", "[PAD]", "[END]"))
 
     monkeypatch.setattr(samples, "sample", None)  # nothing is run again
+    capsys.readouterr()
     judge(*trained)
     assert capsys.readouterr().out.count("is in") == 2
     with pytest.raises(SystemExit):
