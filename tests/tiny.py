@@ -2,7 +2,7 @@
 """Tiny models for the tests: random, fast, and with weights large enough that every loop changes the logits."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -75,10 +75,10 @@ def scores(logits: torch.Tensor, mask_token_id: int = MASK) -> torch.Tensor:
     return torch.cat((logits[..., :mask_token_id], logits[..., mask_token_id + 1 :]), -1)
 
 
-def in_turn(rows: Iterable, columns: Iterable, others: Sequence) -> Iterator[tuple]:
+def in_turn(rows: Iterable, columns: Iterable, others: Sequence) -> list[tuple]:
     """For `parametrize`: every row with every column, and with one of the others, so that both meet each of these."""
-    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
-        yield row, column, others[(i + j) % len(others)]
+    pairs = itertools.product(enumerate(rows), enumerate(columns))
+    return [(row, column, others[(i + j) % len(others)]) for (i, row), (j, column) in pairs]
 
 
 @contextmanager
