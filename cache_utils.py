@@ -122,8 +122,8 @@ class LoopMDMCache:
         if reach is None:
             last = position_ids if real is None else position_ids.masked_fill(~real, -1)
             reach = torch.maximum(stored, last.amax(-1).cpu() + 1)
-            missing = reach - stored - (last.cpu() >= stored[:, None]).sum(-1)
-            for row in (missing > 0).nonzero().flatten().tolist():
+            ends = torch.cat((stored[:, None], torch.maximum(stored[:, None], last.cpu() + 1)), -1).sort(-1).values
+            for row in (ends.diff(dim=-1) > 1).any(-1).nonzero().flatten().tolist():
                 raise ValueError(
                     f"`position_ids` leaves out positions of row {row} from {int(stored[row])} to "
                     f"{int(reach[row]) - 1}, which `past_key_values` does not hold; give all of them."

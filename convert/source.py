@@ -173,7 +173,9 @@ def _download(source: str, revision: str | None, allow_pickle: bool) -> Path:
         f"*{suffix}" for suffix in PICKLES if allow_pickle
     ]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        # Adapters are refused, so their weights are not fetched.
+        options = {"allow_patterns": patterns, "ignore_patterns": ["adapter_model.*"]}
+        return Path(snapshot_download(source, revision=revision, **options))
     except HFValidationError:
         raise ValueError(f"{source} does not exist, and is not an id of the Hugging Face Hub either.") from None
     except Exception as error:  # of the network, the file system, the Hub

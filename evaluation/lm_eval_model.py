@@ -416,8 +416,11 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", "-M")
-    if parser.parse_known_args()[0].model in ("hf", "hf-auto", "huggingface"):
+    for names in (("--model", "-M"), ("--model_args", "-a"), ("--config", "-C")):
+        parser.add_argument(*names)
+    given, _ = parser.parse_known_args()
+    usual = "hf" if given.model_args and not given.config else None  # what lm-eval takes
+    if (given.model or usual) in ("hf", "hf-auto", "huggingface"):
         print(f"loopmdm: error: {WHY_NOT_HF}", file=sys.stderr)
         sys.exit(2)
     cli_evaluate()

@@ -152,6 +152,8 @@ def test_positions_leave_no_gap_behind_a_cache(model):
     row = torch.tensor([tokens(8)])
     with pytest.raises(ValueError, match=r"leaves out positions of row 0 from 0 to 8, which"):
         model(row, position_ids=torch.arange(1, 9)[None], use_cache=True)
+    with pytest.raises(ValueError, match=r"leaves out positions of row 0 from 0 to 6, which"):
+        model(row, position_ids=torch.tensor([[0, 1, 3, 3, 4, 4, 5, 6]]), use_cache=True)
     cache = filled(model, row[:, :4])
     with pytest.raises(ValueError, match=r"leaves out positions of row 0 from 4 to 11, which .* give all"):
         model(row[:, 4:], position_ids=torch.arange(8, 12)[None], past_key_values=cache)

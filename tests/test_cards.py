@@ -105,7 +105,11 @@ def test_the_licence_of_the_base_is_kept_over_two_generations(run, tmp_path):
             "language": ["en"],
         }
         assert (folder / "LICENSE").read_text() == "Do what you like."
+        assert not (folder / "README.source.md").exists()  # the card of the base does not speak of this model
     assert metadata["library_name"] == "peft"
+    (second / "LICENSE").write_text("Do what we like.")
+    write_card(second, source=read_source_card(first))
+    assert (second / "LICENSE").read_text() == "Do what we like."
     assert "An adapter was trained from `second`, a local folder" in read(third)[1]
 
 

@@ -35,6 +35,7 @@ from conversion import (
     with_value,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import loopmdm.convert.source as source_module
@@ -467,16 +468,19 @@ def test_what_is_fetched_from_the_hub(out, hub, allow_pickle):
     assert record["source"] == "GSAI-ML/LLaDA-8B-Base"
     repo_id, options = hub.asked
     assert repo_id == "GSAI-ML/LLaDA-8B-Base"
-    assert options.keys() == {"revision", "allow_patterns"} and options["revision"] == "v1"
+    assert options.pop("revision") == "v1"
 
     def fetched(name):
-        return any(Path(name).match(pattern) for pattern in options["allow_patterns"])
+        return any(filter_repo_objects([name], **options))
 
     needed = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
     needed += ["chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "added_tokens.json"]
     needed += ["README.md", "LICENSE", "NOTICE.txt"]
     assert all(fetched(name) for name in needed)
     assert not any(fetched(name) for name in ("modeling_llada.py", "configuration_llada.py", "x.onnx"))
+    # An adapter is known, and refused, by its settings.
+    weights = "adapter_model.safetensors", "adapter_model.bin"
+    assert fetched("adapter_config.json") and not any(map(fetched, weights))
     assert [fetched(name) for name in ("pytorch_model.bin", "last.ckpt", "x.pt", "x.pth")] == [allow_pickle] * 4
 
 

@@ -353,8 +353,11 @@ def test_other_models_are_refused(tmp_path):
         LoopMDMEvalModel(save_judge(tmp_path / "judge"))
 
 
-def test_lm_evals_command_says_why_not_hf(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", "--model", "hf", "--tasks", "x"])
+@pytest.mark.parametrize("options", [["--model", "hf"], ["-Mhf"], ["--model_args", "pretrained=looped"]], ids=str)
+def test_lm_evals_command_says_why_not_hf(monkeypatch, capsys, options):
+    """Which is also what it takes if no model type is named."""
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: pytest.fail("too late"))
+    monkeypatch.setattr(sys, "argv", ["lm_eval", "run", *options, "--tasks", "x"])
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 2

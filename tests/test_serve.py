@@ -107,6 +107,8 @@ def test_an_answer_is_that_of_generate(client, folder, model):
     drawn = ask(client, folder, "w8", max_tokens=9, temperature=1.5, top_p=0.9, seed=4)
     expected = direct(model, "w8", **seeded(4, max_new_tokens=9, temperature=1.5, top_p=0.9))
     assert drawn.choices[0].message.content == text_of(expected)
+    chance = {"max_tokens": 9, "temperature": 1.5, "extra_body": {"seed": None}}
+    assert len({ask(client, folder, "w8", **chance).choices[0].message.content for _ in range(3)}) > 1
     # Settings that ask for nothing
     greedy = ask(client, folder, "w3 w4 w5", max_tokens=7, temperature=0, top_p=1, n=1, presence_penalty=0, user="me")
     assert greedy.choices[0].message.content == text_of(direct(model, "w3 w4 w5", max_new_tokens=7))

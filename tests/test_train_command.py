@@ -516,6 +516,10 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
         ({"model_config": {"vocab_size": 20}}, ["The tokenizer has 32 tokens, and the model 20", "{vocab_size: 32}"]),
         ({"lora": {"layers": "middle"}}, ["'middle'", "mid"]),
+        (
+            {"isolate_documents": True, "model_config": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}},
+            ["`isolate_documents` is True", "'dynamic'"],
+        ),
     ],
     ids=str,
 )

@@ -189,6 +189,12 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     """Makes the parts of a run. Raises a ValueError for everything wrong that shows without loading weights."""
     source = None if config.model is None else adapter_base(config.model) or locate(config.model, "a model")
     model_config = _make_model_config(config, source, tokenizer)
+    rope_type = (model_config.rope_parameters or {}).get("rope_type")
+    if config.isolate_documents and rope_type in ("dynamic", "longrope"):
+        raise ValueError(
+            f"`isolate_documents` is True, and `rope_type` is {rope_type!r}, whose frequencies depend on a row's "
+            "length, not on those of its documents; leave `isolate_documents` out."
+        )
     loops = {"schedule": "uniform", **config.loops}
     schedule = make_loop_schedule(loops.pop("schedule"), model_config, loops.pop("max_loops", None), **loops)
     if config.model_config.get("num_loops", 0) > schedule.max_loops:
