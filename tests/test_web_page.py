@@ -353,6 +353,21 @@ def test_puzzles_that_are_none_are_answered(page, text, said):
     assert said in page.inner_text("#about")
 
 
+def test_a_new_address_is_read_although_the_old_settings_were_written_over_it(page):
+    """The page writes its address a moment after every change, which may be before it hears of the new one."""
+    show(page, PUZZLE, 2, 1, "entropy")
+    rule = page.evaluate(
+        """(hash) => new Promise((resolve) => {
+            addEventListener("hashchange", () => resolve(document.querySelector("#rule").value), { once: true });
+            const old = location.href;
+            location.hash = hash;
+            history.replaceState(null, "", old);
+        })""",
+        f"puzzle={PUZZLE}&loops=2&steps=1&rule=margin",
+    )
+    assert rule == "margin"
+
+
 def test_an_address_that_holds_no_puzzle_is_answered(page):
     page.evaluate("location.hash = 'puzzle=12x&loops=99&steps=-1&rule=none'")
     page.wait_for_selector("#about:has-text('of this page\\'s address: Character 3 is “x”')")

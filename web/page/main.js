@@ -43,7 +43,7 @@ async function start() {
   }
   prepareControls();
   prepareChart();
-  readAddress();
+  readAddress(location.hash);
   loadModel("wasm");
   const adapter = await navigator.gpu?.requestAdapter().catch(() => null);
   $("runtime").hidden = !adapter;
@@ -137,7 +137,8 @@ function prepareControls() {
     readText(text);
     event.preventDefault();
   });
-  addEventListener("hashchange", readAddress);
+  // Its own URL: writeAddress may have put the old settings back before this event is heard
+  addEventListener("hashchange", (event) => readAddress(new URL(event.newURL).hash));
   addEventListener("resize", showSettings);
 }
 
@@ -354,8 +355,8 @@ function inspect(name, cell) {
 
 // The address holds the settings, so that a link shows what its sender saw.
 
-function readAddress() {
-  const wanted = new URLSearchParams(location.hash.slice(1));
+function readAddress(hash) {
+  const wanted = new URLSearchParams(hash.slice(1));
   const number = (name, most) => {
     const value = Number(wanted.get(name));
     return Number.isInteger(value) && value >= 1 && value <= most ? value : settings[name];
