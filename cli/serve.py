@@ -42,6 +42,8 @@ def serve(
         raise ValueError(
             f"--host {host} and --port {port} cannot be listened at ({error.strerror}); give others; 0 is a free port."
         ) from error
+    # `create_server` leaves the protocol out, and asyncio turns Nagle's algorithm, 40 ms an answer, off for TCP alone.
+    listener = socket.socket(listener.family, listener.type, socket.IPPROTO_TCP, listener.detach())
     with listener:
         logging.set_verbosity_error()  # a line for every request
         site = make_app(model, load_model(model, dtype, device), tokenizer)

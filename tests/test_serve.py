@@ -2,6 +2,7 @@
 """`loopmdm serve`: a process on the loopback, and clients of the OpenAI API."""
 
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -226,6 +227,19 @@ def test_transformers_chat_is_a_client(client, folder, model, tmp_path):
     expected = direct(model, "w3 w4", max_new_tokens=8, num_loops=1)
     assert expected != direct(model, "w3 w4", max_new_tokens=8)
     assert answer.choices[0].message.content == text_of(expected)
+
+
+def test_answers_do_not_wait_for_the_network(client):
+    """Small packets are held back for 40 ms, unless a listener's protocol is named."""
+    with contextlib.closing(http.client.HTTPConnection(client.base_url.netloc.decode())) as connection:
+
+        def seconds() -> float:
+            started = time.perf_counter()
+            connection.request("GET", "/health")
+            connection.getresponse().read()
+            return time.perf_counter() - started
+
+        assert min([seconds() for _ in range(30)][-10:]) < 0.03  # a new connection is acknowledged at once
 
 
 def test_other_routes_do_not_exist(client):
