@@ -127,5 +127,6 @@ def _show_result(record: dict[str, Any], output: Path) -> None:
     console.print(
         "Recipe: `loopmdm train` with `loops: {schedule: growing}` and all weights, for half of the FLOPs of its "
         "first training. On Sudokus, where training without loops had stalled, that paid with the first of two or "
-        "three layers looped; not with the last, all of them or LoRA on mid, and not on text (docs/results/conversion.md)."
+        "three layers looped; not with the last, all of them or LoRA on mid, and not on text "
+        "(docs/results/conversion.md)."
     )
