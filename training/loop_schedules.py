@@ -95,8 +95,8 @@ class GrowingLoops(LoopSchedule):
 class LateLoops(LoopSchedule):
     """
     First S = 1; later S ~ Uniform{min_loops..max_loops}, with steps of S = 1 in between. Early on a model learns more
-    from many cheap steps than from loops, and the later steps of S = 1 keep it good without loops. docs/results.md
-    compares this schedule with the paper's.
+    from many cheap steps than from loops, and the later steps of S = 1 keep it good without loops.
+    docs/results/claims.md compares this schedule with the paper's.
 
     Args:
         max_loops (`int`): S_max.

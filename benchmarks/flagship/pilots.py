@@ -2,6 +2,7 @@
 """
 The pilots that chose the recipe of the bundled model, and its training. A run that was interrupted goes on.
 
+    mkdir -p data
     python examples/sudoku/puzzles.py --minimal --count 300 --seed 2 --output data/validation.txt
     python examples/sudoku/puzzles.py --minimal --count 40000 --unlike data/validation.txt --output data/minimal.txt
     python benchmarks/flagship/pilots.py --data data --work runs --only bundled
