@@ -30,21 +30,17 @@ class Rows:
         input_ids (`torch.LongTensor` of shape `(num_rows, length)`): Clean tokens.
         maskable (`torch.BoolTensor`, same shape): What is denoised, given all else.
         scored (`torch.BoolTensor`, same shape, *optional*): Where a row must be right to count as solved.
-        attention_mask (`torch.LongTensor`, same shape, *optional*): 0 on padding.
     """
 
     input_ids: torch.Tensor
     maskable: torch.Tensor
     scored: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, part: slice) -> "Rows":
-        return Rows(
-            *(None if t is None else t[part] for t in (getattr(self, f.name) for f in dataclasses.fields(Rows)))
-        )
+        return Rows(*(None if t is None else t[part] for t in (self.input_ids, self.maskable, self.scored)))
 
     def split(self, size: int) -> list["Rows"]:
         return [self[start : start + size] for start in range(0, len(self), size)]
@@ -105,12 +101,10 @@ def cached(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-class RelabelDigits:
+def relabel_digits(example: dict, generator: torch.Generator) -> dict:
     """Augmentation: permutes the digits of a grid."""
-
-    def __call__(self, example: dict, generator: torch.Generator) -> dict:
-        digits = torch.randperm(6, generator=generator) + 2
-        return {**example, "input_ids": torch.cat((torch.tensor([PAD, MASK]), digits))[example["input_ids"]]}
+    digits = torch.randperm(6, generator=generator) + 2
+    return {**example, "input_ids": torch.cat((torch.tensor([PAD, MASK]), digits))[example["input_ids"]]}
 
 
 def _shape(width: int, vocab_size: int, **others) -> dict[str, Any]:
@@ -143,7 +137,7 @@ def sudoku6_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
             {"input_ids": ids, "maskable": blanks} for ids, blanks in zip(train.input_ids, train.maskable, strict=True)
         ],
         held_out={"puzzles": sudoku6_rows(cache, held_out, 1)},
-        transform=RelabelDigits(),
+        transform=relabel_digits,
         batch_size=16 if quick else 32,
     )
 

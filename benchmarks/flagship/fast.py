@@ -48,8 +48,8 @@ _loss = torch.compile(loss, dynamic=False)
 class Looped:
     """A [`LoopMDMForMaskedLM`] with learned positions, query/key norm and a gated MLP, from its own weights."""
 
-    def __init__(self, model, dtype: torch.dtype = torch.bfloat16):
-        self.model, self.head, self.config, self.dtype = model.model, model.lm_head, model.config, dtype
+    def __init__(self, model):
+        self.model, self.head, self.config = model.model, model.lm_head, model.config
 
     def weights(self) -> list[tuple]:
         """Once for each pass: gradients go through it."""
@@ -58,12 +58,10 @@ class Looped:
             attention, mlp = block.self_attn, block.mlp
             parts.append(
                 (
-                    torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).to(
-                        self.dtype
-                    ),
-                    attention.o_proj.weight.to(self.dtype),
-                    torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).to(self.dtype),
-                    mlp.down_proj.weight.to(self.dtype),
+                    torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).bfloat16(),
+                    attention.o_proj.weight.bfloat16(),
+                    torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).bfloat16(),
+                    mlp.down_proj.weight.bfloat16(),
                     block.input_layernorm.weight,
                     block.post_attention_layernorm.weight,
                     attention.q_norm.weight,

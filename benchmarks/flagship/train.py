@@ -24,12 +24,12 @@ from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.training import MuonAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "sudoku"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fast
 import puzzles
 from symmetry import Symmetry
 
 CELLS, MASK, FIRST_DIGIT, VOCABULARY = 81, 1, 2, 11
+SAVE_SECONDS, EVAL_TFLOP = 120.0, 10.0  # between two checkpoints, and two short evaluations
 
 
 @dataclasses.dataclass
@@ -115,12 +115,6 @@ def read_boards(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, blank
 
 
-def augment(tokens: torch.Tensor, blank: torch.Tensor, generator: torch.Generator):
-    """A random symmetry for every board."""
-    symmetry = Symmetry(len(tokens), generator, FIRST_DIGIT)
-    return symmetry.apply(tokens), blank.gather(1, symmetry.cells)
-
-
 class Noise:
     """Batches of clean tokens and what is masked. With "policy" a row stays for several steps, so there is a state."""
 
@@ -132,7 +126,8 @@ class Noise:
         generator = torch.Generator().manual_seed(1_000_003 * settings.seed + step)
         size = settings.batch
         chosen = torch.randint(len(self.boards[0]), (size,), generator=generator)
-        tokens, blank = augment(self.boards[0][chosen], self.boards[1][chosen], generator)
+        symmetry = Symmetry(size, generator, FIRST_DIGIT)
+        tokens, blank = symmetry.apply(self.boards[0][chosen]), self.boards[1][chosen].gather(1, symmetry.cells)
         count = blank.sum(-1)
         every = torch.rand(size, generator=generator) < settings.atom
         if settings.noise == "policy":
@@ -218,8 +213,6 @@ def main() -> None:
     parser.add_argument("--settings", required=True, help="JSON of what differs from the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of minimal.txt and validation.txt")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--save-seconds", type=float, default=120.0)
-    parser.add_argument("--eval-tflop", type=float, default=10.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(**json.loads(args.settings))
@@ -232,7 +225,7 @@ def main() -> None:
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()} if settings.ema else None
     noise = Noise(settings, read_boards(args.data / "minimal.txt"))
     validation = read_boards(args.data / "validation.txt")
-    step, spent, seconds, next_eval = 0, 0.0, 0.0, args.eval_tflop
+    step, spent, seconds, next_eval = 0, 0.0, 0.0, EVAL_TFLOP
     state_file = folder / "state.pt"
     if state_file.is_file():
         state = torch.load(state_file)
@@ -301,9 +294,9 @@ def main() -> None:
             losses.clear()
             log(first=round(first, 4), last=round(last, 4), norm=round(norm, 3), loops=loops, seconds=round(seconds))
         if next_eval * 1e12 <= spent < budget:
-            next_eval += args.eval_tflop
+            next_eval += EVAL_TFLOP
             log(seconds=round(seconds), **evaluate(averaged(), *validation, settings.loops))
-        if time.perf_counter() - saved > args.save_seconds:
+        if time.perf_counter() - saved > SAVE_SECONDS:
             save()
             saved = time.perf_counter()
     save()
