@@ -2,21 +2,19 @@
 """
 `loopmdm generate --data` on many rows: is the file the same for any number of processes, batch size and kill, and how
 fast are batches beside a loop over single rows? A random model continues texts of random words and lengths, as the
-command does it, in processes of its own. It takes about half an hour on two cores.
+command does it, in processes of one thread. It takes about half an hour on two cores.
 
     python benchmarks/rows.py --output benchmarks/results/rows.json
 
 With `--bundled` the bundled model fills in one to eight blanks of grids and of their beginnings, for batches of three
 sizes and one, two and four processes:
 
-    python benchmarks/rows.py --bundled --rows 10000 --threads 1 --output benchmarks/results/rows_bundled.json
+    python benchmarks/rows.py --bundled --rows 10000 --output benchmarks/results/rows_bundled.json
 """
 
-import argparse
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import subprocess
@@ -62,45 +60,6 @@ def write_grids(path: Path, count: int, seed: int) -> None:
             for place in generator.sample(range(len(cells)), generator.randint(1, 8)):
                 cells[place] = "."
             file.write("{\n" if number % 100 == 50 else json.dumps({"text": "".join(cells)}) + "\n")
-
-
-def one_of(rank: int, processes: int, *arguments: str) -> None:
-    """A process of several."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
-    torch.set_num_threads(1)
-    generate_rows(*arguments, batch_size=64, num_loops=2, max_denoising_steps=2)
-
-
-def study_bundled(args: argparse.Namespace, folder: Path) -> None:
-    """Every run is compared with that of one process in batches of 64."""
-    for part in load():
-        part.save_pretrained(folder / "model")
-    write_grids(folder / "in.jsonl", args.rows, args.seed)
-    first, context = folder / "batches-of-64", multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["loopmdm.evaluation.rows"])
-    results: dict[str, Any] = {}
-
-    def add(output: Path, started: float) -> None:
-        seconds = time.perf_counter() - started
-        same = {"is_same": output.read_bytes() == first.read_bytes(), "rows_that_differ": differing(output, first)}
-        results[output.name] = {"seconds": seconds, **same}
-        print(output.name, results[output.name], flush=True)
-        write_result(args, results=results)
-
-    for size in (64, 7, 1):
-        started, output = time.perf_counter(), folder / f"batches-of-{size}"
-        options = {"batch_size": size, "num_loops": 2, "max_denoising_steps": 2}
-        generate_rows(str(folder / "model"), folder / "in.jsonl", output, **options)
-        add(output, started)
-        for processes in (2, 4) if size == 64 else ():
-            started, output = time.perf_counter(), folder / f"processes-{processes}"
-            names = [str(path) for path in (folder / "model", folder / "in.jsonl", output)]
-            running = [context.Process(target=one_of, args=(rank, processes, *names)) for rank in range(processes)]
-            for process in running:
-                process.start()
-            for process in running:
-                process.join()
-            add(output, started)
 
 
 class Command:
@@ -168,6 +127,52 @@ class Command:
         return sum(line.endswith(b"\n") and line != b"\n" for path in parts for line in path.open("rb"))
 
 
+def study(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """A random model by the command: batches, processes and kills, and batches beside a loop over single rows."""
+    results: dict[str, Any] = {}
+    shape = {"hidden_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 128}
+    save_word_model(folder / "model", WORDS, initializer_range=0.1, **shape)
+    write_data(folder / "in.jsonl", count, seed)
+    command = Command(folder)
+    for setting, options in SETTINGS.items():
+        print(setting, flush=True)
+        sizes = {}
+        for size in SIZES[setting]:
+            output = f"{setting}-batches-of-{size}"
+            sizes[size] = command.run(output, *options, "--batch-size", str(size))
+            sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
+        results[setting] = {"batch_sizes": sizes}
+    options = [*SETTINGS["drawn"], "--batch-size", "64"]
+    processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
+    whole = results["drawn"]["batch_sizes"][64]
+    killed = command.run_killed("killed", whole["seconds"], 10, seed, *options)
+    for run in (*processes.values(), killed):
+        run["is_same"] = run["sha256"] == whole["sha256"]
+    results["throughput"] = throughput(folder)
+    results["drawn"] |= {"processes": processes, "killed": killed}
+    return results
+
+
+def study_bundled(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Every run is compared with that of one process in batches of 64."""
+    for part in load():
+        part.save_pretrained(folder / "model")
+    write_grids(folder / "in.jsonl", count, seed)
+    command, results = Command(folder), {}
+    for name, size, processes in (
+        ("batches-of-64", 64, 1),
+        ("processes-2", 64, 2),
+        ("processes-4", 64, 4),
+        ("batches-of-7", 7, 1),
+        ("batches-of-1", 1, 1),
+    ):
+        options = ("--num-loops", "2", "--max-denoising-steps", "2", "--batch-size", str(size))
+        results[name] = command.run(name, *options, processes=processes)
+        results[name]["is_same"] = results[name]["sha256"] == results["batches-of-64"]["sha256"]
+        results[name]["rows_that_differ"] = differing(folder / name, folder / "batches-of-64")
+    return results
+
+
 def throughput(folder: Path) -> dict[str, Any]:
     """CPU seconds on one thread, one way after the other, for the first 500 rows, loading included."""
     lines = (folder / "in.jsonl").read_text().splitlines()[:500]
@@ -207,32 +212,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000)
     args = parser.parse_args()
     begin(args)
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.bundled:
-            study_bundled(args, folder)
-            return
-        shape = {"hidden_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 128}
-        save_word_model(folder / "model", WORDS, initializer_range=0.1, **shape)
-        write_data(folder / "in.jsonl", args.rows, args.seed)
-        command = Command(folder)
-        for setting, options in SETTINGS.items():
-            print(setting, flush=True)
-            sizes = {}
-            for size in SIZES[setting]:
-                output = f"{setting}-batches-of-{size}"
-                sizes[size] = command.run(output, *options, "--batch-size", str(size))
-                sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
-            results[setting] = {"batch_sizes": sizes}
-        options = [*SETTINGS["drawn"], "--batch-size", "64"]
-        processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
-        whole = results["drawn"]["batch_sizes"][64]
-        killed = command.run_killed("killed", whole["seconds"], 10, args.seed, *options)
-        for run in (*processes.values(), killed):
-            run["is_same"] = run["sha256"] == whole["sha256"]
-        results["throughput"] = throughput(folder)
-        results["drawn"] |= {"processes": processes, "killed": killed}
+        results = study_bundled(folder, args.rows, args.seed) if args.bundled else study(folder, args.rows, args.seed)
     print(json.dumps(results, indent=2))
     write_result(args, results=results, torch_threads=torch.get_num_threads())
 

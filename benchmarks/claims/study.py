@@ -4,12 +4,13 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from arms import ARMS
+
+from loopmdm.data import write_atomically
 
 LOOPED = ("looped", "late")
 MAIN = ("same_size", "deeper", *LOOPED)
@@ -37,9 +38,7 @@ def add(path: Path, record: dict[str, Any]) -> None:
     records[key] = records.get(key, {}) | rounded(record)
     lines = (json.dumps(one, separators=(",", ":"), allow_nan=False) for one in records.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    os.replace(temporary, path)
+    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def rounded(value: Any) -> Any:

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.data import write_json
 from loopmdm.training import MuonAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "sudoku"))
@@ -109,7 +110,7 @@ def build_model(settings: Settings) -> LoopMDMForMaskedLM:
 
 def read_boards(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Clean tokens, `(N, 81)` int64, and which of them are blank in the puzzle, bool."""
-    pairs = [line.split() for line in path.read_text().splitlines()]
+    pairs = puzzles.read_puzzles(path)
     tokens = torch.tensor([[int(digit) + FIRST_DIGIT - 1 for digit in solution] for _, solution in pairs])
     blank = torch.tensor([[cell in puzzles.BLANKS for cell in puzzle] for puzzle, _ in pairs])
     return tokens, blank
@@ -218,7 +219,7 @@ def main() -> None:
     settings = Settings(**json.loads(args.settings))
     folder = args.output / settings.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    write_json(folder / "settings.json", dataclasses.asdict(settings))
 
     model = build_model(settings)
     optimizer = MuonAdamW(model, lr=settings.lr)
@@ -310,8 +311,7 @@ def main() -> None:
         "training_seconds": seconds,
         "evaluation": evaluate(best, *validation, settings.loops),
     }
-    (folder / "result.tmp").write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(folder / "result.tmp", folder / "result.json")
+    write_json(folder / "result.json", record)
 
 
 if __name__ == "__main__":
