@@ -1,9 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Memory and time of a conversion against a plain copy of the files, on a checkpoint of LLaDA 8B's shapes (16 GB in
-bfloat16; three times that is needed on disk).
+How much memory and time does a conversion take, beside a plain copy of the files? On a checkpoint of LLaDA 8B's shapes
+(16 GB in bfloat16; three times that is needed on disk). This makes the figures of docs/convert.md:
 
-    python benchmarks/convert.py --folder /tmp/bench-convert --output convert.json
+    python benchmarks/convert.py --folder /tmp/bench --repeats 5
 
 The peak is that of the process's resident memory (VmHWM) over what it holds after its imports. The copy and the
 conversion read and write the same disk; each runs --repeats times, in turn, and the median counts.

@@ -1,7 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Wall time of a forward pass against its FLOPs, for several loop counts: what looping costs beyond its arithmetic.
+"""
+What does looping cost beyond its arithmetic? Wall time of a forward pass against its FLOPs, for several numbers of
+loops. README.md has its overhead:
 
-python benchmarks/forward.py --output forward.json
+    python benchmarks/forward.py
 """
 
 import statistics

@@ -1,9 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Speed, FLOPs and memory of `generate` against LLaDA's and Fast-dLLM's samplers, over the same weights.
+How fast is `generate` beside LLaDA's and Fast-dLLM's samplers over the same weights, and what do its options save in
+FLOPs, time and memory? This makes the table of docs/generation.md:
 
     git clone https://github.com/ML-GSAI/LLaDA && git clone https://github.com/NVlabs/Fast-dLLM && pip install einops
-    python benchmarks/generation.py --llada LLaDA --fast-dllm Fast-dLLM --clock cpu --threads 1 --output result.json
+    python benchmarks/generation.py --llada LLaDA --fast-dllm Fast-dLLM --clock cpu --threads 1 --repeats 3 \\
+        --output benchmarks/results/generation.json
 
 The model has LLaDA's format and random weights, large enough that confidences differ and no two tokens are nearly as
 likely, so that "same tokens" means something; it is converted by `loopmdm.convert`. The [MASK] row of its head is

@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Reinforcement learning with GRPO (arXiv 2402.03300) by `trace_log_probs`: a small model of 4x4 Sudoku learns from the
-rules alone, without a solution, to fill a whole board in one denoising step.
+Does reinforcement learning with GRPO (arXiv 2402.03300) by `trace_log_probs` teach what likelihood does not? A small
+model of 4x4 Sudoku learns from the rules alone, without a solution, to fill a whole board in one denoising step. This
+makes the figures of docs/training.md:
 
     python benchmarks/grpo.py --threads 1 --output benchmarks/results/grpo.json
 

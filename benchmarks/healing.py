@@ -2,11 +2,13 @@
 """
 When does turning a trained model into a looped one pay? A 6x6 Sudoku model is trained without loops, `loopmdm convert`
 makes a looped one of it, and both are trained further with the same FLOPs, given in per cent of the first training.
+This makes the tables on 6x6 puzzles of docs/results.md, which has the same question as a heading:
 
-    python benchmarks/healing.py --fast --threads 1 --work /tmp/healing \\
-        --output benchmarks/results/healing.json --pilots
-    python benchmarks/healing.py --fast --threads 1 --work /tmp/healing \\
-        --output benchmarks/results/healing.json --seeds 0,1,2
+    study="python benchmarks/healing.py --fast --threads 1 --work /tmp/healing"
+    study="$study --output benchmarks/results/healing.json"
+    $study --pilots
+    $study --seeds 0,1,2
+    $study --seeds 0,1,2 --windows
 
 `--pilots` compares ways to convert and to go on, on other puzzles than the study's. `--windows` measures on each base
 what `loopmdm convert --calibrate` compares, for all layers (its candidates leave the first and the last one alone, if

@@ -1,7 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The ONNX graphs of the bundled model beside torch: answers to puzzles, differences of logits, sizes and times.
+"""
+Do the ONNX graphs of the bundled model answer puzzles as torch does? Answers, differences of logits, sizes and times.
+This makes the table of docs/onnx.md:
 
-python benchmarks/onnx_sudoku.py --threads 1 --output onnx.json
+    python benchmarks/onnx_sudoku.py --threads 1 --output benchmarks/results/onnx_sudoku.json
 
 Both answer the same puzzles in batches, in turns. Every batch is timed once, and the median is reported.
 """

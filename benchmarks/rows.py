@@ -2,7 +2,8 @@
 """
 `loopmdm generate --data` on many rows: is the file the same for any number of processes, batch size and kill, and how
 fast are batches beside a loop over single rows? A random model continues texts of random words and lengths, as the
-command does it, in processes of one thread. It takes about half an hour on two cores.
+command does it, in processes of one thread. The figures are in docs/generation.md. It takes about half an hour on two
+cores.
 
     python benchmarks/rows.py --output benchmarks/results/rows.json
 

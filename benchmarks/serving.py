@@ -1,9 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-`loopmdm serve` against `generate` called directly: requests a second, one client and several, and the server's memory
-over many requests. Server and direct calls take turns, on one thread each, with the same prompts.
+What does `loopmdm serve` cost beside `generate` called directly? Requests a second, of one client and of several, and
+the server's memory over many requests. Server and direct calls take turns, on one thread each, with the same prompts.
+This makes the table of docs/serving.md:
 
-python benchmarks/serving.py --threads 1 --output benchmarks/results/serving.json
+    python benchmarks/serving.py --threads 1 --output benchmarks/results/serving.json
 """
 
 import os

@@ -1,7 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Settings of `generate` against quality and cost, on a Sudoku model.
+"""
+What do settings of `generate` cost and save on a Sudoku model? These make the tables of docs/generation.md, on caches,
+on fewer loops and on committing in parallel, with the model of examples/sudoku/train.py:
 
-    python benchmarks/sudoku_generation.py --study commit --count 400 --output commit.json
+    study="python benchmarks/sudoku_generation.py --model sudoku-loopmdm"
+    $study --study caches --count 300 --loops 6 --output benchmarks/results/sudoku_caches.json
+    $study --study loops --count 1568 --output benchmarks/results/sudoku_loops.json
+    $study --study commit --count 400 --loops 6 2 --visible-loops 2 --output benchmarks/results/sudoku_commit.json
 
 `commit` compares rules of commitment: a fixed share of the blanks in every step, whatever is at least so likely, or
 whatever stays within a joint entropy, besides what keeps the board on schedule. `caches` compares the approximate

@@ -1,8 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Cheaper judges of Sudoku answers than the NELBO of `sudoku_search.py`, on its puzzles: a second look, in which the
-model reads the filled board and says how likely it finds the digits that it sees, and a small head that is trained on
-what the model makes of the filled board to say whether the answer is right.
+Are there cheaper judges of Sudoku answers than the NELBO of `sudoku_search.py`? On its puzzles: a second look, in
+which the model reads the filled board and says how likely it finds the digits that it sees, and a small head that is
+trained on what the model makes of the filled board to say whether the answer is right. This makes their rows in
+docs/results.md:
 
     python benchmarks/sudoku_judges.py --output benchmarks/results/sudoku_judges.json
 

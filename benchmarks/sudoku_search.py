@@ -1,9 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What more computation at inference buys on minimal Sudokus: more denoising steps, more loops, remasking, or several
+What does more computation at inference buy on minimal Sudokus? More denoising steps, more loops, remasking, or several
 candidates, sampled or from symmetric copies of the puzzle, and how to choose among them with and without the rules;
 with `--later-look`, remasking by confidence in place of ReMDM's draw; and, with `--until`, symmetric copies tried one
-after another until an answer is accepted: by the rules, because two copies agree, or by its NELBO.
+after another until an answer is accepted: by the rules, because two copies agree, or by its NELBO. These make the
+tables and the picture of "Search" in docs/results.md:
 
     python benchmarks/sudoku_search.py --count 150 --output benchmarks/results/sudoku_search.json
     python benchmarks/sudoku_search.py --count 300 --later-look --output benchmarks/results/sudoku_later_look.json

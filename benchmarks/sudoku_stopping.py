@@ -1,10 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Which minimal Sudokus loops solve, by clues and by the technique that a puzzle needs, and rules that stop the loops:
-fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, a gate trained on the frozen model, and
-an oracle that knows what the last loop will answer.
+Which minimal Sudokus do loops solve, by clues and by the technique that a puzzle needs, and which rule should stop the
+loops? Fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, a gate trained on the frozen
+model, and an oracle that knows what the last loop will answer. This makes the tables and the picture of
+docs/results.md:
 
-    python benchmarks/sudoku_stopping.py --work /tmp/stopping --output benchmarks/results/sudoku_stopping.json
+    python benchmarks/sudoku_stopping.py --threads 1 --work /tmp/stopping \\
+        --output benchmarks/results/sudoku_stopping.json --plot docs/results/techniques.png
 
 One pass with all loops is recorded for every puzzle; as rows do not see each other, it says what each rule would have
 answered, and after how many loops. Batches are kept in `--work`, and a run that is interrupted goes on from there.

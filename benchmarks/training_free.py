@@ -1,11 +1,13 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What looping does to a model that was trained without loops: NELBO of Sudoku solutions given their clues, for every
-window of layers, plain ("replace") and damped loops, at several numbers of loops.
+What does looping do to a model that was trained without loops? NELBO of Sudoku solutions given their clues, for every
+window of layers, plain ("replace") and damped loops, at several numbers of loops. These make the table and the picture
+of docs/convert.md:
 
     python examples/sudoku/puzzles.py --count 60000 --seed 0 --output train.txt
     python examples/sudoku/train.py --puzzles train.txt --output plain --max-train-loops 1 --tflop 90
-    python benchmarks/training_free.py --model plain --output training_free.json --plot training_free.png
+    python benchmarks/training_free.py --model plain --output benchmarks/results/training_free.json \\
+        --plot docs/training_free.png
 """
 
 import json

@@ -1,10 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Speed and memory of a training step of LoopMDM against transformers' Llama with the loops unrolled as layers.
+"""
+What do a training step's time and memory look like beside transformers' Llama with the loops unrolled as layers? This
+makes the table of docs/training.md:
+
+    python benchmarks/training_step.py --threads 2 --repeats 6
 
 Llama is made bidirectional and has as many layers as LoopMDM executes, the same width, heads, MLP and vocabulary; both
 see the same batch and compute the head at the same masked positions. A step is forward, backward and AdamW.
-
-python benchmarks/training_step.py --output training_step.json
 """
 
 import argparse

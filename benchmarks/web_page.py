@@ -1,7 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The page beside torch: load and answer times in headless Chromium, and whether both give the same tokens.
+"""
+Does the page answer as torch does, and how fast does it load and answer, in headless Chromium? This makes the table of
+docs/web.md:
 
-make web && python benchmarks/web_page.py --output web_page.json
+    make web && python benchmarks/web_page.py --threads 1 --output benchmarks/results/web_page.json
 
 Loading is from the start of navigation until the model is ready, from this machine's disk; the first answer counts
 from there. Answers are those of the page's own worker, without readings between the loops; torch is timed on the same

@@ -1,8 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Tables and plots of a study, from the file that run.py wrote.
+What did a study find? Tables and plots, from the file that run.py wrote. The tables of docs/results.md are those of
+`$report --study STUDY`, and these draw its pictures language-small.png, sudoku6-long.png, sudoku6-long-grid.png and
+summary.png:
 
-    python benchmarks/claims/report.py --results benchmarks/results/claims --study sudoku6 --plots docs/results
+    report="python benchmarks/claims/report.py --results benchmarks/results/claims"
+    $report --study language-small --with language-small-long --plots docs/results
+    $report --study sudoku6-long --with sudoku6 --plots docs/results --summary
 
 Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim (with `late_s3`, its differences
 to the same-size arm by training tokens), `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary`

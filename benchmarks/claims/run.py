@@ -1,10 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Matched-FLOP studies: trains arms of one task from scratch, on the same data in the same order and with the same
-training FLOPs, and measures each.
+What do loops gain for the same training FLOPs? Trains arms of one task from scratch, on the same data in the same
+order and with the same training FLOPs, and measures each. docs/results.md has all its commands; one of them is
 
-    python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 3 \\
-        --work /tmp/claims --results benchmarks/results/claims
+    python benchmarks/claims/run.py --fast --threads 1 --work /tmp/claims --results benchmarks/results/claims \\
+        --task sudoku6 --tflop 3 --seeds 0,1,2 --arms same_size,looped,deeper,late,late_high,late_50
 
 Adds every arm to `RESULTS/STUDY.json` when it is done; an arm that is there is not run again, and one that was
 interrupted goes on from its last checkpoint in `--work`. `--grid` measures loops x denoising steps x commit rules of

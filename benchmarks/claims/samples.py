@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Samples of trained arms of a study of text, by denoising steps and loops: their perplexity under a judge, a causal
-language model that is trained here on the arms' own training rows, and their entropy.
+How well do trained arms of a study of text write, by denoising steps and loops? The perplexity of their samples under
+a judge, a causal language model that is trained here on the arms' own training rows, and their entropy.
+docs/results.md has the table, and the whole command, which is run for all of its arms as here for two:
 
     python benchmarks/claims/samples.py --task language-small --train-text train.txt --work /tmp/claims \\
         --results benchmarks/results/claims language-small/same_size-0 language-small/late_s3-0
