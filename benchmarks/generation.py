@@ -71,6 +71,8 @@ SETTINGS = {
     "block_length": 32,
     "steps": 8,
     "tolerance": 0.3,
+    "device": "cpu",
+    "dtype": "float32",
 }
 QUICK = {
     "size": "tiny",
@@ -92,8 +94,6 @@ def parse_args(argv: list[str] | None = None, **settings: Any) -> argparse.Names
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="the authors' Fast-dLLM takes 1 alone")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: seconds of the process")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round, whatever else is given")
     parser.set_defaults(**{**SETTINGS, **settings})
     args = parser.parse_args(argv)

@@ -122,11 +122,8 @@ def checked(rows: list[dict]) -> list[dict]:
 
 def generation_args(args: argparse.Namespace, dtype: str) -> argparse.Namespace:
     """The arguments of generation.py; ends the program where the folders are not what they should be."""
-    options = f"--device {args.device} --seed {args.seed} --dtype {dtype}".split()
-    for name in ("llada", "fast_dllm"):
-        if getattr(args, name) is not None:
-            options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return generation.parse_args([*options, *(["--quick"] if args.tiny else [])], **GENERATION)
+    same = {name: getattr(args, name) for name in ("llada", "fast_dllm", "device", "seed")}
+    return generation.parse_args(["--quick"] if args.tiny else [], dtype=dtype, **same, **GENERATION)
 
 
 class Sections:

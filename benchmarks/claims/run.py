@@ -128,9 +128,9 @@ class Clock:
 def protocol_of(clock: Clock, args: argparse.Namespace) -> dict[str, Any]:
     """Versions, machine, texts, and the time of the process that measured."""
     record = {name: entry for name, entry in protocol({}).items() if name in ("versions", "machine", "date")}
-    if args.train_text and args.task.startswith("language"):
-        texts = filter(None, (args.train_text, args.eval_text))
-        record["texts"] = {name: digest for text in texts for name, digest in hash_files(Path(text)).items()}
+    if args.task.startswith("language"):
+        hashes = [hash_files(Path(text)) for text in args.texts.values()]
+        record["texts"] = {name: digest for one in hashes for name, digest in one.items()}
     return {**record, **clock.read()}
 
 
@@ -185,9 +185,9 @@ def main() -> None:
         parser.error(f"--tflop is {args.tflop}; give a budget above 0")
     if args.quick:
         args.tflop = min(args.tflop, 0.002)
-    texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
+    args.texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
     transformers.utils.logging.disable_progress_bar()
-    task = tasks.make_task(args.task, args.work / "data", args.quick, texts)
+    task = tasks.make_task(args.task, args.work / "data", args.quick, args.texts)
     path = args.results / f"{args.study}.json"
     for seed in map(int, args.seeds.split(",")):
         for name in names:

@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny data, judge and settings: a test of the machinery")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
-    args.eval_text = None
+    args.texts = {"train": args.train_text}
     judge_steps, count, all_steps, all_loops = SETTINGS[args.quick]
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -145,7 +145,7 @@ def main() -> None:
     if missing:
         parser.error(f"{args.work} holds no trained arm {', '.join(missing)}; train it with run.py")
     transformers.utils.logging.disable_progress_bar()
-    task = tasks.make_task(args.task, args.work / "data", args.quick, {"train": args.train_text})
+    task = tasks.make_task(args.task, args.work / "data", args.quick, args.texts)
     folder, path = args.work / "judge", args.results / "samples.json"
     if not (folder / "training.json").is_file():
         write_json(folder / "training.json", train_judge(task, folder, judge_steps, args.quick))
