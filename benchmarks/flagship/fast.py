@@ -75,16 +75,14 @@ class Looped:
             states = _layer(states, *part, heads=self.config.num_attention_heads)
         return states
 
-    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.model.embed_tokens(inputs) + self.model.embed_positions.weight
-
     def losses(self, inputs, targets, weights, loops: int, deep: bool):
         """The weighted loss after every loop, or the last, and the last one's confidence."""
         start, stop = self.config.loop_start, self.config.loop_end
         parts = self.weights()
         head, mid, tail = parts[:start], parts[start:stop], parts[stop:]
         norm, embeddings = self.model.norm.weight, self.head.weight
-        states, found = self.run(head, self.embed(inputs)), []
+        embedded = self.model.embed_tokens(inputs) + self.model.embed_positions.weight
+        states, found = self.run(head, embedded), []
         for loop in range(loops):
             states = self.run(mid, states)
             if deep or loop == loops - 1:

@@ -137,14 +137,9 @@ class Noise:
             every = torch.zeros_like(every)
         uniform = (torch.rand((), generator=generator) + torch.arange(size) / size) % 1.0
         kept = torch.where(every, count, (uniform * count).long() + 1)
-        masked = self._some(blank, kept, generator)
-        return tokens, masked
-
-    @staticmethod
-    def _some(blank: torch.Tensor, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """A random `kept` of the blanks of each row."""
+        # A random `kept` of the blanks of each row
         order = torch.rand(blank.shape, generator=generator).masked_fill(~blank, 2.0).argsort(-1).argsort(-1)
-        return blank & (order < kept[:, None])
+        return tokens, blank & (order < kept[:, None])
 
     def _policy(self, tokens, blank, new, generator):
         """Rows that are not `new` go on from their last step with the most confident cells opened, to their truth."""
