@@ -21,6 +21,7 @@ import dataclasses
 import itertools
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ def table(path: Path) -> str:
         runs = [record for record in records if record["arm"] == name]
         for loops in runs[0]["solved"]:
             columns = [run["likelihood"][loops]["nelbo"] for run in runs], [run["solved"][loops] for run in runs]
-            nelbo, solved = ((study.mean(values), study.deviation(values)) for values in columns)
+            nelbo, solved = ((fmean(values), study.deviation(values)) for values in columns)
             rows.append([name, len(runs), loops, report.nelbo_cell(nelbo), report.percent_cell(solved)])
     return report.table(str(path), ["run", "seeds", "loops", "NELBO", "solved in one step, %"], rows)
 

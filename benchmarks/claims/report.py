@@ -17,11 +17,12 @@ standard error over held-out rows.
 import argparse
 import math
 from pathlib import Path
+from statistics import fmean
 
 import plots
 import study
 from arms import ARMS
-from study import Records, mean
+from study import Records
 
 COLUMNS = (1, 2, 3, 4, 6, 8, 12)
 
@@ -47,7 +48,7 @@ def quality_tables(records: Records) -> list[str]:
         rows = []
         for name, runs in records.items():
             values = study.nelbo_by_loops(runs, held_out)
-            tflop = mean([run["training"]["training_flops"] for run in runs]) / 1e12
+            tflop = fmean([run["training"]["training_flops"] for run in runs]) / 1e12
             rows.append([name, len(runs), f"{tflop:.2f}", *(nelbo_cell(values.get(loops)) for loops in COLUMNS)])
         title = f"NELBO on {held_out}, nats per {first['settings']['unit']}, by loops"
         found.append(table(title, ["arm", "seeds", "TFLOP", *COLUMNS], rows))
@@ -55,7 +56,7 @@ def quality_tables(records: Records) -> list[str]:
         rows = []
         for name, runs in records.items():
             values = study.solved_by_loops(runs)
-            few = [f"{100 * mean([run['few_steps'][i]['solved'] for run in runs]):.1f}" for i in range(2)]
+            few = [f"{100 * fmean([run['few_steps'][i]['solved'] for run in runs]):.1f}" for i in range(2)]
             rows.append([name, *(percent_cell(values.get(loops)) for loops in COLUMNS), *few])
         found.append(table("Solved in one step, %, by loops", ["arm", *COLUMNS, "2 steps", "4 steps"], rows))
     return found
@@ -93,7 +94,7 @@ def arms_table(records: Records) -> str:
             best = max(solved, key=lambda loops: solved[loops][0])
             cells += [percent_cell(solved[1]), percent_cell(solved[most])]
             cells.append(f"{100 * solved[best][0]:.1f} at {best}")
-        steps = round(mean([run["training"]["steps"] for run in runs]))
+        steps = round(fmean([run["training"]["steps"] for run in runs]))
         rows.append([name, ARMS[name].about, len(runs), steps, *cells])
     return table("The arms", header[: len(rows[0])], rows)
 
@@ -148,7 +149,7 @@ def scaling_tables(runs: list[dict]) -> list[str]:
             cells = []
             for flops in budgets:
                 values = [dict(points)[flops] for points in seeds.values() if flops in dict(points)]
-                center = mean(values) if values else 0.0
+                center = fmean(values) if values else 0.0
                 pair = (center if quantity == "NELBO" else 1 - center, study.deviation(values)) if values else None
                 cells.append(nelbo_cell(pair) if quantity == "NELBO" else percent_cell(pair))
             rows.append([base, *cells])
