@@ -1,8 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""What several benchmarks share: arguments, timing in turns, live memory, a checkpoint in LLaDA's format."""
+"""
+What several benchmarks share: arguments and results, timing in turns, live memory, waits, Sudoku puzzles, the training
+of a small head, a random model of words, a checkpoint in LLaDA's format.
+"""
 
 import argparse
 import os
+import sys
 import time
 import warnings
 import weakref
@@ -12,12 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.data import write_json
 from loopmdm.evaluation.protocol import protocol
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
+import puzzles  # noqa: F401 - what the benchmarks on Sudoku import from here
+
+ROOT = Path(__file__).resolve().parents[1]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -133,7 +146,18 @@ def peak_bytes(run: Callable[[], Any], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-# --- accuracy ---
+# --- Sudoku ---
+
+
+def load(folder: str | Path = ROOT) -> tuple[LoopMDMForMaskedLM, Any]:
+    """The model of a folder, the bundled one by default, in eval mode, and its tokenizer."""
+    return LoopMDMForMaskedLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def read_pairs(tokenizer: Any, pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of boards and of their solutions, `(num_puzzles, 81)` each."""
+    boards, solutions = zip(*pairs, strict=True)
+    return tuple(tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in (boards, solutions))
 
 
 def solved(right: torch.Tensor) -> dict[str, float]:
@@ -141,6 +165,18 @@ def solved(right: torch.Tensor) -> dict[str, float]:
     rate = right.double().mean().item()
     error = (rate * (1 - rate) / len(right)) ** 0.5
     return {"solved": round(100 * rate, 1), "standard_error": round(100 * error, 1)}
+
+
+def fit(head: torch.nn.Module, loss: Callable[[], torch.Tensor], steps: int) -> None:
+    """Trains `head` with AdamW, for two steps at least; every call of `loss` draws a batch."""
+    steps = max(steps, 2)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
 
 
 # --- waits ---
@@ -175,6 +211,23 @@ def count_waits(run: Callable[[], Any], device: str) -> int:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(one.message) for one in caught)
+
+
+# --- a model of words ---
+
+
+def save_word_model(folder: str | Path, words: list[str], chat_template: str | None = None, **config: Any) -> None:
+    """Saves a random model that runs its layers 1 and 2 twice, and a tokenizer of `words`."""
+    names = {"pad_token": "<pad>", "eos_token": "<end>", "mask_token": "<mask>"}
+    ids = {f"{name}_id": index for index, name in enumerate(names)}
+    vocabulary = {word: index for index, word in enumerate([*names.values(), *words])}
+    shape = {"vocab_size": len(vocabulary), "intermediate_size": 192, "num_attention_heads": 4, **config}
+    model = LoopMDMForMaskedLM(LoopMDMConfig(loop_start=1, loop_end=3, num_loops=2, **shape, **ids))
+    model.save_pretrained(folder)
+    of_words = Tokenizer(WordLevel(vocabulary, unk_token=words[0]))
+    of_words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=of_words, chat_template=chat_template, **names)
+    tokenizer.save_pretrained(folder)
 
 
 # --- LLaDA's format ---

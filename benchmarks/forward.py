@@ -1,7 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Wall time of a forward pass against its FLOPs, for several loop counts: what looping costs beyond its arithmetic.
+"""
+What does looping cost beyond its arithmetic? Wall time of a forward pass against its FLOPs, for several numbers of
+loops. README.md has its overhead:
 
-python benchmarks/forward.py --output forward.json
+    python benchmarks/forward.py
 """
 
 import statistics
@@ -11,33 +13,15 @@ from common import begin, in_turn, make_parser, write_result
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 
-
-def parse_args():
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--loops", type=int, nargs="+", default=[1, 2, 4, 8, 12], help="loop counts; the first is the base"
-    )
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128, help="tokens per row")
-    parser.add_argument("--layers", type=int, default=12, help="physical layers")
-    parser.add_argument("--loop-start", type=int, default=1)
-    parser.add_argument("--loop-end", type=int, default=3)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--mlp-width", type=int, default=1536)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--vocab-size", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=20, help="passes per loop count; the median counts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    return parser.parse_args()
+LOOPS = (1, 2, 4, 8, 12)  # the first is the base of the ratios
+BATCH_SIZE, LENGTH = 4, 128
 
 
-def summarize(model: LoopMDMForMaskedLM, batch_size: int, length: int, seconds: dict[int, float]) -> list[dict]:
+def summarize(model: LoopMDMForMaskedLM, seconds: dict[int, float]) -> list[dict]:
     """One row per number of loops; ratios are to the first."""
-    flops = {num_loops: model.flops(batch_size, length, num_loops) for num_loops in seconds}
-    base = next(iter(seconds))
-    rows = []
-    for num_loops in seconds:
+    flops = {num_loops: model.flops(BATCH_SIZE, LENGTH, num_loops) for num_loops in LOOPS}
+    base, rows = LOOPS[0], []
+    for num_loops in LOOPS:
         ratios = {"flop_ratio": flops[num_loops] / flops[base], "time_ratio": seconds[num_loops] / seconds[base]}
         rows.append(
             {
@@ -53,28 +37,27 @@ def summarize(model: LoopMDMForMaskedLM, batch_size: int, length: int, seconds: 
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=20, help="passes per loop count; the median counts")
+    args = parser.parse_args()
     begin(args)
     config = LoopMDMConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.width,
-        intermediate_size=args.mlp_width,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        max_position_embeddings=args.length,
-        loop_start=args.loop_start,
-        loop_end=args.loop_end,
-        mask_token_id=args.vocab_size - 1,
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        max_position_embeddings=LENGTH,
+        loop_start=1,
+        loop_end=3,
+        mask_token_id=999,
     )
-    model = LoopMDMForMaskedLM(config).to(args.device, getattr(torch, args.dtype)).eval()
-    input_ids = torch.randint(args.vocab_size, (args.batch_size, args.length), device=args.device)
+    model = LoopMDMForMaskedLM(config).eval()
+    input_ids = torch.randint(config.vocab_size, (BATCH_SIZE, LENGTH))
     with torch.inference_mode():
-        runs = {
-            num_loops: lambda num_loops=num_loops: model(input_ids, num_loops=num_loops) for num_loops in args.loops
-        }
-        seconds, _ = in_turn(runs, args.repeats, args.device)
-    medians = {num_loops: statistics.median(times) for num_loops, times in seconds.items()}
-    rows = summarize(model, args.batch_size, args.length, medians)
+        runs = {num_loops: lambda num_loops=num_loops: model(input_ids, num_loops=num_loops) for num_loops in LOOPS}
+        seconds, _ = in_turn(runs, args.repeats)
+    rows = summarize(model, {num_loops: statistics.median(times) for num_loops, times in seconds.items()})
     print(f"{'S':>3} {'layers':>7} {'GFLOP':>9} {'FLOPs':>8} {'ms':>9} {'time':>8} {'overhead':>9}")
     for row in rows:
         print(

@@ -1,9 +1,11 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Speed, FLOPs and memory of `generate` against LLaDA's and Fast-dLLM's samplers, over the same weights.
+How fast is `generate` beside LLaDA's and Fast-dLLM's samplers over the same weights, and what do its options save in
+FLOPs, time and memory? This makes the table of docs/generation.md:
 
     git clone https://github.com/ML-GSAI/LLaDA && git clone https://github.com/NVlabs/Fast-dLLM && pip install einops
-    python benchmarks/generation.py --llada LLaDA --fast-dllm Fast-dLLM --clock cpu --threads 1 --output result.json
+    python benchmarks/generation.py --llada LLaDA --fast-dllm Fast-dLLM --clock cpu --threads 1 --repeats 3 \\
+        --output benchmarks/results/generation.json
 
 The model has LLaDA's format and random weights, large enough that confidences differ and no two tokens are nearly as
 likely, so that "same tokens" means something; it is converted by `loopmdm.convert`. The [MASK] row of its head is
@@ -53,10 +55,24 @@ from loopmdm.cache_utils import LoopMDMCache
 
 SIZES = {
     "small": {"width": 512, "mlp_width": 1536, "layers": 12, "heads": 8, "vocab_size": 32000},
-    "1b": {"width": 2048, "mlp_width": 5632, "layers": 22, "heads": 32, "vocab_size": 32000},
     # LLaDA 8B with 8 of 32 layers and a quarter of its vocabulary
     "8b": {"width": 4096, "mlp_width": 12288, "layers": 8, "heads": 32, "vocab_size": 32000},
     "tiny": {"width": 64, "mlp_width": 96, "layers": 4, "heads": 4, "vocab_size": 400},
+}
+# Mid is `mid` layers behind the first `loop_start`; `steps` are those of a block, and `tolerance` is what the adaptive
+# run has as its `loop_tolerance`.
+SETTINGS = {
+    "size": "small",
+    "loop_start": 1,
+    "mid": 2,
+    "loops": 8,
+    "prompt_length": 64,
+    "new_tokens": 128,
+    "block_length": 32,
+    "steps": 8,
+    "tolerance": 0.3,
+    "device": "cpu",
+    "dtype": "float32",
 }
 QUICK = {
     "size": "tiny",
@@ -70,26 +86,16 @@ QUICK = {
 }
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, **settings: Any) -> argparse.Namespace:
+    """What the command line says, with other `settings` than the script's own if they are given."""
     parser = make_parser(__doc__)
     parser.add_argument("--llada", type=Path, help="clone of ML-GSAI/LLaDA")
     parser.add_argument("--fast-dllm", type=Path, help="clone of NVlabs/Fast-dLLM; both or none")
-    parser.add_argument("--size", choices=sorted(SIZES), default="small")
-    parser.add_argument("--loop-start", type=int, default=1, help="layers before mid")
-    parser.add_argument("--mid", type=int, default=2, help="layers that are looped")
-    parser.add_argument("--loops", type=int, default=8, help="loops of the looped runs")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="the authors' Fast-dLLM takes 1 alone")
-    parser.add_argument("--prompt-length", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--block-length", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=8, help="denoising steps per block")
-    parser.add_argument("--tolerance", type=float, default=0.3, help="loop_tolerance of the adaptive run")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: seconds of the process")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round, whatever else is given")
+    parser.set_defaults(**{**SETTINGS, **settings})
     args = parser.parse_args(argv)
     if args.quick:
         vars(args).update(QUICK, batch_sizes=[2 if args.llada is None else 1])
@@ -101,12 +107,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for path in (args.llada / "generate.py", args.fast_dllm / "llada" / "generate.py"):
             if not path.is_file():
                 parser.error(f"{path} is not there; give clones of ML-GSAI/LLaDA and NVlabs/Fast-dLLM")
-    if args.new_tokens % args.block_length:
-        parser.error("--new-tokens must be a multiple of --block-length")
-    if args.prompt_length % args.block_length and "block_causal" in args.parts:
-        parser.error("--prompt-length must be a multiple of --block-length for the part block_causal")
-    if args.steps > args.block_length:
-        parser.error("--steps must be at most --block-length")
     return args
 
 
@@ -390,8 +390,8 @@ def main() -> None:
         write_checkpoint(source, args)
         model = make_model(source, args)
         for batch_size in args.batch_sizes:
-            for name in args.parts:
-                part = PARTS[name](model, source, args, batch_size)
+            for name, measure in PARTS.items():
+                part = measure(model, source, args, batch_size)
                 record.setdefault(name, []).append(part)
                 show(name, part, batch_size)
                 write_result(args, parameters=model.num_parameters(), **record)

@@ -63,15 +63,12 @@ WAYS: list[dict[str, Any]] = [
     {"loop_tolerance": 0.3},
     {"visible_loops": 1},
 ]
-GENERATION = "--size 8b --loop-start 2 --loops 4 --prompt-length 128 --repeats 2"
-TRAINING = (
-    "--width 2048 --heads 16 --loops 4 --batch-size 8 --length 1024 --vocab-size 32000 --repeats 5 --dtype bfloat16 "
-    "--compile inductor"
-)
-TINY_TRAINING = (
-    "--width 32 --heads 4 --layers 4 --loops 2 --batch-size 2 --length 16 --vocab-size 50 --repeats 1 --peak-size 64 "
-    "--compile eager"
-)
+# Settings of generation.py and of training_step.py
+GENERATION = {"size": "8b", "loop_start": 2, "loops": 4, "prompt_length": 128, "repeats": 2}
+TRAINING = {"width": 2048, "heads": 16, "loops": 4, "batch_size": 8, "length": 1024, "vocab_size": 32000, "repeats": 5}
+TRAINING |= {"dtype": "bfloat16", "compile": "inductor", "peak_size": 8192}
+TINY = {"width": 32, "heads": 4, "layers": 4, "loops": 2, "batch_size": 2, "length": 16, "vocab_size": 50}
+TINY |= {"repeats": 1, "compile": "eager", "peak_size": 64}
 
 
 def make_small(**changes: Any) -> LoopMDMForMaskedLM:
@@ -125,11 +122,8 @@ def checked(rows: list[dict]) -> list[dict]:
 
 def generation_args(args: argparse.Namespace, dtype: str) -> argparse.Namespace:
     """The arguments of generation.py; ends the program where the folders are not what they should be."""
-    options = f"--device {args.device} --seed {args.seed} --dtype {dtype} {GENERATION}".split()
-    for name in ("llada", "fast_dllm"):
-        if getattr(args, name) is not None:
-            options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return generation.parse_args([*options, *(["--quick"] if args.tiny else [])])
+    same = {name: getattr(args, name) for name in ("llada", "fast_dllm", "device", "seed")}
+    return generation.parse_args(["--quick"] if args.tiny else [], dtype=dtype, **same, **GENERATION)
 
 
 class Sections:
@@ -204,8 +198,8 @@ class Sections:
         ]
 
     def training(self) -> dict:
-        options = f"--device {self.device} {TINY_TRAINING if self.args.tiny else TRAINING}"
-        return training_step.measure(training_step.parse_args(options.split()))
+        settings = TINY if self.args.tiny else TRAINING
+        return training_step.measure(training_step.parse_args([], device=self.device, **settings))
 
     def synchronisations(self) -> list[dict]:
         """What 16 more new tokens, a step for each, add to 8."""

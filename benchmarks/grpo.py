@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Reinforcement learning with GRPO (arXiv 2402.03300) by `trace_log_probs`: a small model of 4x4 Sudoku learns from the
-rules alone, without a solution, to fill a whole board in one denoising step.
+Does reinforcement learning with GRPO (arXiv 2402.03300) by `trace_log_probs` teach what likelihood does not? A small
+model of 4x4 Sudoku learns from the rules alone, without a solution, to fill a whole board in one denoising step. This
+makes the figures of docs/training.md:
 
     python benchmarks/grpo.py --threads 1 --output benchmarks/results/grpo.json
 
@@ -12,7 +13,6 @@ A puzzle may have several solutions, and one step chooses every cell by itself, 
 mixes them.
 """
 
-import argparse
 import itertools
 import time
 
@@ -23,6 +23,9 @@ from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMGenerationConfig
 from loopmdm.objective import trace_log_probs
 
 MASK, NUM_LOOPS, BLANKS = 0, 4, 10
+PRETRAINING_STEPS, UPDATES = 600, 100
+PUZZLES, ANSWERS = 32, 16  # of an update, and of a puzzle
+EVERY = 20  # updates between two measurements
 # The cells of every row, column and box
 UNITS = [[4 * i + j for j in range(4)] for i in range(4)] + [[4 * j + i for j in range(4)] for i in range(4)]
 UNITS += [[8 * (i // 2) + 2 * (i % 2) + cell for cell in (0, 1, 4, 5)] for i in range(4)]
@@ -54,16 +57,20 @@ def solve_rate(model: LoopMDMForMaskedLM, boards: torch.Tensor) -> float:
     return float((reward(answers) == 1).double().mean())
 
 
-def pretrain(model: LoopMDMForMaskedLM, boards: torch.Tensor, steps: int, generator: torch.Generator) -> None:
+def step(model: LoopMDMForMaskedLM, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def pretrain(model: LoopMDMForMaskedLM, boards: torch.Tensor, generator: torch.Generator) -> None:
     """Learns to fill in blank cells from solutions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(steps):
+    for _ in range(PRETRAINING_STEPS):
         puzzles, solutions = make_puzzles(boards, 64, generator)
         labels = solutions.masked_fill(puzzles != MASK, -100)
-        model.train()(input_ids=puzzles, labels=labels, num_loops=NUM_LOOPS).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        step(model, model.train()(input_ids=puzzles, labels=labels, num_loops=NUM_LOOPS).loss, optimizer)
 
 
 def grpo_loss(
@@ -81,8 +88,8 @@ def grpo_loss(
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)[committed].mean()
 
 
-def run(args: argparse.Namespace, seed: int) -> list[float]:
-    """The one-step solve rate of held-out puzzles every `args.every` updates."""
+def run(seed: int) -> list[float]:
+    """The one-step solve rate of held-out puzzles every `EVERY` updates."""
     torch.manual_seed(seed)
     generator, known = torch.Generator().manual_seed(seed), all_boards().split(96)
     config = LoopMDMConfig(
@@ -98,45 +105,36 @@ def run(args: argparse.Namespace, seed: int) -> list[float]:
         max_position_embeddings=16,
     )
     model = LoopMDMForMaskedLM(config)
-    pretrain(model, known[0], args.pretraining_steps, generator)
-    boards = make_puzzles(known[1], args.updates * args.puzzles, generator)[0]
+    pretrain(model, known[0], generator)
+    boards = make_puzzles(known[1], UPDATES * PUZZLES, generator)[0]
     held_out = make_puzzles(known[2], 1000, generator)[0]
     generation_config = LoopMDMGenerationConfig(
         num_loops=NUM_LOOPS,
         max_denoising_steps=1,
         do_sample=True,
-        num_return_sequences=args.answers,
+        num_return_sequences=ANSWERS,
         return_dict_in_generate=True,
         output_trace=True,
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.0)
     curve = []
-    for number, part in enumerate([*boards.split(args.puzzles), None]):
-        if number % args.every == 0:
+    for number, part in enumerate([*boards.split(PUZZLES), None]):
+        if number % EVERY == 0:
             curve.append(solve_rate(model, held_out))
             print(f"seed {seed}, {number} updates: {curve[-1]:.1%} solved in one step", flush=True)
         if part is None:
             break
-        grpo_loss(model.eval(), part, generation_config, generator).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        step(model, grpo_loss(model.eval(), part, generation_config, generator), optimizer)
     return curve
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--runs", type=int, default=3, help="their seeds count from --seed")
-    parser.add_argument("--pretraining-steps", type=int, default=600)
-    parser.add_argument("--updates", type=int, default=100)
-    parser.add_argument("--puzzles", type=int, default=32, help="per update")
-    parser.add_argument("--answers", type=int, default=16, help="per puzzle")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--every", type=int, default=20, help="updates between two measurements")
     args = parser.parse_args()
     begin(args)
     started = time.perf_counter()
-    curves = {seed: run(args, seed) for seed in range(args.seed, args.seed + args.runs)}
+    curves = {seed: run(seed) for seed in range(args.seed, args.seed + args.runs)}
     write_result(args, solve_rate=curves, seconds=round(time.perf_counter() - started))
 
 

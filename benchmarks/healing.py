@@ -2,11 +2,13 @@
 """
 When does turning a trained model into a looped one pay? A 6x6 Sudoku model is trained without loops, `loopmdm convert`
 makes a looped one of it, and both are trained further with the same FLOPs, given in per cent of the first training.
+This makes the tables on 6x6 puzzles of docs/results/conversion.md:
 
-    python benchmarks/healing.py --fast --threads 1 --work /tmp/healing \\
-        --output benchmarks/results/healing.json --pilots
-    python benchmarks/healing.py --fast --threads 1 --work /tmp/healing \\
-        --output benchmarks/results/healing.json --seeds 0,1,2
+    study="python benchmarks/healing.py --fast --threads 1 --work /tmp/healing"
+    study="$study --output benchmarks/results/healing.json"
+    $study --pilots
+    $study --seeds 0,1,2
+    $study --seeds 0,1,2 --windows
 
 `--pilots` compares ways to convert and to go on, on other puzzles than the study's. `--windows` measures on each base
 what `loopmdm convert --calibrate` compares, for all layers (its candidates leave the first and the last one alone, if
@@ -19,6 +21,7 @@ import dataclasses
 import itertools
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,10 +35,12 @@ from loopmdm.evaluation.protocol import protocol
 sys.path.insert(0, str(Path(__file__).parent / "claims"))
 import arms
 import measure
+import report
 import study
 import tasks
 
 LOOPS = (1, 2, 3, 4, 6, 8)
+SHARES = (5, 10, 25, 50, 100)  # per cent of the first training; 25 alone with --quick
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,28 +166,21 @@ class Study:
         print(f"{name} {seed} added to {self.args.output}", flush=True)
 
 
-def report(path: Path) -> str:
-    """A table in Markdown: every run by loops, means and standard deviations over seeds."""
-    records = [record for record in study.read(path) if "solved" in record]
-    lines = ["| run | seeds | loops | NELBO | solved in one step, % |", "| --- | ---: | ---: | ---: | ---: |"]
+def table(path: Path) -> str:
+    """Every run by loops, means and standard deviations over seeds, in Markdown."""
+    records, rows = [record for record in study.read(path) if "solved" in record], []
     for name in dict.fromkeys(record["arm"] for record in records):
         runs = [record for record in records if record["arm"] == name]
         for loops in runs[0]["solved"]:
-            columns = [run["likelihood"][loops]["nelbo"] for run in runs], [100 * run["solved"][loops] for run in runs]
-            cells = [
-                f"{study.mean(values):.{digits}f}"
-                + (f" ± {study.deviation(values):.{digits}f}" if len(runs) > 1 else "")
-                for values, digits in zip(columns, (4, 1), strict=True)
-            ]
-            lines.append(f"| {name} | {len(runs)} | {loops} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            columns = [run["likelihood"][loops]["nelbo"] for run in runs], [run["solved"][loops] for run in runs]
+            nelbo, solved = ((fmean(values), study.deviation(values)) for values in columns)
+            rows.append([name, len(runs), loops, report.nelbo_cell(nelbo), report.percent_cell(solved)])
+    return report.table(str(path), ["run", "seeds", "loops", "NELBO", "solved in one step, %"], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflop", type=float, default=3.0, help="first training, in 10^12 FLOPs (default: 3)")
     parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
-    parser.add_argument("--shares", default="5,10,25,50,100", help="of the first training, %% (default: all of these)")
     parser.add_argument("--pilots", action="store_true", help="compare ways, on 25 %% and the first seed")
     parser.add_argument("--windows", action="store_true", help="measure where untrained loops harm least")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
@@ -191,12 +189,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny data, model and budget: a test of the machinery")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
-    if not args.tflop > 0:
-        parser.error(f"--tflop is {args.tflop}; give a budget above 0")
+    args.tflop = 0.004 if args.quick else 3.0  # of the first training
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.quick:
-        args.tflop = min(args.tflop, 0.004)
     logging.disable_progress_bar()
     runs, seeds = Study(args), [int(seed) for seed in args.seeds.split(",")]
     if args.pilots:
@@ -210,10 +205,10 @@ def main() -> None:
     else:
         for seed in seeds:
             base = runs.base(seed, runs.task.rows)
-            for share in map(int, args.shares.split(",")):
+            for share in (25,) if args.quick else SHARES:
                 for name, way in STUDY.items():
                     runs.run(f"{name}-{share}", seed, way, share, base, runs.task.rows)
-    print(report(args.output))
+    print(table(args.output))
 
 
 if __name__ == "__main__":

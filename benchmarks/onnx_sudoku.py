@@ -1,39 +1,29 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The ONNX graphs of the bundled model beside torch: answers to puzzles, differences of logits, sizes and times.
+"""
+Do the ONNX graphs of the bundled model answer puzzles as torch does? Answers, differences of logits, sizes and times.
+This makes the table of docs/onnx.md:
 
-python benchmarks/onnx_sudoku.py --threads 1 --output onnx.json
+    python benchmarks/onnx_sudoku.py --threads 1 --output benchmarks/results/onnx_sudoku.json
 
 Both answer the same puzzles in batches, in turns. Every batch is timed once, and the median is reported.
 """
 
-import importlib.util
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from common import begin, make_parser, timed, write_result
+from common import ROOT, begin, load, make_parser, puzzles, read_pairs, timed, write_result
 
 from loopmdm.convert.onnx_graphs import WEIGHTS, export_onnx
 from loopmdm.convert.onnx_runner import OnnxModel
-from loopmdm.evaluation.loading import load_model, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     {"num_loops": 1, "max_denoising_steps": 1},
     {"num_loops": 3, "max_denoising_steps": 2},
     {"num_loops": 6, "max_denoising_steps": 4},
     {"num_loops": 16, "max_denoising_steps": 1},
 )
-
-
-def sudoku_puzzles(count: int, seed: int) -> list[tuple[str, str]]:
-    """Puzzles of the kind that the model was trained on, and their solutions."""
-    spec = importlib.util.spec_from_file_location("puzzles", ROOT / "examples" / "sudoku" / "puzzles.py")
-    module = sys.modules["puzzles"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.generate_puzzles(count, seed, 32, 46))
 
 
 def logit_differences(model, graphs: OnnxModel, ids: torch.Tensor, num_loops: int) -> dict[str, float]:
@@ -73,17 +63,14 @@ def compare(model, graphs: dict[str, OnnxModel], ids: torch.Tensor, solutions: t
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
     parser.add_argument("--count", type=int, default=200, help="puzzles")
     args = parser.parse_args()
     begin(args)
-    model, tokenizer = load_model(args.model, "float32", "cpu"), load_tokenizer(args.model)
-    boards = sudoku_puzzles(args.count, args.seed + 23)
-    ids, solutions = (torch.tensor(tokenizer(list(part))["input_ids"]) for part in zip(*boards, strict=True))
+    model, tokenizer = load()
+    ids, solutions = read_pairs(tokenizer, puzzles.generate_puzzles(args.count, args.seed + 23, 32, 46))
     with tempfile.TemporaryDirectory() as folder:
-        about = {name: export_onnx(args.model, Path(folder) / name, name) for name in WEIGHTS}
-        threads = args.threads or 0
-        graphs = {name: OnnxModel(Path(folder) / name, num_threads=threads) for name in WEIGHTS}
+        about = {name: export_onnx(str(ROOT), Path(folder) / name, name) for name in WEIGHTS}
+        graphs = {name: OnnxModel(Path(folder) / name, num_threads=args.threads or 0) for name in WEIGHTS}
         rows, sizes = [], {name: one["bytes"] for name, one in about.items()}
         for setting in SETTINGS:
             rows += compare(model, graphs, ids, solutions, setting)

@@ -2,21 +2,20 @@
 """
 `loopmdm generate --data` on many rows: is the file the same for any number of processes, batch size and kill, and how
 fast are batches beside a loop over single rows? A random model continues texts of random words and lengths, as the
-command does it, in processes of its own. It takes about half an hour on two cores.
+command does it, in processes of one thread. The figures are in docs/generation.md. It takes about half an hour on two
+cores.
 
     python benchmarks/rows.py --output benchmarks/results/rows.json
 
 With `--bundled` the bundled model fills in one to eight blanks of grids and of their beginnings, for batches of three
 sizes and one, two and four processes:
 
-    python benchmarks/rows.py --bundled --rows 10000 --threads 1 --output benchmarks/results/rows_bundled.json
+    python benchmarks/rows.py --bundled --rows 10000 --output benchmarks/results/rows_bundled.json
 """
 
-import argparse
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import subprocess
@@ -28,17 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import begin, in_turn, make_parser, write_result
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from common import begin, in_turn, load, make_parser, save_word_model, write_result
 
-from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.evaluation import generate_rows
 
-ROOT = Path(__file__).parent.parent
-WORDS = ["<pad>", "<end>", "<mask>", *(f"w{number}" for number in range(253))]
+WORDS = [f"w{number}" for number in range(253)]
 SIZES = {"greedy": (64, 7, 1), "drawn": (64, 7)}
 SETTINGS = {
     "greedy": ["--max-new-tokens", "8", "--max-denoising-steps", "4"],
@@ -46,36 +39,12 @@ SETTINGS = {
 }
 
 
-def save_model(folder: Path) -> None:
-    """A random model of about 0.4 million parameters."""
-    config = LoopMDMConfig(
-        vocab_size=len(WORDS),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        loop_start=1,
-        loop_end=3,
-        num_loops=2,
-        initializer_range=0.1,
-        pad_token_id=0,
-        eos_token_id=1,
-        mask_token_id=2,
-    )
-    LoopMDMForMaskedLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<end>", "mask_token": "<mask>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-
-
 def write_data(path: Path, count: int, seed: int) -> None:
     """Texts of 1 to 100 words; every hundredth line is not JSON."""
     generator = random.Random(seed)
     with path.open("w") as file:
         for number in range(count):
-            text = " ".join(generator.choice(WORDS[3:]) for _ in range(generator.randint(1, 100)))
+            text = " ".join(generator.choice(WORDS) for _ in range(generator.randint(1, 100)))
             file.write("{\n" if number % 100 == 50 else json.dumps({"text": text}) + "\n")
 
 
@@ -92,49 +61,6 @@ def write_grids(path: Path, count: int, seed: int) -> None:
             for place in generator.sample(range(len(cells)), generator.randint(1, 8)):
                 cells[place] = "."
             file.write("{\n" if number % 100 == 50 else json.dumps({"text": "".join(cells)}) + "\n")
-
-
-def one_of(rank: int, processes: int, *arguments: str) -> None:
-    """A process of several."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
-    torch.set_num_threads(1)
-    generate_rows(*arguments, batch_size=64, num_loops=2, max_denoising_steps=2)
-
-
-def study_bundled(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Every run is compared with that of one process in batches of 64."""
-    LoopMDMForMaskedLM.from_pretrained(ROOT).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(ROOT).save_pretrained(folder / "model")
-    write_grids(folder / "in.jsonl", args.rows, args.seed)
-    first, context = folder / "batches-of-64", multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["loopmdm.evaluation.rows"])
-    results: dict[str, Any] = {}
-
-    def add(output: Path, started: float) -> None:
-        is_same, wrong = output.read_bytes() == first.read_bytes(), differing(output, first)
-        results[output.name] = {
-            "seconds": time.perf_counter() - started,
-            "is_same": is_same,
-            "rows_that_differ": wrong,
-        }
-        print(output.name, results[output.name], flush=True)
-        write_result(args, results=results)
-
-    for size in (64, 7, 1):
-        started, output = time.perf_counter(), folder / f"batches-of-{size}"
-        options = {"batch_size": size, "num_loops": 2, "max_denoising_steps": 2}
-        generate_rows(str(folder / "model"), folder / "in.jsonl", output, **options)
-        add(output, started)
-        for processes in (2, 4) if size == 64 else ():
-            started, output = time.perf_counter(), folder / f"processes-{processes}"
-            names = [str(path) for path in (folder / "model", folder / "in.jsonl", output)]
-            running = [context.Process(target=one_of, args=(rank, processes, *names)) for rank in range(processes)]
-            for process in running:
-                process.start()
-            for process in running:
-                process.join()
-            add(output, started)
-    return results
 
 
 class Command:
@@ -202,9 +128,55 @@ class Command:
         return sum(line.endswith(b"\n") and line != b"\n" for path in parts for line in path.open("rb"))
 
 
-def throughput(folder: Path, count: int, repeats: int) -> dict[str, Any]:
-    """CPU seconds on one thread, in turns, for the first rows: the fastest round of each, loading included."""
-    lines = (folder / "in.jsonl").read_text().splitlines()[:count]
+def study(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """A random model by the command: batches, processes and kills, and batches beside a loop over single rows."""
+    results: dict[str, Any] = {}
+    shape = {"hidden_size": 96, "num_hidden_layers": 4, "max_position_embeddings": 128}
+    save_word_model(folder / "model", WORDS, initializer_range=0.1, **shape)
+    write_data(folder / "in.jsonl", count, seed)
+    command = Command(folder)
+    for setting, options in SETTINGS.items():
+        print(setting, flush=True)
+        sizes = {}
+        for size in SIZES[setting]:
+            output = f"{setting}-batches-of-{size}"
+            sizes[size] = command.run(output, *options, "--batch-size", str(size))
+            sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
+        results[setting] = {"batch_sizes": sizes}
+    options = [*SETTINGS["drawn"], "--batch-size", "64"]
+    processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
+    whole = results["drawn"]["batch_sizes"][64]
+    killed = command.run_killed("killed", whole["seconds"], 10, seed, *options)
+    for run in (*processes.values(), killed):
+        run["is_same"] = run["sha256"] == whole["sha256"]
+    results["throughput"] = throughput(folder)
+    results["drawn"] |= {"processes": processes, "killed": killed}
+    return results
+
+
+def study_bundled(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """Every run is compared with that of one process in batches of 64."""
+    for part in load():
+        part.save_pretrained(folder / "model")
+    write_grids(folder / "in.jsonl", count, seed)
+    command, results = Command(folder), {}
+    for name, size, processes in (
+        ("batches-of-64", 64, 1),
+        ("processes-2", 64, 2),
+        ("processes-4", 64, 4),
+        ("batches-of-7", 7, 1),
+        ("batches-of-1", 1, 1),
+    ):
+        options = ("--num-loops", "2", "--max-denoising-steps", "2", "--batch-size", str(size))
+        results[name] = command.run(name, *options, processes=processes)
+        results[name]["is_same"] = results[name]["sha256"] == results["batches-of-64"]["sha256"]
+        results[name]["rows_that_differ"] = differing(folder / name, folder / "batches-of-64")
+    return results
+
+
+def throughput(folder: Path) -> dict[str, Any]:
+    """CPU seconds on one thread, one way after the other, for the first 500 rows, loading included."""
+    lines = (folder / "in.jsonl").read_text().splitlines()[:500]
     (folder / "few.jsonl").write_text("\n".join(lines))
     options, numbers = {"max_new_tokens": 8, "max_denoising_steps": 4}, itertools.count()
 
@@ -214,8 +186,7 @@ def throughput(folder: Path, count: int, repeats: int) -> dict[str, Any]:
         )
 
     def one_by_one() -> None:
-        model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+        model, tokenizer = load(folder / "model")
         for text in (json.loads(line)["text"] for line in lines if line != "{"):
             tokens = model.generate(tokenizer(text, return_tensors="pt")["input_ids"], **options)
             tokenizer.decode(tokens[0], skip_special_tokens=True)
@@ -225,10 +196,9 @@ def throughput(folder: Path, count: int, repeats: int) -> dict[str, Any]:
         **{f"batches of {size}": partial(in_batches, size) for size in (1, 7, 64)},
     }
     torch.set_num_threads(1)
-    seconds, _ = in_turn(runs, repeats, clock="cpu", what="throughput")
-    best = {name: min(taken) for name, taken in seconds.items()}
-    loop = best["loop over single rows"]
-    return {name: {"cpu_seconds": taken, "times_the_loop": loop / taken} for name, taken in best.items()}
+    seconds, _ = in_turn(runs, 1, clock="cpu", what="throughput")
+    (loop,) = seconds["loop over single rows"]
+    return {name: {"cpu_seconds": taken, "times_the_loop": loop / taken} for name, (taken,) in seconds.items()}
 
 
 def differing(one: Path, other: Path) -> int:
@@ -241,36 +211,11 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--bundled", action="store_true", help="the bundled model, and nothing but these runs")
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--throughput-rows", type=int, default=500)
-    parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     begin(args)
-    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.bundled:
-            study_bundled(args, folder)
-            return
-        save_model(folder / "model")
-        write_data(folder / "in.jsonl", args.rows, args.seed)
-        command = Command(folder)
-        for setting, options in SETTINGS.items():
-            print(setting, flush=True)
-            sizes = {}
-            for size in SIZES[setting]:
-                output = f"{setting}-batches-of-{size}"
-                sizes[size] = command.run(output, *options, "--batch-size", str(size))
-                sizes[size]["rows_that_differ"] = differing(folder / output, folder / f"{setting}-batches-of-64")
-            results[setting] = {"batch_sizes": sizes}
-        options = [*SETTINGS["drawn"], "--batch-size", "64"]
-        processes = {n: command.run(f"processes-{n}", *options, processes=n) for n in (2, 4)}
-        whole = results["drawn"]["batch_sizes"][64]
-        killed = command.run_killed("killed", whole["seconds"], args.kills, args.seed, *options)
-        for run in (*processes.values(), killed):
-            run["is_same"] = run["sha256"] == whole["sha256"]
-        results["throughput"] = throughput(folder, args.throughput_rows, args.repeats)
-        results["drawn"] |= {"processes": processes, "killed": killed}
+        results = study_bundled(folder, args.rows, args.seed) if args.bundled else study(folder, args.rows, args.seed)
     print(json.dumps(results, indent=2))
     write_result(args, results=results, torch_threads=torch.get_num_threads())
 

@@ -1,9 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-`loopmdm serve` against `generate` called directly: requests a second, one client and several, and the server's memory
-over many requests. Server and direct calls take turns, on one thread each, with the same prompts.
+What does `loopmdm serve` cost beside `generate` called directly? Requests a second, of one client and of several, and
+the server's memory over many requests. Server and direct calls take turns, on one thread each, with the same prompts.
+This makes the table of docs/serving.md:
 
-python benchmarks/serving.py --threads 1 --output benchmarks/results/serving.json
+    python benchmarks/serving.py --threads 1 --output benchmarks/results/serving.json
 """
 
 import os
@@ -17,40 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import torch
-from common import begin, make_parser, write_result
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
+from common import begin, load, make_parser, save_word_model, write_result
 
-from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
-
-WORDS = ["<pad>", "<end>", "<mask>", *(f"w{i}" for i in range(997))]
+TURNS, CLIENTS, NEW_TOKENS = 10, 8, 8
+WORDS = [f"w{number}" for number in range(997)]
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-
-
-def parse_args():
-    parser = make_parser(__doc__)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--turns", type=int, default=10, help="the requests are divided by; the median turn counts")
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--width", type=int, default=64)
-    return parser.parse_args()
-
-
-def save(folder: str, width: int) -> PreTrainedTokenizerFast:
-    """A random model of six layers, two of them looped twice."""
-    ids = {"mask_token_id": 2, "pad_token_id": 0, "eos_token_id": 1}
-    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 6, "num_attention_heads": 4}
-    config = LoopMDMConfig(vocab_size=len(WORDS), loop_start=1, loop_end=3, num_loops=2, **sizes, **ids)
-    LoopMDMForMaskedLM(config).save_pretrained(folder)
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<end>", "mask_token": "<mask>", "chat_template": TEMPLATE}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 def resident_mb(pid: int) -> float:
@@ -58,31 +30,31 @@ def resident_mb(pid: int) -> float:
         return int(re.search(r"VmRSS:\s+(\d+) kB", status.read())[1]) / 1024
 
 
-def study(args, folder: str, tokenizer, client: openai.OpenAI, pid: int) -> dict:
-    model = LoopMDMForMaskedLM.from_pretrained(folder).eval()
-    options = {"max_denoising_steps": args.new_tokens // 2}
+def study(requests: int, folder: str, client: openai.OpenAI, pid: int) -> dict:
+    model, tokenizer = load(folder)
+    options = {"max_denoising_steps": NEW_TOKENS // 2}
 
     def served(number: int) -> str:
         messages = [{"role": "user", "content": f"w{number % 97} w{number % 89}"}]
-        request = {"model": folder, "messages": messages, "max_tokens": args.new_tokens, "temperature": 0}
+        request = {"model": folder, "messages": messages, "max_tokens": NEW_TOKENS, "temperature": 0}
         return client.chat.completions.create(**request, extra_body=options).choices[0].message.content
 
     def direct(number: int) -> str:
         inputs = tokenizer(f"w{number % 97} w{number % 89}", return_tensors="pt", return_token_type_ids=False)
-        tokens = model.generate(**inputs, max_new_tokens=args.new_tokens, **options)[0, 2:]
+        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, **options)[0, 2:]
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
     def together(numbers: range) -> list[str]:
-        with ThreadPoolExecutor(args.clients) as pool:
+        with ThreadPoolExecutor(CLIENTS) as pool:
             return list(pool.map(served, numbers))
 
     ways = {
         "direct": lambda numbers: list(map(direct, numbers)),
         "one client": lambda numbers: list(map(served, numbers)),
-        f"{args.clients} clients": together,
+        f"{CLIENTS} clients": together,
     }
-    size, seconds, memory = args.requests // args.turns // 2, {way: [] for way in ways}, [resident_mb(pid)]
-    for turn in range(-1, args.turns):  # the first warms up
+    size, seconds, memory = requests // TURNS // 2, {way: [] for way in ways}, [resident_mb(pid)]
+    for turn in range(-1, TURNS):  # the first warms up
         numbers, texts = range((turn + 1) * size, (turn + 2) * size), []
         for way, run in ways.items():
             started = time.perf_counter()
@@ -98,17 +70,19 @@ def study(args, folder: str, tokenizer, client: openai.OpenAI, pid: int) -> dict
 
 
 def main() -> None:
-    args = parse_args()
+    parser = make_parser(__doc__)
+    parser.add_argument("--requests", type=int, default=1000, help="in ten turns; the median turn counts")
+    args = parser.parse_args()
     begin(args)
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = save(folder, args.width)
+        save_word_model(folder, WORDS, TEMPLATE, hidden_size=64, num_hidden_layers=6)
         command = [sys.executable, "-m", "loopmdm", "serve", folder, "--port", "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
             try:
                 address = server.stdout.readline().split()[0]
                 with openai.OpenAI(base_url=address, api_key="none") as client:
-                    result = study(args, folder, tokenizer, client, server.pid)
+                    result = study(args.requests, folder, client, server.pid)
             finally:
                 server.terminate()
     for way, row in result["rates"].items():

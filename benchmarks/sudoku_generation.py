@@ -1,7 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Settings of `generate` against quality and cost, on a Sudoku model.
+"""
+What do settings of `generate` cost and save on a Sudoku model? These make the tables of docs/generation.md, on caches,
+on fewer loops and on committing in parallel, with the model of examples/sudoku/train.py:
 
-    python benchmarks/sudoku_generation.py --study commit --count 400 --output commit.json
+    study="python benchmarks/sudoku_generation.py --model sudoku-loopmdm"
+    $study --study caches --count 300 --loops 6 --output benchmarks/results/sudoku_caches.json
+    $study --study loops --count 1568 --output benchmarks/results/sudoku_loops.json
+    $study --study commit --count 400 --loops 6 2 --visible-loops 2 --output benchmarks/results/sudoku_commit.json
 
 `commit` compares rules of commitment: a fixed share of the blanks in every step, whatever is at least so likely, or
 whatever stays within a joint entropy, besides what keeps the board on schedule. `caches` compares the approximate
@@ -12,18 +17,9 @@ base (number of loops, or rule), and their standard errors are paired.
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import torch
-from common import begin, make_parser, write_result
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples" / "sudoku"))
-
-import puzzles  # noqa: E402
+from common import ROOT, begin, load, make_parser, puzzles, read_pairs, write_result
 
 CACHES = [
     {"cache_implementation": implementation, **refresh}
@@ -63,27 +59,20 @@ def settings_of(study: str, loops: list[int], visible_loops: int | None) -> list
     return groups
 
 
-def solve(model, tokenizer, pairs, batch_size, **arguments):
+def solve(model, boards: torch.Tensor, solutions: torch.Tensor, setting: dict) -> tuple[torch.Tensor, dict]:
     """Which puzzles are solved, `(count,)` bool, with mean forward passes, loops, tokens per pass and FLOPs."""
-    solved, passes, loops, flops, blanks = [], [], [], [], []
-    for start in range(0, len(pairs), batch_size):
-        part = pairs[start : start + batch_size]
-        inputs = tokenizer([puzzle for puzzle, _ in part], return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=0, return_dict_in_generate=True, **arguments)
-        answers = tokenizer.batch_decode(output.sequences)
-        solved += [answer == solution for answer, (_, solution) in zip(answers, part, strict=True)]
-        passes += output.forward_passes.tolist()
-        loops += output.loops.tolist()
-        flops += output.flops.tolist()
-        blanks += (inputs["input_ids"] == model.config.mask_token_id).sum(-1).tolist()
-    count = len(pairs)
+    options = {"max_new_tokens": 0, "return_dict_in_generate": True, **setting}
+    outputs = [model.generate(part, **options) for part in boards.split(50)]
+    passes, loops, flops = (
+        sum(getattr(output, name).sum().item() for output in outputs) for name in ("forward_passes", "loops", "flops")
+    )
     cost = {
-        "forward_passes": sum(passes) / count,
-        "loops": sum(loops) / count,
-        "tokens_per_forward": sum(blanks) / sum(passes),
-        "gflop": sum(flops) / count / 1e9,
+        "forward_passes": passes / len(boards),
+        "loops": loops / len(boards),
+        "tokens_per_forward": (boards == model.config.mask_token_id).sum().item() / passes,
+        "gflop": flops / len(boards) / 1e9,
     }
-    return torch.tensor(solved), cost
+    return (torch.cat([output.sequences for output in outputs]) == solutions).all(-1), cost
 
 
 def main() -> None:
@@ -94,26 +83,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000, help="number of puzzles (default: 1000)")
     parser.add_argument("--loops", type=int, nargs="+", default=[2, 6], help="num_loops of commit and caches")
     parser.add_argument("--visible-loops", type=int, help="loops of visible tokens where there are more")
-    parser.add_argument("--batch-size", type=int, default=50)
     args = parser.parse_args()
     begin(args)
-    logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
-    pairs = puzzles.generate_puzzles(args.count, args.seed, 32, 46)
+    model, tokenizer = load(args.model)
+    boards, solutions = read_pairs(tokenizer, puzzles.generate_puzzles(args.count, args.seed, 32, 46))
 
     results = []
     for group in settings_of(args.study, args.loops, args.visible_loops):
         reference = None
         for setting in group:
-            solved, cost = solve(model, tokenizer, pairs, args.batch_size, **setting)
+            solved, cost = solve(model, boards, solutions, setting)
             reference = solved if reference is None else reference
             difference = solved.double() - reference.double()
             row = {
                 **setting,
                 "solved": solved.double().mean().item(),
                 "difference": difference.mean().item(),
-                "difference_standard_error": difference.std().item() / math.sqrt(len(pairs)),
+                "difference_standard_error": difference.std().item() / math.sqrt(args.count),
                 **cost,
             }
             results.append(row)

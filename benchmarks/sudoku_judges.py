@@ -1,8 +1,9 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Cheaper judges of Sudoku answers than the NELBO of `sudoku_search.py`, on its puzzles: a second look, in which the
-model reads the filled board and says how likely it finds the digits that it sees, and a small head that is trained on
-what the model makes of the filled board to say whether the answer is right.
+Are there cheaper judges of Sudoku answers than the NELBO of `sudoku_search.py`? On its puzzles: a second look, in
+which the model reads the filled board and says how likely it finds the digits that it sees, and a small head that is
+trained on what the model makes of the filled board to say whether the answer is right. This makes their rows in
+docs/results/search.md:
 
     python benchmarks/sudoku_judges.py --output benchmarks/results/sudoku_judges.json
 
@@ -11,20 +12,29 @@ accepted, are those that judge the most four-step answers to a third set of puzz
 """
 
 import torch
-from common import begin, make_parser, write_result
-from flagship.symmetry import Symmetry
-from sudoku_search import Search, puzzles
+from common import begin, fit, load, make_parser, write_result
+from sudoku_search import Search
 from torch.nn import functional
-from transformers import AutoTokenizer
 
-from loopmdm import LoopMDMForMaskedLM
+SIZES = {
+    "count": 150,  # puzzles to choose answers to
+    "candidates": 8,  # copies to choose from
+    "until_count": 300,  # puzzles to accept answers to
+    "until": 64,  # copies tried at most
+    "train": 300,  # puzzles to train the head on
+    "copies": 4,  # of each of them
+    "epochs": 60,
+    "validation": 300,  # puzzles to choose limits on
+}
 
 
 class Looks(Search):
     """A search whose judges look at filled boards, with a few loops."""
 
-    def __init__(self, model, tokenizer, pairs, batch_size: int, loops: int):
-        super().__init__(model, tokenizer, pairs, batch_size)
+    batch_size = 16
+
+    def __init__(self, model, tokenizer, seed: int, count: int, loops: int):
+        super().__init__(model, tokenizer, seed, count)
         self.loops, self.spent = loops, model.flops(1, self.boards.shape[1], num_loops=loops)
 
     @torch.no_grad()
@@ -46,11 +56,7 @@ class Looks(Search):
 
     def answers(self, copies: int, **settings) -> torch.Tensor:
         """Answers to symmetric copies of all puzzles, `(copies, N, 81)`."""
-        found = [self.generate(self.boards, **settings)[0]]
-        for index in range(1, copies):
-            symmetry = Symmetry(len(self.boards), torch.Generator().manual_seed(index), self.first_digit)
-            found.append(symmetry.undo(self.generate(symmetry.apply(self.boards), **settings)[0]))
-        return torch.stack(found)
+        return torch.stack([self.copy(index, **settings)[0] for index in range(copies)])
 
 
 class Head(torch.nn.Module):
@@ -72,20 +78,16 @@ def train_head(data: Looks, copies: int, epochs: int) -> Head:
     right, blank = (answers == data.solutions).flatten(0, 1), data.blank.repeat(copies, 1)
     print(f"{len(right)} answers to train on, {int((~right.all(-1)).sum())} of them wrong", flush=True)
     head, size = Head(states.shape[-1]), min(64, len(right))
-    steps = max(epochs * len(right) // size, 2)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in range(steps):
+
+    def loss() -> torch.Tensor:
         rows = torch.randint(len(right), (size,))
         board, cells = head(states[rows], log_probs[rows], blank[rows])
-        loss = sum(
+        return sum(
             functional.binary_cross_entropy(one.exp().clamp(1e-6, 1 - 1e-6), target.float())
             for one, target in ((board, right[rows].all(-1)), (cells[blank[rows]], right[rows][blank[rows]]))
         )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+
+    fit(head, loss, epochs * len(right) // size)
     return head.eval()
 
 
@@ -104,24 +106,17 @@ def best_limit(scores: torch.Tensor, right: torch.Tensor) -> float:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(seed=3)  # as in sudoku_search.py; the head is trained on puzzles of seed 5
-    parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
-    parser.add_argument("--count", type=int, default=150, help="puzzles to choose answers to (default: 150)")
-    parser.add_argument("--candidates", type=int, default=8, help="copies to choose from (default: 8)")
-    parser.add_argument("--until-count", type=int, default=300, help="puzzles to accept answers to (default: 300)")
-    parser.add_argument("--until", type=int, default=64, help="symmetric copies tried at most (default: 64)")
-    parser.add_argument("--train", type=int, default=300, help="puzzles to train the head on (default: 300)")
-    parser.add_argument("--copies", type=int, default=4, help="symmetric copies of each of them (default: 4)")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
+    parser.set_defaults(**SIZES)
     parser.add_argument("--loops", type=int, default=4, help="loops of a look (default: 4)")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--quick", action="store_true", help="four of everything: a test of the script")
     args = parser.parse_args()
+    if args.quick:
+        vars(args).update(dict.fromkeys(SIZES, 4))
     begin(args)
-    model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = load()
 
     def looks(seed: int, count: int) -> Looks:
-        return Looks(model, tokenizer, puzzles.generate_puzzles(count, seed, None, None), args.batch_size, args.loops)
+        return Looks(model, tokenizer, seed, count, args.loops)
 
     head = train_head(looks(5, args.train), args.copies, args.epochs)
     validation, search, until = (

@@ -1,9 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What more computation at inference buys on minimal Sudokus: more denoising steps, more loops, remasking, or several
+What does more computation at inference buy on minimal Sudokus? More denoising steps, more loops, remasking, or several
 candidates, sampled or from symmetric copies of the puzzle, and how to choose among them with and without the rules;
 with `--later-look`, remasking by confidence in place of ReMDM's draw; and, with `--until`, symmetric copies tried one
-after another until an answer is accepted: by the rules, because two copies agree, or by its NELBO.
+after another until an answer is accepted: by the rules, because two copies agree, or by its NELBO. These make the
+tables and the picture of docs/results/search.md:
 
     python benchmarks/sudoku_search.py --count 150 --output benchmarks/results/sudoku_search.json
     python benchmarks/sudoku_search.py --count 300 --later-look --output benchmarks/results/sudoku_later_look.json
@@ -16,25 +17,19 @@ loops and 16 steps. Candidates are nested: the first of eight are the four. The 
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import begin, make_parser, solved, write_result
+from common import begin, load, make_parser, puzzles, read_pairs, solved, write_result
 from flagship.symmetry import Symmetry
-from transformers import AutoTokenizer
 
-from loopmdm import LoopMDMForMaskedLM
 from loopmdm.commit_rules import CommitRule
 from loopmdm.evaluation import nelbo
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
-import puzzles
-
 # Scores `(N,)` of answers `(N, 81)` to the puzzles of those rows, the lower the better, and FLOPs per answer
 Judge = Callable[[torch.Tensor, slice | torch.Tensor], tuple[torch.Tensor, float]]
-STEPS = 16
+STEPS, CANDIDATES = 16, 8
 # NELBO of an answer, in nats, up to which it is taken to be right. On puzzles of another seed (2) right answers have
 # 0.03 at most by four masks, and wrong ones 3 at least.
 ACCEPTED = 0.3
@@ -77,15 +72,15 @@ class LaterLook(CommitRule):
 
 
 class Search:
-    """Runs arms over the same puzzles and keeps a table."""
+    """Runs arms over the same minimal puzzles and keeps a table. A NELBO of an answer takes so many `masks`."""
 
-    def __init__(self, model, tokenizer, pairs: list[tuple[str, str]], batch_size: int, masks: int = 4):
-        self.model, self.batch_size, self.masks, self.rows = model, batch_size, masks, []
+    batch_size = 50
+
+    def __init__(self, model, tokenizer, seed: int, count: int, masks: int = 4):
+        self.model, self.masks, self.rows = model, masks, []
         # How answers are judged without the rules, and the score up to which one is accepted
         self.judges: dict[str, tuple[Judge, float]] = {"nelbo": (self.nelbo, ACCEPTED)}
-        self.boards, self.solutions = (
-            tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*pairs, strict=True)
-        )
+        self.boards, self.solutions = read_pairs(tokenizer, puzzles.generate_puzzles(count, seed, None, None))
         self.blank = self.boards == model.config.mask_token_id
         self.first_digit = tokenizer.convert_tokens_to_ids("1")
         self.unit = self.flops(STEPS)
@@ -113,6 +108,17 @@ class Search:
             flops += int(output.flops.sum())
         return torch.cat(answers), torch.cat(log_probs), flops / len(boards)
 
+    def copy(
+        self, index: int, rows: slice | torch.Tensor = slice(None), **settings
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """As `generate`, of symmetric copy number `index` of each puzzle in `rows`; number 0 is the puzzle."""
+        boards = self.boards[rows]
+        if index == 0:
+            return self.generate(boards, **settings)
+        symmetry = Symmetry(len(boards), torch.Generator().manual_seed(index), self.first_digit)
+        answers, log_probs, flops = self.generate(symmetry.apply(boards), **settings)
+        return symmetry.undo(answers), log_probs, flops
+
     def add(self, arm: str, right: torch.Tensor, flops: float, **more) -> None:
         self.rows.append({"arm": arm, **more, "cost": round(flops / self.unit, 2), **solved(right)})
         print(json.dumps(self.rows[-1]), flush=True)
@@ -133,14 +139,10 @@ class Search:
         """Several answers to every puzzle, and every way to choose one of the first 1, 2, 4, ... of them."""
         found = []
         for index in range(count):
-            if arm == "symmetric copies" and index > 0:
-                symmetry = Symmetry(len(self.boards), torch.Generator().manual_seed(index), self.first_digit)
-                answers, log_probs, flops = self.generate(symmetry.apply(self.boards))
-                answers = symmetry.undo(answers)
-            elif index > 0:
+            if arm == "samples" and index > 0:
                 answers, log_probs, flops = self.generate(self.boards, seed=index, do_sample=True)
             else:
-                answers, log_probs, flops = self.generate(self.boards)
+                answers, log_probs, flops = self.copy(index)
             judged = {name: judge(answers, slice(None)) for name, (judge, _) in self.judges.items()}
             found.append((answers, log_probs, flops, judged))
         answers, log_probs = (torch.stack(parts) for parts in list(zip(*found, strict=True))[:2])
@@ -164,7 +166,7 @@ class Search:
                 self.add(arm, chosen, flops + extra.get(choice, 0), candidates=size, choice=choice)
             size *= 2
 
-    def measure_all(self, candidates: int) -> None:
+    def measure_all(self) -> None:
         """Everything that needs no judge to stop."""
         loops = self.model.config.num_loops
         for steps in (1, 4, STEPS, 2 * STEPS, 4 * STEPS):
@@ -172,8 +174,8 @@ class Search:
         for number in (loops // 2, loops + loops // 2, 2 * loops):
             self.single("loops", num_loops=number)
         self.single("remasking", seed=0, max_denoising_steps=2 * STEPS, remask_probability=0.05)
-        for arm, count in (("symmetric copies", candidates), ("samples", candidates // 2)):
-            self.candidates(arm, count)
+        self.candidates("symmetric copies", CANDIDATES)
+        self.candidates("samples", CANDIDATES // 2)
 
     def later_look(self) -> None:
         """Remasking by confidence; with a limit of 0 no digit is masked again."""
@@ -198,12 +200,7 @@ class Search:
                 self.add("until accepted", right, flops / count, **more)
             if index == copies or len(rows) == 0:
                 return
-            if index == 0:
-                answers, _, spent = self.generate(self.boards, max_denoising_steps=steps)
-            else:
-                symmetry = Symmetry(len(rows), torch.Generator().manual_seed(index), self.first_digit)
-                answers, _, spent = self.generate(symmetry.apply(self.boards[rows]), max_denoising_steps=steps)
-                answers = symmetry.undo(answers)
+            answers, _, spent = self.copy(index, rows, max_denoising_steps=steps)
             is_right = (answers == self.solutions[rows]).all(-1)
             found, flops = (~is_right).double(), flops + spent * len(rows)
             if judge == "agreement":
@@ -254,30 +251,25 @@ def plot(path: Path, gflop: float) -> None:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(seed=3)  # training has puzzles of seed 0, held-out scores of seed 1, pilots of seed 2
-    parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
     parser.add_argument("--count", type=int, default=200, help="minimal puzzles (default: 200)")
-    parser.add_argument("--candidates", type=int, default=8)
     parser.add_argument("--masks", type=int, default=4, help="masks per NELBO of an answer (default: 4)")
     parser.add_argument("--later-look", action="store_true", help="only try remasking by confidence")
     parser.add_argument("--until", type=int, help="only try symmetric copies until one is accepted, at most so many")
-    parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--plot", type=Path, help="only draw what is in benchmarks/results")
     args = parser.parse_args()
     begin(args)
-    model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = load()
     if args.plot is not None:
         plot(args.plot, STEPS * model.flops(1, 81) / 1e9)
         return
-    pairs = puzzles.generate_puzzles(args.count, args.seed, None, None)
-    search = Search(model, tokenizer, pairs, args.batch_size, args.masks)
+    search = Search(model, tokenizer, args.seed, args.count, args.masks)
     if args.later_look:
         search.later_look()
     elif args.until is not None:
         for judge in ("rules", "agreement", "nelbo"):
             search.until_accepted(judge, args.until)
     else:
-        search.measure_all(args.candidates)
+        search.measure_all()
     write_result(args, rows=search.rows)
 
 

@@ -1,31 +1,35 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Which minimal Sudokus loops solve, by clues and by the technique that a puzzle needs, and rules that stop the loops:
-fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, a gate trained on the frozen model, and
-an oracle that knows what the last loop will answer.
+Which minimal Sudokus do loops solve, by clues and by the technique that a puzzle needs, and which rule should stop the
+loops? Fixed numbers, `loop_tolerance`, two untrained rules that look at the answer, a gate trained on the frozen
+model, and an oracle that knows what the last loop will answer. This makes the tables and the picture of
+docs/results/minimal-sudokus.md:
 
-    python benchmarks/sudoku_stopping.py --work /tmp/stopping --output benchmarks/results/sudoku_stopping.json
+    python benchmarks/sudoku_stopping.py --threads 1 --work /tmp/stopping \\
+        --output benchmarks/results/sudoku_stopping.json --plot docs/results/techniques.png
 
 One pass with all loops is recorded for every puzzle; as rows do not see each other, it says what each rule would have
 answered, and after how many loops. Batches are kept in `--work`, and a run that is interrupted goes on from there.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import begin, make_parser, solved, write_result
+from common import begin, fit, load, make_parser, puzzles, read_pairs, solved, write_result
 from torch.nn import functional
-from transformers import AutoTokenizer
 
-from loopmdm import LoopMDMForMaskedLM
 from loopmdm.loop_policies import LoopPolicy
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "sudoku"))
-import puzzles
-
 BATCH, TECHNIQUES = 50, ("singles", "pairs", "beyond")
+SIZES = {
+    "count": 1000,  # held-out puzzles
+    "validation": 300,  # puzzles to choose limits on
+    "train": 400,  # puzzles to train the gate on
+    "trajectories": 150,  # held-out puzzles for 16 steps
+    "four_steps": 1000,  # held-out puzzles for four steps
+    "epochs": 5,  # of the gate's training
+}
 
 
 class Recorder(LoopPolicy):
@@ -92,18 +96,15 @@ class Unchanged(LoopPolicy):
 class Puzzles:
     """Minimal puzzles of a seed, and what has been recorded of them."""
 
-    def __init__(self, args, model, tokenizer, seed: int, count: int):
-        self.args, self.model, self.seed = args, model, seed
+    def __init__(self, work: Path, model, tokenizer, seed: int, count: int):
+        self.work, self.model, self.seed = work, model, seed
         self.pairs = puzzles.generate_puzzles(count, seed, None, None)
-        self.boards, self.solutions = (
-            tokenizer(list(texts), return_tensors="pt")["input_ids"] for texts in zip(*self.pairs, strict=True)
-        )
+        self.boards, self.solutions = read_pairs(tokenizer, self.pairs)
 
     def batches(self, name: str, compute: Callable, count: int | None = None) -> list:
         found = []
-        for start in range(0, len(self.boards[:count]), BATCH):
-            boards = self.boards[:count][start : start + BATCH]
-            path = self.args.work / f"{name}-{self.seed}-{start}-{len(boards)}.pt"
+        for number, boards in enumerate(self.boards[:count].split(BATCH)):
+            path = self.work / f"{name}-{self.seed}-{number * BATCH}-{len(boards)}.pt"
             if not path.is_file():
                 torch.save(compute(self.model, boards), path.with_suffix(".tmp"))
                 path.with_suffix(".tmp").replace(path)
@@ -153,17 +154,13 @@ def train_gate(model, data: Puzzles, epochs: int) -> torch.nn.Module:
         inputs.append(gate_inputs(part["states"])[blank])
         labels.append((part["answers"][1:] != part["answers"][-1])[blank])
     features, targets = torch.cat(inputs), torch.cat(labels).float()
-    steps, size = epochs * len(targets) // 4096, 4096
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
-    for _ in range(max(steps, 2)):
-        chosen = torch.randint(len(targets), (size,))
-        loss = functional.binary_cross_entropy_with_logits(gate(features[chosen].float())[:, 0], targets[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return gate
+
+    def loss() -> torch.Tensor:
+        chosen = torch.randint(len(targets), (4096,))
+        return functional.binary_cross_entropy_with_logits(gate(features[chosen].float())[:, 0], targets[chosen])
+
+    fit(gate, loss, epochs * len(targets) // 4096)
+    return gate.requires_grad_(False)
 
 
 def gate_inputs(states: torch.Tensor) -> torch.Tensor:
@@ -252,22 +249,22 @@ def in_four_steps(model, gate: torch.nn.Module, stopping: list[dict], held_out: 
         return ((second - first).abs().amax(-1) * blank).amax(-1)
 
     def gated(before, after, blank):
-        return (
-            gate(gate_inputs(torch.stack((before, after)))[0].float())[..., 0].masked_fill(~blank, -torch.inf).amax(-1)
-        )
+        logits = gate(gate_inputs(torch.stack((before, after)))[0].float())[..., 0]
+        return logits.masked_fill(~blank, -torch.inf).amax(-1)
+
+    def unchanged(limit):  # the scores are the negative runs
+        return Unchanged(lambda states: probabilities(states).argmax(-1), round(1 - limit))
 
     limits = {row["rule"]: row["limit"] for row in stopping}
-    arms: dict[str, dict] = {"16 loops": {}}
-    if limits["probabilities"] is not None:
-        arms["probabilities"] = {"loop_policy": Stopper(moved, limits["probabilities"])}
-    if limits["answer unchanged"] is not None:
-        run = round(1 - limits["answer unchanged"])  # the scores are the negative runs
-        arms["answer unchanged"] = {"loop_policy": Unchanged(lambda states: probabilities(states).argmax(-1), run)}
-    if limits["loop_tolerance"] is not None:
-        arms["loop_tolerance"] = {"loop_tolerance": limits["loop_tolerance"]}
-    if limits["gate"] is not None:
-        arms["gate"] = {"loop_policy": Stopper(gated, limits["gate"])}
-    arms["visible_loops=2"] = {"visible_loops": 2}
+    settings_of = {
+        "probabilities": lambda limit: {"loop_policy": Stopper(moved, limit)},
+        "answer unchanged": lambda limit: {"loop_policy": unchanged(limit)},
+        "loop_tolerance": lambda limit: {"loop_tolerance": limit},
+        "gate": lambda limit: {"loop_policy": Stopper(gated, limit)},
+    }
+    # A limit of None stops nothing.
+    arms = {name: make(limits[name]) for name, make in settings_of.items() if limits[name] is not None}
+    arms = {"16 loops": {}, **arms, "visible_loops=2": {"visible_loops": 2}}
     rows, reference = [], None
     for name, settings in arms.items():
 
@@ -313,36 +310,32 @@ def plot(rows: list[dict], path: Path) -> None:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(seed=1)  # of the held-out puzzles; validation has 2, and the gate is trained on 5
-    parser.add_argument("--model", default=".", help="folder of the model (default: this one, the bundled model's)")
-    parser.add_argument("--count", type=int, default=1000, help="held-out puzzles (default: 1000)")
-    parser.add_argument("--validation", type=int, default=300, help="puzzles to choose limits on (default: 300)")
-    parser.add_argument("--train", type=int, default=400, help="puzzles to train the gate on (default: 400)")
-    parser.add_argument("--trajectories", type=int, default=150, help="puzzles for 16 steps (default: 150)")
-    parser.add_argument("--four-steps", type=int, default=1000, help="puzzles for 4 steps (default: 1000)")
-    parser.add_argument("--epochs", type=int, default=5, help="of the gate's training (default: 5)")
+    parser.set_defaults(**SIZES)
     parser.add_argument("--work", type=Path, required=True, help="folder for what is recorded")
     parser.add_argument("--plot", type=Path, help="draw solve rates by loops and technique")
+    parser.add_argument("--quick", action="store_true", help="four of everything: a test of the script")
     args = parser.parse_args()
+    if args.quick:
+        vars(args).update(dict.fromkeys(SIZES, 4))
     begin(args)
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
-    model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model, tokenizer = load()
     held_out, validation, train = (
-        Puzzles(args, model, tokenizer, seed, count)
+        Puzzles(args.work, model, tokenizer, seed, count)
         for seed, count in ((args.seed, args.count), (2, args.validation), (5, args.train))
     )
     held_out.read()
     print([solved(right)["solved"] for right in held_out.right], flush=True)
     validation.read()
     train.read()
-    gate = train_gate(model, train, args.epochs).requires_grad_(False)
+    gate = train_gate(model, train, args.epochs)
     stopping = compare(validation, held_out, gate)
     answers = torch.cat(held_out.batches("steps", trajectory, args.trajectories))
     rows = by_group(held_out, (answers == held_out.solutions[: len(answers)]).all(-1))
     if args.plot is not None:
         plot(rows, args.plot)
-    four_steps = in_four_steps(model, gate, stopping, held_out, min(args.four_steps, args.count))
+    four_steps = in_four_steps(model, gate, stopping, held_out, args.four_steps)
     write_result(args, rows=rows, stopping=stopping, four_steps=four_steps)
 
 

@@ -1,36 +1,31 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-What looping does to a model that was trained without loops: NELBO of Sudoku solutions given their clues, for every
-window of layers, plain ("replace") and damped loops, at several numbers of loops.
+What does looping do to a model that was trained without loops? NELBO of Sudoku solutions given their clues, for every
+window of layers, plain ("replace") and damped loops, at several numbers of loops. These make the table and the picture
+of docs/convert.md:
 
     python examples/sudoku/puzzles.py --count 60000 --seed 0 --output train.txt
     python examples/sudoku/train.py --puzzles train.txt --output plain --max-train-loops 1 --tflop 90
-    python benchmarks/training_free.py --model plain --output training_free.json --plot training_free.png
+    python benchmarks/training_free.py --model plain --output benchmarks/results/training_free.json \\
+        --plot docs/training_free.png
 """
 
 import json
-import sys
 from pathlib import Path
 
-import torch
-from common import begin, make_parser, write_result
-from transformers import AutoTokenizer
+from common import begin, load, make_parser, puzzles, read_pairs, write_result
 
-from loopmdm import LoopMDMForMaskedLM
 from loopmdm.convert.loop_window import candidate_windows
 from loopmdm.evaluation import nelbo
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "sudoku"))
-import puzzles
-
-MASK = "."
+PUZZLES, SAMPLES = 100, 16  # and masks of each puzzle
+WIDTHS, LOOPS = (1, 2), [2, 3, 4]  # layers of a window, and how often they run
 
 
-def measure(model, input_ids, maskable, args) -> list[dict]:
+def measure(model, input_ids, maskable, seed: int) -> list[dict]:
     """One row for each window, update and number of loops."""
     config, rows = model.config, []  # changed in place, as no weight depends on it
-    num_layers = config.num_hidden_layers
-    settings = {"maskable": maskable, "num_samples": args.samples, "batch_size": 64, "seed": args.seed}
+    settings = {"maskable": maskable, "num_samples": SAMPLES, "batch_size": 64, "seed": seed}
 
     def record(loops: list[int]) -> None:
         mean, error = nelbo(model, input_ids, num_loops=loops, **settings).per_token()
@@ -47,17 +42,13 @@ def measure(model, input_ids, maskable, args) -> list[dict]:
             )
 
     record([1])
-    for width in args.widths:
-        for start, end in candidate_windows(num_layers, width):
+    for width in WIDTHS:
+        for start, end in candidate_windows(config.num_hidden_layers, width):
             config.loop_start, config.loop_end = start, end
             for config.loop_update in ("damped", "replace"):
-                record(args.loops)
-                last = rows[-1]
-                print(
-                    f"layers {last['loop_start']}:{last['loop_end']}  {last['loop_update']:8s}"
-                    + "".join(f"  {row['num_loops']}: {row['nelbo']:.4f}" for row in rows[-len(args.loops) :]),
-                    flush=True,
-                )
+                record(LOOPS)
+                found = "".join(f"  {row['num_loops']}: {row['nelbo']:.4f}" for row in rows[-len(LOOPS) :])
+                print(f"layers {start}:{end}  {config.loop_update:8s}{found}", flush=True)
     return rows
 
 
@@ -90,23 +81,16 @@ def plot(rows: list[dict], path: str) -> None:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", required=True, help="folder of a Sudoku model trained with --max-train-loops 1")
-    parser.add_argument("--puzzles", type=int, default=100, help="number of puzzles (default: 100)")
-    parser.add_argument("--samples", type=int, default=16, help="masks per puzzle (default: 16)")
-    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2], help="layers of a window (default: 1 2)")
-    parser.add_argument("--loops", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--plot", help="picture to write")
     parser.set_defaults(seed=1)
     args = parser.parse_args()
     begin(args)
 
-    model = LoopMDMForMaskedLM.from_pretrained(args.model).eval()
+    model, tokenizer = load(args.model)
     if model.config.max_train_loops != 1:
         raise SystemExit(f"{args.model} was trained with loops; this study is about models that were not.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    pairs = puzzles.generate_puzzles(args.puzzles, args.seed, 32, 46)
-    input_ids = torch.tensor(tokenizer([solution for _, solution in pairs])["input_ids"])
-    maskable = torch.tensor([[cell == MASK for cell in puzzle] for puzzle, _ in pairs])
-    rows = measure(model, input_ids, maskable, args)
+    boards, solutions = read_pairs(tokenizer, puzzles.generate_puzzles(PUZZLES, args.seed, 32, 46))
+    rows = measure(model, solutions, boards == model.config.mask_token_id, args.seed)
     print(f"without loops: {rows[0]['nelbo']:.4f} +- {rows[0]['standard_error']:.4f} nats per blank")
     if args.output:
         write_result(args, training=json.loads((Path(args.model) / "training.json").read_text()), rows=rows)

@@ -1,10 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""Speed and memory of a training step of LoopMDM against transformers' Llama with the loops unrolled as layers.
+"""
+What do a training step's time and memory look like beside transformers' Llama with the loops unrolled as layers? This
+makes the table of docs/training.md:
+
+    python benchmarks/training_step.py --threads 2 --repeats 6
 
 Llama is made bidirectional and has as many layers as LoopMDM executes, the same width, heads, MLP and vocabulary; both
 see the same batch and compute the head at the same masked positions. A step is forward, backward and AdamW.
-
-python benchmarks/training_step.py --output training_step.json
 """
 
 import argparse
@@ -23,31 +25,31 @@ from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.training import MaskedDiffusionCollator, set_num_train_loops, training_flops
 
 PHASES = ("forward", "backward", "optimizer")
+# Mid is `mid` layers behind the first `loop_start`. A backend as `compile` adds steps of compiled layers; `peak_size`
+# is the side of the matrices that give the peak of the machine.
+SETTINGS = {
+    "width": 384,
+    "heads": 6,
+    "layers": 12,
+    "loop_start": 1,
+    "mid": 2,
+    "loops": 6,
+    "batch_size": 4,
+    "length": 256,
+    "vocab_size": 8192,
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": None,
+    "peak_size": 2048,
+}
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None, **settings: Any) -> argparse.Namespace:
+    """What the command line says, with other `settings` than the script's own if they are given."""
     parser = make_parser(__doc__)
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--mlp-width", type=int, help="default: 8/3 of the width, rounded up to a multiple of 64")
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--layers", type=int, default=12, help="physical layers")
-    parser.add_argument("--loop-start", type=int, default=1, help="layers before mid")
-    parser.add_argument("--mid", type=int, default=2, help="layers that are looped")
-    parser.add_argument("--loops", type=int, default=6)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256, help="tokens per row")
-    parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=12, help="steps of each model; the median counts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--compile", metavar="BACKEND", help="also steps of compiled layers, as with inductor")
-    parser.add_argument("--peak-size", type=int, help="side of the matrices that give the machine's peak")
-    args = parser.parse_args(argv)
-    if args.mlp_width is None:
-        args.mlp_width = -(-args.width * 8 // 3 // 64) * 64
-    if args.peak_size is None:
-        args.peak_size = 8192 if args.device.startswith("cuda") else 2048
-    return args
+    parser.set_defaults(**{**SETTINGS, **settings})
+    return parser.parse_args(argv)
 
 
 # --- models ---
@@ -58,7 +60,7 @@ def make_models(args: argparse.Namespace) -> tuple[LoopMDMForMaskedLM, LlamaForC
     shared = {
         "vocab_size": args.vocab_size,
         "hidden_size": args.width,
-        "intermediate_size": args.mlp_width,
+        "intermediate_size": -(-args.width * 8 // 3 // 64) * 64,  # 8/3 of the width, in whole 64s
         "num_attention_heads": args.heads,
         "max_position_embeddings": args.length,
     }

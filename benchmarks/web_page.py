@@ -1,29 +1,26 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
-"""The page beside torch: load and answer times in headless Chromium, and whether both give the same tokens.
+"""
+Does the page answer as torch does, and how fast does it load and answer, in headless Chromium? This makes the table of
+docs/web.md:
 
-make web && python benchmarks/web_page.py --output web_page.json
+    make web && python benchmarks/web_page.py --threads 1 --output benchmarks/results/web_page.json
 
 Loading is from the start of navigation until the model is ready, from this machine's disk; the first answer counts
 from there. Answers are those of the page's own worker, without readings between the loops; torch is timed on the same
 puzzles one by one. Needs playwright and Chromium (CHROMIUM names its program).
 """
 
-import importlib.util
 import os
 import statistics
-import sys
 import threading
-from pathlib import Path
 
 import torch
-from common import begin, make_parser, timed, write_result
+from common import ROOT, begin, load, make_parser, puzzles, timed, write_result
 from playwright.sync_api import sync_playwright
 
-from loopmdm.evaluation.loading import load_model
 from loopmdm.web.export import Board
 from loopmdm.web.serve import make_server, site_folder
 
-ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     {"loops": 1, "steps": 1, "rule": "confidence"},
     {"loops": 16, "steps": 4, "rule": "confidence"},
@@ -36,14 +33,6 @@ ARGUMENTS = {  # of `generate`, for the page's rules above
     "threshold": {"unmasking": "confidence", "confidence_threshold": 0.9},
 }
 BROWSER = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync")
-
-
-def sudoku_puzzles(count: int, seed: int) -> list[str]:
-    """Puzzles of the kind that the model was trained on."""
-    spec = importlib.util.spec_from_file_location("puzzles", ROOT / "examples" / "sudoku" / "puzzles.py")
-    module = sys.modules["puzzles"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return [puzzle for puzzle, _ in module.generate_puzzles(count, seed, 32, 46)]
 
 
 def load_times(browser, url: str) -> dict[str, float]:
@@ -62,12 +51,12 @@ def load_times(browser, url: str) -> dict[str, float]:
     return {"ready": ready / 1000, "first_answer": (done - ready) / 1000}
 
 
-def compare(page, model, board: Board, puzzles: list[str], setting: dict) -> dict:
+def compare(page, model, board: Board, boards: list[str], setting: dict) -> dict:
     """How many answers and tokens of the page are those of `generate`, and the time of either."""
     source = (ROOT / "benchmarks" / "ask_page.js").read_text()
-    answers = page.evaluate(source.split("\n", 1)[1], {"puzzles": puzzles, **setting})
+    answers = page.evaluate(source.split("\n", 1)[1], {"puzzles": boards, **setting})
     same, same_tokens, seconds = 0, 0, []
-    for puzzle, answer in zip(puzzles, answers, strict=True):
+    for puzzle, answer in zip(boards, answers, strict=True):
         ids = torch.tensor([board.encode(puzzle)])
         arguments = {"num_loops": setting["loops"], "max_denoising_steps": setting["steps"]}
         arguments |= ARGUMENTS[setting["rule"]]
@@ -77,9 +66,9 @@ def compare(page, model, board: Board, puzzles: list[str], setting: dict) -> dic
         same, same_tokens = same + (hits == len(puzzle)), same_tokens + hits
     row = {
         **setting,
-        "puzzles": len(puzzles),
+        "puzzles": len(boards),
         "same_answers": same,
-        "same_tokens": same_tokens / (len(puzzles) * board.side**2),
+        "same_tokens": same_tokens / (len(boards) * board.side**2),
         "page_ms": statistics.median(answer["milliseconds"] for answer in answers),
         "torch_ms": 1000 * statistics.median(seconds),
     }
@@ -92,11 +81,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="puzzles of each setting")
     args = parser.parse_args()
     begin(args)
-    from transformers import AutoTokenizer
-
-    model = load_model(str(ROOT), "float32", "cpu")
-    board = Board.of(model, AutoTokenizer.from_pretrained(ROOT), str(ROOT))
-    puzzles = sudoku_puzzles(args.count, args.seed + 11)
+    model, tokenizer = load()
+    board = Board.of(model, tokenizer, str(ROOT))
+    boards = [puzzle for puzzle, _ in puzzles.generate_puzzles(args.count, args.seed + 11, 32, 46)]
     server = make_server(site_folder())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/"
@@ -107,7 +94,7 @@ def main() -> None:
         print(times)
         page = browser.new_page()
         page.goto(url)
-        rows = [compare(page, model, board, puzzles, setting) for setting in SETTINGS]
+        rows = [compare(page, model, board, boards, setting) for setting in SETTINGS]
         version = browser.version
         browser.close()
     write_result(args, chromium=version, loading=times, answers=rows)

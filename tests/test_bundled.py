@@ -167,13 +167,11 @@ def test_rules_that_stop_loops_are_compared_on_recorded_passes(tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import sudoku_stopping
 
-    sizes = {"count": 6, "validation": 4, "train": 3, "trajectories": 1, "four-steps": 1, "epochs": 1}
-    output, options = tmp_path / "result.json", [f"--{name}={value}" for name, value in sizes.items()]
-    command = ["", "--model", str(ROOT), "--work", str(tmp_path), "--output", str(output), *options]
-    monkeypatch.setattr(sys, "argv", command)
+    output = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["", "--quick", "--work", str(tmp_path), "--output", str(output)])
     sudoku_stopping.main()
     result = json.loads(output.read_text())
-    assert sum(row["puzzles"] for row in result["rows"] if "technique" in row) == 6
+    assert sum(row["puzzles"] for row in result["rows"] if "technique" in row) == 4
     # A pass with so many loops and one denoising step give the same answers as the recorded pass.
     model, boards = LoopMDMForMaskedLM.from_pretrained(ROOT).eval(), sudoku_stopping.puzzles.generate_puzzles
     inputs = AutoTokenizer.from_pretrained(ROOT)([puzzle for puzzle, _ in boards(6, 1, None, None)])["input_ids"]
@@ -218,11 +216,8 @@ def test_judges_of_answers_are_trained_and_compared(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import sudoku_judges
 
-    sizes = {"count": 2, "candidates": 2, "until-count": 3, "until": 2, "train": 4, "copies": 1, "epochs": 1}
-    output, options = tmp_path / "result.json", [f"--{name}={value}" for name, value in sizes.items()]
-    monkeypatch.setattr(
-        sys, "argv", ["", "--model", str(ROOT), "--output", str(output), "--validation", "4", *options]
-    )
+    output = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["", "--quick", "--output", str(output)])
     sudoku_judges.main()
     result = json.loads(output.read_text())
     assert set(result["limits"]) == {row["choice"] for row in result["until"]} == {"second look", "head"}

@@ -81,8 +81,7 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
     else:
         assert set(records["looped"]["one_step"]["solved"]) == {str(loops) for loops in range(1, 13)}
     if name == "sudoku6":
-        options = ("--grid", "--grid-loops", "1", "2", "--grid-steps", "1", "2")
-        command(monkeypatch, folder, "--task", name, "--arms", "same_size,looped", *options)
+        command(monkeypatch, folder, "--task", name, "--arms", "same_size,looped", "--grid")
 
     # Finished arms are not run again.
     monkeypatch.setattr(run, "run_arm", None)
@@ -166,7 +165,7 @@ def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
     path, boards = tmp_path / "healing.json", tasks.sudoku6_rows
     monkeypatch.setattr(tasks, "sudoku6_rows", lambda cache, count, seed: boards(cache, min(count, 16), seed))
     monkeypatch.setattr(healing, "LOOPS", (1, 2, 6))
-    options = ["--quick", "--shares", "25", "--threads", "1", "--work", str(tmp_path), "--output", str(path)]
+    options = ["--quick", "--threads", "1", "--work", str(tmp_path), "--output", str(path)]
     for more in ([], ["--windows"], ["--pilots"]):
         monkeypatch.setattr(sys, "argv", ["healing.py", *options, *more])
         healing.main()
@@ -200,10 +199,20 @@ def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
     assert "| pilot-lora | 1 | 6 |" in capsys.readouterr().out
 
 
-def test_an_interrupted_arm_ends_as_an_uninterrupted_one(tmp_path, task):
-    arm = arms.ARMS["high_consistency"]
+def test_an_interrupted_arm_ends_as_an_uninterrupted_one(monkeypatch, tmp_path, task):
+    arm = arms.Arm("", schedule="late", options={"start": 0.0, "plain": 0.0}, consistency=0.5)
     whole = arms.train(arm, task, 0, 0.004e12, tmp_path / "whole")
-    assert arms.train(arm, task, 0, 0.004e12, tmp_path / "parts", stop_after=3) == {}
+    step = arms.ArmTrainer.training_step
+
+    def interrupted(trainer, *args):
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(arms.ArmTrainer, "training_step", interrupted)
+        arms.train(arm, task, 0, 0.004e12, tmp_path / "parts")
+    assert (tmp_path / "parts" / "checkpoints").is_dir()
     assert not (tmp_path / "parts" / "model").exists()
     parts = arms.train(arm, task, 0, 0.004e12, tmp_path / "parts")
     assert parts["training_flops"] == whole["training_flops"]
@@ -230,13 +239,6 @@ def test_the_second_exit_is_counted_and_learnt(tmp_path, task):
     one, two = (model.flops(task.batch_size, task.length, loops, 0) for loops in (1, 2))
     once = arms.exit_flops(model, task.batch_size, task.length, 0)
     assert once == 3 * one // 3 and two - one == one // 3  # a tail and a mid of one layer of three
-
-
-def test_mixed_loops():
-    schedule = arms.MixedLoops(6, fixed=4, until=0.5)
-    assert {schedule.draw(0, step, 100) for step in range(50)} == {4}
-    assert {schedule.draw(0, step, 100) for step in range(50, 100)} == {1, 2, 3, 4, 5, 6}
-    torch.testing.assert_close(arms.MixedLoops(6, fixed=4, share=0.5).probabilities(0.0).sum().item(), 1.0)
 
 
 def test_measurements_agree_with_the_library(task):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from tasks import Task
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
 from loopmdm.data import ExampleStream
@@ -34,7 +34,7 @@ class Arm:
         about: In words.
         mid: Edges of mid in thirds of the task's layers: (1, 2) is the middle one, (0, 3) all.
         max_loops: S_max; 1 trains without loops.
-        schedule: Name of a loop schedule, see `make_loop_schedule`, or "mixed" or "flops", see below.
+        schedule: Name of a loop schedule, see `make_loop_schedule`, or "flops", see below.
         options: Arguments of the schedule.
         depth: Physical layers, as a multiple of the task's; those that are added go to the tail.
         gradient_loops: Backpropagate through the last so many loops.
@@ -72,10 +72,6 @@ ARMS: dict[str, Arm] = {
     "gradient2": Arm("gradient through the last two loops", gradient_loops=2),
     "flops": Arm("p(S) ~ 1 / FLOPs(S)", schedule="flops"),
     "growing": Arm("S ~ Uniform{1..M}, M growing to 6 over the first half", schedule="growing"),
-    # Fixed S's peak with Uniform's freedom
-    "fixed_then_uniform": Arm(
-        "S = 4 for the first half, Uniform{1..6} after", schedule="mixed", options={"fixed": 4, "until": 0.5}
-    ),
     "late": Arm("S = 1 for the first half, and in a quarter of the steps after; Uniform{3..6} else", schedule="late"),
     "late_s3": Arm(
         "S = 1 for the first half, and in a quarter of the steps after; Uniform{2, 3} else",
@@ -107,23 +103,7 @@ ARMS: dict[str, Arm] = {
         schedule="late",
         consistency=0.5,
     ),
-    "mostly_fixed": Arm(
-        "S = 4 in half of the steps, Uniform{1..6} in the others", schedule="mixed", options={"fixed": 4, "share": 0.5}
-    ),
-    "high": Arm("S ~ Uniform{3..6}", schedule="late", options={"start": 0.0, "plain": 0.0}),
     "two_exits": Arm("S ~ Uniform{1..6}, and a second loss at a smaller S of the same pass", second_exit=0.5),
-    "consistency": Arm(
-        "S = 4, and a smaller S of the same pass learns its predictions",
-        max_loops=4,
-        schedule="fixed",
-        consistency=0.5,
-    ),
-    "high_consistency": Arm(
-        "S ~ Uniform{3..6}, and a smaller S of the same pass learns its predictions",
-        schedule="late",
-        options={"start": 0.0, "plain": 0.0},
-        consistency=0.5,
-    ),
 }
 
 
@@ -137,9 +117,6 @@ ARMS |= {
         ARMS["late"], about="late with mid = all layers, up to 4 loops", mid=(0, 3), max_loops=4
     ),
     "deeper_mid_one": dataclasses.replace(ARMS["late"], about="deeper, one layer of six looped as in late", depth=2),
-    "deeper_mid_two": dataclasses.replace(
-        ARMS["late"], about="deeper, two layers of six looped as in late", depth=2, mid=(1, 3)
-    ),
 }
 # FLOPs that an arm needs: runs with whole schedules on parts of the budget
 ARMS |= {
@@ -162,19 +139,6 @@ class FlopsLoops(LoopSchedule):
         return self.weights / self.weights.sum()
 
 
-class MixedLoops(LoopSchedule):
-    """S = `fixed` with probability `share`, or always in the first share `until` of the steps; otherwise uniform."""
-
-    def __init__(self, max_loops: int, fixed: int, share: float = 0.0, until: float = 0.0):
-        super().__init__(max_loops)
-        self.fixed, self.share, self.until = fixed, share, until
-
-    def probabilities(self, progress):
-        share = 1.0 if progress < self.until else self.share
-        loops = torch.arange(1, self.max_loops + 1)
-        return share * (loops == self.fixed).double() + (1 - share) / self.max_loops
-
-
 def build_config(arm: Arm, task: Task) -> LoopMDMConfig:
     layers = arm.depth * task.layers
     start, end = (edge * task.layers // 3 for edge in arm.mid)
@@ -188,8 +152,6 @@ def build_config(arm: Arm, task: Task) -> LoopMDMConfig:
 
 
 def build_schedule(arm: Arm, config: LoopMDMConfig) -> LoopSchedule:
-    if arm.schedule == "mixed":
-        return MixedLoops(arm.max_loops, **arm.options)
     if arm.schedule == "flops":
         return FlopsLoops(config)
     return make_loop_schedule(arm.schedule, config, **arm.options)
@@ -291,7 +253,6 @@ def train(
     flops: float,
     folder: Path,
     fast: bool = False,
-    stop_after: int | None = None,
     start: Path | None = None,
     lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -302,7 +263,6 @@ def train(
         start: Folder of a model to train further, with its layers and its mid.
         lora: Train an adapter with AdamW instead of all weights with Muon; arguments of `lora_config`. It is merged.
         fast: bfloat16 autocast and compiled layers: about twice the speed on a CPU with bfloat16 instructions.
-        stop_after: Break off after so many steps, as an interruption would (for tests).
     """
     torch.manual_seed(seed)
     fresh = start is None
@@ -347,11 +307,7 @@ def train(
         loop_schedule=build_schedule(arm, config),
         gradient_loops=arm.gradient_loops,
     )
-    if stop_after is not None:
-        trainer.add_callback(_Interruption(stop_after))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder / "checkpoints"))
-    if stop_after is not None and trainer.state.global_step < max_steps:
-        return {}
     (trained.merge_and_unload() if lora else model).save_pretrained(folder / "model")
     loops = [entry["num_loops"] for entry in trainer.state.log_history if "num_loops" in entry]
     return {
@@ -361,12 +317,3 @@ def train(
         "mean_loops": sum(loops) / len(loops) if loops else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-class _Interruption(TrainerCallback):
-    def __init__(self, after: int):
-        self.after = after
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self.after:
-            control.should_training_stop = True

@@ -10,23 +10,23 @@ from tasks import Rows
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.evaluation import measure_dynamics, nelbo
 
-BINS = 10
+BINS, BATCH = 10, 64
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of masked positions, for the dynamics
 
 
 def read_out(
-    model: LoopMDMForMaskedLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, loops: Sequence[int]
+    model: LoopMDMForMaskedLM, input_ids: torch.Tensor, loops: Sequence[int]
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """
     The states after each of `loops` from one pass of the most loops: the number of loops, the hidden states that the
     head reads, `(batch_size, length, hidden_size)`, and each row's relative change in that loop, `(batch_size,)`.
     """
     transformer = model.model
-    before, context = transformer.prelude(input_ids, attention_mask)
-    real = 1.0 if attention_mask is None else attention_mask[..., None]
+    before, context = transformer.prelude(input_ids)
     for loop, (states, _) in enumerate(transformer.iterate(before, context, max(loops)), start=1):
         if loop in loops:
-            change = ((states - before) * real).flatten(1).norm(dim=1) / (before * real).flatten(1).norm(dim=1)
-            yield loop, model.align(transformer.readout(states, context), attention_mask), change
+            change = (states - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+            yield loop, model.align(transformer.readout(states, context)), change
         before = states
 
 
@@ -35,8 +35,6 @@ def likelihood(
     rows: Rows,
     loops: Sequence[int],
     samples: int = BINS,
-    seed: int = 0,
-    batch: int = 64,
     base: LoopMDMForMaskedLM | None = None,
 ) -> dict[str, Any]:
     """
@@ -47,17 +45,8 @@ def likelihood(
     loops = sorted(loops)
 
     def estimate_of(model: LoopMDMForMaskedLM, loops: list[int]):
-        return nelbo(
-            model,
-            rows.input_ids,
-            rows.attention_mask,
-            rows.maskable,
-            None,
-            loops,
-            samples,
-            batch_size=batch,
-            seed=seed,
-        )
+        sizes = {"num_samples": samples, "batch_size": BATCH, "seed": 0}
+        return nelbo(model, rows.input_ids, maskable=rows.maskable, num_loops=loops, **sizes)
 
     def error_of(nats: torch.Tensor) -> torch.Tensor:
         """Standard errors of nats per token, `(len(nats),)`, over rows."""
@@ -76,38 +65,30 @@ def likelihood(
 
 @torch.no_grad()
 def one_step(
-    model: LoopMDMForMaskedLM, rows: Rows, loops: Sequence[int], tolerances: Sequence[float] = (), batch: int = 64
+    model: LoopMDMForMaskedLM, rows: Rows, loops: Sequence[int], tolerances: Sequence[float]
 ) -> dict[str, Any]:
     """
     Everything filled in at once: share of rows solved by number of loops, and adaptive loops: for every tolerance the
     share solved, and the mean loops, when each row stops at the first loop that changes it less (as `loop_tolerance`
-    does). `loops` must be 1, 2, ... for tolerances.
+    does). `loops` must be 1, 2, ...
     """
     loops = sorted(loops)
     solved, changes = [], []
-    for part in rows.split(batch):
-        by_loop = list(read_out(model, part.prompts(), part.attention_mask, loops))
+    for part in rows.split(BATCH):
+        by_loop = list(read_out(model, part.prompts(), loops))
         right = [(model.logits(hidden).argmax(-1) == part.input_ids) | ~part.scored for _, hidden, _ in by_loop]
         solved.append(torch.stack([r.all(-1) for r in right]))
         changes.append(torch.stack([change for _, _, change in by_loop]))
     solved, changes = torch.cat(solved, 1), torch.cat(changes, 1)
-    result = {
-        "solved": {loop: solved[i].double().mean().item() for i, loop in enumerate(loops)},
-    }
-    if tolerances:
-        result["adaptive"] = []
-        for tolerance in tolerances:
-            settled = changes < tolerance
-            settled[-1] = True
-            stop = settled.int().argmax(0)  # the first loop that settles
-            result["adaptive"].append(
-                {
-                    "tolerance": tolerance,
-                    "loops": (stop + 1).double().mean().item(),
-                    "solved": solved.gather(0, stop[None]).double().mean().item(),
-                }
-            )
-    return result
+    adaptive = []
+    for tolerance in tolerances:
+        settled = changes < tolerance
+        settled[-1] = True
+        stop = settled.int().argmax(0)  # the first loop that settles
+        mean_loops, rate = (stop + 1).double().mean().item(), solved.gather(0, stop[None]).double().mean().item()
+        adaptive.append({"tolerance": tolerance, "loops": mean_loops, "solved": rate})
+    by_loops = {loop: solved[i].double().mean().item() for i, loop in enumerate(loops)}
+    return {"solved": by_loops, "adaptive": adaptive}
 
 
 @torch.no_grad()
@@ -116,15 +97,13 @@ def generations(
     rows: Rows,
     num_loops: int | list[int],
     max_denoising_steps: int,
-    batch: int = 64,
     **rule,
 ) -> dict[str, Any]:
     """Share of rows that `generate` solves, and what it cost on average: passes, loops, FLOPs."""
     solved, passes, loops = 0, 0, 0
-    for part in rows.split(batch):
+    for part in rows.split(BATCH):
         outputs = model.generate(
             part.prompts(),
-            attention_mask=part.attention_mask,
             max_new_tokens=0,
             num_loops=num_loops,
             max_denoising_steps=max_denoising_steps,
@@ -148,20 +127,17 @@ def generations(
     }
 
 
-def dynamics(
-    model: LoopMDMForMaskedLM, rows: Rows, num_loops: int, shares: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
-) -> dict[str, Any]:
+def dynamics(model: LoopMDMForMaskedLM, rows: Rows, num_loops: int) -> dict[str, Any]:
     """
-    Loop by loop, `(len(shares), num_loops)` each: attention in mid from masked to masked positions, beside what
-    uniform attention would give (`(len(shares),)`), the relative change of the state, and the loss of the logit lens.
+    Loop by loop, `(len(SHARES), num_loops)` each: attention in mid from masked to masked positions, beside what
+    uniform attention would give (`(len(SHARES),)`), the relative change of the state, and the loss of the logit lens.
     """
     found = measure_dynamics(
-        model, rows.input_ids, rows.attention_mask, rows.maskable, num_loops, shares, masks_per_text=1, batch_size=32
+        model, rows.input_ids, None, rows.maskable, num_loops, SHARES, masks_per_text=1, batch_size=32
     )
-    mass = found.attention_of_mid()
     return {
-        "shares": list(shares),
-        "masked_to_masked": mass[..., 0, 0].tolist(),
+        "shares": list(SHARES),
+        "masked_to_masked": found.attention_of_mid()[..., 0, 0].tolist(),
         "uniform": found.uniform_attention[:, 0, 0].tolist(),
         "change": found.change[..., 2].tolist(),
         "loss": found.loss.tolist(),

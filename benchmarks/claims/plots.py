@@ -2,11 +2,12 @@
 """The pictures of a study."""
 
 from pathlib import Path
+from statistics import fmean
 
 import study
 from arms import ARMS
 from matplotlib.figure import Figure
-from study import Records, mean, tokens_per_parameter
+from study import Records, tokens_per_parameter
 
 COLORS = {"same_size": "tab:gray", "deeper": "tab:brown", "looped": "tab:blue", "late": "tab:red"}
 ABOUT = {
@@ -128,7 +129,7 @@ def plot_differences(runs: list[dict], path: Path) -> None:
     for run in runs:
         if run["arm"].startswith("late_s3"):
             budgets.setdefault(run["settings"]["tflop"] * run["settings"]["budget"], []).append(run)
-    ticks = [mean(list(map(tokens_per_parameter, budgets[tflop]))) for tflop in sorted(budgets)]
+    ticks = [fmean(map(tokens_per_parameter, budgets[tflop])) for tflop in sorted(budgets)]
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     titles = {"held_out": "On held-out text", "other": "On WikiText-2"}
     axes = figure.subplots(1, len(titles), sharey=True)
@@ -138,7 +139,7 @@ def plot_differences(runs: list[dict], path: Path) -> None:
             means = []
             for tick, tflop in zip(ticks, sorted(budgets), strict=True):
                 values = [run["likelihood"][held_out][loops]["to_base"] for run in budgets[tflop]]
-                means.append(mean(values))
+                means.append(fmean(values))
                 for run, value in zip(budgets[tflop], values, strict=True):
                     axis.plot(tick, value, "ox+"[run["seed"]], color=color, markersize=4)
             axis.plot(ticks, means, color=color, label=f"late, {loops} loop{'s' * (loops > '1')}")
@@ -171,7 +172,7 @@ def plot_budgets(runs: list[dict], axis) -> None:
         axis.scatter(*zip(*points, strict=True), color=COLORS[base], s=8, alpha=0.5)
         budgets = {flops: [value for at, value in points if at == flops] for flops, _ in points}
         # Of the budgets that all seeds were run on
-        means[base] = [(flops, mean(values)) for flops, values in budgets.items() if len(values) == len(seeds)]
+        means[base] = [(flops, fmean(values)) for flops, values in budgets.items() if len(values) == len(seeds)]
         axis.plot(*zip(*means[base], strict=True), color=COLORS[base], marker="o", label=ABOUT[base])
     if "same_size" in means and "late" in means:
         flops, level = means["same_size"][-1]

@@ -1,8 +1,12 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Tables and plots of a study, from the file that run.py wrote.
+What did a study find? Tables and plots, from the file that run.py wrote. The tables of claims.md and text.md in
+docs/results are those of `$report --study STUDY`. These draw the pictures language-small.png, sudoku6-long.png,
+sudoku6-long-grid.png and summary.png:
 
-    python benchmarks/claims/report.py --results benchmarks/results/claims --study sudoku6 --plots docs/results
+    report="python benchmarks/claims/report.py --results benchmarks/results/claims"
+    $report --study language-small --with language-small-long --plots docs/results
+    $report --study sudoku6-long --with sudoku6 --plots docs/results --summary
 
 Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim (with `late_s3`, its differences
 to the same-size arm by training tokens), `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary`
@@ -13,29 +17,12 @@ standard error over held-out rows.
 import argparse
 import math
 from pathlib import Path
+from statistics import fmean
 
 import plots
+import study
 from arms import ARMS
-from study import (
-    LOOPED,
-    MAIN,
-    Records,
-    adaptive,
-    attention,
-    by_budget,
-    by_share,
-    deviation,
-    fewer_flops,
-    frontier,
-    mean,
-    nelbo_by_loops,
-    quantities,
-    read_study,
-    setting_name,
-    solved_by_loops,
-    tokens_per_parameter,
-    training_loops,
-)
+from study import Records
 
 COLUMNS = (1, 2, 3, 4, 6, 8, 12)
 
@@ -60,16 +47,16 @@ def quality_tables(records: Records) -> list[str]:
     for held_out in first["likelihood"]:
         rows = []
         for name, runs in records.items():
-            values = nelbo_by_loops(runs, held_out)
-            tflop = mean([run["training"]["training_flops"] for run in runs]) / 1e12
+            values = study.nelbo_by_loops(runs, held_out)
+            tflop = fmean([run["training"]["training_flops"] for run in runs]) / 1e12
             rows.append([name, len(runs), f"{tflop:.2f}", *(nelbo_cell(values.get(loops)) for loops in COLUMNS)])
         title = f"NELBO on {held_out}, nats per {first['settings']['unit']}, by loops"
         found.append(table(title, ["arm", "seeds", "TFLOP", *COLUMNS], rows))
     if "one_step" in first:
         rows = []
         for name, runs in records.items():
-            values = solved_by_loops(runs)
-            few = [f"{100 * mean([run['few_steps'][i]['solved'] for run in runs]):.1f}" for i in range(2)]
+            values = study.solved_by_loops(runs)
+            few = [f"{100 * fmean([run['few_steps'][i]['solved'] for run in runs]):.1f}" for i in range(2)]
             rows.append([name, *(percent_cell(values.get(loops)) for loops in COLUMNS), *few])
         found.append(table("Solved in one step, %, by loops", ["arm", *COLUMNS, "2 steps", "4 steps"], rows))
     return found
@@ -88,7 +75,7 @@ def difference_tables(records: Records) -> list[str]:
                     for value in (values.get(str(loops), {}) for loops in COLUMNS)
                 ]
                 if any(pairs):
-                    rows.append([name, run["seed"], f"{tokens_per_parameter(run):.0f}", *map(nelbo_cell, pairs)])
+                    rows.append([name, run["seed"], f"{study.tokens_per_parameter(run):.0f}", *map(nelbo_cell, pairs)])
         if rows:
             header = ["arm", "seed", "tokens a parameter", *COLUMNS]
             found.append(table(f"NELBO on {held_out} less that of the same-size arm, by loops", header, rows))
@@ -101,30 +88,30 @@ def arms_table(records: Records) -> str:
     header += ["solved in one step, %: 1 loop", "at S_max", "at most, at loops"]
     rows = []
     for name, runs in records.items():
-        nelbo, solved, most = nelbo_by_loops(runs), solved_by_loops(runs), training_loops(runs[0])
+        nelbo, solved, most = study.nelbo_by_loops(runs), study.solved_by_loops(runs), study.training_loops(runs[0])
         cells = [nelbo_cell(nelbo[1]), nelbo_cell(nelbo[most])]
         if solved:
             best = max(solved, key=lambda loops: solved[loops][0])
             cells += [percent_cell(solved[1]), percent_cell(solved[most])]
             cells.append(f"{100 * solved[best][0]:.1f} at {best}")
-        steps = round(mean([run["training"]["steps"] for run in runs]))
+        steps = round(fmean([run["training"]["steps"] for run in runs]))
         rows.append([name, ARMS[name].about, len(runs), steps, *cells])
     return table("The arms", header[: len(rows[0])], rows)
 
 
 def dynamics_tables(records: Records) -> list[str]:
     """Of the main arms: by the share masked, by tolerance, and attention by loop."""
-    main = {name: records[name] for name in MAIN if name in records}
-    rows = [[name, *(f"{value:.4f}" for value in by_share(runs))] for name, runs in main.items()]
+    main = {name: records[name] for name in study.MAIN if name in records}
+    rows = [[name, *(f"{value:.4f}" for value in study.by_share(runs))] for name, runs in main.items()]
     header = ["share masked", *(f"{10 * b}-{10 * b + 10} %" for b in range(10))]
     found = [table("-log p of a masked token by the share masked, at S_max loops", header, rows)]
-    for name in LOOPED:
+    for name in study.LOOPED:
         runs = main.get(name)
         if runs and "one_step" in runs[0]:
-            rows = [[f"{t:g}", f"{loops:.2f}", f"{100 * solved:.1f}"] for t, loops, solved in adaptive(runs)]
+            rows = [[f"{t:g}", f"{loops:.2f}", f"{100 * solved:.1f}"] for t, loops, solved in study.adaptive(runs)]
             found.append(table(f"{name} in one step, adaptive", ["tolerance", "mean loops", "solved, %"], rows))
         if runs:
-            masses, shared = attention(runs), runs[0]["dynamics"]
+            masses, shared = study.attention(runs), runs[0]["dynamics"]
             labels = zip(shared["shares"], shared["uniform"], masses, strict=True)
             rows = [
                 [f"{100 * share:.0f} %", f"{uniform:.3f}", *(f"{value:.3f}" for value in mass)]
@@ -144,8 +131,8 @@ def grid_table(grids: dict[str, dict]) -> str:
     for budget in (min(everything) * factor for factor in (1, 1.5, 1.75, 2, 2.25, 2.5, 3, 4, 6)):
         cells = []
         for grid in grids.values():
-            fitting = [entry for entry in frontier(grid) if entry["flops"] <= budget * 1.001]
-            cells.append(f"{100 * fitting[-1]['solved']:.1f}: {setting_name(fitting[-1])}" if fitting else "")
+            fitting = [entry for entry in study.frontier(grid) if entry["flops"] <= budget * 1.001]
+            cells.append(f"{100 * fitting[-1]['solved']:.1f}: {study.setting_name(fitting[-1])}" if fitting else "")
         if budget <= max(everything):
             rows.append([f"{budget / 1e6:.0f}", *cells])
     header = ["MFLOP a row", *(f"{name} ({grid['seeds']} seeds)" for name, grid in grids.items())]
@@ -154,20 +141,20 @@ def grid_table(grids: dict[str, dict]) -> str:
 
 def scaling_tables(runs: list[dict]) -> list[str]:
     found = []
-    for quantity, value in quantities(runs).items():
-        curves = by_budget(runs, value)
+    for quantity, value in study.quantities(runs).items():
+        curves = study.by_budget(runs, value)
         budgets = sorted({flops for seeds in curves.values() for points in seeds.values() for flops, _ in points})
         rows = []
         for base, seeds in curves.items():
             cells = []
             for flops in budgets:
                 values = [dict(points)[flops] for points in seeds.values() if flops in dict(points)]
-                center = mean(values) if values else 0.0
-                pair = (center if quantity == "NELBO" else 1 - center, deviation(values)) if values else None
+                center = fmean(values) if values else 0.0
+                pair = (center if quantity == "NELBO" else 1 - center, study.deviation(values)) if values else None
                 cells.append(nelbo_cell(pair) if quantity == "NELBO" else percent_cell(pair))
             rows.append([base, *cells])
         found.append(table(f"{quantity} by training budget, TFLOP", ["arm", *(f"{b:g}" for b in budgets)], rows))
-    entries = fewer_flops(runs)
+    entries = study.fewer_flops(runs)
     seeds = sorted({seed for entry in entries for seed in entry["seeds"]})
     rows = []
     for entry in entries:
@@ -189,9 +176,9 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="folder for the pictures")
     parser.add_argument("--summary", action="store_true", help="draw summary.png of this study too")
     args = parser.parse_args()
-    records, grids = read_study(args.results / f"{args.study}.json")
+    records, grids = study.read_study(args.results / f"{args.study}.json")
     studies = [records]
-    studies += [read_study(args.results / f"{name}.json")[0] for name in args.others.split(",") if name]
+    studies += [study.read_study(args.results / f"{name}.json")[0] for name in args.others.split(",") if name]
     runs = [run for study in studies for found in study.values() for run in found]
     parts = [
         *quality_tables(records),

@@ -1,10 +1,10 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Matched-FLOP studies: trains arms of one task from scratch, on the same data in the same order and with the same
-training FLOPs, and measures each.
+What do loops gain for the same training FLOPs? Trains arms of one task from scratch, on the same data in the same
+order and with the same training FLOPs, and measures each. docs/results/studies.md has all its commands; one of them is
 
-    python benchmarks/claims/run.py --task sudoku6 --arms same_size,looped,deeper --seeds 0,1,2 --tflop 3 \\
-        --work /tmp/claims --results benchmarks/results/claims
+    python benchmarks/claims/run.py --fast --threads 1 --work /tmp/claims --results benchmarks/results/claims \\
+        --task sudoku6 --tflop 3 --seeds 0,1,2 --arms same_size,looped,deeper,late,late_high,late_50
 
 Adds every arm to `RESULTS/STUDY.json` when it is done; an arm that is there is not run again, and one that was
 interrupted goes on from its last checkpoint in `--work`. `--grid` measures loops x denoising steps x commit rules of
@@ -34,6 +34,7 @@ TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
 # Besides a fixed number of steps: commit whatever is certain enough, in 8 steps at most
 RULES = [{"confidence_threshold": threshold} for threshold in (0.7, 0.9, 0.97)]
 RULES += [{"entropy_bound": bound} for bound in (0.3, 0.03, 0.01, 0.003)]
+GRID_LOOPS, GRID_STEPS = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4)  # the first two of each with --quick
 
 
 def data_order(task: tasks.Task, seed: int) -> str:
@@ -72,7 +73,7 @@ def measure_arm(
     return result
 
 
-def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any] | None:
+def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures one arm."""
     arm, clock = arms.ARMS[name], Clock()
     folder = args.work / args.study / f"{name}-{seed}"
@@ -80,8 +81,6 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
     if not finished.is_file():
         training = arms.train(arm, task, seed, args.tflop * 1e12, folder, fast=args.fast)
         write_json(finished, {**training, "tflop": args.tflop, **clock.read()})
-    if args.train_only:
-        return None
     clock, training = Clock(), json.loads(finished.read_text())
     if training.pop("tflop") != args.tflop:
         raise SystemExit(f"{folder} holds an arm of another budget; give another --work folder.")
@@ -129,9 +128,9 @@ class Clock:
 def protocol_of(clock: Clock, args: argparse.Namespace) -> dict[str, Any]:
     """Versions, machine, texts, and the time of the process that measured."""
     record = {name: entry for name, entry in protocol({}).items() if name in ("versions", "machine", "date")}
-    if args.train_text and args.task.startswith("language"):
-        texts = filter(None, (args.train_text, args.eval_text))
-        record["texts"] = {name: digest for text in texts for name, digest in hash_files(Path(text)).items()}
+    if args.task.startswith("language"):
+        hashes = [hash_files(Path(text)) for text in args.texts.values()]
+        record["texts"] = {name: digest for one in hashes for name, digest in one.items()}
     return {**record, **clock.read()}
 
 
@@ -144,14 +143,14 @@ def run_grid(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) -
     if task.rows.scored is None:
         raise SystemExit(f"The task {task.name} has no answers to be right or wrong, so there is no grid.")
     model = LoopMDMForMaskedLM.from_pretrained(folder).eval()
-    found = []
-    for loops in args.grid_loops:
+    found, count = [], 2 if args.quick else None
+    for loops in GRID_LOOPS[:count]:
         if loops > (2 * arm.max_loops if arm.max_loops > 1 else 1):
             continue
-        settings: list[tuple[int | list[int], int, dict]] = [(loops, steps, {}) for steps in args.grid_steps]
+        settings: list[tuple[int | list[int], int, dict]] = [(loops, steps, {}) for steps in GRID_STEPS[:count]]
         settings += [(loops, 8, rule) for rule in RULES]
         if loops > 1:  # loops in the first step alone
-            settings += [([loops] + [1] * (steps - 1), steps, {}) for steps in args.grid_steps if steps > 1]
+            settings += [([loops] + [1] * (steps - 1), steps, {}) for steps in GRID_STEPS[1:count]]
             settings += [([loops] + [1] * 7, 8, rule) for rule in RULES]
         for num_loops, steps, rule in settings:
             found.append(measure.generations(model, task.rows, num_loops, steps, **rule))
@@ -165,17 +164,13 @@ def main() -> None:
     parser.add_argument("--study", help="name in --work and --results, one for each budget (default: the task)")
     parser.add_argument("--arms", default="same_size,looped,deeper", help=f"of: {', '.join(arms.ARMS)}")
     parser.add_argument("--seeds", default="0", help="separated by commas; each runs all arms (default: 0)")
-    parser.add_argument("--seed", type=int, help="one seed, as --seeds with one number")
     parser.add_argument("--tflop", type=float, default=3.0, help="training budget of an arm in 10^12 (default: 3)")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
     parser.add_argument("--results", type=Path, required=True, help="folder for the results, one JSON file a study")
     parser.add_argument("--train-text", help="language: text file to train on, in UTF-8")
     parser.add_argument("--eval-text", help="language: another text file to evaluate, in UTF-8")
     parser.add_argument("--grid", action="store_true", help="measure loops x steps x rules of trained arms")
-    parser.add_argument("--grid-loops", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8])
-    parser.add_argument("--grid-steps", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--fast", action="store_true", help="train in bfloat16 with compiled layers")
-    parser.add_argument("--train-only", action="store_true", help="leave measuring the trained arms to a later call")
     parser.add_argument("--quick", action="store_true", help="tiny data, models and budgets: a test of the machinery")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
@@ -188,22 +183,19 @@ def main() -> None:
         parser.error(f"no such arm: {', '.join(unknown)}; choose of {', '.join(arms.ARMS)}")
     if not args.tflop > 0:
         parser.error(f"--tflop is {args.tflop}; give a budget above 0")
-    seeds = [args.seed] if args.seed is not None else [int(seed) for seed in args.seeds.split(",")]
     if args.quick:
         args.tflop = min(args.tflop, 0.002)
-    texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
+    args.texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
     transformers.utils.logging.disable_progress_bar()
-    task = tasks.make_task(args.task, args.work / "data", args.quick, texts)
+    task = tasks.make_task(args.task, args.work / "data", args.quick, args.texts)
     path = args.results / f"{args.study}.json"
-    for seed in seeds:
+    for seed in map(int, args.seeds.split(",")):
         for name in names:
             if ("grid" if args.grid else "likelihood") in study.find(path, name, seed):
                 print(f"{name} {seed} is in {path}", flush=True)
                 continue
-            record = (run_grid if args.grid else run_arm)(name, seed, task, args)
-            if record is not None:
-                study.add(path, record)
-                print(f"{name} {seed} added to {path}", flush=True)
+            study.add(path, (run_grid if args.grid else run_arm)(name, seed, task, args))
+            print(f"{name} {seed} added to {path}", flush=True)
 
 
 if __name__ == "__main__":

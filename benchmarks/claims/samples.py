@@ -1,7 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
-Samples of trained arms of a study of text, by denoising steps and loops: their perplexity under a judge, a causal
-language model that is trained here on the arms' own training rows, and their entropy.
+How well do trained arms of a study of text write, by denoising steps and loops? The perplexity of their samples under
+a judge, a causal language model that is trained here on the arms' own training rows, and their entropy.
+docs/results/text.md has the table, and studies.md the whole command, which is run for all arms as here for two:
 
     python benchmarks/claims/samples.py --task language-small --train-text train.txt --work /tmp/claims \\
         --results benchmarks/results/claims language-small/same_size-0 language-small/late_s3-0
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny data, judge and settings: a test of the machinery")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     args = parser.parse_args()
-    args.eval_text = None
+    args.texts = {"train": args.train_text}
     judge_steps, count, all_steps, all_loops = SETTINGS[args.quick]
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -144,7 +145,7 @@ def main() -> None:
     if missing:
         parser.error(f"{args.work} holds no trained arm {', '.join(missing)}; train it with run.py")
     transformers.utils.logging.disable_progress_bar()
-    task = tasks.make_task(args.task, args.work / "data", args.quick, {"train": args.train_text})
+    task = tasks.make_task(args.task, args.work / "data", args.quick, args.texts)
     folder, path = args.work / "judge", args.results / "samples.json"
     if not (folder / "training.json").is_file():
         write_json(folder / "training.json", train_judge(task, folder, judge_steps, args.quick))

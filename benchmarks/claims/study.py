@@ -4,12 +4,14 @@
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from arms import ARMS
+
+from loopmdm.data import write_atomically
 
 LOOPED = ("looped", "late")
 MAIN = ("same_size", "deeper", *LOOPED)
@@ -37,9 +39,7 @@ def add(path: Path, record: dict[str, Any]) -> None:
     records[key] = records.get(key, {}) | rounded(record)
     lines = (json.dumps(one, separators=(",", ":"), allow_nan=False) for one in records.values())
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    os.replace(temporary, path)
+    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def rounded(value: Any) -> Any:
@@ -70,7 +70,7 @@ def read_study(path: Path) -> tuple[Records, dict[str, dict]]:
         if keyed:
             common = [key for key in keyed[0] if all(key in table for table in keyed)]
             entries = [
-                {**keyed[0][key], **{n: mean([table[key][n] for table in keyed]) for n in ("solved", "flops")}}
+                {**keyed[0][key], **{n: fmean([table[key][n] for table in keyed]) for n in ("solved", "flops")}}
                 for key in common
             ]
             grids[name] = {"seeds": len(keyed), "grid": entries}
@@ -89,14 +89,8 @@ def setting_name(entry: dict) -> str:
 # --- numbers ---
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def deviation(values: list[float]) -> float | None:
-    if len(values) == 1:
-        return None
-    return math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
+    return stdev(values) if len(values) > 1 else None
 
 
 def training_loops(run: dict) -> int:
@@ -109,7 +103,7 @@ def nelbo_by_loops(runs: list[dict], held_out: str | None = None) -> dict[int, t
     table = {}
     for loops, entry in runs[0]["likelihood"][held_out].items():
         values = [run["likelihood"][held_out][loops]["nelbo"] for run in runs]
-        table[int(loops)] = mean(values), deviation(values) or entry["error"]
+        table[int(loops)] = fmean(values), deviation(values) or entry["error"]
     return table
 
 
@@ -118,7 +112,7 @@ def solved_by_loops(runs: list[dict]) -> dict[int, tuple[float, float]]:
     table = {}
     for loops in runs[0].get("one_step", {"solved": {}})["solved"]:
         values = [run["one_step"]["solved"][loops] for run in runs]
-        table[int(loops)] = mean(values), deviation(values) or math.sqrt(mean(values) * (1 - mean(values)) / 1000)
+        table[int(loops)] = fmean(values), deviation(values) or math.sqrt(fmean(values) * (1 - fmean(values)) / 1000)
     return table
 
 
@@ -126,7 +120,7 @@ def adaptive(runs: list[dict]) -> list[tuple[float, float, float]]:
     """Tolerance, mean loops, share solved."""
     groups = zip(*(run["one_step"]["adaptive"] for run in runs), strict=True)
     return [
-        (group[0]["tolerance"], *(mean([one[n] for one in group]) for n in ("loops", "solved"))) for group in groups
+        (group[0]["tolerance"], *(fmean([one[n] for one in group]) for n in ("loops", "solved"))) for group in groups
     ]
 
 
@@ -134,13 +128,13 @@ def by_share(runs: list[dict]) -> list[float]:
     """-log p of a masked token in each tenth of the share masked, at S_max loops."""
     loops, held_out = str(training_loops(runs[0])), next(iter(runs[0]["likelihood"]))
     tables = [run["likelihood"][held_out][loops]["by_share"] for run in runs]
-    return [mean(list(values)) for values in zip(*tables, strict=True)]
+    return [fmean(values) for values in zip(*tables, strict=True)]
 
 
 def attention(runs: list[dict]) -> list[list[float]]:
     """Mid's attention from masked to masked positions: by share masked, by loop."""
     by_run = zip(*(run["dynamics"]["masked_to_masked"] for run in runs), strict=True)
-    return [[mean(list(values)) for values in zip(*rows, strict=True)] for rows in by_run]
+    return [[fmean(values) for values in zip(*rows, strict=True)] for rows in by_run]
 
 
 def crossing(points: Points, level: float) -> float | None:

@@ -37,36 +37,22 @@ def _keep_mask(bit: int) -> int:
 
 KEEP = [_keep_mask(bit) for bit in range(SIDE * CELLS)]
 CELL = [_bits(range(cell, SIDE * CELLS, CELLS)) for cell in range(CELLS)]
-# Each rule says "one of these six candidates". Shifts of the candidates by a rule's offsets bring its six onto the
-# bit of the first, so that one pass over the offsets counts them for all rules of a kind at once.
-_KINDS = [
-    (_bits(range(CELLS)), [CELLS * digit for digit in range(SIDE)]),  # digits of a cell
-    (_bits(CELLS * d + SIDE * r for d in range(SIDE) for r in range(SIDE)), list(range(SIDE))),  # columns of a row
-    (_bits(CELLS * d + c for d in range(SIDE) for c in range(SIDE)), [SIDE * r for r in range(SIDE)]),
-    (_bits(CELLS * d + SIDE * r + c for d in range(SIDE) for r in (0, 2, 4) for c in (0, 3)), [0, 1, 2, 6, 7, 8]),
-]
+# Each rule says "one of these six candidates": the digits of a cell, or the places of a digit in a unit.
+RULES = [*CELL, *(_bits(CELLS * digit + cell for cell in unit) for digit in range(SIDE) for unit in units())]
 
 
 def _propagate(candidates: int) -> int:
     """Places all candidates that are the only one left for a rule, until there is none; 0 at a contradiction."""
-    while True:
+    before = None
+    while candidates != before:
         before = candidates
-        for heads, offsets in _KINDS:
-            one = many = 0
-            for offset in offsets:
-                here = candidates >> offset & heads
-                many |= one & here
-                one |= here
-            if one != heads:
+        for rule in RULES:
+            left = candidates & rule
+            if not left:
                 return 0
-            for offset in offsets:
-                placed = (candidates >> offset & heads & ~many) << offset
-                while placed:
-                    bit = placed.bit_length() - 1
-                    candidates &= KEEP[bit]
-                    placed ^= 1 << bit
-        if candidates == before:
-            return candidates
+            if left.bit_count() == 1:
+                candidates &= KEEP[left.bit_length() - 1]
+    return candidates
 
 
 def _search(candidates: int, rng: random.Random | None = None) -> Iterator[int]:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import word_problems
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 from loopmdm import LoopMDMConfig
-from loopmdm.data import pack_documents, read_documents
+from loopmdm.data import pack_documents, read_documents, write_atomically
 
 PAD, MASK = 0, 1
 
@@ -30,21 +29,17 @@ class Rows:
         input_ids (`torch.LongTensor` of shape `(num_rows, length)`): Clean tokens.
         maskable (`torch.BoolTensor`, same shape): What is denoised, given all else.
         scored (`torch.BoolTensor`, same shape, *optional*): Where a row must be right to count as solved.
-        attention_mask (`torch.LongTensor`, same shape, *optional*): 0 on padding.
     """
 
     input_ids: torch.Tensor
     maskable: torch.Tensor
     scored: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def __getitem__(self, part: slice) -> "Rows":
-        return Rows(
-            *(None if t is None else t[part] for t in (getattr(self, f.name) for f in dataclasses.fields(Rows)))
-        )
+        return Rows(*(None if t is None else t[part] for t in (self.input_ids, self.maskable, self.scored)))
 
     def split(self, size: int) -> list["Rows"]:
         return [self[start : start + size] for start in range(0, len(self), size)]
@@ -99,18 +94,14 @@ def cached(path: Path, make: Callable[[], Any]) -> Any:
     """What `make` returns, kept as JSON."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(make()))
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(make()))
     return json.loads(path.read_text())
 
 
-class RelabelDigits:
+def relabel_digits(example: dict, generator: torch.Generator) -> dict:
     """Augmentation: permutes the digits of a grid."""
-
-    def __call__(self, example: dict, generator: torch.Generator) -> dict:
-        digits = torch.randperm(6, generator=generator) + 2
-        return {**example, "input_ids": torch.cat((torch.tensor([PAD, MASK]), digits))[example["input_ids"]]}
+    digits = torch.randperm(6, generator=generator) + 2
+    return {**example, "input_ids": torch.cat((torch.tensor([PAD, MASK]), digits))[example["input_ids"]]}
 
 
 def _shape(width: int, vocab_size: int, **others) -> dict[str, Any]:
@@ -143,18 +134,18 @@ def sudoku6_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
             {"input_ids": ids, "maskable": blanks} for ids, blanks in zip(train.input_ids, train.maskable, strict=True)
         ],
         held_out={"puzzles": sudoku6_rows(cache, held_out, 1)},
-        transform=RelabelDigits(),
+        transform=relabel_digits,
         batch_size=16 if quick else 32,
     )
 
 
 def arithmetic_task(cache: Path, quick: bool, texts: dict[str, str]) -> Task:
     """Word problems of 4 events, see word_problems.py; the solution is learnt, its last number is scored."""
-    count, held_out, events = (256, 32, 4) if quick else (100_000, 1000, 4)
+    count, held_out = (256, 32) if quick else (100_000, 1000)
     ids = {word: index for index, word in enumerate(word_problems.VOCABULARY, start=2)}
 
     def read(seed: int, index: int) -> dict:
-        problem, solution = (text.split() for text in word_problems.generate_problem(seed, index, events))
+        problem, solution = (text.split() for text in word_problems.generate_problem(seed, index, events=4))
         return {
             "input_ids": torch.tensor([ids[word] for word in (*problem, *solution)]),
             "maskable": torch.tensor([False] * len(problem) + [True] * len(solution)),
@@ -254,6 +245,4 @@ def make_task(name: str, cache: Path, quick: bool = False, texts: dict[str, str]
         quick: Tiny data and a tiny model, for tests.
         texts: Paths of the texts of a language task, by use: "train", and any others to evaluate.
     """
-    if name not in TASKS:
-        raise ValueError(f"The task is {name!r}; choose one of {', '.join(TASKS)}.")
     return TASKS[name](cache, quick, texts or {})

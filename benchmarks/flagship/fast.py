@@ -48,8 +48,8 @@ _loss = torch.compile(loss, dynamic=False)
 class Looped:
     """A [`LoopMDMForMaskedLM`] with learned positions, query/key norm and a gated MLP, from its own weights."""
 
-    def __init__(self, model, dtype: torch.dtype = torch.bfloat16):
-        self.model, self.head, self.config, self.dtype = model.model, model.lm_head, model.config, dtype
+    def __init__(self, model):
+        self.model, self.head, self.config = model.model, model.lm_head, model.config
 
     def weights(self) -> list[tuple]:
         """Once for each pass: gradients go through it."""
@@ -58,12 +58,10 @@ class Looped:
             attention, mlp = block.self_attn, block.mlp
             parts.append(
                 (
-                    torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).to(
-                        self.dtype
-                    ),
-                    attention.o_proj.weight.to(self.dtype),
-                    torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).to(self.dtype),
-                    mlp.down_proj.weight.to(self.dtype),
+                    torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).bfloat16(),
+                    attention.o_proj.weight.bfloat16(),
+                    torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).bfloat16(),
+                    mlp.down_proj.weight.bfloat16(),
                     block.input_layernorm.weight,
                     block.post_attention_layernorm.weight,
                     attention.q_norm.weight,
@@ -77,16 +75,14 @@ class Looped:
             states = _layer(states, *part, heads=self.config.num_attention_heads)
         return states
 
-    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.model.embed_tokens(inputs) + self.model.embed_positions.weight
-
     def losses(self, inputs, targets, weights, loops: int, deep: bool):
         """The weighted loss after every loop, or the last, and the last one's confidence."""
         start, stop = self.config.loop_start, self.config.loop_end
         parts = self.weights()
         head, mid, tail = parts[:start], parts[start:stop], parts[stop:]
         norm, embeddings = self.model.norm.weight, self.head.weight
-        states, found = self.run(head, self.embed(inputs)), []
+        embedded = self.model.embed_tokens(inputs) + self.model.embed_positions.weight
+        states, found = self.run(head, embedded), []
         for loop in range(loops):
             states = self.run(mid, states)
             if deep or loop == loops - 1:

@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 
 from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm.data import write_json
 from loopmdm.training import MuonAdamW
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "sudoku"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import fast
 import puzzles
 from symmetry import Symmetry
 
 CELLS, MASK, FIRST_DIGIT, VOCABULARY = 81, 1, 2, 11
+SAVE_SECONDS, EVAL_TFLOP = 120.0, 10.0  # between two checkpoints, and two short evaluations
 
 
 @dataclasses.dataclass
@@ -109,16 +110,10 @@ def build_model(settings: Settings) -> LoopMDMForMaskedLM:
 
 def read_boards(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Clean tokens, `(N, 81)` int64, and which of them are blank in the puzzle, bool."""
-    pairs = [line.split() for line in path.read_text().splitlines()]
+    pairs = puzzles.read_puzzles(path)
     tokens = torch.tensor([[int(digit) + FIRST_DIGIT - 1 for digit in solution] for _, solution in pairs])
     blank = torch.tensor([[cell in puzzles.BLANKS for cell in puzzle] for puzzle, _ in pairs])
     return tokens, blank
-
-
-def augment(tokens: torch.Tensor, blank: torch.Tensor, generator: torch.Generator):
-    """A random symmetry for every board."""
-    symmetry = Symmetry(len(tokens), generator, FIRST_DIGIT)
-    return symmetry.apply(tokens), blank.gather(1, symmetry.cells)
 
 
 class Noise:
@@ -132,7 +127,8 @@ class Noise:
         generator = torch.Generator().manual_seed(1_000_003 * settings.seed + step)
         size = settings.batch
         chosen = torch.randint(len(self.boards[0]), (size,), generator=generator)
-        tokens, blank = augment(self.boards[0][chosen], self.boards[1][chosen], generator)
+        symmetry = Symmetry(size, generator, FIRST_DIGIT)
+        tokens, blank = symmetry.apply(self.boards[0][chosen]), self.boards[1][chosen].gather(1, symmetry.cells)
         count = blank.sum(-1)
         every = torch.rand(size, generator=generator) < settings.atom
         if settings.noise == "policy":
@@ -141,14 +137,9 @@ class Noise:
             every = torch.zeros_like(every)
         uniform = (torch.rand((), generator=generator) + torch.arange(size) / size) % 1.0
         kept = torch.where(every, count, (uniform * count).long() + 1)
-        masked = self._some(blank, kept, generator)
-        return tokens, masked
-
-    @staticmethod
-    def _some(blank: torch.Tensor, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """A random `kept` of the blanks of each row."""
+        # A random `kept` of the blanks of each row
         order = torch.rand(blank.shape, generator=generator).masked_fill(~blank, 2.0).argsort(-1).argsort(-1)
-        return blank & (order < kept[:, None])
+        return tokens, blank & (order < kept[:, None])
 
     def _policy(self, tokens, blank, new, generator):
         """Rows that are not `new` go on from their last step with the most confident cells opened, to their truth."""
@@ -218,21 +209,19 @@ def main() -> None:
     parser.add_argument("--settings", required=True, help="JSON of what differs from the base")
     parser.add_argument("--data", type=Path, required=True, help="folder of minimal.txt and validation.txt")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--save-seconds", type=float, default=120.0)
-    parser.add_argument("--eval-tflop", type=float, default=10.0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = Settings(**json.loads(args.settings))
     folder = args.output / settings.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2) + "\n")
+    write_json(folder / "settings.json", dataclasses.asdict(settings))
 
     model = build_model(settings)
     optimizer = MuonAdamW(model, lr=settings.lr)
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()} if settings.ema else None
     noise = Noise(settings, read_boards(args.data / "minimal.txt"))
     validation = read_boards(args.data / "validation.txt")
-    step, spent, seconds, next_eval = 0, 0.0, 0.0, args.eval_tflop
+    step, spent, seconds, next_eval = 0, 0.0, 0.0, EVAL_TFLOP
     state_file = folder / "state.pt"
     if state_file.is_file():
         state = torch.load(state_file)
@@ -301,9 +290,9 @@ def main() -> None:
             losses.clear()
             log(first=round(first, 4), last=round(last, 4), norm=round(norm, 3), loops=loops, seconds=round(seconds))
         if next_eval * 1e12 <= spent < budget:
-            next_eval += args.eval_tflop
+            next_eval += EVAL_TFLOP
             log(seconds=round(seconds), **evaluate(averaged(), *validation, settings.loops))
-        if time.perf_counter() - saved > args.save_seconds:
+        if time.perf_counter() - saved > SAVE_SECONDS:
             save()
             saved = time.perf_counter()
     save()
@@ -317,8 +306,7 @@ def main() -> None:
         "training_seconds": seconds,
         "evaluation": evaluate(best, *validation, settings.loops),
     }
-    (folder / "result.tmp").write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(folder / "result.tmp", folder / "result.json")
+    write_json(folder / "result.json", record)
 
 
 if __name__ == "__main__":
