@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..objective.seeds import seeded_generator
+from .files import all_rows
 
 Row = TypeVar("Row")
 
@@ -79,7 +80,7 @@ class StreamedExamples(IterableDataset):
         index = 0
         while True:
             start = index
-            for example in self.examples():
+            for example in all_rows(self.examples()):
                 if index % parts == part:
                     yield {**example, "index": index}
                 index += 1
