@@ -82,6 +82,7 @@ def test_weights_in_float16_are_refused(tmp_path):
         ({}, {"label_names": ["input_ids"]}, r"`label_names` is \['input_ids'\]"),
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size` is True"),
         ({}, {"ignore_data_skip": True}, "`ignore_data_skip` is True"),
+        ({}, {"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is 'group_by_length'"),
         ({"compute_loss_func": lambda *args, **kwargs: 0}, {}, "`compute_loss_func` does not work here"),
         ({"compute_metrics": lambda pair: {}, "eval_loops": [1]}, {}, "`compute_metrics` is never called with"),
         (

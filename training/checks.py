@@ -22,6 +22,10 @@ NEUTRAL = {
     "label_names": ((None, ["labels"]), "the model finds its loss by `labels`"),
     "auto_find_batch_size": ((False,), "it silently changes the batch size, and so the result"),
     "ignore_data_skip": ((False,), "a resumed run would see the same examples again"),
+    "train_sampling_strategy": (
+        ("sequential", "random", "batch_rebalance"),
+        "its order is not drawn from the seed, so a resumed run would see other examples",
+    ),
     "dataloader_in_order": ((True,), "the order of the examples would depend on the machine's load"),
 }
 
