@@ -156,7 +156,8 @@ def _num_steps(parts: RunParts) -> int:
     arguments = parts.arguments
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batches = math.ceil(len(parts.stream) / (arguments.per_device_train_batch_size * arguments.world_size))
+    batches = len(parts.stream) / (arguments.per_device_train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     return math.ceil(batches / arguments.gradient_accumulation_steps)
 
 
