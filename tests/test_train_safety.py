@@ -33,6 +33,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ):
         trainer.train()
     assert steps == [1, 2, 3]
+    assert trainer.model.model.num_train_loops is None, "nothing stays behind"
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="holds NaN or infinite values in step 3"):
         trainer.save_model(str(tmp_path / "final"))
@@ -83,6 +84,11 @@ def test_weights_in_float16_are_refused(tmp_path):
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size` is True"),
         ({}, {"ignore_data_skip": True}, "`ignore_data_skip` is True"),
         ({}, {"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is 'group_by_length'"),
+        (
+            {},
+            {"train_sampling_strategy": "random", "accelerator_config": {"use_seedable_sampler": False}},
+            "`use_seedable_sampler` is False",
+        ),
         ({"compute_loss_func": lambda *args, **kwargs: 0}, {}, "`compute_loss_func` does not work here"),
         ({"compute_metrics": lambda pair: {}, "eval_loops": [1]}, {}, "`compute_metrics` is never called with"),
         (

@@ -57,6 +57,10 @@ def check_options(
         raise ValueError(
             "`save_total_limit` is 1, which leaves none if the last checkpoint is damaged; use 2 or more."
         )
+    if args.train_sampling_strategy == "random" and not args.accelerator_config.use_seedable_sampler:
+        raise ValueError(
+            "`use_seedable_sampler` is False, so a resumed run would see the examples in another order; leave it out."
+        )
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(args, name)
         if value not in neutral:

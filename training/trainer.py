@@ -144,6 +144,7 @@ class LoopMDMTrainer(Trainer):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
                 transformer.gradient_loops, transformer.checkpoint_loops = None, False
+                transformer.num_train_loops = None  # also after an error
             check_weights(self)
             return output
 
