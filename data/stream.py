@@ -22,7 +22,8 @@ class ExampleStream(Dataset):
 
     Args:
         examples: A sequence of examples, each a `dict`.
-        num_examples (`int`): Length of the run: optimiser steps times examples per step.
+        num_examples (`int`): Length of the run: optimiser steps times examples per step (of all processes). A second
+            pass over the run would repeat its masks.
         seed (`int`): Seed of the order.
         transform (*optional*): A random augmentation, `transform(example, generator) -> example`.
 

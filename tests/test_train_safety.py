@@ -110,6 +110,15 @@ def test_options_that_would_give_another_loss_are_refused(tmp_path, options, arg
         make_trainer(tmp_path, args=args, **options)
 
 
+@pytest.mark.parametrize("args", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}], ids=str)
+def test_a_run_that_ends_too_early_is_not_repeated(tmp_path, args):
+    """A second pass would have the masks of the first."""
+    stream = ExampleStream(examples(5), 12 if args["max_steps"] > 0 else 8, seed=0)
+    trainer = make_trainer(tmp_path, train_dataset=stream, args=args)
+    with pytest.raises(ValueError, match=r"training would pass over it 2 times.*its `num_examples` to 16\."):
+        trainer.train()
+
+
 def test_a_model_made_later_is_refused(tmp_path):
     make, collator = lambda: tiny_model(max_train_loops=4), MaskedDiffusionCollator(MASK, PAD)
     with pytest.raises(ValueError, match="`model_init` does not work here"):
