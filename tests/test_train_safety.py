@@ -81,6 +81,7 @@ def test_weights_in_float16_are_refused(tmp_path):
         ({}, {"label_smoothing_factor": 1e-12}, "`label_smoothing_factor` is 1e-12, which does not work here"),
         ({}, {"use_liger_kernel": True}, "`use_liger_kernel` is True"),
         ({}, {"label_names": ["input_ids"]}, r"`label_names` is \['input_ids'\]"),
+        ({}, {"average_tokens_across_devices": False}, "`average_tokens_across_devices` is False"),
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size` is True"),
         ({}, {"ignore_data_skip": True}, "`ignore_data_skip` is True"),
         ({}, {"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is 'group_by_length'"),

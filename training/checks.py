@@ -20,6 +20,7 @@ NEUTRAL = {
     "label_smoothing_factor": ((0,), "the Trainer would replace the model's loss by its own, over all labels"),
     "use_liger_kernel": ((False,), "its kernels compute the loss of other models"),
     "label_names": ((None, ["labels"]), "the model finds its loss by `labels`"),
+    "average_tokens_across_devices": ((True,), "tokens of a process with fewer of them would count more"),
     "auto_find_batch_size": ((False,), "it silently changes the batch size, and so the result"),
     "ignore_data_skip": ((False,), "a resumed run would see the same examples again"),
     "train_sampling_strategy": (
