@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 # Separators of the documents in a text file
 SEPARATORS = {"blank_line": "\n\n", "line": "\n", "file": None}
@@ -189,9 +190,20 @@ def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, 
         raise ValueError(f"The data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
+def all_rows(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """
+    All rows of a pass over the data. In the worker of a loader, a streamed data set of the `datasets` library would
+    give a share of them, of which [`StreamedExamples`] would take a share again.
+    """
+    if not isinstance(rows, IterableDataset) or not hasattr(rows, "iter"):
+        return rows
+    batches = rows.iter(batch_size=1)  # `iter(rows)` is what splits
+    return ({name: values[0] for name, values in batch.items()} for batch in batches)
+
+
 def _numbered(rows: Iterable[dict[str, Any]], source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields rows after their numbers, which also name a row of a stream that cannot be read."""
-    rows = iter(rows)
+    rows = iter(all_rows(rows))
     for number in itertools.count(1):
         try:
             row = next(rows)

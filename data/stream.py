@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..objective.seeds import seeded_generator
+from .files import all_rows
 
 Row = TypeVar("Row")
 
@@ -21,7 +22,8 @@ class ExampleStream(Dataset):
 
     Args:
         examples: A sequence of examples, each a `dict`.
-        num_examples (`int`): Length of the run: optimiser steps times examples per step.
+        num_examples (`int`): Length of the run: optimiser steps times examples per step (of all processes). A second
+            pass over the run would repeat its masks.
         seed (`int`): Seed of the order.
         transform (*optional*): A random augmentation, `transform(example, generator) -> example`.
 
@@ -79,7 +81,7 @@ class StreamedExamples(IterableDataset):
         index = 0
         while True:
             start = index
-            for example in self.examples():
+            for example in all_rows(self.examples()):
                 if index % parts == part:
                     yield {**example, "index": index}
                 index += 1

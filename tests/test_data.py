@@ -89,6 +89,29 @@ def test_streamed_examples_are_shared_between_workers():
     assert len({next(loader) for _ in range(8)}) == 8
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("read", [True, False], ids=["by name", "as an object"])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_workers_share_a_streamed_data_set_and_leave_nothing_out(tmp_path, monkeypatch, shards, read):
+    """In a worker such a data set gives only a share of its files."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for shard in range(shards):
+        rows = "".join(f'{{"text": "{number}"}}\n' for number in range(shard * 8, shard * 8 + 8))
+        (tmp_path / f"{shard}.jsonl").write_text(rows)
+    options = {"streaming": True, "data_files": [str(tmp_path / f"{shard}.jsonl") for shard in range(shards)]}
+
+    def examples():
+        if read:
+            return (row for _, row in read_rows("json", dataset=options))
+        return datasets.load_dataset("json", split="train", **options)
+
+    loader = DataLoader(StreamedExamples(examples), batch_size=2, num_workers=2, collate_fn=list)
+    batches = list(itertools.islice(loader, shards * 4 + 2))
+    seen = {row["index"]: int(row["text"]) for batch in batches for row in batch}
+    assert seen == {index: index % (shards * 8) for index in range(shards * 8 + 4)}
+
+
 # Files
 
 

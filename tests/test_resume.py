@@ -275,6 +275,16 @@ def test_resume_from_a_named_checkpoint_and_with_more_steps(folder, tmp_path):
     assert resumed.looped_model.model.gradient_loops is None
 
 
+def test_a_resumed_run_logs_saves_and_evaluates_when_it_is_told_to(tmp_path):
+    build_run(tmp_path, max_steps=4).train()
+    args = {"save_steps": 5, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 7, "save_total_limit": 9}
+    trainer = build_run(tmp_path, max_steps=12, args=args, eval_dataset=examples(2), eval_loops=[1], eval_samples=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (2, 4, 5, 10, 12)}
+    assert [line["step"] for line in steps_logged(trainer)] == [1, 2, 3, 4, 6, 9, 12]
+    assert [line["step"] for line in trainer.state.log_history if "eval_loss" in line] == [7, 12]
+
+
 def test_gradient_checkpointing_may_change_on_resume(folder):
     trainer = resume(folder, checkpoint_loops=True, args={"gradient_checkpointing": True})
     assert trainer.steps_run == [5]

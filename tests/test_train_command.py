@@ -362,6 +362,14 @@ def test_epochs_count_the_examples(run):
     assert record["steps"] == -(-2 * 33 // 8)
 
 
+def test_every_step_is_whole(run, tokenizer, tmp_path):
+    """In a part of a step, several processes would get other rows than one: accelerate gives some of them twice."""
+    for epochs, rows, steps in ((1, 4, 9), (2, 8, 9), (0.01, 4, 1)):
+        trainer = {"max_steps": -1, "num_train_epochs": epochs, "per_device_train_batch_size": rows}
+        config = read_config(run(trainer=trainer))
+        assert len(make_parts(config, AutoTokenizer.from_pretrained(tokenizer), tmp_path).stream) == steps * rows
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -470,6 +478,16 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_weights(run, monk
     monkeypatch.setattr("loopmdm.training.run.LoopMDMTrainer", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(ValueError, match="`trainer`: TensorBoardCallback requires tensorboard"):
         go(run(), "trainer.report_to=tensorboard")
+
+
+def test_an_optimiser_that_is_not_installed_is_refused_before_the_weights(run, monkeypatch):
+    def missing(*args):
+        raise ImportError("You need to install `schedulefree`.")
+
+    monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", missing)
+    monkeypatch.setattr("loopmdm.training.run.LoopMDMTrainer", lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(ValueError, match="`trainer`: You need to install `schedulefree`"):
+        go(run(), "trainer.optim=schedule_free_adamw")
 
 
 def test_a_model_generates_with_no_more_loops_than_it_was_trained_with(run, tmp_path):

@@ -88,6 +88,14 @@ def read(tmp_path):
             {"optimizer": "muon", "trainer": {"adam_beta1": 0.8}},
             "`trainer.adam_beta1` has no effect with `optim",
         ),
+        ({"trainer": {"data_seed": 3}}, "`trainer.data_seed` has no effect, as `seed` decides the order"),
+        ({"trainer": {"bf16_full_eval": True}}, "`trainer.bf16_full_eval` has no effect, as the evaluation is"),
+        ({"trainer": {"eval_steps": 5}}, "`trainer.eval_steps` has no effect, as there is no `eval_data`"),
+        (
+            {"trainer": {"save_strategy": "epoch"}},
+            "`trainer.save_strategy` is 'epoch', which would be once, at the end: to the Trainer, a run of any length "
+            "is one epoch. Use steps (`save_steps: 100`",
+        ),
         # Keys
         ({"sequence_lenght": 8}, "run.yaml has a key `sequence_lenght`, which does not exist; `sequence_length`?"),
         (

@@ -67,6 +67,7 @@ def test_it_writes_nothing_and_says_what_the_run_will_say(run, tmp_path):
     [
         {"trainer": {"max_steps": -1, "num_train_epochs": 2.5, "gradient_accumulation_steps": 3}},
         {"loops": {"schedule": "late"}},
+        {"trainer": {"max_steps": -1, "per_device_train_batch_size": 7, "dataloader_drop_last": True}},
     ],
 )
 def test_steps_and_flops_are_those_of_the_run(run, changes):
@@ -126,6 +127,7 @@ def test_memory_by_hand(run):
     assert memory["weights"] == memory["gradients"] == memory["moving average"] == 4 * parameters
     assert memory["optimiser"] == 4 * (matrices + 2 * (parameters - matrices))
     assert memory["together"] == sum(size for name, size in memory.items() if name != "together")
+    assert look(run(dtype="bfloat16")).memory["moving average"] == 4 * parameters
     recomputed = look(run(checkpoint_loops=True)).memory
     assert recomputed["activations at 3 loops"] < memory["activations at 3 loops"]
 

@@ -33,6 +33,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ):
         trainer.train()
     assert steps == [1, 2, 3]
+    assert trainer.model.model.num_train_loops is None, "nothing stays behind"
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="holds NaN or infinite values in step 3"):
         trainer.save_model(str(tmp_path / "final"))
@@ -80,8 +81,15 @@ def test_weights_in_float16_are_refused(tmp_path):
         ({}, {"label_smoothing_factor": 1e-12}, "`label_smoothing_factor` is 1e-12, which does not work here"),
         ({}, {"use_liger_kernel": True}, "`use_liger_kernel` is True"),
         ({}, {"label_names": ["input_ids"]}, r"`label_names` is \['input_ids'\]"),
+        ({}, {"average_tokens_across_devices": False}, "`average_tokens_across_devices` is False"),
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size` is True"),
         ({}, {"ignore_data_skip": True}, "`ignore_data_skip` is True"),
+        ({}, {"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is 'group_by_length'"),
+        (
+            {},
+            {"train_sampling_strategy": "random", "accelerator_config": {"use_seedable_sampler": False}},
+            "`use_seedable_sampler` is False",
+        ),
         ({"compute_loss_func": lambda *args, **kwargs: 0}, {}, "`compute_loss_func` does not work here"),
         ({"compute_metrics": lambda pair: {}, "eval_loops": [1]}, {}, "`compute_metrics` is never called with"),
         (
@@ -101,6 +109,15 @@ def test_weights_in_float16_are_refused(tmp_path):
 def test_options_that_would_give_another_loss_are_refused(tmp_path, options, args, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, args=args, **options)
+
+
+@pytest.mark.parametrize("args", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}], ids=str)
+def test_a_run_that_ends_too_early_is_not_repeated(tmp_path, args):
+    """A second pass would have the masks of the first."""
+    stream = ExampleStream(examples(5), 12 if args["max_steps"] > 0 else 8, seed=0)
+    trainer = make_trainer(tmp_path, train_dataset=stream, args=args)
+    with pytest.raises(ValueError, match=r"training would pass over it 2 times.*its `num_examples` to 16\."):
+        trainer.train()
 
 
 def test_a_model_made_later_is_refused(tmp_path):

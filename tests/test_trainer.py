@@ -170,6 +170,20 @@ def test_evaluation_needs_examples_and_their_reader(tmp_path):
         trainer.evaluate()
 
 
+@pytest.mark.parametrize("options", [{}, {"eval_loops": [1, 2], "eval_samples": 2, "ema_decay": 0.9}], ids=str)
+def test_evaluation_leaves_the_random_numbers_of_training_alone(tmp_path, options):
+    """With dropout another evaluation would train another model."""
+    results = []
+    for strategy in ("no", "steps"):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+        args = {"eval_strategy": strategy, "eval_steps": 1}
+        trainer = make_trainer(tmp_path, model, args=args, eval_dataset=examples(3), **options)
+        trainer.train()
+        results.append(weights(model))
+    assert_equal(*results)
+
+
 def test_several_evaluation_sets(tmp_path):
     sets = {"a": examples(2), "b": examples(2, seed=1)}
     metrics = make_trainer(tmp_path, eval_dataset=sets, eval_loops=[1], eval_samples=2).evaluate()
@@ -227,6 +241,34 @@ def test_moving_average_by_hand(tmp_path):
         assert_equal(weights(trainer.model), weights(final))
         raise RuntimeError
     assert_equal(weights(trainer.model), states[-1])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_moving_average_of_bfloat16_moves(tmp_path, adapted):
+    """A hundredth of a change is less than bfloat16 can add to a weight."""
+    model = tiny_model(max_train_loops=4).bfloat16()
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear"), autocast_adapter_dtype=False)
+    average, trained = {}, [name for name, one in model.named_parameters() if one.requires_grad]
+    trainer = make_trainer(tmp_path, model, args={"max_steps": 12}, ema_decay=0.99)
+
+    def follow(step):
+        for name, parameter in trainer.model.named_parameters():
+            value = parameter.detach().double()
+            average[name] = value.clone() if step == 1 else 0.99 * average[name] + 0.01 * value
+
+    trainer.add_callback(EachStep(follow))
+    trainer.train()
+    prefix = "base_model.model." if adapted else ""
+    for name, parameter in trainer.ema.module.named_parameters():
+        torch.testing.assert_close(parameter.double(), average[prefix + name], rtol=1e-4, atol=1e-6)
+        assert parameter.dtype == (torch.float32 if prefix + name in trained else torch.bfloat16)
+    raw = weights(trainer.model)
+    trainer.save_model(str(tmp_path / "final"))
+    assert_equal(weights(trainer.model), raw)
+    if not adapted:
+        final = LoopMDMForMaskedLM.from_pretrained(tmp_path / "final")
+        assert_equal(weights(final), weights(copy.deepcopy(trainer.ema.module).bfloat16()))
 
 
 def test_moving_average_changes_no_weight(tmp_path):

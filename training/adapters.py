@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """PEFT on models with loops: which layers an adapter sits on."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Arguments of LoraConfig that hold names of modules
-_NAMES = ("target_modules", "modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern")
+_NAMES = ("target_modules", "target_parameters", "modules_to_save", "exclude_modules", "rank_pattern", "alpha_pattern")
+# The two ends of the model, which may share a weight
+_ENDS = {"model.embed_tokens", "lm_head"}
+# Arguments of LoraConfig that cannot work here, and why
+_REFUSED = {
+    "inference_mode": "nothing would be trained",
+    "layer_replication": "the loops name layers by number, and the result cannot be saved",
+    "megatron_config": "the model is not Megatron's",
+    "alora_invocation_tokens": "only the wrapper knows where activated LoRA begins in a row",
+}
 
 
 def layers_of(config: LoopMDMConfig, part: str) -> list[int]:
@@ -51,6 +61,9 @@ def lora_config(
     """
     from peft import LoraConfig
 
+    for name, why in _REFUSED.items():
+        if options.get(name):
+            raise ValueError(f"`{name}` is {options[name]!r}, which does not work here: {why}; leave it out.")
     chosen = layers_of(config, layers)
     if not target_modules and not options.get("target_parameters"):
         raise ValueError(f"`target_modules` is {target_modules!r}; name projections, or use all-linear.")
@@ -90,14 +103,35 @@ def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
         is_pattern = isinstance(names, str) or option.endswith("_pattern")
         # `layers_to_transform` restricts only the targets.
         places = modules
+        if option == "target_parameters":
+            places = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         if option == "target_modules" and wanted:
             places = [name for name in modules if any(f".layers.{layer}." in name for layer in wanted)]
         for name in [names] if isinstance(names, str) else sorted(names):
             # As in peft, a string of targets has to match whole names, and anything else the end of a name.
             pattern = name if isinstance(names, str) else rf"(.*\.)?({name if is_pattern else re.escape(name)})"
-            if not any(re.fullmatch(pattern, place) for place in places):
-                where = f"layers {wanted}" if places is not modules else "the model"
+            found = [place for place in places if re.fullmatch(pattern, place)]
+            if not found:
+                where = f"layers {wanted}" if option == "target_modules" and wanted else "the model"
                 raise ValueError(f"`{option}` has {name!r}, which is not in {where}; use {', '.join(linear)}.")
+            ends = {place.removesuffix(".weight") for place in found} & _ENDS
+            if ends and option.startswith("target_") and config.tie_word_embeddings and not _unties(lora):
+                raise ValueError(
+                    f"`{option}` has {name!r}, whose weight embeddings and head share (`tie_word_embeddings`): a "
+                    "merge would change both. Name embed_tokens or lm_head in `modules_to_save`, or single tokens in "
+                    "`trainable_token_indices`."
+                )
+    tokens = lora.trainable_token_indices or []
+    for token in itertools.chain(*(tokens.values() if isinstance(tokens, dict) else [tokens])):
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(
+                f"`trainable_token_indices` has {token}; the model's tokens are 0 to {config.vocab_size - 1}."
+            )
+
+
+def _unties(lora: "LoraConfig") -> bool:
+    """Whether the embeddings or the head get a weight of their own."""
+    return any(name.endswith(("embed_tokens", "lm_head")) for name in lora.modules_to_save or [])
 
 
 def adapter_to_continue(model: str | None, changes: dict[str, Any], lora: dict[str, Any] | None) -> str | None:

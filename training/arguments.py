@@ -55,6 +55,14 @@ LIMITS: dict[str, Any] = {
     **dict.fromkeys(["log_level", "log_level_replica"], Level),
     "parallelism_config": None,  # an object, which YAML cannot hold
 }
+OF_EVALUATION = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size")
+# Arguments of `TrainingArguments` that this command would ignore
+IDLE = {
+    **dict.fromkeys(["data_seed", "length_column_name"], "`seed` decides the order of the data"),
+    **dict.fromkeys(["eval_accumulation_steps", "eval_do_concat_batches"], "the evaluation is the NELBO"),
+    **dict.fromkeys(["eval_use_gather_object", "batch_eval_metrics"], "the evaluation is the NELBO"),
+    **dict.fromkeys(["bf16_full_eval", "fp16_full_eval", "include_for_metrics"], "the evaluation is the NELBO"),
+}
 LORA = {"layers": str, "r": PositiveInt, "lora_alpha": PositiveFloat, "lora_dropout": Share}
 COLLATOR = {"mask_ratio": tuple[float, float], "complementary": bool, "learn_padding": bool}
 
@@ -172,9 +180,19 @@ class TrainConfig:
         ):
             if not works and getattr(self, name) not in ({}, TrainConfig.__dataclass_fields__[name].default):
                 raise ValueError(f"`{name}` has no effect, as {why}; leave it out.")
-        for name in self.trainer if self.optimizer == "muon" else ():
-            if name.startswith(("adam_", "optim")):
+        for name, value in self.trainer.items():
+            if self.optimizer == "muon" and name.startswith(("adam_", "optim")):
                 raise ValueError(f"`trainer.{name}` has no effect with `optimizer: muon`; leave one of them out.")
+            if self.eval_data is None and name in OF_EVALUATION:
+                raise ValueError(f"`trainer.{name}` has no effect, as there is no `eval_data`; leave it out.")
+            if name in IDLE:
+                raise ValueError(f"`trainer.{name}` has no effect, as {IDLE[name]}; leave it out.")
+            if name in ("eval_strategy", "logging_strategy", "save_strategy") and value == "epoch":
+                steps = name.replace("strategy", "steps")
+                raise ValueError(
+                    f"`trainer.{name}` is 'epoch', which would be once, at the end: to the Trainer, a run of any "
+                    f"length is one epoch. Use steps (`{steps}: 100`, or `{steps}: 0.1` for ten times in a run)."
+                )
 
 
 def listed(names: str | list[str] | None) -> list[str]:

@@ -20,8 +20,13 @@ NEUTRAL = {
     "label_smoothing_factor": ((0,), "the Trainer would replace the model's loss by its own, over all labels"),
     "use_liger_kernel": ((False,), "its kernels compute the loss of other models"),
     "label_names": ((None, ["labels"]), "the model finds its loss by `labels`"),
+    "average_tokens_across_devices": ((True,), "tokens of a process with fewer of them would count more"),
     "auto_find_batch_size": ((False,), "it silently changes the batch size, and so the result"),
     "ignore_data_skip": ((False,), "a resumed run would see the same examples again"),
+    "train_sampling_strategy": (
+        ("sequential", "random", "batch_rebalance"),
+        "its order is not drawn from the seed, so a resumed run would see other examples",
+    ),
     "dataloader_in_order": ((True,), "the order of the examples would depend on the machine's load"),
 }
 
@@ -52,6 +57,10 @@ def check_options(
     if args.save_strategy != "no" and args.save_total_limit == 1:
         raise ValueError(
             "`save_total_limit` is 1, which leaves none if the last checkpoint is damaged; use 2 or more."
+        )
+    if args.train_sampling_strategy == "random" and not args.accelerator_config.use_seedable_sampler:
+        raise ValueError(
+            "`use_seedable_sampler` is False, so a resumed run would see the examples in another order; leave it out."
         )
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(args, name)

@@ -59,7 +59,8 @@ def training_memory(model: nn.Module, shape: Shape, loops: int, settings: StepSe
         f"activations at {loops} loops": activations(model, shape, loops, settings),
     }
     if settings.has_average:
-        found["moving average"] = weights
+        # In float32 where weights are trained
+        found["moving average"] = weights + sum(max(4 - one.itemsize, 0) * one.numel() for one in trained)
     return {**found, "together": sum(found.values())}
 
 

@@ -88,7 +88,7 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
     facts = {
         **_data_facts(parts),
         "steps": steps,
-        "rows a step": arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes,
+        "rows a step": _rows_of_step(parts),
         "tokens of all steps": round(sum(one.rows * one.length for one in shapes) / len(shapes) * micro_batches)
         * processes,
         "parameters": num_parameters,
@@ -152,12 +152,15 @@ def _data_facts(parts: RunParts) -> dict[str, Any]:
 
 
 def _num_steps(parts: RunParts) -> int:
-    """The number of optimiser steps, counted as in transformers' Trainer, which passes over the stream once."""
+    """The number of optimiser steps; the stream of a run by epochs holds whole ones."""
+    if parts.arguments.max_steps > 0:
+        return parts.arguments.max_steps
+    return len(parts.stream) // _rows_of_step(parts)
+
+
+def _rows_of_step(parts: RunParts) -> int:
     arguments = parts.arguments
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(len(parts.stream) / (arguments.per_device_train_batch_size * arguments.world_size))
-    return math.ceil(batches / arguments.gradient_accumulation_steps)
+    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def _loop_shares(schedule: LoopSchedule, points: int = 200) -> list[float]:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..configuration_loopmdm import LoopMDMConfig
@@ -363,6 +364,9 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
         made = TrainingArguments(**{**defaults, **config.trainer, **needed})
         tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(made.lr_scheduler_type, tried, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
+        if config.optimizer == "adamw":
+            with contextlib.suppress(ValueError):  # some look for their weights in the model
+                Trainer.get_optimizer_cls_and_kwargs(made)  # raises where the optimiser's library is not installed
         for reporter in get_reporting_integration_callbacks(made.report_to):
             reporter()  # raises where its library is not installed
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
@@ -384,7 +388,8 @@ def _make_stream(
     if arguments.max_steps > 0:
         count = arguments.max_steps * per_step
     else:
-        count = max(per_step, round(arguments.num_train_epochs * len(examples)))
+        # Whole steps: in a part of one, several processes would get different rows from a single one.
+        count = math.ceil(max(1, round(arguments.num_train_epochs * len(examples))) / per_step) * per_step
         arguments.num_train_epochs = 1
     return ExampleStream(examples, count, arguments.seed)
 

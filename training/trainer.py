@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..data import StreamedExamples
+from ..data import ExampleStream, StreamedExamples
 from ..objective import find_model, nelbo
 from .checkpoints import (
     complete_checkpoint,
@@ -76,7 +76,7 @@ class LoopMDMTrainer(Trainer):
             the Trainer's own.
         eval_samples (`int`, defaults to 8): Masks per sequence of the NELBO; even.
         ema_decay (`float`, *optional*): Decay of an exponential moving average of the weights, which is then what is
-            evaluated and saved as the final model. Not with FSDP.
+            evaluated and saved as the final model; it is kept in float32. Not with FSDP.
         args, kwargs: As for `Trainer`.
 
     Raises:
@@ -108,9 +108,7 @@ class LoopMDMTrainer(Trainer):
         self.eval_loops = eval_loops
         self.eval_samples = eval_samples
         self.ema_decay = ema_decay
-        self.ema = None
-        if ema_decay is not None:
-            self.ema = AveragedModel(self.looped_model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        self.ema = None if ema_decay is None else _moving_average(self.looped_model, ema_decay)
         check_parts(self)
         self.given_optimizer = optimizer_identity(self.optimizer, self.lr_scheduler)
         self.add_callback(LoopSamplingCallback(self.loop_schedule))
@@ -146,6 +144,7 @@ class LoopMDMTrainer(Trainer):
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
             finally:
                 transformer.gradient_loops, transformer.checkpoint_loops = None, False
+                transformer.num_train_loops = None  # also after an error
             check_weights(self)
             return output
 
@@ -171,6 +170,12 @@ class LoopMDMTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         epochs, steps_per_epoch, *others = super().set_initial_training_values(args, dataloader)
         step, max_steps = self._history.get("step", 0), others[-1]
+        if isinstance(self.train_dataset, ExampleStream) and epochs > 1:
+            raise ValueError(
+                f"`train_dataset` is a run of {len(self.train_dataset)} examples, and training would pass over it "
+                f"{epochs} times, with the same masks; raise its `num_examples` to "
+                f"{max_steps * self.get_total_train_batch_size(args)}."
+            )
         if step > max_steps:
             raise ValueError(f"The checkpoint is of step {step}, but the run has only {max_steps}; train for longer.")
         if step == max_steps:  # An epoch of a stream does not end, so the Trainer would take one more step.
@@ -182,6 +187,8 @@ class LoopMDMTrainer(Trainer):
         self._reset_counters()
         self._began = time.perf_counter()
         check_weights(self, before=True)
+        # A resumed state has the intervals of the run before, and the arguments' would be ignored.
+        self.state.compute_steps(self.args, self.state.max_steps)
         self.resumed = list(self._history.get("resumed", []))
         if self._history:
             self.resumed.append({"step": self._history["step"], "max_steps_before": self._history["max_steps"]})
@@ -249,7 +256,8 @@ class LoopMDMTrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         with self.averaged_weights():
             if self.eval_loops is None:
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+                with torch.random.fork_rng(devices=[]):  # the loader draws a number, and training would draw others
+                    return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             start = time.perf_counter()
             rows = self._clean_rows(eval_dataset)
             mean, error = nelbo(
@@ -329,6 +337,20 @@ class LoopMDMTrainer(Trainer):
             complete_checkpoint(folder, {**progress, "resumed": self.resumed, "run": self._run})
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder.parent, limit, {folder, *([] if best is None else [Path(best)])})
+
+
+def _moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """An average of the weights, in float32 at least: its steps are so small that bfloat16 would lose them."""
+    update = get_ema_multi_avg_fn(decay)
+
+    def step(averages: list[torch.Tensor], weights: list[torch.Tensor], count: torch.Tensor) -> None:
+        update(averages, [weight.to(average.dtype) for average, weight in zip(averages, weights, strict=True)], count)
+
+    averaged = AveragedModel(model, multi_avg_fn=step)
+    for parameter in averaged.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return averaged
 
 
 def training_flops(
