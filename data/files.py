@@ -111,6 +111,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _lines_or_errors(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """Like [`json_lines`], with a ValueError in place of a line that is not an object."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file.")
     is_empty = True
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
@@ -186,7 +188,8 @@ def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, 
     try:
         return load_dataset(name, **{"split": "train", **options})
     except Exception as error:  # of the network, the Hub, the data set's files
-        raise ValueError(f"The data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        reason = ": ".join(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
+        raise ValueError(f"The data set {name} cannot be loaded: {reason}") from error
 
 
 def _numbered(rows: Iterable[dict[str, Any]], source: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -298,9 +298,10 @@ def test_nothing_is_left_when_a_later_step_fails(out, monkeypatch, step):
 # Verification
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # rounding to which is what was asked for
 @pytest.mark.parametrize("name", ["a2d_qwen3", "dream", "sdar", "diffugpt"])
-def test_verification_with_transformers(out, name):
-    found = convert(name, out, verify=True, dtype="float32")["verification"]
+def test_verification_with_transformers(out, name, dtype):
+    found = convert(name, out, verify=True, dtype=dtype)["verification"]
     assert found["max_difference"] <= 1e-5 < 0.1 < found["max_logit"]
     assert found["max_difference"] <= found["tolerance"]
     assert json.loads((out / "conversion.json").read_text())["verification"] == found
