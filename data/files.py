@@ -111,8 +111,6 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _lines_or_errors(path: Path) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """Like [`json_lines`], with a ValueError in place of a line that is not an object."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file.")
     is_empty = True
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):

@@ -72,6 +72,7 @@ SCRIPT = Path(__file__).parents[1] / "convert" / "write_reference.py"
         ({"calibration_width": 2}, ["calibrat", "without a text"]),
         ({"calibrate_on": __file__, "calibration_sequences": 0}, ["`calibration_sequences` is 0", "at least 1"]),
         ({"calibrate_on": __file__, "calibration_length": -1}, ["`calibration_length` is -1", "at least 1"]),
+        ({"calibrate_on": FIXTURES / "llada" / "config.json"}, ["config.json is JSON", "plain text"]),
         ({"calibrate_on": __file__}, ["no tokenizer", Path(__file__).name]),
         ({"verify": True}, ["no class of its own", "--verify-against", "write_reference.py"]),
         ({"max_shard_size": "many"}, ["`max_shard_size` is 'many'"]),
