@@ -426,7 +426,7 @@ class Denoiser:
             num_loops=self.num_loops(step.index),
             visible_loops=config.visible_loops,
             logits_to_keep=wanted,
-            **exits,
+            **{"return_dict": True, **exits},
         )
         if forward_pass.keeps is not None:
             forward_pass.cache.lengths[cache_rows] = forward_pass.keeps.repeat(copies)

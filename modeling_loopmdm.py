@@ -569,7 +569,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         sources = self._sources(given, attention_mask, document_ids)
         kept = keep if sources is None or keep is None else sources.gather(1, keep)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
-        outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **kwargs))
+        outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **{**kwargs, "return_dict": True}))
         states, loss, logits = outputs.pop("last_hidden_state"), None, None
         if keep is None and sources is not None:
             states = take_positions(states, sources)

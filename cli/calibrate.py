@@ -48,10 +48,11 @@ def calibrate(
     device: Device = None,
 ) -> None:
     """Find the cheapest loops that keep a model's quality, and make them its default."""
+    from loopmdm import LoopMDMGenerationConfig
     from loopmdm.data import write_json
     from loopmdm.evaluation import calibrate_loops
     from loopmdm.evaluation.loading import load_model, load_tokenizer, read_model_config
-    from loopmdm.evaluation.loop_budget import read_examples
+    from loopmdm.evaluation.loop_budget import check_budget, read_examples
 
     at_least(1, limit=limit, batch_size=batch_size)
     if output is not None:
@@ -60,8 +61,13 @@ def calibrate(
         raise ValueError(f"{model} is not the folder of a model; the result is written into it, so download it first.")
     if not dry_run and not os.access(model, os.W_OK):
         raise ValueError(f"The result cannot be written into {model}; copy the model, or give --dry-run.")
-    mask_token_id = read_model_config(model).mask_token_id
-    examples = read_examples(data, load_tokenizer(model, trust_remote_code), mask_token_id)[:limit]
+    config = read_model_config(model)
+    how = given(
+        max_denoising_steps=max_denoising_steps, block_length=block_length, confidence_threshold=confidence_threshold
+    )
+    LoopMDMGenerationConfig(**how)  # checks
+    examples = read_examples(data, load_tokenizer(model, trust_remote_code), config.mask_token_id)[:limit]
+    check_budget(config, len(examples), num_loops, max_loss, quality)
     loaded = load_model(model, dtype, device)
     with progress("settings") as bar:
         budget = calibrate_loops(
@@ -72,11 +78,7 @@ def calibrate(
             quality=quality,
             batch_size=batch_size,
             progress=bar,
-            **given(
-                max_denoising_steps=max_denoising_steps,
-                block_length=block_length,
-                confidence_threshold=confidence_threshold,
-            ),
+            **how,
         )
     if output is not None:
         write_json(output, {"model": model, "data": str(data), **budget.record()})

@@ -11,7 +11,17 @@ import typer
 
 from .application import USE, app
 from .drafts import COLOUR_KEY, DraftStreamer
-from .options import BlockLength, ConfidenceThreshold, Device, Dtype, MaxDenoisingSteps, Model, TrustRemoteCode, given
+from .options import (
+    BlockLength,
+    ConfidenceThreshold,
+    Device,
+    Dtype,
+    MaxDenoisingSteps,
+    Model,
+    TrustRemoteCode,
+    at_least,
+    given,
+)
 from .output import console
 
 HELP = f"""\
@@ -43,6 +53,7 @@ def chat(
     device: Device = None,
 ) -> None:
     """Talk to a model and watch its answers form. Questions are lines of the terminal or a pipe; /help says more."""
+    at_least(1, max_new_tokens=max_new_tokens)
     options = given(
         max_new_tokens=max_new_tokens,
         num_loops=num_loops,

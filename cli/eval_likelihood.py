@@ -25,6 +25,7 @@ from .options import (
     TextLimit,
     TrustRemoteCode,
     at_least,
+    check_idle,
 )
 from .output import draw, picture, plus_minus, progress, results_folder, show_table
 
@@ -70,6 +71,9 @@ def likelihood(
     if length > longest:
         raise ValueError(f"The window is {length} tokens long; the model takes 1 to {longest} positions.")
     make_windows([], window or min(1024, longest), stride)  # checks
+    if task == "fill":
+        check_idle("a text to fill in is one window", stride=stride)
+        window = length
     texts = measured_texts(settings, load_tokenizer(model, trust_remote_code), config, length)
     loaded = load_model(model, dtype, device)
     with progress("NELBO") as bar, Stopwatch(input_device(loaded)) as watch:

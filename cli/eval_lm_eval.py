@@ -69,6 +69,7 @@ def lm_eval(
     files = pairs("--data-files", [data_files] if data_files else None, read=str)
     manager, names = _find_tasks([task.strip() for task in tasks.split(",") if task.strip()], include_path, files)
     arguments = generate_arguments(generate, "--max-gen-toks")
+    with_data = _with_data(manager, names, files)
     lm = LoopMDMEvalModel(
         model,
         num_loops=loops[0],
@@ -86,7 +87,7 @@ def lm_eval(
     asked = arguments | ({} if max_gen_toks is None else {"max_gen_toks": max_gen_toks})
     lm.generation_plan(asked)  # checks
     options = {
-        "tasks": _with_data(manager, names, files),
+        "tasks": with_data,
         "task_manager": manager,
         "num_fewshot": num_fewshot,
         "limit": limit,
@@ -110,14 +111,16 @@ def _find_tasks(tasks: list[str], include_path: Path | None, files: dict[str, st
             raise ValueError(f"--data-files {name}={path}: there is no such file.")
     if not tasks:
         raise ValueError("There are no tasks; name some with --tasks.")
+    for task in tasks:
+        if Path(task).suffix == ".yaml" and not Path(task).is_file():
+            raise ValueError(f"--tasks names {task}, which is not a file.")
     for with_own in (False, True):
         manager = TaskManager(
             include_path=None if include_path is None else str(include_path), include_defaults=with_own
         )
         names, unknown = [], []
         for task in tasks:
-            is_file = Path(task).suffix == ".yaml" and Path(task).is_file()
-            matches = [task] if is_file else manager.match_tasks([task])
+            matches = [task] if Path(task).suffix == ".yaml" else manager.match_tasks([task])
             names += matches
             unknown += [] if matches else [task]
         if not unknown:
@@ -131,10 +134,21 @@ def _with_data(manager: Any, names: list[str], files: dict[str, str]) -> list[An
     """The tasks, with their data read from local files where there are some."""
     if not files:
         return names
+    from lm_eval.tasks.manager import TaskIndex
+
     source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-    # A group of them is how lm-eval takes its own tasks with other settings.
-    group = {"group": "local", "task": [{"task": name, **source} for name in names]}
-    return list(manager.load([group])["tasks"].values())
+    # A group of them is how lm-eval takes its own tasks with other settings; those of a file by name alone.
+    entries = [TaskIndex.entry_from_path(Path(name)) if name.endswith(".yaml") else None for name in names]
+    manager.task_index.update({entry.name: entry for entry in entries if entry is not None})
+    known = [name if entry is None else entry.name for name, entry in zip(names, entries, strict=True)]
+    group = {"group": "local", "task": [{"task": name, **source} for name in known]}
+    try:
+        return list(manager.load([group])["tasks"].values())
+    except KeyError as error:
+        raise ValueError(
+            f"{', '.join(names)} needs a split {error}; --data-files names {', '.join(files)}. Add the file of that "
+            "split."
+        ) from error
 
 
 def _run(

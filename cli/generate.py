@@ -135,7 +135,7 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
     new_tokens = options.pop("max_new_tokens", None)
     _plan(loaded, rows, new_tokens)
     if more is None:
-        _check_busy(not all(row.is_idle for row in rows), loaded)
+        _check_busy(not all(row.is_idle for row in rows), tokenizer, loaded)
     if html is not None:
         _check_together(rows)
     options["tokenizer"] = tokenizer  # for stop strings of the model's own settings
@@ -148,7 +148,7 @@ def _answer_prompts(settings: dict[str, Any]) -> None:
                     _show(row.text, tokenizer.decode(tokens, skip_special_tokens=True), cost, as_json)
             if not stream:
                 bar(batch[-1].number + 1, total)
-    _check_busy(costs.total["forward_passes"] > 0, loaded)
+    _check_busy(costs.total["forward_passes"] > 0, tokenizer, loaded)
     print(costs.line(), file=sys.stderr)
     if html is not None:
         write_trace(html, costs.output, tokenizer, model, texts, html_columns)
@@ -242,12 +242,13 @@ def _plan(model: Any, rows: list[_Row], asked: int | None) -> None:
         row.is_idle = row.new == 0 and model.config.mask_token_id not in row.tokens
 
 
-def _check_busy(is_busy: bool, model: Any) -> None:
+def _check_busy(is_busy: bool, tokenizer: Any, model: Any) -> None:
     """Raises a ValueError where no prompt has anything to generate."""
     if not is_busy:
+        mask = tokenizer.convert_ids_to_tokens(model.config.mask_token_id)
         raise ValueError(
-            f"There is nothing to generate; give --max-new-tokens, or mask tokens (of id "
-            f"{model.config.mask_token_id}) in the prompts to fill in."
+            f"There is nothing to generate; give --max-new-tokens, or mask tokens ({mask!r}) in the prompts to fill "
+            "in."
         )
 
 

@@ -28,6 +28,7 @@ class DiTFormat(Family):
 
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     root = "backbone."
+    takes_sigma: bool = True
 
     def is_modulated(self, source: Source) -> bool:
         return f"{self.root}blocks.0.adaLN_modulation.weight" in source

@@ -118,6 +118,8 @@ def _check_options(
     for path in (calibrate_on, verify_against):
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{path} is not a file.")
+    if calibrate_on is not None and Path(calibrate_on).suffix in (".json", ".jsonl"):
+        raise ValueError(f"{calibrate_on} is JSON, which would be read as it stands; calibrate on plain text (.txt).")
 
 
 def _check_possible(plan: Plan, calibrate_on, calibration_width: int | None, verify: bool, verify_against) -> None:

@@ -99,6 +99,7 @@ class Family:
             The transformers class (e.g. `"Qwen2"`) that computes the same as the source if attention is over the whole
             sequence; `--verify` loads the source into it.
         from_causal (`bool`): The source is autoregressive, so the family is used only with `--from-causal`.
+        takes_sigma (`bool`): Its models may be conditioned on the noise level, at which `sigma` converts them.
         stored (`dict`, *optional*): The constant part of config.json, for formats that `loopmdm export` writes.
     """
 
@@ -109,6 +110,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     reference: str | None = None
     from_causal: bool = False
+    takes_sigma: bool = False
     stored: dict[str, Any] | None = None
 
     def matches(self, source: Source) -> bool:

@@ -151,6 +151,8 @@ def plan_conversion(
         family = choose_family(source, family, from_causal)
         if shift_logits is not None and not family.from_causal:
             raise ValueError("`shift_logits` is for --from-causal only; every other family decides it itself.")
+        if source.sigma is not None and not family.takes_sigma:
+            raise ValueError(f"`sigma` is {source.sigma}, but {family.name} models take none; leave it out.")
         source = family.prepare(source)
         settings = family.config(source)
         tokenizer = TokenizerFiles(source.folder)

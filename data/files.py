@@ -187,7 +187,8 @@ def load_dataset_rows(name: str, options: dict[str, Any]) -> Iterable[dict[str, 
     try:
         return load_dataset(name, **{"split": "train", **options})
     except Exception as error:  # of the network, the Hub, the data set's files
-        raise ValueError(f"The data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        reason = ": ".join(" ".join(str(each).split()) for each in (error, error.__cause__) if each is not None)
+        raise ValueError(f"The data set {name} cannot be loaded: {reason}") from error
 
 
 def all_rows(rows: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:

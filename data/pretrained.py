@@ -13,6 +13,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 _adapter_file_of_hub = functools.lru_cache(find_adapter_config_file)  # which asks the Hub every time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+ANY_TOKENIZER = ("*token*", "*vocab*", "merges*", "*.model")
 # Code that merges an adapter into its base model
 MERGE = 'AutoPeftModelForCausalLM.from_pretrained("{}").merge_and_unload().save_pretrained("merged")'
 
@@ -60,9 +61,13 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
                 f"The tokenizer of {name} has code of its own, which runs only on request; read it, and give "
                 "--trust-remote-code (`trust_remote_code=True`)."
             ) from error
-        fix = (
-            "put its files beside the weights" if Path(place).is_dir() else "as it is not a folder, the Hub was asked"
-        )
+        folder, fix = Path(place), "as it is not a folder, the Hub was asked"
+        if folder.is_dir():
+            fix = "put its files beside the weights"
+            if not any(file for pattern in ANY_TOKENIZER for file in folder.glob(pattern)):
+                reason = (
+                    "it holds none of a tokenizer's files, such as tokenizer.json"  # not what backends are missing
+                )
         raise ValueError(f"{name} does not have a tokenizer that loads ({reason}); {fix}.") from error
 
 

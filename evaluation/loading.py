@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_loopmdm import LoopMDMConfig
@@ -26,13 +26,15 @@ def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:
     The configuration of a LoopMDM, given its folder or Hub id or that of a PEFT adapter on it. Raises a ValueError for
     other models.
     """
-    config = _read_config(model, revision=revision)
-    if config.model_type != "loopmdm":
+    place, revision = _place(model, revision)
+    with _in_words(place):
+        kind = PreTrainedConfig.get_config_dict(place, revision=revision)[0].get("model_type")
+    if kind not in (None, "loopmdm"):  # the class of another model may be code, which transformers would ask for
         raise ValueError(
-            f"{model} is a {config.model_type!r} model, not a LoopMDM; `loopmdm convert` turns a masked diffusion "
-            "model into one."
+            f"{model} is a {kind!r} model, not a LoopMDM; `loopmdm convert` turns a masked diffusion model into one."
         )
-    return config
+    with _in_words(place):
+        return AutoConfig.from_pretrained(place, revision=revision)
 
 
 def read_generation_config(model: str) -> LoopMDMGenerationConfig | None:
@@ -100,7 +102,10 @@ def load_judge(
     only with `trust_remote_code`. Raises a ValueError if they do not load or do not fit [`generative_perplexity`].
     """
     dtype, place = _check_dtype(dtype), check_device(device)
-    if _read_config(judge, trust_remote_code).model_type == "loopmdm":
+    source, revision = _place(judge)
+    with _in_words(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
+    if config.model_type == "loopmdm":
         raise ValueError(f"The judge {judge} is a LoopMDM; it must be a causal language model, such as GPT-2.")
     tokenizer = load_tokenizer(judge, trust_remote_code)
     options = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
@@ -111,7 +116,8 @@ def load_judge(
     return model, tokenizer
 
 
-def _read_config(model: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def _place(model: str, revision: str | None = None) -> tuple[str, str]:
+    """Where the config of a model, or of an adapter's base model, is: a folder or Hub id, and its revision."""
     logging.disable_progress_bar()
     place = locate(model, "a model: there is no config.json in it")
     base = adapter_base(place, revision)
@@ -123,8 +129,7 @@ def _read_config(model: str, trust_remote_code: bool = False, revision: str | No
         raise ValueError(f"{place}{of_adapter} does not hold a model: there is no config.json in it.")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json") if Path(place).is_dir() else ():
         read_json(Path(place) / name)  # checks
-    with _in_words(place):
-        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
+    return place, revision or "main"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..configuration_loopmdm import check_num_loops
+from ..configuration_loopmdm import LoopMDMConfig, check_num_loops
 from ..data import encode_answer, json_lines, write_atomically
 from ..generation_utils import LoopMDMGenerationConfig
 from .loading import read_generation_config
@@ -130,9 +130,9 @@ def calibrate_loops(
     Raises:
         ValueError: Bad arguments, examples or settings, before anything is generated.
     """
-    num_loops = check_num_loops(model.config.num_loops if num_loops is None else num_loops)
+    num_loops = check_budget(model.config, len(examples), num_loops, max_loss, quality)
     settings = budget_settings(num_loops) if settings is None else settings
-    _check(model, examples, num_loops, max_loss, quality, settings, generate_arguments)
+    _check(model, examples, settings, generate_arguments)
     first, second = (
         _Half(model, half, quality, num_loops, batch_size, seed, generate_arguments)
         for half in (examples[::2], examples[1::2])
@@ -151,29 +151,32 @@ def calibrate_loops(
     return LoopBudget(first.full, results, best, check, second.full, checks, how)
 
 
-def _check(
-    model: torch.nn.Module,
-    examples: Sequence[dict[str, torch.Tensor]],
-    num_loops: int,
-    max_loss: float,
-    quality: str,
-    settings: Sequence[dict[str, Any]],
-    generate_arguments: dict[str, Any],
-) -> None:
-    """Raises a ValueError for bad arguments of [`calibrate_loops`], before the first of many runs."""
-    if model.config.loop_update != "replace":
+def check_budget(config: LoopMDMConfig, examples: int, num_loops: int | None, max_loss: float, quality: str) -> int:
+    """Raises a ValueError for arguments of [`calibrate_loops`] that no weights make good. Returns the most loops."""
+    num_loops = check_num_loops(config.num_loops if num_loops is None else num_loops)
+    if config.loop_update != "replace":
         raise ValueError(
             'The loops of a model with `loop_update="damped"` are steps towards one result, so fewer loops are not a '
             "smaller budget; calibrate a model that was trained with loops."
         )
     if num_loops < 2:
         raise ValueError("`num_loops` is 1, which leaves nothing to save; give the most loops that may be spent.")
-    if len(examples) < 4:
-        raise ValueError(f"There are {len(examples)} examples; give at least 4, and hundreds to resolve 1 %.")
+    if examples < 4:
+        raise ValueError(f"There are {examples} examples; give at least 4, and hundreds to resolve 1 %.")
     if quality not in ("exact", "tokens", "agreement"):
         raise ValueError(f'`quality` is {quality!r}; choose "exact", "tokens" or "agreement".')
     if not 0 <= max_loss <= 1:
         raise ValueError(f"`max_loss` is {max_loss}; it is a share of the quality, 0 to 1 (0.005 is half a point).")
+    return num_loops
+
+
+def _check(
+    model: torch.nn.Module,
+    examples: Sequence[dict[str, torch.Tensor]],
+    settings: Sequence[dict[str, Any]],
+    generate_arguments: dict[str, Any],
+) -> None:
+    """Raises a ValueError for other bad arguments of [`calibrate_loops`], before the first of many runs."""
     for name in BUDGET_ARGUMENTS:
         if name in generate_arguments:
             raise ValueError(f"`{name}` is what is calibrated; leave it out.")
@@ -215,6 +218,8 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
     """
     if Path(path).suffix == ".txt":
         raise ValueError(f'{path} is a text; give answers as JSON lines, {{"prompt": ..., "answer": ...}}.')
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file.")
     examples = []
     for number, item in json_lines(Path(path)):
         where = f"{path}, line {number}"

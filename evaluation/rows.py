@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -129,7 +130,7 @@ def generate_rows(
           lines, with `answer_index` from 0.
 
     Raises:
-        ValueError: Arguments, data or ranks that cannot be used; an output of others; a process of the same rank.
+        ValueError: Arguments, ranks or all rows cannot be used; an output of others; a process of the same rank.
     """
     if batch_size is not None and max_batch_tokens is not None:
         raise ValueError("`batch_size` and `max_batch_tokens` both say how large a batch is; give one.")
@@ -272,7 +273,18 @@ class _Run:
             self._check(json.loads(json.dumps(record, default=str)))
             if self.output.exists():
                 self._clean()
-            yield self.output.exists()
+            try:
+                yield self.output.exists()
+            except ValueError:
+                self._withdraw()
+                raise
+
+    def _withdraw(self) -> None:
+        """Removes what a bad argument has begun before the first answer, so that the right one can begin anew."""
+        numbers = {path.name.partition("-")[0] for path in self.folder.glob("*-*.jsonl")}
+        batches = (batch for number in numbers for batch in self.finished(int(number))[0].values())
+        if self.processes == 1 and all("error" in line for batch in batches for line in batch):
+            shutil.rmtree(self.folder)
 
     def _check(self, record: dict[str, Any]) -> None:
         """Writes the record, or raises a ValueError if another one is there."""
@@ -337,6 +349,8 @@ class _Run:
                     result.errors += 1
                     result.first_error = result.first_error or line["error"]
                 yield _dump(line)
+        if result.errors == result.rows:
+            raise ValueError(f"None of the {result.rows} rows can be used: {result.first_error}")
 
     def _replace(self, path: Path, lines: Iterable[str]) -> None:
         """Writes a file, which is complete or absent."""

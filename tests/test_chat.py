@@ -83,6 +83,11 @@ def test_a_template_is_needed(tmp_path):
     tokenizer.save_pretrained(folder)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     assert "no chat template" in refusal("chat", folder)
+    assert "--max-new-tokens is 0; it must be at least 1" in refusal("chat", folder, "--max-new-tokens", 0)
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    message = refusal("chat", folder)
+    assert "holds none of a tokenizer's files, such as tokenizer.json" in message and "sentencepiece" not in message
 
 
 def test_the_cache_goes_on_across_turns(tmp_path, monkeypatch):

@@ -145,7 +145,7 @@ def test_the_modules_run(module, monkeypatch, capsys):
         (["generate", ".", PUZZLE, "--device", "meta"], "`device` is 'meta', which does not work here"),
         (["generate", ".", PUZZLE, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
         (["generate", ".", PUZZLE, PUZZLE, "--stream"], "--stream shows one row, and there are 2"),
-        (["generate", ".", SOLUTION], "nothing to generate"),
+        (["generate", ".", SOLUTION], "nothing to generate; give --max-new-tokens, or mask tokens ('.') in"),
         (["generate", ".", "sudoku"], "cannot read the prompt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -130,6 +130,7 @@ EXPERT = {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(8, 48)}
         ("mdlm_hf", {}, {"sigma": 0.5}, ["`sigma` is 0.5", "not conditioned", "leave it out"]),
         ("mdlm_hf", {}, {"sigma": 0.0}, ["`sigma` is 0.0"]),
         ("radd", {}, {"sigma": 0.5}, ["`sigma` is 0.5", "not conditioned"]),
+        ("llada", {}, {"sigma": 0.5}, ["`sigma` is 0.5", "llada", "leave it out"]),
         ("mdlm_hf", {"config": {"cfg": True}}, {}, ["`cfg`", "classes"]),
         ("bd3lm", {"config": {"causal": True}}, {}, ["`causal`", "not a diffusion model"]),
         ("llada", {"config": {"attention_layer_norm": True}}, {}, ["`attention_layer_norm` is on"]),

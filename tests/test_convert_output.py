@@ -72,6 +72,7 @@ SCRIPT = Path(__file__).parents[1] / "convert" / "write_reference.py"
         ({"calibration_width": 2}, ["calibrat", "without a text"]),
         ({"calibrate_on": __file__, "calibration_sequences": 0}, ["`calibration_sequences` is 0", "at least 1"]),
         ({"calibrate_on": __file__, "calibration_length": -1}, ["`calibration_length` is -1", "at least 1"]),
+        ({"calibrate_on": FIXTURES / "llada" / "config.json"}, ["config.json is JSON", "plain text"]),
         ({"calibrate_on": __file__}, ["no tokenizer", Path(__file__).name]),
         ({"verify": True}, ["no class of its own", "--verify-against", "write_reference.py"]),
         ({"max_shard_size": "many"}, ["`max_shard_size` is 'many'"]),
@@ -298,9 +299,10 @@ def test_nothing_is_left_when_a_later_step_fails(out, monkeypatch, step):
 # Verification
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # rounding to which is what was asked for
 @pytest.mark.parametrize("name", ["a2d_qwen3", "dream", "sdar", "diffugpt"])
-def test_verification_with_transformers(out, name):
-    found = convert(name, out, verify=True, dtype="float32")["verification"]
+def test_verification_with_transformers(out, name, dtype):
+    found = convert(name, out, verify=True, dtype=dtype)["verification"]
     assert found["max_difference"] <= 1e-5 < 0.1 < found["max_logit"]
     assert found["max_difference"] <= found["tolerance"]
     assert json.loads((out / "conversion.json").read_text())["verification"] == found

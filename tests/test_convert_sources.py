@@ -63,6 +63,9 @@ def test_folders_without_weights_or_config(tmp_path, src, out):
     shutil.copy(FIXTURES / "llada" / "config.json", src)
     refuse(src, out, str(src), "holds no weights", "safetensors")
     refuse(src / "config.json", out, "config.json is not a file of weights", ".safetensors")
+    refuse(
+        FIXTURES / "llada" / "model-00001-of-00003.safetensors", out, "one file of several", str(FIXTURES / "llada")
+    )
     shutil.copytree(FIXTURES / "llada", tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
     refuse(tmp_path / "bare", out, "cannot be recognised without a config.json", "put it into")

@@ -13,6 +13,7 @@ import torch
 from commands import PUZZLE, SOLUTION, refusal, run
 from evaluation_models import make_judge, save_judge, save_looped, word_tokenizer
 
+import loopmdm_cli
 from loopmdm import LoopMDMForMaskedLM
 from loopmdm.evaluation import generative_perplexity, nelbo
 from loopmdm.evaluation.protocol import output_folder
@@ -27,6 +28,10 @@ def place(tmp_path_factory) -> Path:
     save_looped(place / "model")
     save_looped(place / "damped", loop_update="damped")
     save_judge(place / "judge")
+    (place / "foreign").mkdir()
+    (place / "foreign" / "config.json").write_text(
+        '{"model_type": "llada", "auto_map": {"AutoConfig": "code.Config"}}'
+    )
     (place / "text.txt").write_text("w1 w2 w3 w4 w5\n\nw6 w7 w8 w9\n")
     (place / "empty.txt").write_text(" \n")
     (place / "puzzles.txt").write_text(f"{PUZZLE} {SOLUTION}\n")
@@ -191,12 +196,27 @@ TASKS = ["lm-eval", "model", "--tasks", "task.yaml"]
 DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
 
 
+def test_a_long_text_to_fill_in_is_one_window(tmp_path):
+    save_looped(tmp_path / "model", max_position_embeddings=1200)
+    words = ["w1", "<mask>", *["w2"] * 1100, "<mask>"]
+    (tmp_path / "fill.jsonl").write_text(
+        json.dumps({"masked": " ".join(words), "text": " ".join(words).replace("<mask>", "w3")})
+    )
+    arguments = ("--text", tmp_path / "fill.jsonl", "--task", "fill", "--num-loops", 1, "--num-samples", 2)
+    measure("likelihood", tmp_path / "model", *arguments, "--output", tmp_path / "out")
+    assert results(tmp_path / "out")["windows"] == 1
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ([*LIKELIHOOD[:3], "empty.txt"], "empty.txt holds no text"),
         ([*LIKELIHOOD[:3], "nowhere.txt"], "nowhere.txt is not a file"),
         (["likelihood", "judge", "--text", "text.txt"], "judge is a 'llama' model, not a LoopMDM"),
+        (
+            ["likelihood", "foreign", "--text", "text.txt"],
+            "foreign is a 'llada' model, not a LoopMDM; `loopmdm convert`",
+        ),
         (["likelihood", "./nowhere", "--text", "text.txt"], "there is no config.json"),
         ([*LIKELIHOOD, "--num-loops", "0,1"], "`num_loops` is 0"),
         ([*LIKELIHOOD, "--num-loops", "1,1"], "name each number once"),
@@ -204,6 +224,7 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
         ([*LIKELIHOOD, "--num-samples", "5"], "`num_samples` is 5; it must be even"),
         ([*LIKELIHOOD, "--window", "100"], "window is 100 tokens long; the model takes 1 to 64"),
         ([*LIKELIHOOD, "--window", "4", "--stride", "5"], "stride is 5"),
+        ([*LIKELIHOOD[:2], "--text", "text.txt", "--task", "fill", "--stride", "5"], "--stride (5) has no effect"),
         ([*LIKELIHOOD, "--bins", "0"], "--bins is 0"),
         ([*LIKELIHOOD, "--dtype", "float12"], "`dtype` is 'float12'"),
         ([*LIKELIHOOD, "--device", "gpu"], "`device` is 'gpu', which does not work here"),
@@ -222,6 +243,7 @@ DYNAMICS = ["dynamics", "model", "--text", "text.txt"]
         ([*PERPLEXITY, "--generate", "num_loops=2"], "--generate gives `num_loops`; use --num-loops"),
         ([*PERPLEXITY, "--generate", "max_new_tokens=2"], "--generate gives `max_new_tokens`; use --max-new-tokens"),
         ([*TASKS[:3], "asks"], "lm-eval knows no task 'asks' (ask?)"),
+        ([*TASKS[:3], "asks.yaml"], "--tasks names asks.yaml, which is not a file"),
         ([*TASKS, "--num-loops", "0"], "`num_loops` is 0"),
         ([*TASKS, "--limit", "0"], "--limit is 0"),
         ([*TASKS, "--include-path", "nowhere"], "nowhere is not a folder"),
@@ -247,6 +269,15 @@ def test_bad_input_is_one_line_and_writes_nothing(place, monkeypatch, args, mess
     before = sorted(place.rglob("*"))
     assert message in refusal("eval", *args, "--output", "out")
     assert sorted(place.rglob("*")) == before
+
+
+def test_lm_eval_takes_files_of_tasks_and_of_data(place, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    assert "exact_match" in run("eval", *TASKS, "--data-files", "test=docs.jsonl")
+    with pytest.raises(SystemExit) as exit_:
+        loopmdm_cli.main(["eval", *TASKS, "--data-files", "tst=docs.jsonl"])
+    assert exit_.value.code == 2
+    assert "task.yaml needs a split 'test'; --data-files names tst." in capfd.readouterr().err
 
 
 def test_without_lm_eval(place, monkeypatch):

@@ -225,3 +225,11 @@ def test_checkpointing_changes_no_bit(how):
     assert torch.equal(*losses)
     for name, gradient in gradients(plain).items():
         assert torch.equal(gradients(checkpointed)[name], gradient), name
+
+
+def test_a_config_that_asks_for_tuples():
+    model, ids = tiny_model(), random_ids(2, 6)
+    expected, tokens = model(ids), model.generate(ids, max_new_tokens=3)
+    model.config.return_dict = False
+    assert torch.equal(model(ids)[0], expected.logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=3), tokens)

@@ -197,16 +197,20 @@ def test_command_writes_what_it_chose(folder, tmp_path):
         ('{"prompt": "1.", "answer": "123"}\n' * 4, [], "the prompt has mask tokens and 2 tokens in all"),
         ('{"text": "12"}\n' * 4, [], "prompt"),
         ('{"prompt": "12", "answer": "3"}\n' * 4, ["--max-loss", "2"], "`max_loss` is 2.0"),
+        ('{"prompt": "12", "answer": "3"}\n' * 4, ["--quality", "good"], "`quality` is 'good'"),
+        ('{"prompt": "12", "answer": "3"}\n' * 4, ["--block-length", "0"], "`block_length` is 0"),
     ],
-    ids=["few", "lengths", "fields", "loss"],
+    ids=["few", "lengths", "fields", "loss", "quality", "block"],
 )
 def test_command_refuses_bad_input_and_leaves_the_model(folder, tmp_path, lines, arguments, message):
+    (folder / "model.safetensors").unlink()  # nothing has been loaded by then
     data = tmp_path / "data.jsonl"
+    assert f"{data} is not a file." in refusal("calibrate", folder, "--data", data)
     data.write_text(lines)
     before = (folder / "generation_config.json").read_text()
     assert message in refusal("calibrate", folder, "--data", data, *arguments)
     data.rename(tmp_path / "data.txt")
-    assert "is a text; give answers" in refusal("calibrate", folder, "--data", tmp_path / "data.txt", *arguments)
+    assert "is a text; give answers" in refusal("calibrate", folder, "--data", tmp_path / "data.txt")
     assert (folder / "generation_config.json").read_text() == before
 
 

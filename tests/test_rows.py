@@ -19,6 +19,7 @@ from loopmdm import LoopMDMForMaskedLM
 from loopmdm.evaluation import generate_rows, rows
 from loopmdm.evaluation.texts import batches_by_length
 from loopmdm.objective import seeded_generator
+from loopmdm_cli import main
 
 SAMPLED = {"max_new_tokens": 6, "do_sample": True, "max_denoising_steps": 3}
 
@@ -191,6 +192,26 @@ def work(rank: int, processes: int, *arguments, **options) -> None:
     """`generate_rows` in a process that is one of several."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
     generate_rows(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--text-column", "txt"], "None of the 3 rows can be used: in.jsonl, line 1 has no text called txt"),
+        (["--max-new-tokens", 999], "None of the 3 rows can be used: in.jsonl, line 1 has 2 tokens, and 999 new ones"),
+        (["--num-return-sequences", 2], "answers are all the same; add `do_sample=True`"),
+    ],
+)
+def test_a_mistake_leaves_nothing_in_the_way(model, tmp_path, monkeypatch, capfd, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    write(Path("in.jsonl"), [{"text": "w1 w2"}, {"text": "w3"}, {"text": "w4"}])
+    command = ["generate", model, "--data", "in.jsonl", "--output", "out.jsonl"]
+    with pytest.raises(SystemExit) as exit_:
+        main([str(part) for part in [*command, *wrong]])
+    assert exit_.value.code == 2 and message in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    run(*command, "--max-new-tokens", 2)
+    assert len(lines_of(Path("out.jsonl"))) == 3
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -82,6 +82,7 @@ def read(tmp_path):
         ({"skip_long": True}, "`skip_long` has no effect"),
         ({"task": "answers", "isolate_documents": True}, "`isolate_documents` has no effect"),
         ({"task": "answers", "text_column": "x"}, "`text_column` has no effect"),
+        ({"text_column": "x"}, "`text_column` has no effect, as `data` holds .txt files alone"),
         ({"data": "x.jsonl", "documents": "line"}, "`documents` has no effect, as `data` holds no .txt files"),
         ({"dataset": {"split": "train"}}, "`dataset` has no effect, as `data` names files"),
         (

@@ -168,14 +168,15 @@ class TrainConfig:
     def _check_effect(self) -> None:
         """Raises a ValueError where a setting would be ignored."""
         paths = [*listed(self.data), *listed(self.eval_data)]
-        texts, answers = any(path.endswith(".txt") for path in paths), self.task == "answers"
+        texts, answers = [path.endswith(".txt") for path in paths], self.task == "answers"
         evaluation = ("eval_loops", "eval_sequences", "eval_samples", "eval_texts")
         for name, works, why in (
             *((name, self.eval_data is not None, "there is no `eval_data`") for name in evaluation),
             ("text_column", not answers, "`task: answers` reads prompts and answers"),
+            ("text_column", not all(texts), "`data` holds .txt files alone"),
             ("isolate_documents", not answers, "`task: answers` gives every row one example"),
             ("skip_long", answers, "`task: pretrain` continues a long text in the next row"),
-            ("documents", texts, "`data` holds no .txt files"),
+            ("documents", any(texts), "`data` holds no .txt files"),
             ("dataset", not all(path.endswith((".txt", ".jsonl")) for path in paths), "`data` names files"),
         ):
             if not works and getattr(self, name) not in ({}, TrainConfig.__dataclass_fields__[name].default):

@@ -276,6 +276,8 @@ def _make_model_config(config: TrainConfig, source: str | None, tokenizer: Any) 
             made = LoopMDMConfig(**values)
     except StrictDataclassError as error:
         raise ValueError(f"`model_config`: {error.__cause__ or error}") from error
+    except OSError as error:  # transformers does not say what it looked for
+        raise ValueError(f"`model`: {source} is not a folder here, and the Hub does not give it: {error}") from error
     size = vocabulary_size(tokenizer)
     if size > made.vocab_size:
         raise ValueError(
