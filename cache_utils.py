@@ -129,13 +129,13 @@ class LoopMDMCache:
                     f"{int(reach[row]) - 1}, which `past_key_values` does not hold; give all of them."
                 )
             self._make_room(int(reach.max()))
-        places = position_ids[0] if position_ids.shape[0] == 1 and real is None else position_ids
-        if real is not None:
-            places = torch.where(real, position_ids, self.max_length)
+        places = position_ids if real is None else torch.where(real, position_ids, self.max_length)
+        if self.reach is None and bool((places < 0).any()):
+            raise ValueError(f"`position_ids` holds {int(places.min())}; positions are counted from 0.")
         if self.config.shift_logits and self.config.attention_block_size is not None:
             # A pass over a block begins with the position before it, whose keys and values must not change.
             places = torch.where(position_ids < stored.to(places.device)[:, None], self.max_length, places)
-        return CacheView(self, self.rows, places, reach)
+        return CacheView(self, self.rows, places.expand(len(stored), -1), reach)
 
     def store(self, lengths: torch.Tensor, tokens: torch.Tensor | None, places: torch.Tensor) -> None:
         """
@@ -143,7 +143,6 @@ class LoopMDMCache:
         the tokens at `places`, or None with `inputs_embeds`.
         """
         self.lengths, self.tokens = lengths, self.tokens.to(places.device)
-        places = places.expand(len(lengths), -1)
         self.tokens.scatter_(1, places, torch.full_like(places, -1) if tokens is None else tokens.long())
 
     def _make_room(self, length: int) -> None:
@@ -181,20 +180,17 @@ class LayerMemory:
         return self._put(self.keys, key), self._put(self.values, value)
 
     def _put(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        dtype, new = new.dtype, new.detach().to(stored.dtype)  # they differ if autocast began or ended in between
-        if self.places.ndim == 1 and self.rows is None:
-            stored.index_copy_(2, self.places, new)
-            return stored[:, :, : self.stop].to(dtype)
         rows = torch.arange(new.shape[0], device=new.device) if self.rows is None else self.rows
-        stored[rows[:, None], :, self.places.expand(new.shape[0], -1)] = new.transpose(1, 2)
-        kept = stored[:, :, : self.stop].to(dtype)
+        # The dtypes differ if autocast began or ended in between.
+        stored[rows[:, None], :, self.places] = new.detach().to(stored.dtype).transpose(1, 2)
+        kept = stored[:, :, : self.stop].to(new.dtype)
         return kept if self.rows is None else kept[rows]
 
 
 class CacheView:
     """
     A `cache` during one forward pass over N rows and Q positions: the `rows` of the pass, `(N,)` (None: all), the
-    `places` it writes to, `(Q,)` or `(N, Q)`, and how many positions it attends to, `reach`, `(N,)` on the host.
+    `places` it writes to, `(N, Q)`, and how many positions it attends to, `reach`, `(N,)` on the host.
     """
 
     def __init__(self, cache: LoopMDMCache, rows: torch.Tensor | None, places: torch.Tensor, reach: torch.Tensor):
@@ -216,11 +212,10 @@ class CacheView:
     def narrow(self, rows, positions, real) -> "CacheView":
         """Selects rows of the pass, `(M,)`, and positions, `(M, P)`; positions with `real` False are filler."""
         view = copy.copy(self)
-        view.places = self.places if self.places.ndim == 1 else self.places[rows]
+        view.places = self.places[rows]
         view.rows = rows if self.rows is None else self.rows[rows]
         if positions is not None:
-            places = view.places.expand(positions.shape[0], -1).gather(1, positions)
-            view.places = places.masked_fill(~real, self.cache.max_length)
+            view.places = view.places.gather(1, positions).masked_fill(~real, self.cache.max_length)
         return view
 
     def carry(self, loop: int, hidden_states: torch.Tensor) -> None:
@@ -231,7 +226,7 @@ class CacheView:
                 return
             before, after = (self.layer(layer_idx, number, hidden_states) for number in (loop - 1, loop))
             rows = torch.arange(len(before.keys), device=self.places.device) if self.rows is None else self.rows
-            where = (rows[:, None], slice(None), self.places.expand(len(rows), -1))
+            where = (rows[:, None], slice(None), self.places)
             after.keys[where], after.values[where] = before.keys[where], before.values[where]
 
 
@@ -298,6 +293,8 @@ class CachePlan:
 class DualCache(CachePlan):
     """The first step of a block computes everything. Later steps compute only the block and read the rest."""
 
+    computes_the_rest = False  # whether later steps also compute what follows the block
+
     def make_cache(self, num_loops, visible_loops):
         size, length = len(self.lengths) * self.copies, int(self.lengths.max())
         cache = LoopMDMCache(self.config, num_loops, size, length, share_loops=True)
@@ -311,17 +308,14 @@ class DualCache(CachePlan):
         lengths = self.lengths[rows]
         if self.refreshes(step):
             return [ForwardPass(rows, torch.zeros_like(starts), lengths, lengths, self.cache)]
-        return [ForwardPass(rows, self.source(starts), self.until(stops, lengths), lengths, self.cache)]
-
-    def until(self, stops: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return stops
+        stops = lengths if self.computes_the_rest else stops
+        return [ForwardPass(rows, self.source(starts), stops, lengths, self.cache)]
 
 
 class PrefixCache(DualCache):
     """Like [`DualCache`], but later steps also compute everything after the block."""
 
-    def until(self, stops, lengths):
-        return lengths
+    computes_the_rest = True
 
 
 class BlockCausalCache(CachePlan):

@@ -105,9 +105,8 @@ def iterate_while_moving(
         # Keys and values of this pass only, stored by column
         batch_size, length = states.shape[:2]
         memory = LoopMDMCache(model.config, 1, batch_size, length, share_loops=True)
-        columns = torch.arange(states.shape[1], device=states.device)
-        view = CacheView(memory, None, columns, torch.tensor([len(columns)]))
-        context = replace(context, cache=view)
+        columns = torch.arange(length, device=states.device).expand(batch_size, -1)
+        context = replace(context, cache=CacheView(memory, None, columns, torch.tensor([length])))
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
     # The part that still loops: its context, its states, which of its positions move, and its index in `states`
