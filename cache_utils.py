@@ -171,20 +171,20 @@ class LayerMemory:
 
     keys: torch.Tensor
     values: torch.Tensor
-    rows: torch.Tensor | None
+    rows: torch.Tensor
     places: torch.Tensor
     stop: int
+    is_selection: bool
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores `(N, heads, Q, head_dim)`. Returns everything the pass attends to, `(N, heads, stop, head_dim)`."""
         return self._put(self.keys, key), self._put(self.values, value)
 
     def _put(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows = torch.arange(new.shape[0], device=new.device) if self.rows is None else self.rows
         # The dtypes differ if autocast began or ended in between.
-        stored[rows[:, None], :, self.places] = new.detach().to(stored.dtype).transpose(1, 2)
+        stored[self.rows[:, None], :, self.places] = new.detach().to(stored.dtype).transpose(1, 2)
         kept = stored[:, :, : self.stop].to(new.dtype)
-        return kept if self.rows is None else kept[rows]
+        return kept[self.rows] if self.is_selection else kept
 
 
 class CacheView:
@@ -194,7 +194,8 @@ class CacheView:
     """
 
     def __init__(self, cache: LoopMDMCache, rows: torch.Tensor | None, places: torch.Tensor, reach: torch.Tensor):
-        self.cache, self.rows, self.places, self.reach = cache, rows, places, reach
+        self.cache, self.places, self.reach, self.is_selection = cache, places, reach, rows is not None
+        self.rows = torch.arange(len(places), device=places.device) if rows is None else rows
         self.stop = max(int(reach.max()), 1)  # if all is padding, a place that none sees
 
     def layer(self, layer_idx: int, loop: int, hidden_states: torch.Tensor) -> LayerMemory:
@@ -207,26 +208,21 @@ class CacheView:
             # Zeros, since places that were never written are masked, but 0 * NaN would still be NaN.
             shape = (len(cache.lengths), config.num_key_value_heads, cache.max_length + 1, config.head_dim)
             cache.slots[index] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop)
+        return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop, self.is_selection)
 
     def narrow(self, rows, positions, real) -> "CacheView":
         """Selects rows of the pass, `(M,)`, and positions, `(M, P)`; positions with `real` False are filler."""
         view = copy.copy(self)
-        view.places = self.places[rows]
-        view.rows = rows if self.rows is None else self.rows[rows]
+        view.rows, view.places, view.is_selection = self.rows[rows], self.places[rows], True
         if positions is not None:
             view.places = view.places.gather(1, positions).masked_fill(~real, self.cache.max_length)
         return view
 
     def carry(self, loop: int, hidden_states: torch.Tensor) -> None:
         """Copies the positions of the pass from the previous loop to `loop`, unless the two share their entries."""
-        config = self.cache.config
-        for layer_idx in range(config.loop_start, config.loop_end):
-            if self.cache.slot(layer_idx, loop) == self.cache.slot(layer_idx, loop - 1):
-                return
+        config, where = self.cache.config, (self.rows[:, None], slice(None), self.places)
+        for layer_idx in range(config.loop_start, config.loop_end) if not self.cache.share_loops else ():
             before, after = (self.layer(layer_idx, number, hidden_states) for number in (loop - 1, loop))
-            rows = torch.arange(len(before.keys), device=self.places.device) if self.rows is None else self.rows
-            where = (rows[:, None], slice(None), self.places)
             after.keys[where], after.values[where] = before.keys[where], before.values[where]
 
 

@@ -447,16 +447,15 @@ class ReusingDenoiser(Denoiser):
     again would give the same result.
     """
 
-    last: tuple[Block, DenoisingStep, torch.Tensor] | None = None
+    last: tuple = (None, None, None)  # block, step and tokens of the last prediction
 
     def predict(self, block, step):
-        tokens, known = self.canvas.sequences[step.rows], {}
-        if self.last is not None and self.last[0] is block and not self.plan.refreshes(step.index):
-            _, before, old_tokens = self.last
-            if self.num_loops(before.index) == self.num_loops(step.index):
-                old = {row: i for i, row in enumerate(before.row_list)}
-                pairs = [(i, old[row]) for i, row in enumerate(step.row_list) if row in old]
-                known = {i: j for i, j in pairs if torch.equal(tokens[i], old_tokens[j])}
+        (last_block, before, old_tokens), tokens, known = self.last, self.canvas.sequences[step.rows], {}
+        loops = self.num_loops(step.index)
+        if last_block is block and not self.plan.refreshes(step.index) and self.num_loops(before.index) == loops:
+            old = {row: i for i, row in enumerate(before.row_list)}
+            pairs = [(i, old[row]) for i, row in enumerate(step.row_list) if row in old]
+            known = {i: j for i, j in pairs if torch.equal(tokens[i], old_tokens[j])}
         if not known:
             super().predict(block, step)
         else:

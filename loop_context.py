@@ -16,7 +16,7 @@ class LoopContext:
     """The inputs of the layers in one forward pass over N rows and Q positions, apart from the hidden states."""
 
     attention_mask: Any = None  # in the attention implementation's format; None: full attention
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # each (1 or N, Q, head_dim)
+    position_embeddings: tuple[torch.Tensor, ...] = ()  # with RoPE cosines and sines, (1 or N, Q, head_dim)
     cache: CacheView | None = None
     real: torch.BoolTensor | None = None  # (N, Q), False on padding
     masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and their predictors; None with `inputs_embeds`
@@ -34,12 +34,12 @@ class LoopContext:
         def pick(values: torch.Tensor | None) -> torch.Tensor | None:
             return values if values is None or values.shape[0] == 1 else values[rows]
 
-        mask, masked, tables = pick(self.attention_mask), pick(self.masked), self.position_embeddings
-        tables = None if tables is None else tuple(pick(table) for table in tables)
+        mask, masked = pick(self.attention_mask), pick(self.masked)
+        tables = tuple(pick(table) for table in self.position_embeddings)
         if positions is not None:
             mask = narrow_mask(mask, positions)
             masked = None if masked is None else masked.gather(1, positions)
-            tables = None if tables is None else tuple(take_positions(table, positions) for table in tables)
+            tables = tuple(take_positions(table, positions) for table in tables)
         cache = None if self.cache is None else self.cache.narrow(rows, positions, real)
         real = pick(self.real) if real is None else real
         return LoopContext(mask, tables, cache, real, masked, arguments=self.arguments)
@@ -136,10 +136,13 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
 
 
 def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """Returns the one that is given. Raises a ValueError for none or both."""
+    """Returns the one that is given. Raises a ValueError for none or both, or if it is not a tensor."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
-    return input_ids if inputs_embeds is None else inputs_embeds
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(f'The input is a {type(given).__name__}; give a tensor (`return_tensors="pt"`).')
+    return given
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:

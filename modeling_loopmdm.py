@@ -183,7 +183,7 @@ class LoopMDMAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: tuple[torch.Tensor, ...] = (),
         past_key_values: LayerMemory | None = None,
         queries: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -197,7 +197,7 @@ class LoopMDMAttention(nn.Module):
         query = self.q_norm(self.q_proj(asking).view(query_shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(key_shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(key_shape).transpose(1, 2)
-        if position_embeddings is not None:
+        if position_embeddings:
             key = apply_rotary_pos_emb(key, *position_embeddings)
             if queries is not None:
                 position_embeddings = tuple(take_positions(table, queries) for table in position_embeddings)

@@ -179,6 +179,7 @@ def test_bad_labels_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"input_ids": [[1, 2]]}, "The input is a list; give a tensor"),
         ({"input_ids": torch.tensor([1, 2])}, r"shape \(2,\); it must be int64 or int32 of shape \(batch_size"),
         ({"input_ids": torch.tensor(1)}, r"shape \(\); it must be"),
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, r"shape \(1, 0\).* with at least one row and position"),
