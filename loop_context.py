@@ -158,8 +158,8 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
     if not is_right or len(shape) < 2 or 0 in shape:
         found = f"{inputs.dtype} of shape {tuple(inputs.shape)}"
         raise ValueError(f"`{name}` is {found}; it must be {needed}, with at least one row and position.")
-    if inputs_embeds is None and not _is_out_of_sight(inputs):
-        low, high = (int(bound) for bound in inputs.aminmax())
+    if inputs_embeds is None:
+        low, high = _bounds(inputs)
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
@@ -188,7 +188,7 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
     if config.position_embedding_type == "learned":
         limit, first, last = config.max_position_embeddings, 0, shape[1] - 1 + (0 if cache is None else cache.length)
         if position_ids is not None:
-            first, last = (0, 0) if _is_out_of_sight(position_ids) else (int(end) for end in position_ids.aminmax())
+            first, last = _bounds(position_ids)
         if first < 0:
             raise ValueError(f"`position_ids` holds {first}; positions are counted from 0.")
         if last >= limit:
@@ -202,9 +202,9 @@ def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> N
     if isinstance(keep, torch.Tensor):
         is_integer = keep.dtype in (torch.int64, torch.int32)
         fits = keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == inputs.shape[0] and is_integer)
-        if fits and is_integer and inputs.ndim > 1 and not _is_out_of_sight(keep):
-            least = -inputs.shape[1] if keep.ndim == 1 else 0
-            fits = bool(((keep >= least) & (keep < inputs.shape[1])).all())
+        if fits and is_integer and inputs.ndim > 1:
+            low, high = _bounds(keep)
+            fits = low >= (-inputs.shape[1] if keep.ndim == 1 else 0) and high < inputs.shape[1]
     if not fits:
         found = keep if not isinstance(keep, torch.Tensor) else f"{keep.dtype} of shape {tuple(keep.shape)}"
         raise ValueError(
@@ -213,9 +213,12 @@ def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> N
         )
 
 
-def _is_out_of_sight(values: torch.Tensor) -> bool:
-    """Whether reading the values would make an accelerator wait or break a compiled graph."""
-    return values.device.type != "cpu" or torch.compiler.is_compiling()
+def _bounds(values: torch.Tensor) -> tuple[int, int]:
+    """The least and the largest value; 0 and -1 if reading them would make an accelerator wait or break a graph."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
+        return 0, -1
+    low, high = values.aminmax()
+    return int(low), int(high)
 
 
 __all__ = ["LoopContext"]

@@ -355,7 +355,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = context.real = attention_mask.to(inputs_embeds.device) != 0
-        real = inputs_embeds.new_ones(1, inputs_embeds.shape[1]) != 0 if context.real is None else context.real
+        everything = inputs_embeds.new_ones(1, inputs_embeds.shape[1], dtype=torch.bool)
+        real = everything if context.real is None else context.real
         if document_ids is not None:
             document_ids = document_starts(document_ids.to(inputs_embeds.device)).cumsum(-1)
         if position_ids is None:
