@@ -109,25 +109,24 @@ def iterate_while_moving(
         context = replace(context, cache=CacheView(memory, None, columns, torch.tensor([length])))
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
-    # The part that still loops: its index in `states`, its context, its states, and which of its positions move
-    place: tuple[torch.Tensor, ...] = (torch.arange(batch_size, device=states.device),)
-    part, part_states, part_moving = context, states, moving
+    # The part that still loops: its context, and its index in `states` and `moving`
+    part, place = context, (torch.arange(batch_size, device=states.device),)
     for index in range(num_loops):
+        before, moves = states[place], moving[place]
         if part is not context and context.cache is not None:
             context.cache.carry(index, states)  # stopped positions keep the keys and values of their last loop
-        looped = model.loop(part_states, part, index)
-        goes_on = policy.goes_on(index, part_states, looped, part)
-        expected = part_moving.shape if policy.per_position else part_moving.shape[:1]
+        after = model.loop(before, part, index)
+        goes_on = policy.goes_on(index, before, after, part)
+        expected = moves.shape if policy.per_position else moves.shape[:1]
         if goes_on.shape != expected:
             raise ValueError(
                 f"{type(policy).__name__}.goes_on gave shape {tuple(goes_on.shape)} for {tuple(expected)}; with "
                 "`per_position = True` it decides for positions, otherwise for rows."
             )
-        goes_on = part_moving & (goes_on if policy.per_position else goes_on[:, None])
-        part_states = torch.where(part_moving[..., None], looped, part_states)
-        states = states.index_put(place, part_states)
+        goes_on = moves & (goes_on if policy.per_position else goes_on[:, None])
+        states = states.index_put(place, torch.where(moves[..., None], after, before))
         yield states, moving
-        if index + 1 == num_loops or torch.equal(goes_on, part_moving):
+        if index + 1 == num_loops or torch.equal(goes_on, moves):
             continue
         moving = torch.zeros_like(moving).index_put(place, goes_on)
         rows = moving.any(-1).nonzero().squeeze(-1)
@@ -141,7 +140,6 @@ def iterate_while_moving(
             part = context.narrow(rows, positions, moving[place])
         elif context.can_narrow:
             place, part = (rows,), context.narrow(rows)
-        part_states, part_moving = states[place], moving[place]
     if policy.per_position:
         for rest in range(index + 1, num_loops):  # later passes read every loop's keys and values
             context.cache.carry(rest, states)
