@@ -289,8 +289,6 @@ class CachePlan:
 class DualCache(CachePlan):
     """The first step of a block computes everything. Later steps compute only the block and read the rest."""
 
-    computes_the_rest = False  # whether later steps also compute what follows the block
-
     def make_cache(self, num_loops, visible_loops):
         size, length = len(self.lengths) * self.copies, int(self.lengths.max())
         cache = LoopMDMCache(self.config, num_loops, size, length, share_loops=True)
@@ -304,14 +302,17 @@ class DualCache(CachePlan):
         lengths = self.lengths[rows]
         if self.refreshes(step):
             return [ForwardPass(rows, torch.zeros_like(starts), lengths, lengths, self.cache)]
-        stops = lengths if self.computes_the_rest else stops
-        return [ForwardPass(rows, self.source(starts), stops, lengths, self.cache)]
+        return [ForwardPass(rows, self.source(starts), self.until(stops, lengths), lengths, self.cache)]
+
+    def until(self, stops: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return stops
 
 
 class PrefixCache(DualCache):
     """Like [`DualCache`], but later steps also compute everything after the block."""
 
-    computes_the_rest = True
+    def until(self, stops, lengths):
+        return lengths
 
 
 class BlockCausalCache(CachePlan):
