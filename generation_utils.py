@@ -66,8 +66,6 @@ SAMPLING = {
     "top_p": (logits_process.TopPLogitsWarper, 1),
     "min_p": (logits_process.MinPLogitsWarper, None),
 }
-
-
 DEFAULT_NEW_TOKENS = 20  # as in transformers
 logger = logging.get_logger(__name__)
 

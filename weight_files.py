@@ -84,10 +84,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
 
 
 class CheckedPreTrainedModel(PreTrainedModel):
-    """
-    Loads only checked weights: complete safetensors files of floating point numbers, with exactly the tensors of the
-    model.
-    """
+    """Loads only complete safetensors files of floating point numbers, with exactly the tensors of the model."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
