@@ -217,8 +217,8 @@ def _bounds(values: torch.Tensor) -> tuple[int, int]:
     """The least and the largest value; 0 and -1 if reading them would make an accelerator wait or break a graph."""
     if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
         return 0, -1
-    low, high = values.aminmax()
-    return int(low), int(high)
+    low, high = torch.stack(values.aminmax()).tolist()
+    return low, high
 
 
 __all__ = ["LoopContext"]
