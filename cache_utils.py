@@ -129,13 +129,13 @@ class LoopMDMCache:
                     f"{int(reach[row]) - 1}, which `past_key_values` does not hold; give all of them."
                 )
             self._make_room(int(reach.max()))
-        places = position_ids[0] if position_ids.shape[0] == 1 and real is None else position_ids
-        if real is not None:
-            places = torch.where(real, position_ids, self.max_length)
+        places = position_ids if real is None else torch.where(real, position_ids, self.max_length)
+        if self.reach is None and bool((places < 0).any()):
+            raise ValueError(f"`position_ids` holds {int(places.min())}; positions are counted from 0.")
         if self.config.shift_logits and self.config.attention_block_size is not None:
             # A pass over a block begins with the position before it, whose keys and values must not change.
             places = torch.where(position_ids < stored.to(places.device)[:, None], self.max_length, places)
-        return CacheView(self, self.rows, places, reach)
+        return CacheView(self, self.rows, places.expand(len(stored), -1), reach)
 
     def store(self, lengths: torch.Tensor, tokens: torch.Tensor | None, places: torch.Tensor) -> None:
         """
@@ -143,7 +143,6 @@ class LoopMDMCache:
         the tokens at `places`, or None with `inputs_embeds`.
         """
         self.lengths, self.tokens = lengths, self.tokens.to(places.device)
-        places = places.expand(len(lengths), -1)
         self.tokens.scatter_(1, places, torch.full_like(places, -1) if tokens is None else tokens.long())
 
     def _make_room(self, length: int) -> None:
@@ -172,33 +171,31 @@ class LayerMemory:
 
     keys: torch.Tensor
     values: torch.Tensor
-    rows: torch.Tensor | None
+    rows: torch.Tensor
     places: torch.Tensor
     stop: int
+    is_selection: bool
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores `(N, heads, Q, head_dim)`. Returns everything the pass attends to, `(N, heads, stop, head_dim)`."""
         return self._put(self.keys, key), self._put(self.values, value)
 
     def _put(self, stored: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        dtype, new = new.dtype, new.detach().to(stored.dtype)  # they differ if autocast began or ended in between
-        if self.places.ndim == 1 and self.rows is None:
-            stored.index_copy_(2, self.places, new)
-            return stored[:, :, : self.stop].to(dtype)
-        rows = torch.arange(new.shape[0], device=new.device) if self.rows is None else self.rows
-        stored[rows[:, None], :, self.places.expand(new.shape[0], -1)] = new.transpose(1, 2)
-        kept = stored[:, :, : self.stop].to(dtype)
-        return kept if self.rows is None else kept[rows]
+        # The dtypes differ if autocast began or ended in between.
+        stored[self.rows[:, None], :, self.places] = new.detach().to(stored.dtype).transpose(1, 2)
+        kept = stored[:, :, : self.stop].to(new.dtype)
+        return kept[self.rows] if self.is_selection else kept
 
 
 class CacheView:
     """
     A `cache` during one forward pass over N rows and Q positions: the `rows` of the pass, `(N,)` (None: all), the
-    `places` it writes to, `(Q,)` or `(N, Q)`, and how many positions it attends to, `reach`, `(N,)` on the host.
+    `places` it writes to, `(N, Q)`, and how many positions it attends to, `reach`, `(N,)` on the host.
     """
 
     def __init__(self, cache: LoopMDMCache, rows: torch.Tensor | None, places: torch.Tensor, reach: torch.Tensor):
-        self.cache, self.rows, self.places, self.reach = cache, rows, places, reach
+        self.cache, self.places, self.reach, self.is_selection = cache, places, reach, rows is not None
+        self.rows = torch.arange(len(places), device=places.device) if rows is None else rows
         self.stop = max(int(reach.max()), 1)  # if all is padding, a place that none sees
 
     def layer(self, layer_idx: int, loop: int, hidden_states: torch.Tensor) -> LayerMemory:
@@ -211,27 +208,21 @@ class CacheView:
             # Zeros, since places that were never written are masked, but 0 * NaN would still be NaN.
             shape = (len(cache.lengths), config.num_key_value_heads, cache.max_length + 1, config.head_dim)
             cache.slots[index] = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop)
+        return LayerMemory(*cache.slots[index], self.rows, self.places, self.stop, self.is_selection)
 
     def narrow(self, rows, positions, real) -> "CacheView":
         """Selects rows of the pass, `(M,)`, and positions, `(M, P)`; positions with `real` False are filler."""
         view = copy.copy(self)
-        view.places = self.places if self.places.ndim == 1 else self.places[rows]
-        view.rows = rows if self.rows is None else self.rows[rows]
+        view.rows, view.places, view.is_selection = self.rows[rows], self.places[rows], True
         if positions is not None:
-            places = view.places.expand(positions.shape[0], -1).gather(1, positions)
-            view.places = places.masked_fill(~real, self.cache.max_length)
+            view.places = view.places.gather(1, positions).masked_fill(~real, self.cache.max_length)
         return view
 
     def carry(self, loop: int, hidden_states: torch.Tensor) -> None:
         """Copies the positions of the pass from the previous loop to `loop`, unless the two share their entries."""
-        config = self.cache.config
-        for layer_idx in range(config.loop_start, config.loop_end):
-            if self.cache.slot(layer_idx, loop) == self.cache.slot(layer_idx, loop - 1):
-                return
+        config, where = self.cache.config, (self.rows[:, None], slice(None), self.places)
+        for layer_idx in range(config.loop_start, config.loop_end) if not self.cache.share_loops else ():
             before, after = (self.layer(layer_idx, number, hidden_states) for number in (loop - 1, loop))
-            rows = torch.arange(len(before.keys), device=self.places.device) if self.rows is None else self.rows
-            where = (rows[:, None], slice(None), self.places.expand(len(rows), -1))
             after.keys[where], after.values[where] = before.keys[where], before.values[where]
 
 

@@ -150,7 +150,7 @@ class RandomRule(CommitRule):
 
 class LeftToRightRule(CommitRule):
     def score(self, step):
-        return -torch.arange(step.masked.shape[1], device=step.masked.device).float().expand(step.masked.shape)
+        return torch.zeros(step.masked.shape, device=step.masked.device)  # ties go from the left
 
 
 class AncestralRule(CommitRule):
@@ -215,7 +215,7 @@ def draw_noise(
     generator (or none), all rows draw in every step. With one per row, a row draws only for its own positions, so its
     numbers do not depend on the rest of the batch.
     """
-    if not isinstance(generator, list):
+    if not isinstance(generator, list | tuple):
         source = device if generator is None else generator.device
         return torch.rand(len(sizes), max(sizes), generator=generator, device=source).to(device)[rows]
     noise = torch.ones(len(rows), max(sizes), device=device)
@@ -248,7 +248,9 @@ class Canvas:
 
     def __init__(self, sequences: torch.Tensor, real: torch.Tensor, config, model_config, generator=None):
         self.sequences, self.real, self.config, self.generator = sequences, real, config, generator
-        self.mask_token_id = model_config.mask_token_id
+        self.mask_token_id, self.rule = model_config.mask_token_id, config.commit_rule()
+        # Whether a step may commit nothing, or undo a commitment, so that more steps than positions are useful
+        self.may_stand_still = self.rule.may_skip or config.remask_probability > 0
         # Tokens that are never produced
         self.never = torch.tensor([self.mask_token_id, *(config.suppress_tokens or ())], device=sequences.device)
         self.to_denoise = real & (sequences == self.mask_token_id)
@@ -328,16 +330,16 @@ class Canvas:
 
     def check(self, block: "Block") -> None:
         """Raises a ValueError if a position of the block allows no token, or if [MASK]s are left."""
-        left = (self.block_of == block.index) & (self.sequences == self.mask_token_id) & ~self.finished[:, None]
-        if bool(left.any()) and not bool(self.failed):
-            raise ValueError(
-                f"The commit rule {type(self.config.commit_rule()).__name__} has left [MASK]s. In the last step of a "
-                "block (`step.index + 1 == step.num_steps`) it has to commit all of `step.masked`."
-            )
         if bool(self.failed):
             raise ValueError(
                 "No token can be chosen at some position: its scores are NaN, infinite or all -inf. Look for logits "
                 "processors that forbid everything, or for an overflow (use `dtype=torch.bfloat16` or float32)."
+            )
+        left = (self.block_of == block.index) & (self.sequences == self.mask_token_id) & ~self.finished[:, None]
+        if bool(left.any()):
+            raise ValueError(
+                f"The commit rule {type(self.rule).__name__} has left [MASK]s. In the last step of a block "
+                "(`step.index + 1 == step.num_steps`) it has to commit all of `step.masked`."
             )
 
 
@@ -345,43 +347,38 @@ class Block:
     """The positions of all rows that are denoised together; `index` counts the blocks."""
 
     def __init__(self, canvas: Canvas, index: int):
-        self.canvas, self.index, config = canvas, index, canvas.config
+        self.canvas, self.index = canvas, index
         members = (canvas.block_of == index) & ~canvas.finished[:, None]
         self.size = members.sum(-1)
         self.sizes: list[int] = self.size.tolist()
         # Columns of the positions, (num_rows, max(sizes)); `belongs` is False on filler
         self.columns = members.long().argsort(dim=-1, descending=True, stable=True)[:, : max(self.sizes)]
         self.belongs = torch.arange(max(self.sizes), device=self.size.device) < self.size[:, None]
-        # More steps than positions are useful only if a step may commit nothing, or may remask tokens.
-        extra, wanted = config.remask_probability > 0 or config.commit_rule().may_skip, config.max_denoising_steps
-        steps = [n if wanted is None or n == 0 else wanted if extra else min(wanted, n) for n in self.sizes]
+        wanted = canvas.config.max_denoising_steps
+        steps = [n if wanted is None else min(wanted, n) for n in self.sizes]
+        if wanted is not None and canvas.may_stand_still:
+            steps = [wanted * (n > 0) for n in self.sizes]
         self.num_steps, self.steps = max(steps), torch.tensor(steps, device=self.size.device)
 
     def step(self, index: int) -> DenoisingStep | None:
         """Makes a denoising step, or None if the block is done. It waits for the device."""
-        canvas, remasks = self.canvas, self.canvas.config.remask_probability > 0
+        canvas, remask_probability = self.canvas, self.canvas.config.remask_probability
         masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
-        # A row finishes the block when no [MASK] is left or, with remasking, after all of its steps.
-        left = self.size * (index < self.steps) if remasks else masked.sum(-1)
-        *left, failed = torch.cat((left * ~canvas.finished, canvas.failed[None])).tolist()
+        # Only [MASK]s can be committed; with remasking, every step of a row covers its whole block.
+        counted = self.belongs & (index < self.steps)[:, None] if remask_probability > 0 else masked
+        *left, failed = torch.cat((counted.sum(-1) * ~canvas.finished, canvas.failed[None])).tolist()
         row_list = [row for row, count in enumerate(left) if count > 0]
         if failed or not row_list:
             return None
         rows = torch.tensor(row_list, device=self.columns.device)
-        # Only [MASK]s can be committed; with remasking, a step covers the whole block.
-        order = (self.belongs if remasks else masked)[rows].long().argsort(dim=-1, descending=True, stable=True)
-        slots = order[:, : max(left)]
+        slots = counted[rows].long().argsort(dim=-1, descending=True, stable=True)[:, : max(left)]
 
         def noise() -> torch.Tensor:
             return draw_noise(canvas.generator, self.sizes, row_list, rows.device).gather(1, slots)
 
-        columns, masked, belongs = (part[rows].gather(1, slots) for part in (self.columns, masked, self.belongs))
-        where = {"columns": columns, "masked": masked, "counted": belongs if remasks else masked}
-        limits = {"size": self.size[rows], "num_steps": self.steps[rows]}
-        remask_probability = canvas.config.remask_probability
-        return DenoisingStep(
-            index, row_list, rows, **where, **limits, remask_probability=remask_probability, noise=noise
-        )
+        columns, masked, counted = (part[rows].gather(1, slots) for part in (self.columns, masked, counted))
+        limits = self.size[rows], self.steps[rows], remask_probability
+        return DenoisingStep(index, row_list, rows, columns, masked, counted, *limits, noise)
 
 
 __all__ = ["COMMIT_RULES", "Block", "Canvas", "CommitRule", "DenoisingStep"]

@@ -189,10 +189,10 @@ class LoopMDMConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value}; it must be at least 1, and at most {most}.")
         for name in ("num_loops", "max_train_loops"):
             check_num_loops(getattr(self, name), name)
-        for name, least in (("rms_norm_eps", "above 0"), ("initializer_range", "at least 0")):
-            value = getattr(self, name)
-            if not (0 <= value < math.inf) or (value == 0 and least == "above 0"):
-                raise ValueError(f"`{name}` is {value}; it must be {least}, and finite.")
+        if not 0 < self.rms_norm_eps < math.inf:
+            raise ValueError(f"`rms_norm_eps` is {self.rms_norm_eps}; it must be above 0, and finite.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` is {self.initializer_range}; it must be at least 0, and finite.")
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
                 f"`num_attention_heads` ({self.num_attention_heads}) is not a multiple of `num_key_value_heads` "

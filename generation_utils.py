@@ -66,8 +66,6 @@ SAMPLING = {
     "top_p": (logits_process.TopPLogitsWarper, 1),
     "min_p": (logits_process.MinPLogitsWarper, None),
 }
-
-
 DEFAULT_NEW_TOKENS = 20  # as in transformers
 logger = logging.get_logger(__name__)
 
@@ -368,7 +366,7 @@ class Denoiser:
         if not self.is_exact or self.copies > 1:
             return None
         tokens = self.canvas.sequences.gather(1, self.canvas.column_of)[:, : cache.max_length]
-        cache.store(cache.lengths, tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        cache.store(cache.lengths, tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape))
         return cache
 
     def num_loops(self, step: int) -> int:
@@ -447,16 +445,15 @@ class ReusingDenoiser(Denoiser):
     again would give the same result.
     """
 
-    last: tuple[Block, DenoisingStep, torch.Tensor] | None = None
+    last: tuple = (None, None, None)  # block, step and tokens of the last prediction
 
     def predict(self, block, step):
-        tokens, known = self.canvas.sequences[step.rows], {}
-        if self.last is not None and self.last[0] is block and not self.plan.refreshes(step.index):
-            _, before, old_tokens = self.last
-            if self.num_loops(before.index) == self.num_loops(step.index):
-                old = {row: i for i, row in enumerate(before.row_list)}
-                pairs = [(i, old[row]) for i, row in enumerate(step.row_list) if row in old]
-                known = {i: j for i, j in pairs if torch.equal(tokens[i], old_tokens[j])}
+        (last_block, before, old_tokens), tokens, known = self.last, self.canvas.sequences[step.rows], {}
+        loops = self.num_loops(step.index)
+        if last_block is block and not self.plan.refreshes(step.index) and self.num_loops(before.index) == loops:
+            old = {row: i for i, row in enumerate(before.row_list)}
+            pairs = [(i, old[row]) for i, row in enumerate(step.row_list) if row in old]
+            known = {i: j for i, j in pairs if torch.equal(tokens[i], old_tokens[j])}
         if not known:
             super().predict(block, step)
         else:
@@ -556,14 +553,13 @@ class LoopMDMGenerationMixin(GenerationMixin):
         # 1. Read the arguments
         self._check_adapters()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
-        rule, eos_token_ids = config.commit_rule(), _as_list(config.eos_token_id)
+        eos_token_ids, warpers = _as_list(config.eos_token_id), config.warpers()
         processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
-        warpers = config.warpers()
 
         # 2. Lay out the canvas
         canvas = self._prepare_canvas(config, input_ids, attention_mask, generator, streamer)
-        reuses = rule.may_skip or config.remask_probability > 0
-        denoiser = (ReusingDenoiser if reuses else Denoiser)(self, canvas, past_key_values)
+        draws = config.do_sample or canvas.rule.draws_tokens
+        denoiser = (ReusingDenoiser if canvas.may_stand_still else Denoiser)(self, canvas, past_key_values)
         watchers = make_watchers(canvas, streamer)
 
         # 3. Denoise block after block
@@ -573,8 +569,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 if step is None:
                     break
                 denoiser.predict(block, step)
-                choose(canvas, step, processors, warpers, config.do_sample or rule.draws_tokens)
-                commit = rule(step) & step.masked  # a custom rule may mark fillers, which are given tokens
+                choose(canvas, step, processors, warpers, draws)
+                commit = canvas.rule(step) & step.masked  # a custom rule may mark fillers, which are given tokens
                 canvas.commit(step, commit)
                 canvas.end_at(eos_token_ids)
                 for watcher in watchers:
@@ -638,7 +634,6 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 logger.warning(f"`generate` appends {new} tokens, as in transformers; give `max_new_tokens`.")
         repeats, wrong = config.num_return_sequences, None
         num_rows, generators = len(input_ids) * repeats, _as_list(generator)
-        generator = generators if isinstance(generator, tuple) else generator
         if new < 0:
             wrong = (
                 f"`max_length` is {config.max_length}, less than the {length} tokens of input; use `max_new_tokens`"
@@ -651,7 +646,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             wrong = (
                 f"{length} tokens of input and {new} new ones exceed `max_position_embeddings` ({limit}); shorten one"
             )
-        elif isinstance(generator, list) and len(generator) != num_rows:
+        elif isinstance(generator, list | tuple) and len(generator) != num_rows:
             wrong = f"`generator` holds {len(generator)} generators for {num_rows} rows; give one for each"
         elif not all(isinstance(one, torch.Generator) for one in generators):
             wrong = f"`generator` is {generator!r}; it must be a torch.Generator, or a list with one per row"
@@ -674,9 +669,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if len(shape) != 2 or shape[0] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
             needed = "int64 or int32 of shape (batch_size, length), with at least one row"
             raise ValueError(f"`input_ids` is {input_ids.dtype} of shape {shape}; it must be {needed}.")
-        if attention_mask is not None and tuple(attention_mask.shape) != shape:
-            raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {shape}.")
         if attention_mask is not None:
+            if tuple(attention_mask.shape) != shape:
+                raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {shape}.")
             real = attention_mask.to(input_ids.device) != 0
         else:
             real = input_ids != padding if padding is not None else torch.ones_like(input_ids, dtype=torch.bool)

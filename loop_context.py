@@ -16,7 +16,7 @@ class LoopContext:
     """The inputs of the layers in one forward pass over N rows and Q positions, apart from the hidden states."""
 
     attention_mask: Any = None  # in the attention implementation's format; None: full attention
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # each (1 or N, Q, head_dim)
+    position_embeddings: tuple[torch.Tensor, ...] = ()  # with RoPE cosines and sines, (1 or N, Q, head_dim)
     cache: CacheView | None = None
     real: torch.BoolTensor | None = None  # (N, Q), False on padding
     masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and their predictors; None with `inputs_embeds`
@@ -34,12 +34,12 @@ class LoopContext:
         def pick(values: torch.Tensor | None) -> torch.Tensor | None:
             return values if values is None or values.shape[0] == 1 else values[rows]
 
-        mask, masked, tables = pick(self.attention_mask), pick(self.masked), self.position_embeddings
-        tables = None if tables is None else tuple(pick(table) for table in tables)
+        mask, masked = pick(self.attention_mask), pick(self.masked)
+        tables = tuple(pick(table) for table in self.position_embeddings)
         if positions is not None:
             mask = narrow_mask(mask, positions)
             masked = None if masked is None else masked.gather(1, positions)
-            tables = None if tables is None else tuple(take_positions(table, positions) for table in tables)
+            tables = tuple(take_positions(table, positions) for table in tables)
         cache = None if self.cache is None else self.cache.narrow(rows, positions, real)
         real = pick(self.real) if real is None else real
         return LoopContext(mask, tables, cache, real, masked, arguments=self.arguments)
@@ -136,10 +136,13 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
 
 
 def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """Returns the one that is given. Raises a ValueError for none or both."""
+    """Returns the one that is given. Raises a ValueError for none or both, or if it is not a tensor."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give either `input_ids` or `inputs_embeds`, and not both.")
-    return input_ids if inputs_embeds is None else inputs_embeds
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if not isinstance(given, torch.Tensor):
+        raise ValueError(f'The input is a {type(given).__name__}; give a tensor (`return_tensors="pt"`).')
+    return given
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
@@ -155,18 +158,19 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
     if not is_right or len(shape) < 2 or 0 in shape:
         found = f"{inputs.dtype} of shape {tuple(inputs.shape)}"
         raise ValueError(f"`{name}` is {found}; it must be {needed}, with at least one row and position.")
-    if inputs_embeds is None and not _is_out_of_sight(inputs):
-        low, high = (int(bound) for bound in inputs.aminmax())
+    if inputs_embeds is None:
+        low, high = _bounds(inputs)
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
     masks = ("attention_mask", attention_mask), ("document_ids", document_ids), ("position_ids", position_ids)
     for name, tensor in masks:
-        others = {"attention_mask": cache is None and getattr(tensor, "ndim", 0) == 4}  # a ready-made mask
-        others["position_ids"] = tensor is not None and tuple(tensor.shape) == (1, shape[1])
-        if tensor is not None and tuple(tensor.shape) != shape and not others.get(name):
+        found = shape if tensor is None else tuple(tensor.shape)
+        is_ready = name == "attention_mask" and len(found) == 4 and cache is None  # a ready-made mask
+        is_shared = name == "position_ids" and found == (1, shape[1])
+        if found != shape and not is_ready and not is_shared:
             needed = f"{shape}, its own positions without those of a cache"
-            raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {needed}.")
+            raise ValueError(f"`{name}` has shape {found}; the input needs {needed}.")
     if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         implementation, dtype = config._attn_implementation, attention_mask.dtype
         if dtype != torch.bool or implementation != "sdpa":
@@ -184,7 +188,7 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
     if config.position_embedding_type == "learned":
         limit, first, last = config.max_position_embeddings, 0, shape[1] - 1 + (0 if cache is None else cache.length)
         if position_ids is not None:
-            first, last = (0, 0) if _is_out_of_sight(position_ids) else (int(end) for end in position_ids.aminmax())
+            first, last = _bounds(position_ids)
         if first < 0:
             raise ValueError(f"`position_ids` holds {first}; positions are counted from 0.")
         if last >= limit:
@@ -198,9 +202,9 @@ def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> N
     if isinstance(keep, torch.Tensor):
         is_integer = keep.dtype in (torch.int64, torch.int32)
         fits = keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == inputs.shape[0] and is_integer)
-        if fits and is_integer and inputs.ndim > 1 and not _is_out_of_sight(keep):
-            least = -inputs.shape[1] if keep.ndim == 1 else 0
-            fits = bool(((keep >= least) & (keep < inputs.shape[1])).all())
+        if fits and is_integer and inputs.ndim > 1:
+            low, high = _bounds(keep)
+            fits = low >= (-inputs.shape[1] if keep.ndim == 1 else 0) and high < inputs.shape[1]
     if not fits:
         found = keep if not isinstance(keep, torch.Tensor) else f"{keep.dtype} of shape {tuple(keep.shape)}"
         raise ValueError(
@@ -209,9 +213,12 @@ def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> N
         )
 
 
-def _is_out_of_sight(values: torch.Tensor) -> bool:
-    """Whether reading the values would make an accelerator wait or break a compiled graph."""
-    return values.device.type != "cpu" or torch.compiler.is_compiling()
+def _bounds(values: torch.Tensor) -> tuple[int, int]:
+    """The least and the largest value; 0 and -1 if reading them would make an accelerator wait or break a graph."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
+        return 0, -1
+    low, high = torch.stack(values.aminmax()).tolist()
+    return low, high
 
 
 __all__ = ["LoopContext"]

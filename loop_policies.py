@@ -101,49 +101,45 @@ def iterate_while_moving(
     model, states: torch.Tensor, context: LoopContext, num_loops: int, policy: LoopPolicy
 ) -> Iterator[tuple[torch.Tensor, torch.BoolTensor]]:
     """`LoopMDMModel.iterate` with a policy: later loops compute only the rows or positions that go on."""
+    batch_size, length = states.shape[:2]
     if policy.per_position and context.cache is None:
         # Keys and values of this pass only, stored by column
-        batch_size, length = states.shape[:2]
         memory = LoopMDMCache(model.config, 1, batch_size, length, share_loops=True)
-        columns = torch.arange(states.shape[1], device=states.device)
-        view = CacheView(memory, None, columns, torch.tensor([len(columns)]))
-        context = replace(context, cache=view)
+        columns = torch.arange(length, device=states.device).expand(batch_size, -1)
+        context = replace(context, cache=CacheView(memory, None, columns, torch.tensor([length])))
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
-    # The part that still loops: its context, its states, which of its positions move, and its index in `states`
-    place: tuple | None = None
-    part, part_states, part_moving = context, states, moving
+    # The part that still loops: its context, and its index in `states` and `moving`
+    part, place = context, (torch.arange(batch_size, device=states.device),)
     for index in range(num_loops):
-        if place is not None and context.cache is not None:
+        before, moves = states[place], moving[place]
+        if part is not context and context.cache is not None:
             context.cache.carry(index, states)  # stopped positions keep the keys and values of their last loop
-        looped = model.loop(part_states, part, index)
-        goes_on = policy.goes_on(index, part_states, looped, part)
-        expected = part_moving.shape if policy.per_position else part_moving.shape[:1]
+        after = model.loop(before, part, index)
+        goes_on = policy.goes_on(index, before, after, part)
+        expected = moves.shape if policy.per_position else moves.shape[:1]
         if goes_on.shape != expected:
             raise ValueError(
                 f"{type(policy).__name__}.goes_on gave shape {tuple(goes_on.shape)} for {tuple(expected)}; with "
                 "`per_position = True` it decides for positions, otherwise for rows."
             )
-        goes_on = part_moving & (goes_on if policy.per_position else goes_on[:, None])
-        part_states = torch.where(part_moving[..., None], looped, part_states)
-        states = part_states if place is None else states.index_put(place, part_states)
+        goes_on = moves & (goes_on if policy.per_position else goes_on[:, None])
+        states = states.index_put(place, torch.where(moves[..., None], after, before))
         yield states, moving
-        if index + 1 == num_loops or torch.equal(goes_on, part_moving):
+        if index + 1 == num_loops or torch.equal(goes_on, moves):
             continue
-        moving = part_moving = goes_on if place is None else torch.zeros_like(moving).index_put(place, goes_on)
+        moving = torch.zeros_like(moving).index_put(place, goes_on)
         rows = moving.any(-1).nonzero().squeeze(-1)
         if len(rows) == 0:
             break
         if policy.per_position:
             # Rows with fewer moving positions are filled up.
-            part_moving = moving[rows]
-            order = part_moving.long().argsort(dim=-1, descending=True, stable=True)
-            positions = order[:, : int(part_moving.sum(-1).max())]
-            part_moving = part_moving.gather(1, positions)
-            part, place = context.narrow(rows, positions, part_moving), (rows[:, None], positions)
-            part_states = states[place]
+            order = moving[rows].long().argsort(dim=-1, descending=True, stable=True)
+            positions = order[:, : int(moving.sum(-1).max())]
+            place = rows[:, None], positions
+            part = context.narrow(rows, positions, moving[place])
         elif context.can_narrow:
-            part, part_states, part_moving, place = context.narrow(rows), states[rows], moving[rows], (rows,)
+            place, part = (rows,), context.narrow(rows)
     if policy.per_position:
         for rest in range(index + 1, num_loops):  # later passes read every loop's keys and values
             context.cache.carry(rest, states)

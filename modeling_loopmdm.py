@@ -119,11 +119,10 @@ class LoopMDMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor | None = None):
-        """`lengths`, `(1 or batch_size,)`: the length of each row, by default one more than its last position."""
+        """`lengths`, `(1 or batch_size,)`: the length of each row, which "dynamic" and "longrope" need."""
         inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
         if self.rope_type in ("dynamic", "longrope"):
             # Frequencies depend on the length, and are computed per row so that rows do not affect one another.
-            lengths = position_ids.amax(-1) + 1 if lengths is None else lengths
             rows = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
             inv_freq = torch.stack(rows).unsqueeze(1)
         # Angles always need float32: in bfloat16, position 257 equals position 256.
@@ -184,7 +183,7 @@ class LoopMDMAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: tuple[torch.Tensor, ...] = (),
         past_key_values: LayerMemory | None = None,
         queries: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -198,7 +197,7 @@ class LoopMDMAttention(nn.Module):
         query = self.q_norm(self.q_proj(asking).view(query_shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(key_shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(key_shape).transpose(1, 2)
-        if position_embeddings is not None:
+        if position_embeddings:
             key = apply_rotary_pos_emb(key, *position_embeddings)
             if queries is not None:
                 position_embeddings = tuple(take_positions(table, queries) for table in position_embeddings)
@@ -356,18 +355,17 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = context.real = attention_mask.to(inputs_embeds.device) != 0
+        everything = inputs_embeds.new_ones(1, inputs_embeds.shape[1], dtype=torch.bool)
+        real = everything if context.real is None else context.real
         if document_ids is not None:
             document_ids = document_starts(document_ids.to(inputs_embeds.device)).cumsum(-1)
         if position_ids is None:
-            real = inputs_embeds.new_ones(1, inputs_embeds.shape[1]) if context.real is None else context.real
             position_ids = count_positions(real, document_ids)
             if past_key_values is not None:
                 position_ids = position_ids + past_key_values.stored_lengths().to(position_ids.device)[:, None]
         if input_ids is not None:
-            context.masked = input_ids == self.config.mask_token_id
-            context.masked = context.masked if context.real is None else context.masked & context.real
+            masked = context.masked = (input_ids == self.config.mask_token_id) & real
             if self.config.shift_logits:
-                masked, real = context.masked, torch.ones_like(input_ids) if context.real is None else context.real
                 sources = torch.where(masked, predictors(real, document_ids), masked.shape[1])
                 context.masked = nn.functional.pad(masked, (0, 1)).scatter(1, sources, True)[:, :-1]
         if past_key_values is not None:
@@ -377,9 +375,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if self.config.position_embedding_type == "learned":
             inputs_embeds = inputs_embeds + self.embed_positions(position_ids)
         else:
-            lengths = None if context.cache is None else context.cache.reach
-            if lengths is None and context.real is not None:
-                lengths = position_ids.masked_fill(~context.real, -1).amax(-1) + 1
+            last = position_ids.masked_fill(~real, -1).amax(-1)
+            lengths = last + 1 if context.cache is None else context.cache.reach
             context.position_embeddings = self.rotary_emb(inputs_embeds, position_ids, lengths)
         return self._run(0, self.config.loop_start, inputs_embeds, context), context
 
@@ -402,15 +399,13 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             skipped = max(num_loops - max(self.gradient_loops, 1), 0)
         first = states
         for index in range(num_loops):
-            if index < skipped:
-                with torch.no_grad():
-                    states = self.loop(states, context, index, step_size)
-                yield states, None
-                continue
             if 0 < index == skipped:
                 # Adds exactly zero, so that the values do not change in any dtype.
                 states = states + (first - first.detach())
-            if trains and self.checkpoint_loops:
+            if index < skipped:
+                with torch.no_grad():
+                    states = self.loop(states, context, index, step_size)
+            elif trains and self.checkpoint_loops:
                 states = checkpoint(self.loop, states, context, index, step_size, use_reentrant=False)
             else:
                 states = self.loop(states, context, index, step_size)
@@ -566,22 +561,23 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         loops = num_loops, loop_tolerance, visible_loops, loop_policy
         if keep is not None or any(rule is not None for rule in loops[1:]):
             self._check_adapters("A pass that leaves out positions or rows")
-        sources = self._sources(given, attention_mask, document_ids)
-        kept = keep if sources is None or keep is None else sources.gather(1, keep)
+        kept = keep
+        if keep is not None and self.config.shift_logits:
+            kept = self._sources(given, attention_mask, document_ids).gather(1, keep)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
         outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **{**kwargs, "return_dict": True}))
         states, loss, logits = outputs.pop("last_hidden_state"), None, None
-        if keep is None and sources is not None:
-            states = take_positions(states, sources)
+        if keep is None:
+            states = self.align(states, attention_mask, document_ids)
         if labels is not None:
             loss = self._masked_diffusion_loss(states, labels, loss_weights, num_items_in_batch)
         if labels is None or not self.training:
             if isinstance(logits_to_keep, int):
                 states = states[:, -logits_to_keep:]
+            elif logits_to_keep.ndim == 1:
+                states = states[:, logits_to_keep]
             elif keep is None:
-                states = (
-                    states[:, logits_to_keep] if logits_to_keep.ndim == 1 else take_positions(states, logits_to_keep)
-                )
+                states = take_positions(states, logits_to_keep)
             logits = self.logits(states)
         return LoopMDMMaskedLMOutput(loss=loss, logits=logits, **outputs)
 
@@ -595,13 +591,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         Reorders states `(batch_size, sequence_length, hidden_size)` so that row i predicts token i. With
         `config.shift_logits`, it is taken from the real position before, or from i at the start of a row or document.
         """
-        sources = self._sources(states, attention_mask, document_ids)
-        return states if sources is None else take_positions(states, sources)
-
-    def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor | None:
-        """With `config.shift_logits`, the columns whose states predict the tokens, `(batch_size, length)`."""
         if not self.config.shift_logits:
-            return None
+            return states
+        return take_positions(states, self._sources(states, attention_mask, document_ids))
+
+    def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor:
+        """With `config.shift_logits`, the columns whose states predict the tokens, `(batch_size, length)`."""
         real = torch.ones(inputs.shape[:2], device=inputs.device)
         if attention_mask is not None and attention_mask.ndim == 2:
             real = attention_mask.to(inputs.device)

@@ -14,10 +14,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 MAX_JSON, MAX_HEADER = 2**27, 100_000_000
 # Bytes per value of safetensors' dtypes; the library itself checks the other dtypes.
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "BOOL": 1}
+SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Arguments of `from_pretrained` that say where files come from, in transformers' order
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-SIZES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
@@ -84,10 +84,7 @@ def read_header(path: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]
 
 
 class CheckedPreTrainedModel(PreTrainedModel):
-    """
-    Loads only checked weights: complete safetensors files of floating point numbers, with exactly the tensors of the
-    model.
-    """
+    """Loads only complete safetensors files of floating point numbers, with exactly the tensors of the model."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

@@ -159,6 +159,15 @@ def test_positions_leave_no_gap_behind_a_cache(model):
         model(row[:, 4:], position_ids=torch.arange(8, 12)[None], past_key_values=cache)
 
 
+def test_negative_positions_are_not_written_to_another_place(model):
+    row, positions = torch.tensor([tokens(8)]), torch.arange(8)[None] - 1
+    for mask in (None, torch.ones_like(row)):
+        with pytest.raises(ValueError, match="`position_ids` holds -1; positions are counted from 0"):
+            model(row, mask, position_ids=positions, use_cache=True)
+    padded = model(row, positions >= 0, position_ids=positions, use_cache=True).logits[0, 1:]
+    torch.testing.assert_close(padded, plain(model, row[0, 1:]), **EXACT)
+
+
 def test_embeddings_and_chosen_positions_behind_a_cache(model):
     ids, keep = random_ids(2, 20), torch.tensor([[7, 0, 3], [2, 2, 5]])
     embeddings = model.get_input_embeddings()(ids)

@@ -179,6 +179,7 @@ def test_bad_labels_are_named(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"input_ids": [[1, 2]]}, "The input is a list; give a tensor"),
         ({"input_ids": torch.tensor([1, 2])}, r"shape \(2,\); it must be int64 or int32 of shape \(batch_size"),
         ({"input_ids": torch.tensor(1)}, r"shape \(\); it must be"),
         ({"input_ids": torch.empty(1, 0, dtype=torch.long)}, r"shape \(1, 0\).* with at least one row and position"),
@@ -188,6 +189,7 @@ def test_bad_labels_are_named(arguments, message):
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 31)}, r"shape \(1, 2, 31\); it must be .*, 32\)"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 32, dtype=torch.long)}, "must be floating point"),
         ({"position_ids": torch.tensor([[0, 1, 2]])}, r"`position_ids` has shape \(1, 3\)"),
+        ({"document_ids": torch.tensor([[0, 0, 1]])}, r"`document_ids` has shape \(1, 3\)"),
         ({"position_ids": torch.tensor([[0.0, 1.0]])}, "`position_ids` is torch.float32"),
         ({"logits_to_keep": -1}, "`logits_to_keep` is -1"),
         ({"logits_to_keep": [1]}, r"`logits_to_keep` is \[1\]; it must be a number of last positions"),
@@ -199,8 +201,9 @@ def test_bad_labels_are_named(arguments, message):
     ids=str,
 )
 def test_bad_inputs_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model()(**{"input_ids": torch.tensor([[1, 2]])} | arguments)
+    for shifts in (False, True):
+        with pytest.raises(ValueError, match=message):
+            tiny_model(shift_logits=shifts)(**{"input_ids": torch.tensor([[1, 2]])} | arguments)
 
 
 # Gradient checkpointing
