@@ -570,7 +570,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         if keep is None:
             states = self.align(states, attention_mask, document_ids)
         if labels is not None:
-            loss = self._masked_diffusion_loss(states, labels, loss_weights, num_items_in_batch)
+            loss = self._masked_diffusion_loss(states, input_ids, labels, loss_weights, num_items_in_batch)
         if labels is None or not self.training:
             if isinstance(logits_to_keep, int):
                 states = states[:, -logits_to_keep:]
@@ -611,7 +611,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         logits[..., self.config.mask_token_id] = float("-inf")
         return logits
 
-    def _masked_diffusion_loss(self, states, labels, loss_weights, num_items_in_batch) -> torch.Tensor:
+    def _masked_diffusion_loss(self, states, input_ids, labels, loss_weights, num_items_in_batch) -> torch.Tensor:
         shape, config = tuple(states.shape[:2]), self.config
         for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
             if tensor is not None and tuple(tensor.shape) != shape:
@@ -633,6 +633,11 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 f"`labels` holds {int(wrong[0])}, which is the mask token or outside the vocabulary of "
                 f"{config.vocab_size} tokens; give clean tokens, and -100 where there is nothing to learn."
             )
+        # The collator of a causal model masks nothing. Of a few labels, BERT's may leave all visible, by chance.
+        if self.training and loss_weights is None and input_ids is not None and len(targets) >= 10:
+            if torch.equal(input_ids[labelled.to(input_ids.device)].to(targets), targets):
+                fix = f"put the mask token ({config.mask_token_id}) there (`training.MaskedDiffusionCollator`)"
+                raise ValueError(f"`labels` are the tokens of `input_ids`, which a model learns to copy; {fix}.")
         logits = self.logits(states[labelled])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
