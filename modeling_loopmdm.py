@@ -634,10 +634,10 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 f"{config.vocab_size} tokens; give clean tokens, and -100 where there is nothing to learn."
             )
         # The collator of a causal model masks nothing. Of a few labels, BERT's may leave all visible, by chance.
-        if self.training and loss_weights is None and input_ids is not None and len(targets) >= 10:
-            if torch.equal(input_ids[labelled.to(input_ids.device)].to(targets), targets):
-                fix = f"put the mask token ({config.mask_token_id}) there (`training.MaskedDiffusionCollator`)"
-                raise ValueError(f"`labels` are the tokens of `input_ids`, which a model learns to copy; {fix}.")
+        unweighted = self.training and loss_weights is None and input_ids is not None and len(targets) >= 10
+        if unweighted and torch.equal(input_ids[labelled.to(input_ids.device)].to(targets), targets):
+            fix = f"put the mask token ({config.mask_token_id}) there (`training.MaskedDiffusionCollator`)"
+            raise ValueError(f"`labels` are the tokens of `input_ids`, which a model learns to copy; {fix}.")
         logits = self.logits(states[labelled])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
