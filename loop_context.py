@@ -165,12 +165,12 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
             raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
     masks = ("attention_mask", attention_mask), ("document_ids", document_ids), ("position_ids", position_ids)
     for name, tensor in masks:
-        found = shape if tensor is None else tuple(tensor.shape)
-        is_ready = name == "attention_mask" and len(found) == 4 and cache is None  # a ready-made mask
-        is_shared = name == "position_ids" and found == (1, shape[1])
-        if found != shape and not is_ready and not is_shared:
+        given = shape if tensor is None else tuple(tensor.shape)
+        is_ready = name == "attention_mask" and len(given) == 4 and cache is None  # a ready-made mask
+        is_shared = name == "position_ids" and given == (1, shape[1])
+        if given != shape and not is_ready and not is_shared:
             needed = f"{shape}, its own positions without those of a cache"
-            raise ValueError(f"`{name}` has shape {found}; the input needs {needed}.")
+            raise ValueError(f"`{name}` has shape {given}; the input needs {needed}.")
     if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         implementation, dtype = config._attn_implementation, attention_mask.dtype
         if dtype != torch.bool or implementation != "sdpa":

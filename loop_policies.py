@@ -110,7 +110,8 @@ def iterate_while_moving(
     moving = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
     moving = moving if context.real is None else context.real
     # The part that still loops: its context, and its index in `states` and `moving`
-    part, place = context, (torch.arange(batch_size, device=states.device),)
+    part = context
+    place: tuple[torch.Tensor, ...] = (torch.arange(batch_size, device=states.device),)
     for index in range(num_loops):
         before, moves = states[place], moving[place]
         if part is not context and context.cache is not None:
