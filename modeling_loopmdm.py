@@ -633,7 +633,7 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 f"`labels` holds {int(wrong[0])}, which is the mask token or outside the vocabulary of "
                 f"{config.vocab_size} tokens; give clean tokens, and -100 where there is nothing to learn."
             )
-        # The collator of a causal model masks nothing. Of a few labels, BERT's may leave all visible, by chance.
+        # A causal model's collator masks nothing; BERT's may leave few labels visible by chance.
         unweighted = self.training and loss_weights is None and input_ids is not None and len(targets) >= 10
         if unweighted and torch.equal(input_ids[labelled.to(input_ids.device)].to(targets), targets):
             fix = f"put the mask token ({config.mask_token_id}) there (`training.MaskedDiffusionCollator`)"

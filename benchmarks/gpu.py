@@ -161,7 +161,8 @@ class Sections:
 
         def gradients(model: LoopMDMForMaskedLM, device: str, checkpoints: bool) -> torch.Tensor:
             model.train().model.checkpoint_loops = checkpoints
-            model(ids.to(device), mask.to(device), labels=ids.to(device)).loss.backward()
+            masked = ids.masked_fill(ids % 2 == 1, MASK)
+            model(masked.to(device), mask.to(device), labels=ids.to(device)).loss.backward()
             return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
         ways = WAYS[::5] if self.args.tiny else WAYS

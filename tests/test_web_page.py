@@ -264,6 +264,7 @@ def test_the_board_is_filled_in_by_keyboard(page):
     for key in ("5", "ArrowRight", "3", "ArrowDown", "ArrowLeft", "7", "ArrowUp", "Backspace", "4"):
         page.keyboard.press(key)
     assert page.locator("#puzzle").input_value() == "43" + "." * 7 + "7" + "." * 71
+    drawn(page)
     assert page.evaluate("document.activeElement.ariaLabel") == "Row 1, column 1: 4, given"
     # The other board is looked at only.
     page.locator("#once .cell").first.focus()

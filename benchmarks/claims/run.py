@@ -32,7 +32,7 @@ from loopmdm.training import MaskedDiffusionCollator
 
 TOLERANCES = [0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01]
 # Besides a fixed number of steps: commit whatever is certain enough, in 8 steps at most
-RULES = [{"confidence_threshold": threshold} for threshold in (0.7, 0.9, 0.97)]
+RULES = [{"confidence_threshold": threshold} for threshold in (0.7, 0.9, 0.97, 0.99, 0.997)]
 RULES += [{"entropy_bound": bound} for bound in (0.3, 0.03, 0.01, 0.003)]
 GRID_LOOPS, GRID_STEPS = (1, 2, 3, 4, 6, 8), (1, 2, 3, 4)  # the first two of each with --quick
 
