@@ -271,13 +271,16 @@ def test_bad_input_is_one_line_and_writes_nothing(place, monkeypatch, args, mess
     assert sorted(place.rglob("*")) == before
 
 
-def test_lm_eval_takes_files_of_tasks_and_of_data(place, monkeypatch, capfd):
+def test_lm_eval_takes_files_of_tasks_and_of_data(place, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(place)
     assert "exact_match" in run("eval", *TASKS, "--data-files", "test=docs.jsonl")
-    with pytest.raises(SystemExit) as exit_:
-        loopmdm_cli.main(["eval", *TASKS, "--data-files", "tst=docs.jsonl"])
-    assert exit_.value.code == 2
-    assert "task.yaml needs a split 'test'; --data-files names tst." in capfd.readouterr().err
+    (tmp_path / "field.yaml").write_text(Path("task.yaml").read_text().replace("'{{q}}'", "!function field.read"))
+    (tmp_path / "field.py").write_text("def read(row):\n    return row['question']\n")
+    for task, split, needs in (("task.yaml", "tst", "test"), (str(tmp_path / "field.yaml"), "test", "question")):
+        with pytest.raises(SystemExit) as exit_:
+            loopmdm_cli.main(["eval", *TASKS[:3], task, "--data-files", f"{split}=docs.jsonl"])
+        message = f"{task} needs {needs!r}, which is neither a split that --data-files names ({split}) nor a field"
+        assert exit_.value.code == 2 and message in capfd.readouterr().err
 
 
 def test_without_lm_eval(place, monkeypatch):
