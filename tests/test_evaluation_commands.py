@@ -32,6 +32,8 @@ def place(tmp_path_factory) -> Path:
     (place / "foreign" / "config.json").write_text(
         '{"model_type": "llada", "auto_map": {"AutoConfig": "code.Config"}}'
     )
+    (place / "nameless").mkdir()
+    (place / "nameless" / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
     (place / "text.txt").write_text("w1 w2 w3 w4 w5\n\nw6 w7 w8 w9\n")
     (place / "empty.txt").write_text(" \n")
     (place / "puzzles.txt").write_text(f"{PUZZLE} {SOLUTION}\n")
@@ -217,6 +219,7 @@ def test_a_long_text_to_fill_in_is_one_window(tmp_path):
             ["likelihood", "foreign", "--text", "text.txt"],
             "foreign is a 'llada' model, not a LoopMDM; `loopmdm convert`",
         ),
+        (["likelihood", "nameless", "--text", "text.txt"], "nameless contains custom code"),
         (["likelihood", "./nowhere", "--text", "text.txt"], "there is no config.json"),
         ([*LIKELIHOOD, "--num-loops", "0,1"], "`num_loops` is 0"),
         ([*LIKELIHOOD, "--num-loops", "1,1"], "name each number once"),
@@ -266,6 +269,7 @@ def test_bad_input_is_one_line_and_writes_nothing(place, monkeypatch, args, mess
     monkeypatch.chdir(place)
     # lm-eval looks for its own thousands of tasks beside this file.
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(place / "manager.py"))
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked"))
     before = sorted(place.rglob("*"))
     assert message in refusal("eval", *args, "--output", "out")
     assert sorted(place.rglob("*")) == before
