@@ -146,8 +146,8 @@ def _with_data(manager: Any, names: list[str], files: dict[str, str]) -> list[An
         return list(manager.load([group])["tasks"].values())
     except KeyError as error:
         raise ValueError(
-            f"{', '.join(names)} needs a split {error}; --data-files names {', '.join(files)}. Add the file of that "
-            "split."
+            f"{', '.join(names)} needs {error}, which is neither a split that --data-files names ({', '.join(files)}) "
+            "nor a field of its rows; add it."
         ) from error
 
 

@@ -146,7 +146,7 @@ def open_source(
             f"{source} is an adapter, not a whole model. Merge it into its base model, and take the result: "
             f"`{MERGE.format(source)}`."
         )
-    if re.search(r"-\d+-of-\d+\.", path.name) and path.is_file():
+    if re.search(r"-\d+-of-(?!0*1\.)\d+\.", path.name) and path.is_file():
         raise ValueError(f"{source} is one file of several; name their folder, {folder}.")
     files = [path] if path.is_file() else _weight_files(path)
     pickled = [file.name for file in files if file.suffix in PICKLES]

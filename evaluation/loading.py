@@ -34,7 +34,7 @@ def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:
             f"{model} is a {kind!r} model, not a LoopMDM; `loopmdm convert` turns a masked diffusion model into one."
         )
     with _in_words(place):
-        return AutoConfig.from_pretrained(place, revision=revision)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, revision=revision)  # does not ask either
 
 
 def read_generation_config(model: str) -> LoopMDMGenerationConfig | None:

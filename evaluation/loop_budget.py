@@ -218,7 +218,7 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
     """
     if Path(path).suffix == ".txt":
         raise ValueError(f'{path} is a text; give answers as JSON lines, {{"prompt": ..., "answer": ...}}.')
-    if not Path(path).is_file():
+    if not Path(path).exists() or Path(path).is_dir():  # it may be a pipe
         raise ValueError(f"{path} is not a file.")
     examples = []
     for number, item in json_lines(Path(path)):

@@ -324,6 +324,7 @@ def test_names_that_match_nothing_are_refused(options, message):
         {"target_modules": r".*\.self_attn\.[qv]_proj", "rank_pattern": {"layers.1.*q_proj": 2, "v_proj": 3}},
         {"target_modules": ["mlp.up_proj"], "layers": "mid", "exclude_modules": ["q_proj"]},
         {"target_modules": ["q_proj"], "layers_to_transform": 2},
+        {"target_modules": r".*(q_proj|lm_head)", "exclude_modules": ["lm_head"]},
         {
             "target_modules": ["q_proj"],
             "target_parameters": ["mlp.up_proj.weight"],

@@ -66,6 +66,10 @@ def test_folders_without_weights_or_config(tmp_path, src, out):
     refuse(
         FIXTURES / "llada" / "model-00001-of-00003.safetensors", out, "one file of several", str(FIXTURES / "llada")
     )
+    whole = src / "model-00001-of-00001.safetensors"
+    shutil.copy(FIXTURES / "a2d_qwen3" / "model.safetensors", whole)
+    shutil.copy(FIXTURES / "a2d_qwen3" / "config.json", src)
+    assert open_source(whole).tensors.keys() == open_source(FIXTURES / "a2d_qwen3").tensors.keys()
     shutil.copytree(FIXTURES / "llada", tmp_path / "bare")
     (tmp_path / "bare" / "config.json").unlink()
     refuse(tmp_path / "bare", out, "cannot be recognised without a config.json", "put it into")

@@ -32,6 +32,8 @@ def place(tmp_path_factory) -> Path:
     (place / "foreign" / "config.json").write_text(
         '{"model_type": "llada", "auto_map": {"AutoConfig": "code.Config"}}'
     )
+    (place / "nameless").mkdir()
+    (place / "nameless" / "config.json").write_text('{"auto_map": {"AutoConfig": "code.Config"}}')
     (place / "text.txt").write_text("w1 w2 w3 w4 w5\n\nw6 w7 w8 w9\n")
     (place / "empty.txt").write_text(" \n")
     (place / "puzzles.txt").write_text(f"{PUZZLE} {SOLUTION}\n")
@@ -217,6 +219,7 @@ def test_a_long_text_to_fill_in_is_one_window(tmp_path):
             ["likelihood", "foreign", "--text", "text.txt"],
             "foreign is a 'llada' model, not a LoopMDM; `loopmdm convert`",
         ),
+        (["likelihood", "nameless", "--text", "text.txt"], "nameless contains custom code"),
         (["likelihood", "./nowhere", "--text", "text.txt"], "there is no config.json"),
         ([*LIKELIHOOD, "--num-loops", "0,1"], "`num_loops` is 0"),
         ([*LIKELIHOOD, "--num-loops", "1,1"], "name each number once"),
@@ -266,18 +269,22 @@ def test_bad_input_is_one_line_and_writes_nothing(place, monkeypatch, args, mess
     monkeypatch.chdir(place)
     # lm-eval looks for its own thousands of tasks beside this file.
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(place / "manager.py"))
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("asked"))
     before = sorted(place.rglob("*"))
     assert message in refusal("eval", *args, "--output", "out")
     assert sorted(place.rglob("*")) == before
 
 
-def test_lm_eval_takes_files_of_tasks_and_of_data(place, monkeypatch, capfd):
+def test_lm_eval_takes_files_of_tasks_and_of_data(place, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(place)
     assert "exact_match" in run("eval", *TASKS, "--data-files", "test=docs.jsonl")
-    with pytest.raises(SystemExit) as exit_:
-        loopmdm_cli.main(["eval", *TASKS, "--data-files", "tst=docs.jsonl"])
-    assert exit_.value.code == 2
-    assert "task.yaml needs a split 'test'; --data-files names tst." in capfd.readouterr().err
+    (tmp_path / "field.yaml").write_text(Path("task.yaml").read_text().replace("'{{q}}'", "!function field.read"))
+    (tmp_path / "field.py").write_text("def read(row):\n    return row['question']\n")
+    for task, split, needs in (("task.yaml", "tst", "test"), (str(tmp_path / "field.yaml"), "test", "question")):
+        with pytest.raises(SystemExit) as exit_:
+            loopmdm_cli.main(["eval", *TASKS[:3], task, "--data-files", f"{split}=docs.jsonl"])
+        message = f"{task} needs {needs!r}, which is neither a split that --data-files names ({split}) nor a field"
+        assert exit_.value.code == 2 and message in capfd.readouterr().err
 
 
 def test_without_lm_eval(place, monkeypatch):

@@ -2,7 +2,9 @@
 """Calibrating loops: what is measured, what is chosen, and what is written."""
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ from commands import PUZZLE, SOLUTION, refusal, run
 from tiny import random_ids, tiny_model
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
+from loopmdm.data import load_tokenizer
 from loopmdm.evaluation import calibrate_loops
-from loopmdm.evaluation.loop_budget import budget_settings, describe, write_budget
+from loopmdm.evaluation.loop_budget import budget_settings, describe, read_examples, write_budget
 
 ROOT = Path(__file__).resolve().parents[1]
 MASK = 22
@@ -160,6 +163,17 @@ def test_bad_examples_and_models_are_named(model):
         calibrate_loops(model, [*data[:3], {"input_ids": torch.tensor([1, MASK]), "target": torch.tensor([1, 2, 3])}])
     with pytest.raises(ValueError, match='`loop_update="damped"`'):
         calibrate_loops(tiny_model(loop_update="damped"), data)
+
+
+def test_examples_may_come_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    mask = LoopMDMForMaskedLM.config_class.from_pretrained(ROOT).mask_token_id
+    line = json.dumps({"prompt": PUZZLE, "answer": SOLUTION})
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(line,), daemon=True)
+    writer.start()
+    assert len(read_examples(tmp_path / "pipe", load_tokenizer(str(ROOT)), mask)) == 1
+    with pytest.raises(ValueError, match="is not a file"):
+        read_examples(tmp_path, None, MASK)
 
 
 # The command

@@ -490,6 +490,13 @@ def test_an_optimiser_that_is_not_installed_is_refused_before_the_weights(run, m
         go(run(), "trainer.optim=schedule_free_adamw")
 
 
+def test_an_optimiser_that_is_not_installed_is_so_under_any_error(run, monkeypatch):
+    """Transformers raises a ValueError for some, and also where an optimiser needs the model."""
+    monkeypatch.setattr("loopmdm.training.run.load_trainable", lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=r"`trainer`: Please install .*torchdistx"):
+        go(run(), "trainer.optim=adamw_anyprecision")
+
+
 def test_a_model_generates_with_no_more_loops_than_it_was_trained_with(run, tmp_path):
     with pytest.raises(ValueError, match=r"`model_config.num_loops` is 4, .* draws at most 3 loops; lower it"):
         go(run(), "model_config.num_loops=4")

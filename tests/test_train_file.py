@@ -152,6 +152,13 @@ def test_a_file_in_another_encoding(tmp_path):
         read_config(tmp_path / "run.yaml")
 
 
+def test_what_stands_there_anyway_is_no_mistake(read):
+    """Values that ask for nothing, as in a file with every argument of transformers."""
+    off = {"data_seed": None, "bf16_full_eval": False, "eval_do_concat_batches": True, "include_for_metrics": []}
+    off |= {"eval_steps": None, "eval_on_start": False, "eval_delay": 0, "per_device_eval_batch_size": 8}
+    assert read(trainer=off).trainer == off
+
+
 def test_overrides_are_checked_alike(read):
     for override, message in (
         ("data=[", "'data=\\[' is not valid YAML"),

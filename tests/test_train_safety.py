@@ -6,7 +6,7 @@ import math
 import datasets
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from training_runs import MASK, PAD, EachStep, build_run, examples, make_trainer, training_args
 from transformers import Trainer
 
@@ -16,7 +16,9 @@ from loopmdm.training import (
     MaskedDiffusionCollator,
     StreamedExamples,
     last_complete_checkpoint,
+    make_loop_schedule,
 )
+from loopmdm.training.checks import check_options
 
 
 def break_weight(model, value: float = math.nan):
@@ -81,7 +83,6 @@ def test_weights_in_float16_are_refused(tmp_path):
         ({}, {"label_smoothing_factor": 1e-12}, "`label_smoothing_factor` is 1e-12, which does not work here"),
         ({}, {"use_liger_kernel": True}, "`use_liger_kernel` is True"),
         ({}, {"label_names": ["input_ids"]}, r"`label_names` is \['input_ids'\]"),
-        ({}, {"average_tokens_across_devices": False}, "`average_tokens_across_devices` is False"),
         ({}, {"auto_find_batch_size": True}, "`auto_find_batch_size` is True"),
         ({}, {"ignore_data_skip": True}, "`ignore_data_skip` is True"),
         ({}, {"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy` is 'group_by_length'"),
@@ -111,12 +112,20 @@ def test_options_that_would_give_another_loss_are_refused(tmp_path, options, arg
         make_trainer(tmp_path, args=args, **options)
 
 
+def test_labels_are_counted_over_all_processes(tmp_path, monkeypatch):
+    args = training_args(tmp_path, average_tokens_across_devices=False)
+    check_options(args, make_loop_schedule("uniform", tiny_config()))  # one process has all of them
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="`average_tokens_across_devices` is False, which does not work here"):
+        check_options(args, make_loop_schedule("uniform", tiny_config()))
+
+
 @pytest.mark.parametrize("args", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 2}], ids=str)
 def test_a_run_that_ends_too_early_is_not_repeated(tmp_path, args):
     """A second pass would have the masks of the first."""
     stream = ExampleStream(examples(5), 12 if args["max_steps"] > 0 else 8, seed=0)
     trainer = make_trainer(tmp_path, train_dataset=stream, args=args)
-    with pytest.raises(ValueError, match=r"training would pass over it 2 times.*its `num_examples` to 16\."):
+    with pytest.raises(ValueError, match=r"training would pass over it 2 times.*its `num_examples` to 16, or"):
         trainer.train()
 
 

@@ -85,6 +85,8 @@ def lora_config(
 
 def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
     """Raises a ValueError if the model lacks a name or layer that a `LoraConfig` has."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     with torch.device("meta"):
         model = LoopMDMForMaskedLM(config)
     modules = [name for name, _ in model.named_modules() if name]
@@ -115,6 +117,8 @@ def _check_names(config: LoopMDMConfig, lora: "LoraConfig") -> None:
                 where = f"layers {wanted}" if option == "target_modules" and wanted else "the model"
                 raise ValueError(f"`{option}` has {name!r}, which is not in {where}; use {', '.join(linear)}.")
             ends = {place.removesuffix(".weight") for place in found} & _ENDS
+            if option == "target_modules":  # `exclude_modules` may leave them out
+                ends = {end for end in ends if check_target_module_exists(lora, end)}
             if ends and option.startswith("target_") and config.tie_word_embeddings and not _unties(lora):
                 raise ValueError(
                     f"`{option}` has {name!r}, whose weight embeddings and head share (`tie_word_embeddings`): a "

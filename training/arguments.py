@@ -55,6 +55,7 @@ LIMITS: dict[str, Any] = {
     **dict.fromkeys(["log_level", "log_level_replica"], Level),
     "parallelism_config": None,  # an object, which YAML cannot hold
 }
+TRAINER = inspect.signature(TrainingArguments).parameters
 OF_EVALUATION = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size")
 # Arguments of `TrainingArguments` that this command would ignore
 IDLE = {
@@ -184,9 +185,10 @@ class TrainConfig:
         for name, value in self.trainer.items():
             if self.optimizer == "muon" and name.startswith(("adam_", "optim")):
                 raise ValueError(f"`trainer.{name}` has no effect with `optimizer: muon`; leave one of them out.")
-            if self.eval_data is None and name in OF_EVALUATION:
+            is_asked = name in TRAINER and value not in (None, False, [], TRAINER[name].default)
+            if self.eval_data is None and name in OF_EVALUATION and is_asked:
                 raise ValueError(f"`trainer.{name}` has no effect, as there is no `eval_data`; leave it out.")
-            if name in IDLE:
+            if name in IDLE and is_asked:
                 raise ValueError(f"`trainer.{name}` has no effect, as {IDLE[name]}; leave it out.")
             if name in ("eval_strategy", "logging_strategy", "save_strategy") and value == "epoch":
                 steps = name.replace("strategy", "steps")

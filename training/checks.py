@@ -64,7 +64,8 @@ def check_options(
         )
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(args, name)
-        if value not in neutral:
+        is_alone = name == "average_tokens_across_devices" and args.world_size == 1
+        if value not in neutral and not is_alone:
             raise ValueError(f"`{name}` is {value!r}, which does not work here: {why}; leave it out.")
 
 

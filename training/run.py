@@ -367,8 +367,11 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
         tried = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(made.lr_scheduler_type, tried, 1, 2, scheduler_specific_kwargs=made.lr_scheduler_kwargs)
         if config.optimizer == "adamw":
-            with contextlib.suppress(ValueError):  # some look for their weights in the model
+            try:
                 Trainer.get_optimizer_cls_and_kwargs(made)  # raises where the optimiser's library is not installed
+            except ValueError as error:
+                if "need to pass a" not in str(error):  # some look for their weights in the model
+                    raise
         for reporter in get_reporting_integration_callbacks(made.report_to):
             reporter()  # raises where its library is not installed
     except (TypeError, ValueError, ImportError, RuntimeError) as error:

@@ -174,7 +174,7 @@ class LoopMDMTrainer(Trainer):
             raise ValueError(
                 f"`train_dataset` is a run of {len(self.train_dataset)} examples, and training would pass over it "
                 f"{epochs} times, with the same masks; raise its `num_examples` to "
-                f"{max_steps * self.get_total_train_batch_size(args)}."
+                f"{max_steps * self.get_total_train_batch_size(args)}, or pass over it once (`num_train_epochs=1`)."
             )
         if step > max_steps:
             raise ValueError(f"The checkpoint is of step {step}, but the run has only {max_steps}; train for longer.")
