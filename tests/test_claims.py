@@ -98,7 +98,6 @@ def test_a_quick_study_runs_from_end_to_end(monkeypatch, capsys, folder, name):
         name,
         "--plots",
         str(plots),
-        "--summary",
     ]
     monkeypatch.setattr(sys, "argv", arguments)
     report.main()

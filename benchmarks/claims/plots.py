@@ -96,20 +96,16 @@ def plot_claims(records: Records, runs: list[dict], path: Path) -> None:
 
 def plot_grid(grids: dict[str, dict], path: Path) -> None:
     """What is not solved against inference FLOPs, every setting and the frontier of every arm."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    plot_frontiers(grids, figure.subplots(), with_settings=True)
-    figure.savefig(path, dpi=150)
 
-
-def plot_frontiers(grids: dict[str, dict], axis, with_settings: bool = False) -> None:
     def points(entries: list[dict]) -> tuple[list[float], list[float]]:
         # None of 1,000 is not zero.
         return [one["flops"] / 1e6 for one in entries], [max(100 * (1 - one["solved"]), 0.05) for one in entries]
 
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
     for i, (name, grid) in enumerate(grids.items()):
         color = COLORS.get(name, f"C{i + 1}")
-        if with_settings:
-            axis.scatter(*points(grid["grid"]), color=color, s=8, alpha=0.4)
+        axis.scatter(*points(grid["grid"]), color=color, s=8, alpha=0.4)
         flops, left = points(study.frontier(grid))
         axis.step([*flops, 1e9], [*left, left[-1]], where="post", color=color, label=ABOUT.get(name, name))
     everything = [entry["flops"] / 1e6 for grid in grids.values() for entry in grid["grid"]]
@@ -118,6 +114,7 @@ def plot_frontiers(grids: dict[str, dict], axis, with_settings: bool = False) ->
     axis.xaxis.set_minor_formatter(lambda x, _: f"{x:.0f}" if f"{x:.0e}"[0] in "235" else "")
     finish(axis, "Loops and steps: best per budget", "inference MFLOP a puzzle", "not solved, %", log=True)
     axis.yaxis.set_major_formatter("{x:g}")
+    figure.savefig(path, dpi=150)
 
 
 def plot_differences(runs: list[dict], path: Path) -> None:
@@ -148,19 +145,6 @@ def plot_differences(runs: list[dict], path: Path) -> None:
         axis.set_xticks([], minor=True)
         finish(axis, title, "training tokens a parameter", "NELBO, nats a token more")
     axes[1].get_legend().remove()
-    figure.savefig(path, dpi=150)
-
-
-def plot_summary(records: Records, grids: dict[str, dict], runs: list[dict], path: Path) -> None:
-    """Of the main arms: what every training budget gives, quality by loops, and by inference FLOPs."""
-    main = main_arms(records)
-    panels = 2 + bool(grids)
-    figure = Figure(figsize=(4.6 * panels, 3.7), layout="constrained")
-    axes = figure.subplots(1, panels)
-    plot_budgets(runs, axes[0])
-    (plot_solved if "one_step" in runs[0] else plot_nelbo)(main, axes[1])
-    if grids:
-        plot_frontiers({name: grid for name, grid in grids.items() if name in main}, axes[2])
     figure.savefig(path, dpi=150)
 
 

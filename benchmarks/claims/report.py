@@ -1,17 +1,17 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """
 What did a study find? Tables and plots, from the file that run.py wrote. The tables of claims.md and text.md in
-docs/results are those of `$report --study STUDY`. These draw the pictures language-small.png, sudoku6-long.png,
-sudoku6-long-grid.png and summary.png:
+docs/results are those of `$report --study STUDY`. These draw the pictures language-small.png, sudoku6-long.png and
+sudoku6-again-grid.png:
 
     report="python benchmarks/claims/report.py --results benchmarks/results/claims"
     $report --study language-small --with language-small-long --plots docs/results
-    $report --study sudoku6-long --with sudoku6 --plots docs/results --summary
+    $report --study sudoku6-long --with sudoku6 --plots docs/results
+    $report --study sudoku6-again --with sudoku6-seeds --plots docs/results
 
 Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim (with `late_s3`, its differences
-to the same-size arm by training tokens), `PLOTS/STUDY-grid.png` where a grid was measured, and with `--summary`
-`PLOTS/summary.png`. An error bar is the standard deviation over seeds where there are several, and otherwise the
-standard error over held-out rows.
+to the same-size arm by training tokens), and `PLOTS/STUDY-grid.png` where a grid was measured. An error bar is the
+standard deviation over seeds where there are several, and otherwise the standard error over held-out rows.
 """
 
 import argparse
@@ -175,7 +175,6 @@ def main() -> None:
     parser.add_argument("--with", dest="others", default="", help="studies of other budgets, separated by commas")
     parser.add_argument("--grids", help="study whose grids of loops and steps are reported (default: the same)")
     parser.add_argument("--plots", type=Path, help="folder for the pictures")
-    parser.add_argument("--summary", action="store_true", help="draw summary.png of this study too")
     args = parser.parse_args()
     records, grids = study.read_study(args.results / f"{args.study}.json")
     if args.grids:
@@ -199,8 +198,6 @@ def main() -> None:
             plots.plot_claims(records, runs, args.plots / f"{args.study}.png")
         if grids:
             plots.plot_grid(grids, args.plots / f"{args.study}-grid.png")
-        if args.summary:
-            plots.plot_summary(records, grids, runs, args.plots / "summary.png")
 
 
 if __name__ == "__main__":
