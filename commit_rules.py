@@ -365,7 +365,7 @@ class Block:
         canvas, remask_probability = self.canvas, self.canvas.config.remask_probability
         masked = self.belongs & (canvas.sequences.gather(1, self.columns) == canvas.mask_token_id)
         # Only [MASK]s can be committed; with remasking, every step of a row covers its whole block.
-        counted = self.belongs & (index < self.steps)[:, None] if remask_probability > 0 else masked
+        counted = (self.belongs if remask_probability > 0 else masked) & (index < self.steps)[:, None]
         *left, failed = torch.cat((counted.sum(-1) * ~canvas.finished, canvas.failed[None])).tolist()
         row_list = [row for row, count in enumerate(left) if count > 0]
         if failed or not row_list:

@@ -25,6 +25,7 @@ from .cache_utils import CACHE_PLANS, BlockCausalCache, CachePlan, ForwardPass, 
 from .commit_rules import COMMIT_RULES, PARALLEL_RULES, Block, Canvas, CommitRule, DenoisingStep, draw_tokens
 from .configuration_loopmdm import check_num_loops
 from .generation_outputs import LoopMDMGenerationOutput, make_watchers
+from .loop_context import check_shape
 from .loop_policies import LoopPolicy, resolve_policy
 from .weight_files import HUB_OPTIONS
 
@@ -604,6 +605,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
         """Returns the arguments of a call and an empty dict, as transformers 5.17's pipelines expect."""
         config_class = self.generation_config_class
         config = self.generation_config if generation_config is None else generation_config
+        if not isinstance(config, GenerationConfig):
+            fix = "give a LoopMDMGenerationConfig, or its arguments by name"
+            raise ValueError(f"`generation_config` is {config!r}; {fix}.")
         config = copy.deepcopy(config) if hasattr(config, "FIELDS") else config_class.from_dict(config.to_diff_dict())
         # A config made for one call need not repeat the special tokens.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -662,16 +666,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
 
     def _check_input(self, config, input_ids, attention_mask) -> torch.BoolTensor:
         """Checks the input and returns which tokens are real, `(batch_size, length)`."""
-        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-            if not isinstance(value, torch.Tensor) and not (value is None and name == "attention_mask"):
-                raise ValueError(f'`{name}` is a {type(value).__name__}; give a tensor (`return_tensors="pt"`).')
+        if not isinstance(input_ids, torch.Tensor):
+            raise ValueError(f'`input_ids` is a {type(input_ids).__name__}; give a tensor (`return_tensors="pt"`).')
         shape, padding = tuple(input_ids.shape), config.pad_token_id
         if len(shape) != 2 or shape[0] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
             needed = "int64 or int32 of shape (batch_size, length), with at least one row"
             raise ValueError(f"`input_ids` is {input_ids.dtype} of shape {shape}; it must be {needed}.")
+        check_shape("attention_mask", attention_mask, shape)
         if attention_mask is not None:
-            if tuple(attention_mask.shape) != shape:
-                raise ValueError(f"`attention_mask` has shape {tuple(attention_mask.shape)}; `input_ids` has {shape}.")
             real = attention_mask.to(input_ids.device) != 0
         else:
             real = input_ids != padding if padding is not None else torch.ones_like(input_ids, dtype=torch.bool)

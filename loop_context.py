@@ -145,6 +145,14 @@ def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -
     return given
 
 
+def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError if `tensor` is given, and is not a tensor of this shape."""
+    if tensor is not None and not isinstance(tensor, torch.Tensor):
+        raise ValueError(f'`{name}` is a {type(tensor).__name__}; give a tensor (`return_tensors="pt"`).')
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}, without what is cached.")
+
+
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
     """Raises a ValueError for inputs of a wrong type, shape or value."""
     name, inputs = "input_ids" if inputs_embeds is None else "inputs_embeds", one_of(input_ids, inputs_embeds)
@@ -163,14 +171,11 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
-    masks = ("attention_mask", attention_mask), ("document_ids", document_ids), ("position_ids", position_ids)
-    for name, tensor in masks:
-        given = shape if tensor is None else tuple(tensor.shape)
-        is_ready = name == "attention_mask" and len(given) == 4 and cache is None  # a ready-made mask
-        is_shared = name == "position_ids" and given == (1, shape[1])
-        if given != shape and not is_ready and not is_shared:
-            needed = f"{shape}, its own positions without those of a cache"
-            raise ValueError(f"`{name}` has shape {given}; the input needs {needed}.")
+    is_ready = getattr(attention_mask, "ndim", 2) == 4 and cache is None  # a ready-made mask
+    is_shared = getattr(position_ids, "shape", None) == (1, shape[1])
+    check_shape("attention_mask", None if is_ready else attention_mask, shape)
+    check_shape("document_ids", document_ids, shape)
+    check_shape("position_ids", None if is_shared else position_ids, shape)
     if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         implementation, dtype = config._attn_implementation, attention_mask.dtype
         if dtype != torch.bool or implementation != "sdpa":
@@ -201,8 +206,8 @@ def check_positions_to_keep(keep: int | torch.Tensor, inputs: torch.Tensor) -> N
     fits = isinstance(keep, int) and keep >= 0
     if isinstance(keep, torch.Tensor):
         is_integer = keep.dtype in (torch.int64, torch.int32)
-        fits = keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == inputs.shape[0] and is_integer)
-        if fits and is_integer and inputs.ndim > 1:
+        fits = is_integer and (keep.ndim == 1 or (keep.ndim == 2 and keep.shape[0] == inputs.shape[0]))
+        if fits and inputs.ndim > 1:
             low, high = _bounds(keep)
             fits = low >= (-inputs.shape[1] if keep.ndim == 1 else 0) and high < inputs.shape[1]
     if not fits:

@@ -29,6 +29,7 @@ from .loop_context import (
     LoopContext,
     check_inputs,
     check_positions_to_keep,
+    check_shape,
     count_positions,
     document_starts,
     make_mask,
@@ -597,8 +598,9 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
 
     def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor:
         """With `config.shift_logits`, the columns whose states predict the tokens, `(batch_size, length)`."""
+        check_shape("document_ids", document_ids, tuple(inputs.shape[:2]))
         real = torch.ones(inputs.shape[:2], device=inputs.device)
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if getattr(attention_mask, "ndim", 0) == 2:
             real = attention_mask.to(inputs.device)
         return predictors(real, document_ids)
 
@@ -613,9 +615,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
 
     def _masked_diffusion_loss(self, states, input_ids, labels, loss_weights, num_items_in_batch) -> torch.Tensor:
         shape, config = tuple(states.shape[:2]), self.config
-        for name, tensor in (("labels", labels), ("loss_weights", loss_weights)):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}.")
+        check_shape("labels", labels, shape)
+        check_shape("loss_weights", loss_weights, shape)
         if labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"`labels` is {labels.dtype}; it must be int64 or int32.")
         labels = labels.to(states.device, torch.int64)

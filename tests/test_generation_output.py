@@ -318,6 +318,11 @@ class Nothing(CommitRule):
         return torch.zeros_like(step.masked)
 
 
+class AfterTwoSteps(CommitRule):
+    def __call__(self, step):
+        return step.masked & (step.index >= 2)
+
+
 class NeverLiked(CommitRule):
     def score(self, step):
         return torch.full(step.masked.shape, -torch.inf)
@@ -344,6 +349,12 @@ def test_no_mask_is_left_in_silence():
     rows = torch.tensor([[3, MASK, MASK, MASK], [3, MASK, 4, 5]])
     with pytest.raises(ValueError, match=r"rule Nothing has left \[MASK\]s"):
         tiny_model().generate(rows, unmasking=Nothing())
+    # Whatever the other rows are: a longer row has more steps, which its neighbours may not use.
+    late = AfterTwoSteps()
+    assert not (tiny_model().generate(rows[:1], unmasking=late) == MASK).any()
+    for batch in (rows[1:], rows):
+        with pytest.raises(ValueError, match=r"rule AfterTwoSteps has left \[MASK\]s"):
+            tiny_model().generate(batch, unmasking=late)
     for seed in range(5):
         torch.manual_seed(seed)
         tokens = tiny_model().generate(rows, unmasking=NeverLiked(), remask_probability=0.5, max_denoising_steps=4)
@@ -397,6 +408,12 @@ def test_names_of_other_samplers_are_answered():
     assert torch.equal(*drawn)
     with pytest.raises(ValueError, match="holds one generator several times"):
         tiny_model().generate(ids.repeat(2, 1), max_new_tokens=3, do_sample=True, generator=again * 2)
+
+
+def test_a_generation_config_of_another_kind_is_refused():
+    for config in ({"max_new_tokens": 4}, "greedy", 3):
+        with pytest.raises(ValueError, match=r"`generation_config` is .*; give a LoopMDMGenerationConfig, or its arg"):
+            tiny_model().generate(torch.tensor([[3, 4]]), generation_config=config)
 
 
 def test_greedy_on_request_whatever_way_of_sampling_the_config_describes():

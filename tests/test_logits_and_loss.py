@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Which logits `forward` computes and what they cost, and the masked diffusion loss, against plain formulas."""
 
+import itertools
 import math
 
 import pytest
@@ -175,6 +176,7 @@ ONES = torch.ones(2, 5, dtype=torch.long)
         ({"labels": ONES * -100}, "`labels` holds -100 only"),
         ({"labels": ONES * MASK}, "`labels` holds 22, which is the mask token or outside the vocabulary of 23"),
         ({"labels": ONES * 23}, "`labels` holds 23, which is the mask token or outside the vocabulary of 23"),
+        ({"labels": [[1] * 5] * 2}, "`labels` is a list; give a tensor"),
         ({"labels": ONES.float()}, r"`labels` is torch.float32; it must be int64 or int32"),
         ({"labels": ONES * -1}, "`labels` holds -1, which is the mask token or outside the vocabulary of 23"),
     ],
@@ -203,19 +205,25 @@ def test_bad_labels_are_named(arguments, message):
         ({"position_ids": torch.tensor([[0, 1, 2]])}, r"`position_ids` has shape \(1, 3\)"),
         ({"document_ids": torch.tensor([[0, 0, 1]])}, r"`document_ids` has shape \(1, 3\)"),
         ({"position_ids": torch.tensor([[0.0, 1.0]])}, "`position_ids` is torch.float32"),
+        ({"attention_mask": [[1, 1]]}, "`attention_mask` is a list; give a tensor"),
+        ({"document_ids": [[0, 0]]}, "`document_ids` is a list; give a tensor"),
+        ({"position_ids": [[0, 1]]}, "`position_ids` is a list; give a tensor"),
         ({"logits_to_keep": -1}, "`logits_to_keep` is -1"),
         ({"logits_to_keep": [1]}, r"`logits_to_keep` is \[1\]; it must be a number of last positions"),
         ({"logits_to_keep": torch.tensor([2])}, r"torch.int64 of shape \(1,\); .* integer positions within the input"),
         ({"logits_to_keep": torch.tensor([[-1]])}, r"torch.int64 of shape \(1, 1\)"),
         ({"logits_to_keep": torch.tensor([[1], [1]])}, r"torch.int64 of shape \(2, 1\)"),
+        ({"logits_to_keep": torch.tensor([0.0, 1.0])}, r"torch.float32 of shape \(2,\)"),
         ({"logits_to_keep": torch.tensor([[True, False]])}, r"torch.bool of shape \(1, 2\)"),
     ],
     ids=str,
 )
 def test_bad_inputs_are_named(arguments, message):
-    for shifts in (False, True):
+    inputs = {"input_ids": torch.tensor([[1, 2]])} | arguments
+    asked = [{}] if "input_ids" in arguments else [{}, {"logits_to_keep": torch.tensor([[0]])}]
+    for shifts, keep in itertools.product((False, True), asked):
         with pytest.raises(ValueError, match=message):
-            tiny_model(shift_logits=shifts)(**{"input_ids": torch.tensor([[1, 2]])} | arguments)
+            tiny_model(shift_logits=shifts)(**keep | inputs)
 
 
 # Gradient checkpointing

@@ -187,7 +187,10 @@ def main() -> None:
         args.tflop = min(args.tflop, 0.002)
     args.texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
     transformers.utils.logging.disable_progress_bar()
-    task = tasks.make_task(args.task, args.work / "data", args.quick, args.texts)
+    try:
+        task = tasks.make_task(args.task, args.work / "data", args.quick, args.texts)
+    except ValueError as error:
+        parser.error(str(error))
     path = args.results / f"{args.study}.json"
     for seed in map(int, args.seeds.split(",")):
         for name in names:
