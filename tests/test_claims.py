@@ -199,9 +199,9 @@ def test_the_study_of_conversion(monkeypatch, capsys, tmp_path):
 
 
 def test_an_interrupted_arm_ends_as_an_uninterrupted_one(monkeypatch, tmp_path, task):
-    arm = arms.Arm("", schedule="late", options={"start": 0.0, "plain": 0.0}, consistency=0.5)
+    arm = arms.Arm("", schedule="late", options={"start": 0.0, "plain": 0.0})
     whole = arms.train(arm, task, 0, 0.004e12, tmp_path / "whole")
-    step = arms.ArmTrainer.training_step
+    step = arms.LoopMDMTrainer.training_step
 
     def interrupted(trainer, *args):
         if trainer.state.global_step == 3:
@@ -209,7 +209,7 @@ def test_an_interrupted_arm_ends_as_an_uninterrupted_one(monkeypatch, tmp_path, 
         return step(trainer, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(arms.ArmTrainer, "training_step", interrupted)
+        patch.setattr(arms.LoopMDMTrainer, "training_step", interrupted)
         arms.train(arm, task, 0, 0.004e12, tmp_path / "parts")
     assert (tmp_path / "parts" / "checkpoints").is_dir()
     assert not (tmp_path / "parts" / "model").exists()
@@ -227,17 +227,6 @@ def test_every_arm_has_its_share_of_the_flops(task, name):
     sums = arms.plan(arm, task, model, 0, 0.05e12 * arm.budget)
     step = max(b - a for a, b in itertools.pairwise(sums))
     assert abs(sums[-1] - 0.05e12 * arm.budget) <= step
-
-
-def test_the_second_exit_is_counted_and_learnt(tmp_path, task):
-    arm = arms.Arm("", max_loops=3, schedule="fixed", second_exit=0.5)
-    result = arms.train(arm, task, 0, 0.002e12, tmp_path / "arm")
-    model = LoopMDMForMaskedLM.from_pretrained(tmp_path / "arm" / "model")
-    planned = arms.plan(arm, task, model, 0, 0.002e12)[-1]
-    assert result["training_flops"] == pytest.approx(planned, rel=0.01)  # heads are planned in expectation
-    one, two = (model.flops(task.batch_size, task.length, loops, 0) for loops in (1, 2))
-    once = arms.exit_flops(model, task.batch_size, task.length, 0)
-    assert once == 3 * one // 3 and two - one == one // 3  # a tail and a mid of one layer of three
 
 
 def test_measurements_agree_with_the_library(task):
@@ -273,13 +262,6 @@ def test_measurements_agree_with_the_library(task):
     logits = model(blank.prompts(), num_loops=3).logits
     loss = -logits.log_softmax(-1).gather(-1, rows.input_ids[..., None]).mean()
     assert found["loss"][-1][2] == pytest.approx(loss.item(), rel=1e-4)
-
-
-def test_flop_proportional_loops(task):
-    config = arms.build_config(arms.ARMS["flops"], task)
-    weights = arms.build_schedule(arms.ARMS["flops"], config).probabilities(0.5)
-    costs = weights * torch.tensor([config.num_executed_layers(loops) for loops in range(1, 7)])
-    assert weights.sum().item() == pytest.approx(1) and costs.std() < 1e-12
 
 
 def test_a_study_keeps_what_it_has(tmp_path):

@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--arms", default="same_size,looped,deeper", help=f"of: {', '.join(arms.ARMS)}")
     parser.add_argument("--seeds", default="0", help="separated by commas; each runs all arms (default: 0)")
     parser.add_argument("--tflop", type=float, default=3.0, help="training budget of an arm in 10^12 (default: 3)")
+    parser.add_argument("--learning-rate", type=float, help="of Muon and AdamW (default: the task's)")
     parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and models")
     parser.add_argument("--results", type=Path, required=True, help="folder for the results, one JSON file a study")
     parser.add_argument("--train-text", help="language: text file to train on, in UTF-8")
@@ -191,6 +192,7 @@ def main() -> None:
         task = tasks.make_task(args.task, args.work / "data", args.quick, args.texts)
     except ValueError as error:
         parser.error(str(error))
+    task.learning_rate = args.learning_rate or task.learning_rate
     path = args.results / f"{args.study}.json"
     for seed in map(int, args.seeds.split(",")):
         for name in names:
