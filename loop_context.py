@@ -145,12 +145,12 @@ def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -
     return given
 
 
-def check_shape(name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: Any, shape: tuple[int, ...], more: str = "") -> None:
     """Raises a ValueError if `tensor` is given, and is not a tensor of this shape."""
     if tensor is not None and not isinstance(tensor, torch.Tensor):
         raise ValueError(f'`{name}` is a {type(tensor).__name__}; give a tensor (`return_tensors="pt"`).')
     if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}, without what is cached.")
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}{more}.")
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
@@ -171,11 +171,12 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise ValueError(f"`input_ids` holds {bad}, outside the vocabulary of {config.vocab_size} tokens.")
-    is_ready = getattr(attention_mask, "ndim", 2) == 4 and cache is None  # a ready-made mask
-    is_shared = getattr(position_ids, "shape", None) == (1, shape[1])
-    check_shape("attention_mask", None if is_ready else attention_mask, shape)
+    more = "" if cache is None else ", its own positions without those of a cache"
+    is_ready = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and cache is None
+    is_shared = isinstance(position_ids, torch.Tensor) and tuple(position_ids.shape) == (1, shape[1])
+    check_shape("attention_mask", None if is_ready else attention_mask, shape, more)
     check_shape("document_ids", document_ids, shape)
-    check_shape("position_ids", None if is_shared else position_ids, shape)
+    check_shape("position_ids", None if is_shared else position_ids, shape, more)
     if attention_mask is not None and attention_mask.ndim == 4 and not attention_mask.is_floating_point():
         implementation, dtype = config._attn_implementation, attention_mask.dtype
         if dtype != torch.bool or implementation != "sdpa":

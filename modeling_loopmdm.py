@@ -598,10 +598,12 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
 
     def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor:
         """With `config.shift_logits`, the columns whose states predict the tokens, `(batch_size, length)`."""
-        check_shape("document_ids", document_ids, tuple(inputs.shape[:2]))
-        real = torch.ones(inputs.shape[:2], device=inputs.device)
-        if getattr(attention_mask, "ndim", 0) == 2:
-            real = attention_mask.to(inputs.device)
+        shape = tuple(inputs.shape[:2])
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:  # says nothing of padding
+            attention_mask = None
+        check_shape("attention_mask", attention_mask, shape)
+        check_shape("document_ids", document_ids, shape)
+        real = torch.ones(shape, device=inputs.device) if attention_mask is None else attention_mask.to(inputs.device)
         return predictors(real, document_ids)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:

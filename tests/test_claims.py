@@ -383,12 +383,29 @@ def test_word_problems_are_solved():
         (("--arms", "looped,loooped"), "no such arm: loooped"),
         (("--task", "chess"), "invalid choice: 'chess'"),
         (("--tflop", "0"), "give a budget above 0"),
+        (("--learning-rate", "nan"), "give a rate above 0"),
     ],
 )
 def test_bad_arguments(monkeypatch, capsys, folder, arguments, message):
     with pytest.raises(SystemExit):
         command(monkeypatch, folder, *arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_study_has_one_rate_and_one_budget(monkeypatch, capsys, folder):
+    command(monkeypatch, folder, "--study", "rates", "--arms", "same_size", "--learning-rate", "1e-3")
+    assert study.find(folder / "results" / "rates.json", "same_size", 0)["settings"]["learning_rate"] == 1e-3
+    for others, name in ((("--learning-rate", "2e-3"), "learning_rate"), (("--tflop", "1e-3"), "tflop")):
+        options = {"--learning-rate": "1e-3"} | dict([others])
+        for results in ("results", "new"):  # whether the arm is reported or only trained
+            with pytest.raises(SystemExit):
+                command(
+                    monkeypatch,
+                    folder,
+                    *("--study", "rates", "--arms", "same_size", "--results", str(folder / results)),
+                    *(part for option in options.items() for part in option),
+                )
+            assert f"the study rates has another {name} than" in capsys.readouterr().err
 
 
 def test_bad_texts(tmp_path):

@@ -4,6 +4,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import ARCHITECTURES, MASK, counted_rows, in_turn, random_ids, scores, tiny_model
@@ -206,6 +207,11 @@ def test_bad_labels_are_named(arguments, message):
         ({"document_ids": torch.tensor([[0, 0, 1]])}, r"`document_ids` has shape \(1, 3\)"),
         ({"position_ids": torch.tensor([[0.0, 1.0]])}, "`position_ids` is torch.float32"),
         ({"attention_mask": [[1, 1]]}, "`attention_mask` is a list; give a tensor"),
+        ({"attention_mask": np.ones((1, 1, 2, 2))}, "`attention_mask` is a ndarray; give a tensor"),
+        ({"attention_mask": torch.ones(1, 1)}, r"`attention_mask` has shape \(1, 1\); the input needs \(1, 2\)\."),
+        ({"attention_mask": torch.ones(1, 1), "document_ids": ONES[:1, :2]}, r"`attention_mask` has shape \(1, 1\)"),
+        ({"attention_mask": torch.ones(2, 2)}, r"`attention_mask` has shape \(2, 2\)"),
+        ({"position_ids": np.array([[0, 1]])}, "`position_ids` is a ndarray; give a tensor"),
         ({"document_ids": [[0, 0]]}, "`document_ids` is a list; give a tensor"),
         ({"position_ids": [[0, 1]]}, "`position_ids` is a list; give a tensor"),
         ({"logits_to_keep": -1}, "`logits_to_keep` is -1"),
@@ -220,7 +226,7 @@ def test_bad_labels_are_named(arguments, message):
 )
 def test_bad_inputs_are_named(arguments, message):
     inputs = {"input_ids": torch.tensor([[1, 2]])} | arguments
-    asked = [{}] if "input_ids" in arguments else [{}, {"logits_to_keep": torch.tensor([[0]])}]
+    asked = [{}] if "input_ids" in arguments else [{}, {"logits_to_keep": torch.tensor([[1]])}]
     for shifts, keep in itertools.product((False, True), asked):
         with pytest.raises(ValueError, match=message):
             tiny_model(shift_logits=shifts)(**keep | inputs)

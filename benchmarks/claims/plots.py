@@ -73,7 +73,7 @@ def plot_by_share(records: Records, axis) -> None:
 
 
 def plot_attention(records: Records, axis) -> None:
-    for runs in [records[name] for name in study.LOOPED if name in records][-1:]:
+    for runs in [records[name] for name in study.LOOPED if name in records][:1]:
         shared = runs[0]["dynamics"]
         for share, uniform, mass in zip(shared["shares"], shared["uniform"], study.attention(runs), strict=True):
             (line,) = axis.plot(range(1, len(mass) + 1), mass, marker=".", label=f"{100 * share:.0f} % masked")
@@ -155,13 +155,12 @@ def plot_budgets(runs: list[dict], axis) -> None:
         points = sorted(point for seed in seeds.values() for point in seed)
         axis.scatter(*zip(*points, strict=True), color=COLORS[base], s=8, alpha=0.5)
         budgets = {flops: [value for at, value in points if at == flops] for flops, _ in points}
-        # Of the budgets that all seeds were run on
-        means[base] = [(flops, fmean(values)) for flops, values in budgets.items() if len(values) == len(seeds)]
+        means[base] = [(flops, fmean(values)) for flops, values in budgets.items()]
         axis.plot(*zip(*means[base], strict=True), color=COLORS[base], marker="o", label=ABOUT[base])
-    if "same_size" in means and "late" in means:
+    if "same_size" in means:
         flops, level = means["same_size"][-1]
-        at = study.crossing(means["late"], level)
-        if at is not None and at < flops:
+        reached = [at for base in study.LOOPED if (at := study.crossing(means.get(base, []), level)) is not None]
+        if reached and (at := min(reached)) < flops:
             axis.annotate("", (at, level), (flops, level), arrowprops={"arrowstyle": "->", "color": "black"})
             text = {"ha": "center", "textcoords": "offset points"}
             axis.annotate(f"{flops / at:.1f}x fewer", ((at * flops) ** 0.5, level), (0, -12), **text)

@@ -2,12 +2,11 @@
 """
 What did a study find? Tables and plots, from the file that run.py wrote. The tables of claims.md and text.md in
 docs/results are those of `$report --study STUDY`. These draw the pictures language-small.png, sudoku6-long.png and
-sudoku6-again-grid.png:
+sudoku6-long-grid.png:
 
     report="python benchmarks/claims/report.py --results benchmarks/results/claims"
     $report --study language-small --with language-small-long --plots docs/results
     $report --study sudoku6-long --with sudoku6 --plots docs/results
-    $report --study sudoku6-again --with sudoku6-seeds --plots docs/results
 
 Prints tables in Markdown, and draws `PLOTS/STUDY.png` with one panel for each claim (with `late_s3`, its differences
 to the same-size arm by training tokens), and `PLOTS/STUDY-grid.png` where a grid was measured. An error bar is the

@@ -4,7 +4,7 @@ What do loops gain for the same training FLOPs? Trains arms of one task from scr
 order and with the same training FLOPs, and measures each. docs/results/studies.md has all its commands; one of them is
 
     python benchmarks/claims/run.py --fast --threads 1 --work /tmp/claims --results benchmarks/results/claims \\
-        --task sudoku6 --tflop 3 --seeds 0,1,2 --arms same_size,looped,deeper,late,late_high,late_50
+        --task sudoku6 --learning-rate 1e-3 --tflop 3 --seeds 0,1,2,3,4,5 --arms same_size,looped,late,deeper
 
 Adds every arm to `RESULTS/STUDY.json` when it is done; an arm that is there is not run again, and one that was
 interrupted goes on from its last checkpoint in `--work`. `--grid` measures loops x denoising steps x commit rules of
@@ -80,10 +80,8 @@ def run_arm(name: str, seed: int, task: tasks.Task, args: argparse.Namespace) ->
     finished = folder / "training.json"
     if not finished.is_file():
         training = arms.train(arm, task, seed, args.tflop * 1e12, folder, fast=args.fast)
-        write_json(finished, {**training, "tflop": args.tflop, **clock.read()})
+        write_json(finished, {**training, **clock.read()})
     clock, training = Clock(), json.loads(finished.read_text())
-    if training.pop("tflop") != args.tflop:
-        raise SystemExit(f"{folder} holds an arm of another budget; give another --work folder.")
     model = LoopMDMForMaskedLM.from_pretrained(folder / "model").eval()
     # The same-size arm of that budget and seed, if it was trained before
     other = "same_size" if arm.budget == 1 else f"same_size_{round(100 * arm.budget)}"
@@ -184,6 +182,8 @@ def main() -> None:
         parser.error(f"no such arm: {', '.join(unknown)}; choose of {', '.join(arms.ARMS)}")
     if not args.tflop > 0:
         parser.error(f"--tflop is {args.tflop}; give a budget above 0")
+    if args.learning_rate is not None and not args.learning_rate > 0:
+        parser.error(f"--learning-rate is {args.learning_rate}; give a rate above 0")
     if args.quick:
         args.tflop = min(args.tflop, 0.002)
     args.texts = {name: path for name, path in (("train", args.train_text), ("eval", args.eval_text)) if path}
@@ -194,6 +194,16 @@ def main() -> None:
         parser.error(str(error))
     task.learning_rate = args.learning_rate or task.learning_rate
     path = args.results / f"{args.study}.json"
+    # A study has one budget and one rate, so that its arms can be compared.
+    own = {"tflop": args.tflop, "learning_rate": task.learning_rate}
+    kept = args.work / args.study / "study.json"
+    found = [record["settings"] for record in study.read(path) if "settings" in record]
+    found += [json.loads(kept.read_text())] if kept.is_file() else []
+    for name, value in own.items():
+        if any(settings[name] != value for settings in found):
+            parser.error(f"the study {args.study} has another {name} than {value:g}; name another --study")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_json(kept, own)
     for seed in map(int, args.seeds.split(",")):
         for name in names:
             if ("grid" if args.grid else "likelihood") in study.find(path, name, seed):
