@@ -55,13 +55,11 @@ ARMS: dict[str, Arm] = {
     "same_size": Arm("no loops", max_loops=1),
     "looped": Arm("LoopMDM: the middle third of the layers is looped, S ~ Uniform{1..6}"),
     "deeper": Arm("no loops, twice the layers: LoopMDM executes 1.83 times as many on average", max_loops=1, depth=2),
-    # Where, and how much
+    # Where, and which loops to draw
     "mid_first": Arm("mid = first third", mid=(0, 1)),
     "mid_last": Arm("mid = last third", mid=(2, 3)),
     "mid_two": Arm("mid = first two thirds, S ~ Uniform{1..3}", mid=(0, 2), max_loops=3),
     "whole": Arm("mid = all layers, S ~ Uniform{1..3}: twice the layers on average", mid=(0, 3), max_loops=3),
-    "s4": Arm("S ~ Uniform{1..4}", max_loops=4),
-    "s12": Arm("S ~ Uniform{1..12}", max_loops=12),
     "fixed4": Arm("S = 4 always", max_loops=4, schedule="fixed"),
     "gradient2": Arm("gradient through the last two loops", gradient_loops=2),
     "growing": Arm("S ~ Uniform{1..M}, M growing to 6 over the first half", schedule="growing"),
@@ -71,16 +69,12 @@ ARMS: dict[str, Arm] = {
         max_loops=3,
         schedule="late",
     ),
-    "late_high": Arm("S = 1 for the first half, Uniform{3..6} after", schedule="late", options={"plain": 0.0}),
-    "never_late": Arm("S = 1 in a quarter of the steps, Uniform{3..6} else", schedule="late", options={"start": 0.0}),
 }
-
-
 # FLOPs that an arm needs: runs with whole schedules on parts of the budget
 ARMS |= {
     f"{name}_{share}": dataclasses.replace(ARMS[name], about=f"{name} on {share} % of the FLOPs", budget=share / 100)
     for name in ("same_size", "deeper", "looped", "late", "late_s3")
-    for share in (20, 30, 50, 70)
+    for share in (30, 50)
 }
 
 
