@@ -393,18 +393,13 @@ def test_bad_arguments(monkeypatch, capsys, folder, arguments, message):
 
 
 def test_a_study_has_one_rate_and_one_budget(monkeypatch, capsys, folder):
-    command(monkeypatch, folder, "--study", "rates", "--arms", "same_size", "--learning-rate", "1e-3")
+    rates = "--study", "rates", "--arms", "same_size", "--learning-rate"
+    command(monkeypatch, folder, *rates, "1e-3")
     assert study.find(folder / "results" / "rates.json", "same_size", 0)["settings"]["learning_rate"] == 1e-3
-    for others, name in ((("--learning-rate", "2e-3"), "learning_rate"), (("--tflop", "1e-3"), "tflop")):
-        options = {"--learning-rate": "1e-3"} | dict([others])
+    for others, name in ((("2e-3",), "learning_rate"), (("1e-3", "--tflop", "1e-3"), "tflop")):
         for results in ("results", "new"):  # whether the arm is reported or only trained
             with pytest.raises(SystemExit):
-                command(
-                    monkeypatch,
-                    folder,
-                    *("--study", "rates", "--arms", "same_size", "--results", str(folder / results)),
-                    *(part for option in options.items() for part in option),
-                )
+                command(monkeypatch, folder, *rates, *others, "--results", str(folder / results))
             assert f"the study rates has another {name} than" in capsys.readouterr().err
 
 

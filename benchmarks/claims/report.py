@@ -172,12 +172,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder of the studies' files")
     parser.add_argument("--study", required=True)
     parser.add_argument("--with", dest="others", default="", help="studies of other budgets, separated by commas")
-    parser.add_argument("--grids", help="study whose grids of loops and steps are reported (default: the same)")
     parser.add_argument("--plots", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     records, grids = study.read_study(args.results / f"{args.study}.json")
-    if args.grids:
-        grids = study.read_study(args.results / f"{args.grids}.json")[1]
     studies = [records]
     studies += [study.read_study(args.results / f"{name}.json")[0] for name in args.others.split(",") if name]
     runs = [run for study in studies for found in study.values() for run in found]
