@@ -99,7 +99,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             which is then the default, and blocks are counted from position 0.
         max_denoising_steps (`int`, *optional*):
             Maximum number of denoising steps per block. By default one per [MASK], so that each commits one token.
-        use_cache (`bool`, *optional*):
+        use_cache (`bool`, defaults to `config.use_cache`):
             Block-causal models cache the keys and values of finished blocks, which is exact, if all steps have the
             same `num_loops`; `False` recomputes them. It has no effect on other models.
         cache_implementation (`"prefix"`, `"dual"` or a subclass of [`CachePlan`], *optional*):
@@ -215,9 +215,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         elif idle:
             wrong = f"`{idle[0]}={getattr(self, idle[0])}` has no effect on greedy decoding; add `do_sample=True`"
         elif self.num_return_sequences != 1 and not is_random:
-            wrong = (
-                f"`num_return_sequences={self.num_return_sequences}` answers are all the same; add `do_sample=True`"
-            )
+            wrong = f"`num_return_sequences={self.num_return_sequences}` answers are the same; add `do_sample=True`"
         elif self.cache_refresh_interval is not None and self.cache_implementation is None:
             wrong = "`cache_refresh_interval` has no effect without `cache_implementation`; give both, or neither"
         elif (self.output_trace or self.output_scores) and not self.return_dict_in_generate:
@@ -237,9 +235,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             if model_config.mask_token_id in tokens and name != "suppress_tokens":
                 wrong = f"`{name}` is the mask token ({model_config.mask_token_id}); name another"
             elif any(token >= model_config.vocab_size for token in tokens):
-                wrong = (
-                    f"`{name}` is {getattr(self, name)}, outside the vocabulary of {model_config.vocab_size} tokens"
-                )
+                wrong = f"`{name}` is {tokens}, outside the vocabulary of {model_config.vocab_size} tokens"
         if wrong is not None:
             raise ValueError(f"{wrong}.")
 
@@ -335,7 +331,8 @@ class Denoiser:
         self.copies = 1 if config.guidance_scale in (None, 1) else 2
         # Whether finished blocks are stored; a cache holds keys and values for one number of loops.
         is_constant = isinstance(config.num_loops, int | None)
-        self.is_exact = block_size is not None and config.use_cache is not False and is_constant
+        use_cache = model.config.use_cache if config.use_cache is None else config.use_cache
+        self.is_exact = block_size is not None and use_cache and is_constant
         # Whether a block may run other loops than finished text (with `shift_logits`, a token before a [MASK] loops
         # with it). This needs a cache within a step even if none is kept, since finished text runs all loops.
         visible_counts = config.visible_loops is not None and model.config.shift_logits
@@ -639,17 +636,11 @@ class LoopMDMGenerationMixin(GenerationMixin):
         repeats, wrong = config.num_return_sequences, None
         num_rows, generators = len(input_ids) * repeats, _as_list(generator)
         if new < 0:
-            wrong = (
-                f"`max_length` is {config.max_length}, less than the {length} tokens of input; use `max_new_tokens`"
-            )
+            wrong = f"`max_length` is {config.max_length}, and the input has {length} tokens; use `max_new_tokens`"
         elif new == 0 and not has_masks:
-            wrong = (
-                f"There is nothing to generate; give `max_new_tokens`, or [MASK] tokens ({mask_token_id}) to fill in"
-            )
+            wrong = f"There is nothing to generate; give `max_new_tokens`, or [MASK]s ({mask_token_id}) to fill in"
         elif length + new > limit:
-            wrong = (
-                f"{length} tokens of input and {new} new ones exceed `max_position_embeddings` ({limit}); shorten one"
-            )
+            wrong = f"{length} input tokens and {new} new ones exceed `max_position_embeddings` ({limit}); shorten one"
         elif isinstance(generator, list | tuple) and len(generator) != num_rows:
             wrong = f"`generator` holds {len(generator)} generators for {num_rows} rows; give one for each"
         elif not all(isinstance(one, torch.Generator) for one in generators):

@@ -78,6 +78,15 @@ def test_exact_caching_saves_what_is_finished(causal):
     assert plain.cache is None and cached.cache.get_seq_length() == 16
 
 
+def test_the_config_says_whether_finished_blocks_are_cached(causal, tmp_path):
+    """Training scripts of others load models with `use_cache=False`."""
+    causal.save_pretrained(tmp_path)
+    loaded = type(causal).from_pretrained(tmp_path, use_cache=False)
+    plain, cached = (run(loaded, PROMPT, max_new_tokens=14, use_cache=use_cache) for use_cache in (None, True))
+    assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
+    assert plain.cache is None and cached.cache.get_seq_length() == 16
+
+
 def test_guidance_and_lists_of_loops_with_use_cache(causal):
     """The first keeps two rows in the cache; the second cannot be cached, and is not."""
     options = {"use_cache": True}
