@@ -72,7 +72,7 @@ test-common: .venv/.dev
 	test -x .venv-floor/bin/python || $(PYTHON) -m venv .venv-floor
 	grep -vE "^(transformers|huggingface_hub|tokenizers)==" constraints.txt > .venv-floor/constraints.txt
 	.venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt torch
-	$(QUIET) .venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt -e ".[dev]" "transformers==5.17.0"
+	$(QUIET) .venv-floor/bin/python -m pip install --quiet -c .venv-floor/constraints.txt -e ".[dev]" "transformers==5.18.0"
 	touch $@
 
 test-floor: .venv-floor/.installed

@@ -89,7 +89,7 @@ class LoopMDMConfig(PreTrainedConfig):
 
     model_type = "loopmdm"
     keys_to_ignore_at_inference = ["loops", "token_loops"]
-    # `mask_token_id` is required. Without this, transformers 5.17 builds an empty config on saving, to find defaults.
+    # `mask_token_id` is required. Without this, transformers 5.18 builds an empty config on saving, to find defaults.
     has_no_defaults_at_init = True
 
     vocab_size: int = 50258

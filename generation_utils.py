@@ -599,7 +599,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             raise ValueError(f"{use} cannot apply {wrong}; use LoRA.")
 
     def _prepare_generation_config(self, generation_config, **kwargs) -> tuple[LoopMDMGenerationConfig, dict]:
-        """Returns the arguments of a call and an empty dict, as transformers 5.17's pipelines expect."""
+        """Returns the arguments of a call and an empty dict, as transformers' pipelines expect."""
         config_class = self.generation_config_class
         config = self.generation_config if generation_config is None else generation_config
         if not isinstance(config, GenerationConfig):

@@ -290,7 +290,7 @@ def test_code_of_a_model_never_runs(shared, model, modules, tmp_path):
         (["info", "MODEL", "--measure", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["generate", "MODEL", "w1", "--stream", "--json"], "--json has no effect"),
         (["generate", "MODEL", "w1", "--batch-size", "0"], "--batch-size is 0"),
-        (["generate", "MODEL", "w1", "--max-new-tokens", "2", "--num-return-sequences", "2"], "all the same"),
+        (["generate", "MODEL", "w1", "--max-new-tokens", "2", "--num-return-sequences", "2"], "are the same"),
         (["generate", "MODEL", "w1", "--max-new-tokens", "99"], "the model has 64 positions"),
         (["calibrate", "MODEL", "--data", "TEXT", "--limit", "-1"], "--limit is -1; it must be at least 1"),
         (["calibrate", "MODEL", "--data", "TEXT", "--output", "/nowhere/at/all.json"], "cannot be written"),

@@ -199,7 +199,7 @@ def work(rank: int, processes: int, *arguments, **options) -> None:
     [
         (["--text-column", "txt"], "None of the 3 rows can be used: in.jsonl, line 1 has no text called txt"),
         (["--max-new-tokens", 999], "None of the 3 rows can be used: in.jsonl, line 1 has 2 tokens, and 999 new ones"),
-        (["--num-return-sequences", 2], "answers are all the same; add `do_sample=True`"),
+        (["--num-return-sequences", 2], "answers are the same; add `do_sample=True`"),
     ],
 )
 def test_a_mistake_leaves_nothing_in_the_way(model, tmp_path, monkeypatch, capfd, wrong, message):
