@@ -317,9 +317,8 @@ class Canvas:
             columns = members.nonzero().flatten().tolist()
             lengths = (self.position_of[row, columns] + 1).tolist()
             hits = [bool(criteria(tokens[None, :length], None)) for length in lengths]
-            # Criteria cannot read an empty text, so that a [MASK] takes its place.
-            before = tokens[: lengths[0] - 1] if hits and lengths[0] > 1 else tokens.new_tensor([self.mask_token_id])
-            if hits and all(hits) and bool(criteria(before[None], None)):
+            # One that also stops a lone [MASK] ignores the text (criteria cannot read an empty one).
+            if hits and all(hits) and bool(criteria(tokens.new_tensor([[self.mask_token_id]]), None)):
                 stops[row, columns[-1]] = True
             elif any(hits):
                 stops[row, columns[hits.index(True)]] = True

@@ -137,15 +137,18 @@ class OnnxModel:
                 raise ValueError(f"`suppress_tokens` holds {token}, which is outside the vocabulary of {size} tokens.")
         return settings
 
-    @staticmethod
-    def _real(tokens: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    def _real(self, tokens: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
         """Which tokens are real, where no attention mask says so."""
         padding = settings["pad_token_id"]
         if padding is None:
             return np.ones(tokens.shape, dtype=bool)
-        if padding in _as_list(settings["eos_token_id"]) and (tokens[:, [0, -1]] == padding).any():
-            raise ValueError(f"Token {padding} may be padding or text here; give the `attention_mask`.")
-        return tokens != padding
+        real = tokens != padding
+        if padding in (*_as_list(settings["eos_token_id"]), self.about["bos_token_id"]):
+            # Text, unless rows begin or end with different numbers of it
+            if not real.any(-1).all() or np.ptp(np.stack((real, real[:, ::-1])).argmax(-1), axis=1).any():
+                raise ValueError(f"Token {padding} may be padding or text here; give the `attention_mask`.")
+            return np.ones(tokens.shape, dtype=bool)
+        return real
 
     def _denoise(self, tokens: np.ndarray, real: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
         mask_token_id, block_size = self.about["mask_token_id"], self.about["attention_block_size"]

@@ -174,7 +174,7 @@ def plan_conversion(
         config = LoopMDMConfig(**settings, architectures=["LoopMDMForMaskedLM"])
     ids = token_ids(source, tokenizer, loaded_tokenizer, config.vocab_size)
     ignored, copies = _account_for_all(source, family, recipes, config)
-    unused = ids_without_token(ids, tokens, config.vocab_size)
+    never = {*ids_without_token(ids, tokens, config.vocab_size), *(family_generation.get("suppress_tokens") or ())}
     special = {name: value for name, value in tokens.ids().items() if name != "mask_token_id"}
     return Plan(
         source=source,
@@ -183,7 +183,7 @@ def plan_conversion(
         tokens=tokens,
         tokenizer=tokenizer,
         loaded_tokenizer=loaded_tokenizer,
-        generation=LoopMDMGenerationConfig(**family_generation | special | {"suppress_tokens": unused}),
+        generation=LoopMDMGenerationConfig(**family_generation | special | {"suppress_tokens": sorted(never) or None}),
         recipes=recipes,
         ignored=ignored,
         copies=copies,

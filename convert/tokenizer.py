@@ -306,9 +306,9 @@ def token_ids(source: Source, tokenizer: TokenizerFiles, loaded: Any, vocab_size
     return ids
 
 
-def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: int) -> list[int] | None:
-    """The ids without a token in the tokenizer, which `generate` must not produce; None if there are none."""
+def ids_without_token(ids: set[int] | None, tokens: SpecialTokens, vocab_size: int) -> list[int]:
+    """The ids without a token in the tokenizer, which `generate` must not produce; none if there is no tokenizer."""
     if ids is None:
-        return None
+        return []
     known = {*ids, *tokens.ends(), tokens.mask_token_id, tokens.pad_token_id, tokens.bos_token_id}
-    return [index for index in range(vocab_size) if index not in known] or None
+    return [index for index in range(vocab_size) if index not in known]

@@ -115,3 +115,5 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
                 f"The tokenizer's `{name}` is {token}, outside the model's vocabulary of {config.vocab_size}; is it "
                 "the right one? If tokens were added, call `model.resize_token_embeddings(len(tokenizer))` first."
             )
+        if token == config.mask_token_id:
+            raise ValueError(f"The tokenizer's `{name}` is the mask token ({token}); give it a token of its own.")

@@ -329,7 +329,7 @@ class LoopMDMEvalModel(_Processes):
         self, contexts: list[list[int]], generators: list[torch.Generator], until: list[str], arguments: dict[str, Any]
     ) -> list[str]:
         width = max(map(len, contexts))
-        stop = [StopAtText(self.tokenizer, width, until)] if until and arguments.get("block_length") else None
+        stop = [StopAtText(self.tokenizer, contexts, until)] if until and arguments.get("block_length") else None
         given = {"generator": generators, "stopping_criteria": stop, "tokenizer": self.tokenizer}
         output, _ = generate_together(self.model, contexts, **given, **arguments)
         return [answer(self.tokenizer, self.model, row[width:], until) for row in output.sequences.tolist()]
@@ -401,13 +401,16 @@ def answer(tokenizer: Any, model: LoopMDMForMaskedLM, ids: list[int], until: Ite
 
 
 class StopAtText(StoppingCriteria):
-    """Stops rows whose new text contains one of the strings `until`. `generate` calls it after every block."""
+    """Stops rows whose text behind its prompt contains a string of `until`. `generate` calls it after every block."""
 
-    def __init__(self, tokenizer: Any, prompt_length: int, until: list[str]):
-        self.tokenizer, self.prompt_length, self.until = tokenizer, prompt_length, until
+    def __init__(self, tokenizer: Any, prompts: list[list[int]], until: list[str]):
+        self.tokenizer, self.prompts, self.until = tokenizer, prompts, until
+
+    def _new(self, row: list[int]) -> list[int]:
+        return row[max((len(prompt) for prompt in self.prompts if row[: len(prompt)] == prompt), default=0) :]
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        texts = [self.tokenizer.decode(row) for row in input_ids[:, self.prompt_length :].tolist()]
+        texts = [self.tokenizer.decode(self._new(row)) for row in input_ids.tolist()]
         return torch.tensor([any(word in text for word in self.until) for text in texts], device=input_ids.device)
 
 

@@ -469,6 +469,8 @@ class _Writer:
         ends = ends if isinstance(ends, list) else [ends]
         strings = self.options.get("stop_strings", defaults.stop_strings) or []
         strings = [strings] if isinstance(strings, str) else strings
+        is_given = row.new == 0 and row.tokens[-1] != self.model.config.mask_token_id
+        ends = [] if is_given else ends
         if not is_full or tokens[-1] in ends or any(string in answer for string in strings):
             return "stop"
         return "length" if row.new > 0 else "filled"

@@ -72,7 +72,8 @@ def trace_log_probs(
     for number, places in by_loops.items():
         group = torch.tensor(places, device=device)
         busy, rows = committed[group].any(-1).nonzero(as_tuple=True)
-        for t, r in zip(group[busy].split(batch_size), rows.split(batch_size), strict=True):
+        for start in range(0, len(rows), batch_size):
+            t, r = group[busy[start : start + batch_size]], rows[start : start + batch_size]
             # The committed positions of every state, padded with others
             order = committed[t, r].long().argsort(dim=-1, descending=True, stable=True)
             positions = order[:, : int(committed[t, r].sum(-1).max())]
@@ -84,6 +85,7 @@ def trace_log_probs(
                 loop_policy=config.loop_policy,
                 logits_to_keep=positions,
             ).logits.float()
+            scores[..., list(config.suppress_tokens or ())] = -torch.inf
             if len(warpers) > 0:
                 scores = warpers(None, scores.flatten(0, 1)).view(scores.shape)
             wanted = tokens[t, r].gather(1, positions)

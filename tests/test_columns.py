@@ -208,6 +208,8 @@ def test_vocabularies_with_gaps_and_added_tokens():
     check_tokenizer(word_tokenizer(mask_token=None), CONFIG)  # the model knows it
     with pytest.raises(ValueError, match=r"`eos_token_id` is 31, outside the model's vocabulary of 30.*resize_token"):
         check_tokenizer(word_tokenizer(eos_token="w28"), tiny_config(vocab_size=30, mask_token_id=2))
+    with pytest.raises(ValueError, match=r"`pad_token_id` is the mask token \(2\); give it a token of its own"):
+        check_tokenizer(word_tokenizer(pad_token="<mask>"), CONFIG)
 
 
 def test_a_vocabulary_with_gaps():

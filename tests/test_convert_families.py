@@ -221,12 +221,14 @@ def test_looped_and_outdated_sources_are_refused(src, out):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_loopmdm_trained_without_loops_gets_another_loop(tmp_path, out, tied):
     plain = tiny_model(max_train_loops=1, num_loops=1, tie_word_embeddings=tied, use_qk_norm=True)
+    plain.generation_config.suppress_tokens = [11, 13]
     plain.save_pretrained(tmp_path / "plain")
     loop = {"loop_start": 2, "loop_end": 4, "loop_update": "damped", "num_loops": 3, "max_train_loops": 5}
     assert convert_checkpoint(tmp_path / "plain", out, **loop)["family"] == "loopmdm"
     model = load(out)
     assert {name: getattr(model.config, name) for name in loop} == loop
     assert (model.config.mask_token_id, model.config.pad_token_id) == (22, 0)
+    assert model.generation_config.suppress_tokens == [11, 13]
     ids = torch.arange(16)[None]
     assert torch.equal(logits_of(model, ids, num_loops=1), logits_of(plain, ids))
     assert not torch.equal(logits_of(model, ids), logits_of(plain, ids))

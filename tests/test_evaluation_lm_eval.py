@@ -212,6 +212,11 @@ def test_with_blocks_generation_ends_after_the_block_that_holds_until(lm, monkey
     passes.clear()
     assert generated(lm, "w1 w2", **settings, until=[whole[1]])[0].split() == whole[:1]
     assert len(passes) == 1
+    longer = f"w1 w2 w3 w4 {whole[1]}"  # a prompt may contain such a text
+    first = generated(lm, longer, **settings)[0].split()[0]
+    passes.clear()
+    short, _ = generated(lm, "w1 w2", longer, **settings, until=[whole[1], first])
+    assert len(passes) == 1 and short.split() == whole[:1]
 
 
 def test_arguments_of_the_model_and_of_the_task(folder):

@@ -576,6 +576,16 @@ def test_criteria_leave_rows_independent():
     assert torch.equal(together[1], alone[0])
 
 
+@pytest.mark.parametrize("block_length", [1, 2, 4])
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_row_ends_at_its_first_stop_string_also_behind_a_prompt_that_ends_in_it(block_length, last):
+    model, arguments = TableModel([[0.1, 0.8, 0.05, 0.05]] * 7).eval(), {"max_new_tokens": 4, "pad_token_id": 0}
+    criteria = StoppingCriteriaList([EosTokenCriteria(1)])
+    prompt = torch.tensor([[2, 3, last]])
+    found = model.generate(prompt, stopping_criteria=criteria, block_length=block_length, **arguments)
+    assert found.tolist() == [[2, 3, last, 1, 0, 0, 0]]
+
+
 @pytest.mark.parametrize("block_length", [1, 3, 8])
 @pytest.mark.parametrize("words", [1, 2])
 def test_stop_strings(model, block_length, words):

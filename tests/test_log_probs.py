@@ -18,6 +18,7 @@ CALLS = [
     ({}, {"remask_probability": 0.4, "max_denoising_steps": 9}),
     ({}, {"unmasking": "ancestral", "max_denoising_steps": 6}),
     ({}, {"loop_tolerance": 0.4, "num_loops": 4, "confidence_threshold": 0.3}),
+    ({}, {"suppress_tokens": [4, 5, 6], "do_sample": True, "temperature": 3.0, "top_k": 12}),
     ({"shift_logits": True}, {"block_length": 3}),
     ({"attention_block_size": 4}, {"do_sample": True}),
     ({"attention_block_size": 4, "shift_logits": True}, {"eos_token_id": list(range(8, 14))}),
@@ -43,6 +44,14 @@ def test_a_trace_has_the_samplers_own_log_probabilities(overrides, arguments, ba
     with torch.no_grad():
         part = trace_log_probs(model, output, mask, config, steps=[2, 0])
     torch.testing.assert_close(part, found[[2, 0]])
+
+
+def test_steps_that_committed_nothing_have_zeros():
+    model, config = double_model(), LoopMDMGenerationConfig(unmasking="ancestral", max_denoising_steps=24)
+    generator = torch.Generator().manual_seed(0)
+    output = run(model, torch.tensor([[5, 9, 3]]), max_new_tokens=4, generation_config=config, generator=generator)
+    idle = [index for index, step in enumerate(output.trace) if not step.committed.any()]
+    assert idle and not trace_log_probs(model, output, generation_config=config, steps=idle).any()
 
 
 def test_gradients_of_a_trace_are_those_of_its_likelihood():

@@ -100,6 +100,20 @@ def test_the_runner_writes_what_generate_writes(exported, settings):
     assert (OnnxModel(folder).generate(ids, mask, **settings) == wanted).all()
 
 
+def test_end_tokens_within_a_text_are_no_padding(exported):
+    """`pad_token_id` is an end token, so only the ends of rows can tell whether it is padding."""
+    model, folder = exported
+    ids, alike, settings = random_ids(2, 9), {"pad_token_id": 5, "eos_token_id": 5}, {"max_new_tokens": 3}
+    ids[ids == 5] = 6
+    ids[0, 4] = 5
+    for given in (ids, torch.nn.functional.pad(ids, (1, 0), value=5)):  # within a text, and as all rows' first token
+        wanted = model.generate(given, **alike, **settings).numpy()
+        assert (OnnxModel(folder).generate(given.numpy(), **alike, **settings) == wanted).all()
+    ids[1, 0] = 5
+    with pytest.raises(ValueError, match="Token 5 may be padding or text here; give the `attention_mask`"):
+        OnnxModel(folder).generate(ids.numpy(), **alike, **settings)
+
+
 def test_the_runner_refuses_what_it_does_not_do(exported):
     folder = exported[1]
     about = json.loads((folder / "model.json").read_text())

@@ -126,6 +126,12 @@ def test_what_is_wrong_with_a_row(model, tmp_path, row, error):
     assert "<mask>" not in first["text"] and "answer" not in first
 
 
+def test_a_given_end_token_is_no_reason_to_finish(model, tmp_path):
+    rows = [{"text": "w1 <mask> w2 <end>"}]
+    generate_rows(model, write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", max_new_tokens=0)
+    assert lines_of(tmp_path / "out.jsonl")[0]["finish_reason"] == "filled"
+
+
 def test_an_answer_at_the_end_of_a_conversation_is_left_out(model, tmp_path):
     question = {"role": "user", "content": "w1 w2"}
     pairs = [{"messages": [question]}, {"messages": [question, {"role": "assistant", "content": "w9"}]}]
