@@ -43,7 +43,9 @@ def test_a_trace_has_the_samplers_own_log_probabilities(overrides, arguments, ba
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         part = trace_log_probs(model, output, mask, config, steps=[2, 0])
+        by_default = trace_log_probs(model, output, generation_config=config)
     torch.testing.assert_close(part, found[[2, 0]])
+    torch.testing.assert_close(by_default, found)
 
 
 def test_steps_that_committed_nothing_have_zeros():
