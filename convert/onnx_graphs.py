@@ -234,12 +234,11 @@ def export_onnx(
     check_output(output)
     _check_possible(weights)
     model = load_model(source, "float32", "cpu", revision)
-    own = ("num_loops", "loop_update", "vocab_size", "max_position_embeddings", "attention_block_size")
+    own = ["num_loops", "loop_update", "vocab_size", "max_position_embeddings", "attention_block_size"]
+    tokens = ("mask_token_id", "pad_token_id", "bos_token_id")
     with new_folder(output) as folder:
         about = export_graphs(model, folder, weights)
-        about |= {
-            name: getattr(model.config, name) for name in (*own, "mask_token_id", "pad_token_id", "bos_token_id")
-        }
+        about |= {name: getattr(model.config, name) for name in (*own, *tokens)}
         about["generation"] = saved_settings(model)
         write_json(folder / "model.json", about)
         shutil.copy(Path(__file__).with_name("onnx_runner.py"), folder)

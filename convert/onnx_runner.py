@@ -143,7 +143,7 @@ class OnnxModel:
         if padding is None:
             return np.ones(tokens.shape, dtype=bool)
         real = tokens != padding
-        if padding in (*_as_list(settings["eos_token_id"]), self.about["bos_token_id"]):
+        if padding in (*_as_list(settings["eos_token_id"]), self.about.get("bos_token_id")):
             # Text, unless rows begin or end with different numbers of it
             if not real.any(-1).all() or np.ptp(np.stack((real, real[:, ::-1])).argmax(-1), axis=1).any():
                 raise ValueError(f"Token {padding} may be padding or text here; give the `attention_mask`.")

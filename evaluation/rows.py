@@ -469,9 +469,8 @@ class _Writer:
         ends = ends if isinstance(ends, list) else [ends]
         strings = self.options.get("stop_strings", defaults.stop_strings) or []
         strings = [strings] if isinstance(strings, str) else strings
-        is_given = row.new == 0 and row.tokens[-1] != self.model.config.mask_token_id
-        ends = [] if is_given else ends
-        if not is_full or tokens[-1] in ends or any(string in answer for string in strings):
+        is_end = tokens[-1] in ends and (row.new > 0 or row.tokens[-1] == self.model.config.mask_token_id)
+        if not is_full or is_end or any(string in answer for string in strings):
             return "stop"
         return "length" if row.new > 0 else "filled"
 
