@@ -128,7 +128,8 @@ def calibrate_loops(
         generate_arguments: Further arguments of `generate` for all settings.
 
     Raises:
-        ValueError: Bad arguments, examples or settings, before anything is generated.
+        ValueError: Bad arguments, examples or settings, before anything is generated; or nothing is right with
+            `num_loops` loops, so that no setting could lose quality.
     """
     num_loops = check_budget(model.config, len(examples), num_loops, max_loss, quality)
     settings = budget_settings(num_loops) if settings is None else settings
@@ -137,6 +138,13 @@ def calibrate_loops(
         _Half(model, half, quality, num_loops, batch_size, seed, generate_arguments)
         for half in (examples[::2], examples[1::2])
     )
+    if first.full.quality == second.full.quality == 0:
+        others = {"exact": '"tokens" or "agreement"', "tokens": '"agreement"'}
+        raise ValueError(
+            f"The quality of {num_loops} loops is 0 on all {len(examples)} examples, so there is none to keep; "
+            f"measure another one (`quality`, --quality: {others[quality]}), or give examples that the model can "
+            "answer."
+        )
     results, checks = [first.full], []
     for number, setting in enumerate(settings, start=1):
         results.append(first.measure(setting))

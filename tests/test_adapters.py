@@ -99,7 +99,8 @@ def test_commands_take_adapters(base, adapter, tmp_path):
 def test_calibration_writes_into_the_folder_of_an_adapter(adapter, tmp_path):
     own = shutil.copytree(adapter, tmp_path / "own")
     (tmp_path / "data.jsonl").write_text('{"prompt": "w1", "answer": "w2 w3"}\n' * 8)
-    run("calibrate", own, "--data", tmp_path / "data.jsonl", "--num-loops", 2, "--max-loss", 1)
+    options = ("--num-loops", 2, "--max-loss", 1, "--quality", "agreement")
+    run("calibrate", own, "--data", tmp_path / "data.jsonl", *options)
     settings = json.loads((own / "generation_config.json").read_text())
     assert settings["num_loops"] == 1 and settings["eos_token_id"] == 1, "those of the base, with the loops chosen"
     assert load_model(str(own)).generation_config.num_loops == 1

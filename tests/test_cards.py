@@ -193,8 +193,9 @@ def test_calibrate_adds_its_measurements(tmp_path):
     model.save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     write_card(folder)
+    words = " ".join(f"w{i}" for i in range(12))  # one of which is the untrained model's guess
     (tmp_path / "data.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"w{i} w{i + 1}", "answer": f"w{i + 2}"}) + "\n" for i in range(8))
+        "".join(json.dumps({"prompt": f"w{i} w{i + 1}", "answer": words}) + "\n" for i in range(8))
     )
     options = ("--data", tmp_path / "data.jsonl", "--quality", "tokens", "--num-loops", 2, "--max-loss", 1)
     shown = command("calibrate", folder, *options)

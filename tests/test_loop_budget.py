@@ -111,6 +111,18 @@ def test_the_share_of_right_tokens(model):
     assert budget.full.quality == pytest.approx(sum((count - 1) / count for count in blanks) / len(blanks))
 
 
+@pytest.mark.parametrize(("quality", "others"), [("exact", '"tokens" or "agreement"'), ("tokens", '"agreement"')])
+def test_without_quality_there_is_nothing_to_choose_by(model, quality, others):
+    data = examples(model, count=8)
+    for example in data:
+        blank = example["input_ids"] == MASK
+        full = model.generate(example["input_ids"][None], max_new_tokens=0)[0]
+        example["target"] = torch.where(blank, full % 20 + 1, example["input_ids"])
+    with pytest.raises(ValueError, match=f"The quality of 4 loops is 0 on all 8 examples.*{others}\\)"):
+        calibrate_loops(model, data, quality=quality)
+    assert calibrate_loops(model, data, quality="agreement", settings=[{"num_loops": 1}]).full.quality == 1
+
+
 def test_settings_stay_within_the_most_loops():
     for setting in budget_settings(6):
         assert 1 <= setting["num_loops"] <= 6
@@ -193,6 +205,7 @@ def test_command_writes_what_it_chose(folder, tmp_path):
     data, output = tmp_path / "data.jsonl", tmp_path / "out.json"
     data.write_text(f"{json.dumps({'prompt': PUZZLE, 'answer': SOLUTION})}\n" * 4)
     arguments = ("calibrate", folder, "--data", data, "--max-denoising-steps", 2, "--num-loops", 2, "--output", output)
+    arguments += ("--quality", "tokens")  # two loops solve no puzzle
     before = (folder / "generation_config.json").read_text()
     run(*arguments, "--dry-run")
     assert (folder / "generation_config.json").read_text() == before
@@ -202,6 +215,17 @@ def test_command_writes_what_it_chose(folder, tmp_path):
     for name, value in record["best"]["arguments"].items():
         assert written[name] == value
     assert f"Chosen: {describe(record['best']['arguments'])}" in shown
+
+
+def test_command_writes_nothing_where_nothing_is_right(folder, tmp_path):
+    data = tmp_path / "data.jsonl"
+    wrong = SOLUTION[1:] + SOLUTION[0]  # another digit in most cells
+    data.write_text(f"{json.dumps({'prompt': PUZZLE, 'answer': wrong})}\n" * 4)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    arguments = ("--data", data, "--max-denoising-steps", 2, "--num-loops", 2, "--output", tmp_path / "out.json")
+    assert "The quality of 2 loops is 0 on all 4 examples" in refusal("calibrate", folder, *arguments)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "out.json").exists()
 
 
 @pytest.mark.parametrize(
