@@ -70,9 +70,17 @@ class StreamedExamples(IterableDataset):
 
     Args:
         examples (`Callable[[], Iterable[dict]]`): Starts a pass over the data.
+
+    Raises:
+        ValueError: `examples` is not a function.
     """
 
     def __init__(self, examples: Callable[[], Iterable[dict[str, Any]]]):
+        if not callable(examples):
+            raise ValueError(
+                f"`examples` is of type {type(examples).__name__}; give a function that starts a pass over it: "
+                "`StreamedExamples(lambda: examples)`."
+            )
         self.examples = examples
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

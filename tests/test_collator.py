@@ -229,7 +229,7 @@ def test_noise_depends_on_seed_index_and_place_alone():
 @pytest.mark.parametrize(
     ("example", "options", "message"),
     [
-        ({"input_ids": [1, 2]}, {}, "An example has no `index`"),
+        ({"input_ids": [1, 2]}, {}, r"An example has no `index`.*`StreamedExamples\(lambda: dataset\)`"),
         ({"input_ids": [1, MASK], "index": 7}, {}, r"Example 7 holds the mask token \(22\)"),
         ({"input_ids": [1, 2, 3], "index": 8}, {"max_length": 2}, "Example 8 has 3 tokens, more than the 2 allowed"),
         ({"input_ids": [1, 2], "prompt_length": 2, "index": 9}, {}, "Example 9 has no maskable token"),

@@ -10,7 +10,7 @@ import torch
 from evaluation_models import word_tokenizer
 from tiny import tiny_config
 from tokenizers.pre_tokenizers import Split
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from training_runs import MASK, PAD
 
 from loopmdm.data import encode, encode_with_bytes, load_tokenizer, read_examples, read_rows
@@ -80,6 +80,16 @@ def test_streamed_examples_go_on_over_the_epochs():
     left = [[{"input_ids": [1]}], []]
     with pytest.raises(ValueError, match="no training examples"):
         list(StreamedExamples(lambda: left.pop(0)))
+
+
+def test_streamed_examples_want_a_function():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            return itertools.repeat({"input_ids": [1]})
+
+    for data, kind in (([{"input_ids": [1]}], "list"), (Endless(), "Endless")):
+        with pytest.raises(ValueError, match=rf"of type {kind}; give a .*`StreamedExamples\(lambda: examples\)`"):
+            StreamedExamples(data)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -115,8 +115,9 @@ class MaskedDiffusionCollator:
         """One example as tensors, checked."""
         if "index" not in feature:
             raise ValueError(
-                "An example has no `index`, its place in the run, which its noise depends on; wrap the data set in "
-                "`ExampleStream` (or `StreamedExamples`), and set `remove_unused_columns=False`."
+                "An example has no `index`, its place in the run, which its noise depends on; wrap the data set "
+                "(`ExampleStream(dataset, num_examples, seed)`, or of a stream `StreamedExamples(lambda: dataset)`), "
+                "and set `remove_unused_columns=False`."
             )
         index = int(feature["index"])
         where = f"Example {index}"
