@@ -539,6 +539,7 @@ def test_the_first_rows_of_a_stream_are_checked_before_training(run, tmp_path, m
         ({"trainer": {"eval_strategy": "steps"}}, ["`trainer.eval_strategy` needs `eval_data`", "`eval_data`"]),
         ({"trainer": {"lr_scheduler_type": "cosine_with_min_lr"}}, ["`trainer`: ", "min_lr"]),
         ({"trainer": {"lr_scheduler_kwargs": {"speed": 2}}}, ["`trainer`: ", "'speed'"]),
+        ({"trainer": {"fp16": True, "use_cpu": True}}, ["`trainer.fp16` has no effect on a CPU", "`bf16`"]),
         ({"model_config": {"vocab_size": 20}}, ["The tokenizer has 32 tokens, and the model 20", "{vocab_size: 32}"]),
         ({"lora": {"layers": "middle"}}, ["'middle'", "mid"]),
         (

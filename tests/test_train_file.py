@@ -97,6 +97,9 @@ def read(tmp_path):
             "`trainer.save_strategy` is 'epoch', which would be once, at the end: to the Trainer, a run of any length "
             "is one epoch. Use steps (`save_steps: 100`",
         ),
+        # Not by the Trainer
+        ({"trainer": {"push_to_hub": True}}, "`trainer.push_to_hub` would publish checkpoints that nothing has"),
+        ({"trainer": {"hub_model_id": "me/model"}}, "publish the trained model with `loopmdm push`."),
         # Keys
         ({"sequence_lenght": 8}, "run.yaml has a key `sequence_lenght`, which does not exist; `sequence_length`?"),
         (

@@ -188,6 +188,11 @@ class TrainConfig:
             is_asked = name in TRAINER and value not in (None, False, [], TRAINER[name].default)
             if self.eval_data is None and name in OF_EVALUATION and is_asked:
                 raise ValueError(f"`trainer.{name}` has no effect, as there is no `eval_data`; leave it out.")
+            if name.startswith(("push_to_hub", "hub_")) and is_asked:
+                raise ValueError(
+                    f"`trainer.{name}` would publish checkpoints that nothing has checked; leave it out, and publish "
+                    "the trained model with `loopmdm push`."
+                )
             if name in IDLE and is_asked:
                 raise ValueError(f"`trainer.{name}` has no effect, as {IDLE[name]}; leave it out.")
             if name in ("eval_strategy", "logging_strategy", "save_strategy") and value == "epoch":

@@ -378,6 +378,8 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
         raise ValueError(f"`trainer`: {error}") from error
     if made.eval_strategy != "no" and not evaluates:
         raise ValueError("`trainer.eval_strategy` needs `eval_data`, and there is none; give some, or leave it out.")
+    if made.fp16 and made.use_cpu:
+        raise ValueError("`trainer.fp16` has no effect on a CPU; leave it out, or use `bf16`.")
     return made
 
 
