@@ -21,10 +21,12 @@ def check_html(path: Path | None, columns: int | None, prompts: int, batch_size:
             f"--batch-size {prompts}, or fewer prompts."
         )
     check_file("--html", path)
+    if path.exists():
+        raise ValueError(f"--html {path} exists already; name a new file.")
 
 
 def write_trace(path: Path, output: Any, tokenizer: Any, model: str, texts: list[str], columns: int | None) -> None:
-    """Writes the page, in place of an older one. `texts` are the prompts; each has as many rows of `output`."""
+    """Writes the page. `texts` are the prompts; each has as many rows of `output`."""
     from loopmdm.web.trace import trace_to_html, write_html
 
     copies = len(output.sequences) // len(texts)

@@ -234,7 +234,6 @@ def test_a_long_trace_stays_small():
 
 def test_generate_writes_the_page(tmp_path):
     path = tmp_path / "trace.html"
-    path.write_text("an older one")
     shown = run("generate", ROOT, PUZZLE, PUZZLE, "--max-denoising-steps", 3, "--html", path, "--html-columns", 9)
     data = Parser(path.read_text(encoding="utf-8")).data
     assert data["columns"] == 9
@@ -278,6 +277,9 @@ def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path):
     missing = tmp_path / "missing"
     assert "in a folder that does not exist" in refusal("generate", missing, "x", "--html", missing / "trace.html")
     assert "is a folder" in refusal("generate", missing, "x", "--html", tmp_path)
+    (tmp_path / "older.html").write_text("an older one")
+    assert "older.html exists already" in refusal("generate", missing, "x", "--html", tmp_path / "older.html")
+    assert (tmp_path / "older.html").read_text() == "an older one"
     assert "--html-columns is 0" in refusal(
         "generate", missing, "x", "--html", tmp_path / "trace.html", "--html-columns", 0
     )
