@@ -10,13 +10,17 @@ import inspect
 import json
 import secrets
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
@@ -34,6 +38,7 @@ from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown
 
 # Of transformers' server; `transformers chat` begins with the last.
 ROUTES = ("/v1/models", "/health", "/load_model")
+FAILURE = 'data: {"error": "'  # what the last chunk of a stream that fails begins with, before the bare message
 NEW_TOKENS = 256  # at most, where neither the request nor the model's settings say
 
 # Arguments of `generate` that a request may give: those of JSON that concern one text
@@ -121,6 +126,11 @@ class Chat(ChatCompletionHandler):
             raise ValueError(f"`messages` is {shown}; give objects with a `role` and a text as `content`.") from None
         if not isinstance(body.get("chat_template_kwargs", {}), dict):
             raise ValueError(f"`chat_template_kwargs` is {body['chat_template_kwargs']!r}; give an object.")
+
+    def _streaming(self, *args, **kwargs):
+        response = super()._streaming(*args, **kwargs)
+        response.body_iterator = _chunks(response.body_iterator)
+        return response
 
     def _build_generation_config(self, body, model_generation_config, use_cb=False):
         options = {name: body[name] for name in OPTIONS if name in body}
@@ -224,6 +234,20 @@ def _prepare(model: Any, tokenizer: Any, inputs: dict[str, Any], wishes: Wishes)
     return config
 
 
+def _error(status: int, message: str) -> dict[str, Any]:
+    """An error as in the OpenAI API, whose clients show the message."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+async def _chunks(parts: AsyncIterator[str]) -> AsyncIterator[str]:
+    """The chunks of a stream, with its error in the API's form. Quotes in texts are escaped, so none holds FAILURE."""
+    async for part in parts:
+        texts, failure, message = part.partition(FAILURE)
+        error = json.dumps(_error(500, message.removesuffix('"}\n\n')))
+        yield f"{texts}data: {error}\n\n" if failure else texts
+
+
 async def _disconnection(request: Request) -> None:
     # Not `request.is_disconnected()`, which is always False behind the middleware of transformers' server.
     while (await request.receive())["type"] != "http.disconnect":
@@ -262,6 +286,18 @@ def make_app(name: str, model: Any, tokenizer: Any) -> FastAPI:
     others = {key: None for key in parameters if key.endswith("_handler") and key != "chat_handler"}
     app = build_server(models, chat, generation_state=state, **others)
     app.router.routes[:] = [route for route in app.router.routes if route.path in ROUTES]
+
+    @app.exception_handler(AnyHTTPException)
+    async def refuse(request: Request, error: AnyHTTPException):
+        return JSONResponse(_error(error.status_code, str(error.detail)), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Request, error: RequestValidationError):
+        return JSONResponse(_error(400, "The request's body is not a JSON object."), 400)
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception):
+        return JSONResponse(_error(500, str(error) or type(error).__name__), 500)
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request, body: dict):

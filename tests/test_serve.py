@@ -213,7 +213,8 @@ def test_bad_requests_are_refused(client, folder, options, message, stream):
     request = {"model": folder, "messages": asks("w3"), "stream": stream} | options
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**request)
-    assert message in error.value.body["detail"]
+    assert message in error.value.body["message"]
+    assert error.value.body["type"] == "invalid_request_error"
 
 
 def test_transformers_chat_is_a_client(client, folder, model, tmp_path):
@@ -244,8 +245,36 @@ def test_answers_do_not_wait_for_the_network(client):
 
 def test_other_routes_do_not_exist(client):
     for path in ("reset", "v1/responses", "v1/audio/transcriptions"):
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError) as error:
             client.post(f"{str(client.base_url).removesuffix('v1/')}{path}", cast_to=dict, body={"model": "x"})
+        assert error.value.body["message"] == "Not Found"
+
+
+def test_a_body_that_is_no_object_is_refused(client):
+    for body in ([1], "text"):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.post("/chat/completions", cast_to=dict, body=body)
+        assert error.value.body["message"] == "The request's body is not a JSON object."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failure_is_an_error_of_the_api(model, monkeypatch, stream):
+    """In this process, where `generate` can be made to fail."""
+    from fastapi.testclient import TestClient
+
+    from loopmdm_cli._server import make_app
+
+    reason = 'no "memory"\nleft {'
+
+    def fail(**arguments):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(model, "generate", fail)
+    http = TestClient(make_app("m", model, tokenizer()), raise_server_exceptions=False)
+    client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", max_retries=0, http_client=http)
+    with client, pytest.raises(openai.APIError) as error:
+        list(ask(client, "m", "w3", stream=stream))
+    assert error.value.body["message"] == reason and error.value.body["type"] == "server_error"
 
 
 @pytest.mark.parametrize("stream", [False, True])
