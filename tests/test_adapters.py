@@ -2,6 +2,7 @@
 """Adapters in place of models: loaded, measured, calibrated, trained on; and which layers a new one sits on."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch
 from commands import refusal, run
 from evaluation_models import save_looped, word_tokenizer
 from peft import (
-    AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -18,6 +18,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from test_snippets import ROOT, examples_of
 from tiny import tiny_config, tiny_model
 from training_runs import run_writer
 from transformers.utils import logging
@@ -27,7 +28,7 @@ from loopmdm.data import load_tokenizer
 from loopmdm.data.pretrained import MERGE
 from loopmdm.evaluation import measure_dynamics, nelbo
 from loopmdm.evaluation.loading import load_model, read_generation_config, read_model_config
-from loopmdm.training import LoopMDMTrainer, lora_config
+from loopmdm.training import LoopMDMTrainer, lora_config, merge_adapter
 from loopmdm.training.run import read_config, train
 
 IDS = torch.tensor([[4, 5, 2, 7]])
@@ -116,13 +117,50 @@ def test_lm_eval_takes_adapters(base, adapter):
 
 def test_adapters_are_not_converted_but_merged(base, adapter, tmp_path):
     message = refusal("convert", adapter, tmp_path / "out")
-    assert "is an adapter, not a whole model" in message and "merge_and_unload()" in message
+    assert "is an adapter, not a whole model" in message and f"`{MERGE.format(adapter)}`" in message
     assert not (tmp_path / "out").exists()
     merged = tmp_path / "merged"
-    exec(MERGE.format(adapter).replace("merged", str(merged)), {"AutoPeftModelForCausalLM": AutoPeftModelForCausalLM})
+    exec("import loopmdm.training\n" + MERGE.format(adapter).replace('"merged"', f'"{merged}"'))
     with torch.no_grad():
         found = LoopMDMForMaskedLM.from_pretrained(merged)(IDS).logits
     torch.testing.assert_close(found, expected_logits(base, adapter))
+    assert read_generation_config(str(merged)).eos_token_id == 1, "that of the base"
+    assert load_tokenizer(str(merged)).get_vocab() == load_tokenizer(base).get_vocab()
+
+
+def test_a_merge_as_documented_keeps_what_the_adapter_learnt(run_file, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained("tokenizer")
+    messages = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    path = run_file(output="few-loops", tokenizer="tokenizer", lora={"r": 2})
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 8)
+    train(read_config(path))
+    (tmp_path / "data.jsonl").write_text('{"prompt": "w1", "answer": "w2 w3"}\n' * 8)
+    options = ("--num-loops", 2, "--max-loss", 1, "--quality", "agreement")
+    run("calibrate", "few-loops", "--data", "data.jsonl", *options)
+    (code,) = [example.code for example in examples_of(ROOT / "docs/adapt.md") if "merge" in example.code]
+    exec(code, {})
+    merged = LoopMDMForMaskedLM.from_pretrained("merged")
+    assert merged.generation_config.eos_token_id == [1, tokenizer.convert_tokens_to_ids("w9")]
+    assert merged.generation_config.num_loops == 1, "as calibrated"
+    assert load_tokenizer("merged").chat_template == CHAT != load_tokenizer(base).chat_template
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, load_model("few-loops")(IDS).logits)
+    assert not list(Path("merged").glob("adapter*"))
+
+
+def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
+    get_peft_model(LoopMDMForMaskedLM.from_pretrained(base), SOFT[0]).save_pretrained(tmp_path / "soft")
+    for model, output, message in (
+        (tmp_path / "soft", "new", "holds soft prompts (PROMPT_TUNING), which no weights take up"),
+        (base, "new", "adapter_config.json"),
+        (adapter, "soft", "exists already; name a new folder"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            merge_adapter(str(model), tmp_path / output)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -238,6 +276,10 @@ def test_an_adapter_beside_a_whole_model_is_merged_first(run_file, base, adapter
     assert "holds an adapter beside a whole model; merge them" in refusal("train", run_file(model=str(both)))
     with torch.no_grad():
         assert torch.equal(load_model(str(both))(IDS).logits, expected_logits(base, adapter))
+    merge_adapter(str(both), tmp_path / "merged")
+    with torch.no_grad():
+        found = LoopMDMForMaskedLM.from_pretrained(tmp_path / "merged")(IDS).logits
+    torch.testing.assert_close(found, expected_logits(base, adapter))
 
 
 def test_soft_prompts_are_not_trained(run_file, base, tmp_path):

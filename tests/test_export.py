@@ -234,7 +234,7 @@ def test_other_models_are_refused(saved, tmp_path):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(damped)}))
     (adapter / "adapter_model.safetensors").touch()
-    refuse(adapter, tmp_path / "out", "is an adapter", "merge_and_unload", num_loops=1)
+    refuse(adapter, tmp_path / "out", "is an adapter", "merge_adapter", num_loops=1)
 
 
 def test_weights_that_do_not_fit_are_refused(saved, tmp_path):
