@@ -5,6 +5,7 @@ from .engine import convert_checkpoint
 from .families import FAMILIES, choose_family
 from .family import Family, Recipe
 from .loop_window import calibrate, default_window
+from .merge import merge_adapter
 from .plan import Plan, plan_conversion
 from .source import Source, open_source
 from .unroll import export_checkpoint, formats
@@ -21,6 +22,7 @@ __all__ = [
     "default_window",
     "export_checkpoint",
     "formats",
+    "merge_adapter",
     "open_source",
     "plan_conversion",
 ]

@@ -15,7 +15,7 @@ _adapter_file_of_hub = functools.lru_cache(find_adapter_config_file)  # which as
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ANY_TOKENIZER = ("*token*", "*vocab*", "merges*", "*.model")
 # Code that merges an adapter into its base model
-MERGE = 'loopmdm.training.merge_adapter("{}", "merged")'
+MERGE = 'loopmdm.convert.merge_adapter("{}", "merged")'
 
 
 def locate(name: str, what: str) -> str:

@@ -24,11 +24,12 @@ from training_runs import run_writer
 from transformers.utils import logging
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
+from loopmdm.convert import merge_adapter
 from loopmdm.data import load_tokenizer
 from loopmdm.data.pretrained import MERGE
 from loopmdm.evaluation import measure_dynamics, nelbo
 from loopmdm.evaluation.loading import load_model, read_generation_config, read_model_config
-from loopmdm.training import LoopMDMTrainer, lora_config, merge_adapter
+from loopmdm.training import LoopMDMTrainer, lora_config
 from loopmdm.training.run import read_config, train
 
 IDS = torch.tensor([[4, 5, 2, 7]])
@@ -120,7 +121,7 @@ def test_adapters_are_not_converted_but_merged(base, adapter, tmp_path):
     assert "is an adapter, not a whole model" in message and f"`{MERGE.format(adapter)}`" in message
     assert not (tmp_path / "out").exists()
     merged = tmp_path / "merged"
-    exec("import loopmdm.training\n" + MERGE.format(adapter).replace('"merged"', f'"{merged}"'))
+    exec("import loopmdm.convert\n" + MERGE.format(adapter).replace('"merged"', f'"{merged}"'))
     with torch.no_grad():
         found = LoopMDMForMaskedLM.from_pretrained(merged)(IDS).logits
     torch.testing.assert_close(found, expected_logits(base, adapter))

@@ -3,7 +3,7 @@
 
 from ..data import ExampleStream, StreamedExamples, encode_answer, pack_documents, read_documents, read_jsonl
 from ..objective.seeds import seeded_generator
-from .adapters import layers_of, lora_config, merge_adapter
+from .adapters import layers_of, lora_config
 from .checkpoints import last_complete_checkpoint
 from .collator import MaskedDiffusionCollator
 from .loop_schedules import (
@@ -32,7 +32,6 @@ __all__ = [
     "layers_of",
     "lora_config",
     "make_loop_schedule",
-    "merge_adapter",
     "pack_documents",
     "read_documents",
     "read_jsonl",

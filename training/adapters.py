@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from ..configuration_loopmdm import LoopMDMConfig
-from ..data.pretrained import MERGE, adapter_base, load_tokenizer, locate
-from ..evaluation.loading import load_model, read_generation_config
+from ..data.pretrained import MERGE, adapter_base, locate
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 if TYPE_CHECKING:
@@ -190,33 +189,3 @@ def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: "LoraCo
     if adapter is not None:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     return get_peft_model(model, lora)
-
-
-def merge_adapter(adapter: str, output: str | Path, trust_remote_code: bool = False) -> None:
-    """
-    Merges an adapter into its base model, and saves the result as a whole model with what generation needs besides:
-    the tokenizer and the generation config (end tokens, loops) of the adapter's folder, or else those of its base.
-
-    Args:
-        adapter (`str`): Folder or Hub id of an adapter of the weights (LoRA, DoRA, IA3).
-        output (`str` or `Path`): The new folder.
-        trust_remote_code (`bool`, defaults to `False`): Run the tokenizer's own code.
-
-    Raises:
-        ValueError: It is not such an adapter, there is no tokenizer, or the output exists.
-    """
-    from peft import PeftConfig, PeftModel
-
-    folder, source = Path(output).expanduser(), locate(adapter, "an adapter")
-    if folder.exists():
-        raise ValueError(f"{output} exists already; name a new folder for the merged model.")
-    base = adapter_base(source)  # checks; None where a whole model lies beside the adapter
-    settings = PeftConfig.from_pretrained(source)
-    if settings.is_prompt_learning:
-        raise ValueError(f"{adapter} holds soft prompts ({settings.peft_type.value}), which no weights take up.")
-    tokenizer, generation = load_tokenizer(adapter, trust_remote_code), read_generation_config(adapter)
-    model = load_model(base or settings.base_model_name_or_path, device="cpu")
-    merged = PeftModel.from_pretrained(model, source).merge_and_unload()
-    merged.generation_config = generation or merged.generation_config  # peft's is the base model's
-    merged.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
