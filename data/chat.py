@@ -38,6 +38,12 @@ def encode_conversation(
     if not prompt:
         raise ValueError(f"{where} has no message before the answer.")
     prompt, answer = messages[: len(prompt)], messages[len(prompt) :]
+    weight = next((message["weight"] for message in answer if message.get("weight", 1) != 1), None)
+    if weight is not None:  # OpenAI's format of answers that are not learnt
+        raise ValueError(
+            f"{where} has an answer of `weight` {weight!r}, which would be learnt in full; leave the row out, or the "
+            "`weight`."
+        )
     opened = _render(tokenizer, prompt, where, tools, opens=True)
     whole = _render(tokenizer, [*prompt, *answer], where, tools)
     if not whole.startswith(opened):

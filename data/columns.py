@@ -13,7 +13,8 @@ _MASKS = ("maskable", "assistant_masks", "completion_mask")
 _OF_TOKENS = ("attention_mask", "labels", *_MASKS, "document_ids", "token_type_ids")
 TOKEN_COLUMNS = ("input_ids", *_OF_TOKENS, "prompt_length")
 _LEARNT = "say what is learnt with `labels` (-100 elsewhere) or `completion_mask`"
-_REFUSED = {
+# Columns that would be lost in any row, and what to do about them
+REFUSED = {
     **dict.fromkeys(("special_tokens_mask", "loss_mask", "prompt_mask", "labels_mask"), _LEARNT),
     **dict.fromkeys(("loss_weights", "weight", "weights", "sample_weight"), "the objective sets the weights itself"),
     "position_ids": "positions are counted from `attention_mask` and `document_ids`",
@@ -40,9 +41,7 @@ def read_columns(row: dict[str, Any], where: str, mask_token_id: int) -> dict[st
     Raises:
         ValueError: Columns contradict one another, do not fit the tokens or would be lost, or nothing is learnt.
     """
-    for name, fix in _REFUSED.items():
-        if row.get(name) is not None:
-            raise ValueError(f"{where} has `{name}`, which would be lost; {fix}.")
+    refuse(row, REFUSED, where)
     if row.get("input_ids") is None:
         raise ValueError(f"{where} has no `input_ids`; it has {', '.join(row) or 'nothing'}.")
     tokens = _integers(row["input_ids"], "input_ids", where)
@@ -70,6 +69,14 @@ def read_columns(row: dict[str, Any], where: str, mask_token_id: int) -> dict[st
         raise ValueError(f"{where} has no maskable token, so there is nothing to learn.{hint}")
     documents = {"document_ids": found["document_ids"]} if "document_ids" in found else {}
     return {"input_ids": tokens, "maskable": maskable, **documents}
+
+
+def refuse(row: dict[str, Any], lost: dict[str, str], where: str) -> None:
+    """Raises a ValueError if the row has a column of `lost`, whose values say what to do. Empty ones lose nothing."""
+    for name, fix in lost.items():
+        value = row.get(name)
+        if value is not None and not (isinstance(value, str | list | dict) and not value):
+            raise ValueError(f"{where} has `{name}`, which would be lost; {fix}.")
 
 
 def says_what_is_learnt(row: dict[str, Any]) -> bool:

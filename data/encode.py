@@ -5,20 +5,27 @@ import json
 from typing import Any
 
 from .chat import encode_conversation, encode_question
+from .columns import REFUSED, refuse
 from .tokens import encode, tokenize
 
 # Names of the fields with prompts and answers
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
-# Fields that would be lost, and what to do about them
-_BESIDE_PAIRS = dict.fromkeys(("input", "context", "system", "history"), "write it into the prompt")
-_BESIDE_MESSAGES = {
+# Fields that would be lost beside any prompt, beside a text, and beside messages, and what to do about them
+_BESIDE_PROMPTS = {
     "chat_template_kwargs": "write the template so that it needs none",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "the model reads text alone"),
 }
+_BESIDE_TEXTS = _BESIDE_PROMPTS | dict.fromkeys(("input", "context", "system", "history"), "write it into the prompt")
+_BESIDE_MESSAGES = {
+    **_BESIDE_PROMPTS,
+    "system": "write it as a message of the role `system`",
+    **dict.fromkeys(("input", "context", "history"), "write it into the messages"),
+}
+# Fields of other formats, of which an answer may be a part
 _OTHER_FORMATS = {
-    **dict.fromkeys(("conversations", "conversation"), "`messages`, a list of objects with `role` and `content`"),
-    **dict.fromkeys(("chosen", "rejected"), "prompts with one answer each (`prompt` and `completion`)"),
+    **dict.fromkeys(("conversations", "conversation"), "give `messages`, objects with `role` and `content`"),
+    **dict.fromkeys(("chosen", "rejected"), "give prompts with one answer each (`prompt` and `completion`)"),
 }
 
 
@@ -43,6 +50,9 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
     """
     if isinstance(example, str):
         raise ValueError(f"{where} is a text; give prompts and answers (.jsonl).")
+    refuse(example, REFUSED | _OTHER_FORMATS, where)
+    if example.get("label") is False:  # TRL's format of answers that are to be unlearnt
+        raise ValueError(f"{where} has the `label` false, a bad answer; keep only the rows whose label is true.")
     messages = example.get("messages")
     if messages is not None:
         is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
@@ -56,9 +66,8 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
         if prompt is None or answer is None:
             raise ValueError(f"{where}: `{lists[0]}` is a list of messages; the other part must be one too.")
         return _encode_messages(tokenizer, example, prompt, answer, where)
-    _refuse_formats(example, where)
     prompt, answer = first_text(example, PROMPT_NAMES, where), first_text(example, ANSWER_NAMES, where)
-    _refuse(example, _BESIDE_PAIRS, where)
+    refuse(example, _BESIDE_TEXTS, where)
     return _encode_pair(tokenizer, prompt, answer, where)
 
 
@@ -90,12 +99,12 @@ def encode_prompt(
     """
     name = prompt_column(example, text_column)
     if name == "messages" or isinstance(example.get(name), list):
-        _refuse(example, _BESIDE_MESSAGES, where)
+        refuse(example, _BESIDE_MESSAGES, where)
         return encode_question(tokenizer, example[name], where, _tools(example, where))
     if name == "":
-        _refuse_formats(example, where)
+        refuse(example, _OTHER_FORMATS, where)
     if name in PROMPT_NAMES:
-        _refuse(example, _BESIDE_PAIRS, where)
+        refuse(example, _BESIDE_TEXTS, where)
     text = first_text(example, (text_column,) if text_column else (*PROMPT_NAMES, "text"), where)
     return list(tokenize(tokenizer, text, where, add_special_tokens=True)["input_ids"])
 
@@ -120,7 +129,7 @@ def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[s
 
 
 def _encode_messages(tokenizer: Any, example: dict, prompt: list, answer: list, where: str) -> dict[str, Any]:
-    _refuse(example, _BESIDE_MESSAGES, where)
+    refuse(example, _BESIDE_MESSAGES, where)
     return encode_conversation(tokenizer, prompt, answer, where, _tools(example, where))
 
 
@@ -132,18 +141,6 @@ def _tools(example: dict[str, Any], where: str) -> Any:
         return json.loads(tools)
     except ValueError as error:
         raise ValueError(f"{where}: `tools` is not a list, and not valid JSON: {error}.") from error
-
-
-def _refuse_formats(example: dict[str, Any], where: str) -> None:
-    for name, instead in _OTHER_FORMATS.items():
-        if example.get(name) is not None:
-            raise ValueError(f"{where} has `{name}`, a format that is not read; give {instead}.")
-
-
-def _refuse(example: dict[str, Any], lost: dict[str, str], where: str) -> None:
-    for name, fix in lost.items():
-        if example.get(name):
-            raise ValueError(f"{where} has `{name}`, which would be lost; {fix}.")
 
 
 def text_of(row: str | dict[str, Any], name: str, where: str) -> str:

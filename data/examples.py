@@ -4,7 +4,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .columns import TOKEN_COLUMNS, UnusedColumns, read_columns, says_what_is_learnt
+from .columns import REFUSED, TOKEN_COLUMNS, UnusedColumns, read_columns, refuse, says_what_is_learnt
 from .encode import PROMPT_NAMES, columns_of_answer, encode_answer, text_of
 from .files import read_rows
 from .pack import pack_documents
@@ -64,6 +64,7 @@ def _document(
             if not columns["maskable"].all() or "document_ids" in columns:
                 raise ValueError(f"{where} has tokens that are not learnt, or its own documents; use `task: answers`.")
             return check_tokens(columns["input_ids"].tolist(), config.vocab_size, where)
+        refuse(row, REFUSED, where)
         if not isinstance(row.get(text_column), str) and {"messages", *PROMPT_NAMES} & row.keys():
             raise ValueError(f"{where} has no text in {text_column!r}, but prompt and answer; use `task: answers`.")
     ids = encode(tokenizer, text_of(row, text_column, where), where)

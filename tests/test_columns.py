@@ -182,6 +182,8 @@ def test_rows_of_tokens_are_packed_like_texts(tmp_path):
         ("pretrain", {"input_ids": [4, 5], "labels": [-100, 5]}, "use `task: answers`"),
         ("pretrain", {"input_ids": [4, 40]}, "gives the token 40"),
         ("pretrain", {"input_ids": [4, 2]}, "holds the mask token (2)"),
+        ("pretrain", {"text": "w1", "weight": 0}, "has `weight`, which would be lost; the objective sets"),
+        ("pretrain", {"text": "w1", "loss_mask": [1]}, "has `loss_mask`, which would be lost"),
         ("pretrain", {"messages": []}, "has no text in 'text', but prompt and answer; use `task: answers`"),
     ],
     ids=str,

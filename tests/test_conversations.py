@@ -9,7 +9,7 @@ from evaluation_models import word_tokenizer
 from tiny import tiny_config
 from tokenizers.processors import TemplateProcessing
 
-from loopmdm.data import encode_answer, read_examples, turn_end
+from loopmdm.data import encode_answer, encode_prompt, read_examples, turn_end
 from loopmdm.evaluation import read_texts
 
 WORDS = [
@@ -185,8 +185,11 @@ def test_ends_that_tokenizers_add_to_prompts_are_left_out_and_those_of_the_text_
         ),
         ({"prompt": ["2+2?"], "completion": [ANSWER]}, "messages must be a list of objects"),
         ({"prompt": [USER], "completion": [USER]}, "ends with one of the role `assistant`"),
-        ({"conversations": [{"from": "human", "value": "4"}]}, "has `conversations`, a format that is not read"),
-        ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "has `chosen`, a format that is not read; give prompts"),
+        (
+            {"conversations": [{"from": "human", "value": "4"}]},
+            "has `conversations`, which would be lost; give `messa",
+        ),
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "5"}, "has `chosen`, which would be lost; give prompts"),
         ({"instruction": "be", "input": "2+2?", "output": "4"}, "has `input`, which would be lost; write it into the"),
         ({"system": "be kind", "prompt": "2+2?", "completion": "4"}, "has `system`, which would be lost"),
         ({"prompt": "2+2? \ud800", "completion": "4"}, "The tokenizer cannot read Row 3"),
@@ -200,6 +203,54 @@ def test_rows_that_would_be_misread_are_refused(example, message):
     with pytest.raises(ValueError) as error:
         encode_answer(tokenizer_with(MISTRAL), example, "Row 3")
     assert "Row 3" in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWER]},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": "2+2?", "completion": "4"},
+    ],
+    ids=["messages", "lists", "texts"],
+)
+@pytest.mark.parametrize(
+    ("column", "fix"),
+    [
+        ({"weights": [0, 1]}, "the objective sets the weights itself"),
+        ({"loss_mask": [0, 1]}, "say what is learnt with `labels`"),
+        ({"position_ids": [0, 1]}, "positions are counted"),
+        ({"chosen": "4"}, "give prompts with one answer each"),
+        ({"conversations": [USER]}, "give `messages`"),
+        ({"images": ["a"]}, "the model reads text alone"),
+        ({"system": "be kind"}, "write it"),
+        ({"context": "be kind"}, "write it into the"),
+        ({"history": ["be kind"]}, "write it into the"),
+        ({"label": False}, "keep only the rows whose label is true"),
+    ],
+    ids=str,
+)
+def test_columns_that_would_be_lost_are_refused_in_every_kind_of_row(row, column, fix):
+    with pytest.raises(ValueError, match=f"Row 3 has .*`{next(iter(column))}`.*; {fix}"):
+        encode_answer(tokenizer_with(ON_REQUEST), row | column, "Row 3")
+    empty = {name: type(value)() for name, value in column.items() if value} | {"label": True}
+    assert parts(tokenizer_with(ON_REQUEST), row | empty) == parts(tokenizer_with(ON_REQUEST), row)
+
+
+def test_a_system_prompt_in_a_column_is_no_part_of_a_question():
+    with pytest.raises(ValueError, match="has `system`, which would be lost; write it as a message of the role `sys"):
+        encode_prompt(tokenizer_with(ON_REQUEST), {"messages": [USER], "system": "be kind"})
+
+
+def test_answers_that_weigh_other_than_others_are_refused():
+    tokenizer = tokenizer_with(ON_REQUEST)
+    ignored = {**ANSWER, "content": "5", "weight": 0}
+    assert parts(tokenizer, {"messages": [USER, ignored, USER, {**ANSWER, "weight": 1}]})[1] == "4 <eot>"
+    for row in ({"messages": [USER, ignored]}, {"prompt": [USER], "completion": [ignored, USER, ANSWER]}):
+        with pytest.raises(
+            ValueError, match="Row 3 has an answer of `weight` 0, which would be learnt in full; leave"
+        ):
+            encode_answer(tokenizer, row, "Row 3")
 
 
 @pytest.mark.parametrize(

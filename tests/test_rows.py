@@ -109,7 +109,7 @@ def test_bad_rows_are_reported_in_their_places(data, whole):
         ("[1]", "is a list; it must be an object"),
         ({"answer": "w1"}, "has no text called prompt or"),
         ({"prompt": "w1", "context": "w2"}, "has `context`, which would be lost"),
-        ({"conversations": []}, "has `conversations`, a format that is not read"),
+        ({"conversations": ["w1"]}, "has `conversations`, which would be lost; give `messages`"),
         ({"messages": [{"role": "assistant", "content": "w1"}]}, "has no message to answer"),
         ({"messages": [{"content": "w1"}]}, "message 1 needs `role`"),
         ({"text": "w" * 65 * 256}, "has at least 65 tokens; the model has 64 positions"),
