@@ -7,6 +7,8 @@ from typing import Any
 
 from .tokens import encode
 
+# Fields of a message that hold what a model thinks before it answers
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 # A mark in place of an answer, to find what a template puts behind it
 _ANSWER = "LOOPMDM-ANSWER"
 
@@ -30,7 +32,8 @@ def encode_conversation(
         opening of the assistant's turn. The others are the answer and the end of its turn.
 
     Raises:
-        ValueError: Messages that the template does not take, or a template that does not tell where an answer is.
+        ValueError: Messages that the template does not take or of which it leaves out a part, or a template that does
+            not tell where an answer is.
     """
     if not isinstance(answer, list) or not answer or not _is_by_assistant(answer[-1]):
         raise ValueError(f"{where}: the answer must be a list of messages that ends with one of the role `assistant`.")
@@ -53,6 +56,7 @@ def encode_conversation(
             f"{opened[start:]!r}, but continues with {whole[start:][:40]!r} if there is an answer. The tokenizer "
             "needs a template that does the same in both cases."
         )
+    _check_nothing_is_lost(tokenizer, whole, messages, where, tools, context=len(prompt))
     end, rest = _behind_answer(tokenizer, prompt, answer, where, tools)
     if whole.endswith(end + rest):
         whole = whole[: len(whole) - len(rest)]
@@ -76,7 +80,33 @@ def encode_question(tokenizer: Any, messages: Any, where: str, tools: list | Non
     messages = messages[:-1] if messages and _is_by_assistant(messages[-1]) else messages
     if not messages:
         raise ValueError(f"{where} has no message to answer.")
-    return encode(tokenizer, _render(tokenizer, messages, where, tools, opens=True), where)
+    text = _render(tokenizer, messages, where, tools, opens=True)
+    _check_nothing_is_lost(tokenizer, text, messages, where, tools, context=len(messages), opens=True)
+    return encode(tokenizer, text, where)
+
+
+def _check_nothing_is_lost(
+    tokenizer: Any, text: str, messages: list[dict], where: str, tools: list | None, context: int, opens: bool = False
+) -> None:
+    """
+    Raises a ValueError if the template writes the same `text` without the tools, without the calls of a message, or
+    without the reasoning of a learnt one. That of the first `context` messages may be lost, which some templates want.
+    """
+    without = [("tools", messages, None)] if tools else []
+    for place, message in enumerate(messages):
+        for names in (("tool_calls",), _REASONING if place >= context else ()):
+            if found := [name for name in names if message.get(name)]:
+                rest = {name: value for name, value in message.items() if name not in found}
+                without.append((found[0], [*messages[:place], rest, *messages[place + 1 :]], tools))
+    for name, others, other_tools in without:
+        same = None
+        with contextlib.suppress(ValueError):  # a template that refuses the others has read the field
+            same = _render(tokenizer, others, where, other_tools, opens)
+        if same == text:
+            raise ValueError(
+                f"{where} has `{name}`, which the chat template leaves out; give a tokenizer whose template writes "
+                "it, or remove the field."
+            )
 
 
 def _is_by_assistant(message: Any) -> bool:

@@ -294,6 +294,69 @@ def test_calls_of_tools_are_answers():
         encode_answer(tokenizer, {"messages": [USER, call]})
 
 
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "kind"}}]}
+# Writes the reasoning of the last turn alone, as Qwen3's does
+REASONING = ON_REQUEST.replace(
+    "{{ m['content'] }}",
+    "{% if loop.last and m['reasoning_content'] %}<think> {{ m['reasoning_content'] }} </think> {% endif %}"
+    "{{ m['content'] }}",
+)
+# Refuses a result of a tool that no call asked for
+CALLS = ON_REQUEST.replace(
+    "{{ m['content'] }}",
+    "{% if m['role'] == 'tool' and not messages[loop.index0 - 1]['tool_calls'] %}{{ raise_exception('No call') }}"
+    "{% endif %}{{ m['content'] }}{% if m['tool_calls'] %}<tools>{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"messages": [USER, CALL]}, "tool_calls"),
+        ({"messages": [USER, CALL, {"role": "tool", "content": "4"}, ANSWER]}, "tool_calls"),
+        ({"messages": [USER, {**ANSWER, "content": "5"}, USER, {**ANSWER, **CALL}]}, "tool_calls"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "kind"}]}, "tools"),
+        *(
+            ({"prompt": [USER], "completion": [{**ANSWER, name: "5"}]}, name)
+            for name in ("reasoning", "reasoning_content", "thinking")
+        ),
+        ({"prompt": [USER], "completion": [{**ANSWER, "thinking": "5"}, USER, ANSWER]}, "thinking"),
+    ],
+    ids=str,
+)
+def test_what_a_template_leaves_out_is_refused(row, name):
+    with pytest.raises(ValueError, match=f"Row 3 has `{name}`, which the chat template leaves out; give a tokenizer"):
+        encode_answer(tokenizer_with(ON_REQUEST), row, "Row 3")
+
+
+@pytest.mark.parametrize("row", [{"tools": [{"name": "kind"}], "messages": [USER]}, {"messages": [USER, CALL, USER]}])
+def test_what_a_template_leaves_out_of_a_question_is_refused(row):
+    with pytest.raises(ValueError, match="which the chat template leaves out"):
+        encode_prompt(tokenizer_with(ON_REQUEST), row)
+    answered = {"messages": [USER, CALL]}  # the answer, which is no part of the question
+    assert encode_prompt(tokenizer_with(ON_REQUEST), answered) == [
+        WORDS.index(w) for w in ("<user>", "2+2?", "<eot>", "<assistant>")
+    ]
+
+
+def test_templates_may_leave_out_the_reasoning_of_earlier_turns():
+    thought = {**ANSWER, "reasoning_content": "5"}
+    tokenizer, prompt = tokenizer_with(REASONING), "<user> 2+2? <eot> <assistant>"
+    rows = [{"messages": [USER, thought, USER, thought]}, {"messages": [USER, {**thought, "reasoning": "5"}]}]
+    for row, context in zip(rows, (f"{prompt} 4 <eot> {prompt}", prompt), strict=True):
+        assert parts(tokenizer, row) == (context, "<think> 5 </think> 4 <eot>")
+    assert encode_prompt(tokenizer, {"messages": [USER, thought, USER]})
+    with pytest.raises(ValueError, match="`reasoning_content`, which the chat template leaves out"):  # it is learnt
+        encode_answer(tokenizer, {"prompt": [USER], "completion": [thought, USER, thought]})
+
+
+def test_a_template_that_needs_calls_has_read_them():
+    messages = [USER, {**CALL, "content": ""}, {"role": "tool", "content": "4"}, ANSWER]
+    assert parts(tokenizer_with(CALLS), {"messages": messages})[1] == "4 <eot>"
+    with pytest.raises(ValueError, match="`tools`, which the chat template leaves out"):
+        encode_answer(tokenizer_with(CALLS), {"messages": messages, "tools": [{"name": "kind"}]})
+
+
 def test_contents_of_parts_are_read_by_templates_that_do():
     template = ON_REQUEST.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part.text }}{% endfor %}")
     messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in (USER, ANSWER)]
