@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset
 
-# Separators of the documents in a text file
-SEPARATORS = {"blank_line": "\n\n", "line": "\n", "file": None}
+# Separators of the documents in a text file. A blank line may hold white space, as in WikiText.
+BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
+SEPARATORS = {"blank_line": BLANK_LINE, "line": "\n", "file": None}
 # Most bytes of a line of JSON: more than any row needs, and few enough for the memory
 LONGEST_LINE = 2**28
 BYTE_ORDER_MARK = "\ufeff"
@@ -64,19 +66,19 @@ def read_rows(
         yield f"{source}, {unit} {number}", row
 
 
-def read_documents(path: str | Path, separator: str | None = "\n\n") -> Iterator[str]:
+def read_documents(path: str | Path, separator: str | re.Pattern[str] | None = BLANK_LINE) -> Iterator[str]:
     """
     The documents of a text file in UTF-8, with or without a byte-order mark.
 
     Args:
         path: The file.
-        separator (`str`, *optional*, defaults to a blank line): The separator of documents; with None the whole file
-            is one document.
+        separator (`str` or `re.Pattern`, *optional*, defaults to a blank line, which may hold white space): The
+            separator of documents; with None the whole file is one document.
     """
     return (document for _, document in _documents(Path(path), separator))
 
 
-def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
+def _documents(path: Path, separator: str | re.Pattern[str] | None) -> Iterator[tuple[int, str]]:
     """The documents that are not empty, each with the number of its first line."""
     raw = path.read_bytes()
     try:
@@ -85,14 +87,17 @@ def _documents(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line} is not text in UTF-8: {error}. Save the file as UTF-8.") from error
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    line, is_empty = 1, True
-    for part in [text] if separator is None else text.split(separator):
+    pattern = re.escape(separator) if isinstance(separator, str) else separator
+    borders = () if pattern is None else (found.span() for found in re.finditer(pattern, text))
+    start, line, is_empty = 0, 1, True
+    for stop, following in (*borders, (len(text), len(text))):
         # Concatenated files have byte-order marks in the middle.
-        begun = part.lstrip().removeprefix(BYTE_ORDER_MARK).lstrip()
+        begun = text[start:stop].lstrip().removeprefix(BYTE_ORDER_MARK).lstrip()
         if begun:
-            yield line + part.count("\n", 0, len(part) - len(begun)), begun.rstrip()
+            yield line + text.count("\n", start, stop - len(begun)), begun.rstrip()
             is_empty = False
-        line += part.count("\n") + (0 if separator is None else separator.count("\n"))
+        line += text.count("\n", start, following)
+        start = following
     if is_empty:
         raise ValueError(f"{path} holds no text.")
 

@@ -150,6 +150,11 @@ def test_read_documents(tmp_path):
     assert list(read_documents(path)) == ["first\nstill first", "second ü", "third"]
     assert list(read_documents(str(path), separator="still")) == ["first", "first\n\n\n  second ü \n\nthird"]
     assert list(read_documents(path, separator=None)) == ["first\nstill first\n\n\n  second ü \n\nthird"]
+    path.write_bytes(b" \n = First = \n \n text \n more \n\t\r\n \n = Second = \n")  # as in WikiText
+    assert list(read_documents(path)) == ["= First =", "text \n more", "= Second ="]
+    assert len(list(read_documents(path, "\n\n"))) == 1, "a text is taken as it is"
+    path.write_bytes(b"a|b.c")
+    assert list(read_documents(path, "|")) == ["a", "b.c"]
     for content, message in (
         (b" \n\n \n", r"text\.txt holds no text"),
         (b"a\n\n\xfc", r"text\.txt, line 3 is not text in UTF-8"),
@@ -161,6 +166,7 @@ def test_read_documents(tmp_path):
 
 def test_rows_are_named_by_their_place(tmp_path):
     (tmp_path / "t.txt").write_text("a b\nc\n\n\nd\n")
+    (tmp_path / "w.txt").write_text(" \n = a = \n \n\t\n b \n c \n  \n d")
     (tmp_path / "t.jsonl").write_text('{"x": 1}\n\n \n{"x": 2}\n')
 
     def read(name: str, **options) -> list[tuple]:
@@ -168,6 +174,7 @@ def test_rows_are_named_by_their_place(tmp_path):
 
     assert read("t.txt") == [("line 1", "a b\nc"), ("line 5", "d")]
     assert read("t.txt", documents="line") == [("line 1", "a b"), ("line 2", "c"), ("line 5", "d")]
+    assert read("w.txt") == [("line 2", "= a ="), ("line 5", "b \n c"), ("line 8", "d")]
     assert read("t.txt", documents="file") == [("line 1", "a b\nc\n\n\nd")]
     assert read("t.jsonl") == [("line 1", {"x": 1}), ("line 4", {"x": 2})]
     for name in ("none.txt", "none.jsonl"):

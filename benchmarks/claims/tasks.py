@@ -180,7 +180,7 @@ def language_task(
     length = 128
     if quick:
         vocab_size, length, held_out, shape = 300, 32, 64, {"width": 32}
-    documents = list(read_documents(texts["train"]))
+    documents = list(read_documents(texts["train"], "\n\n"))  # as the results do, which take a line of spaces for text
     if len(documents) < 20:
         raise ValueError(
             f"{texts['train']} has {len(documents)} documents (separated by blank lines); give at least 20, so that "
@@ -213,7 +213,7 @@ def language_task(
 
     evaluated = {"held_out": spread(documents[split:], texts["train"])}
     if "eval" in texts:
-        evaluated["other"] = spread(list(read_documents(texts["eval"])), texts["eval"])
+        evaluated["other"] = spread(list(read_documents(texts["eval"], "\n\n")), texts["eval"])
     everything = torch.ones(length, dtype=torch.bool)
     return Task(
         name="language",

@@ -28,7 +28,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.models[0])
     texts = {}
     for path in args.text:
-        encoded = (tokenizer(text, add_special_tokens=False, verbose=False) for text in read_documents(path))
+        paragraphs = read_documents(path, "\n\n")  # as the README's figures do, which take a line of spaces for text
+        encoded = (tokenizer(text, add_special_tokens=False, verbose=False) for text in paragraphs)
         documents = (one["input_ids"] for one in encoded)
         rows = [row["input_ids"] for row in pack_documents(documents, args.length, tokenizer.eos_token_id)]
         texts[path] = torch.stack(spread([row for row in rows if len(row) == args.length], args.rows))
