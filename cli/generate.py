@@ -227,10 +227,9 @@ class _Costs:
 
 
 def _encode(tokenizer: Any, text: str, number: int) -> _Row:
-    from loopmdm.data.tokens import tokenize
+    from loopmdm.data import encode_given
 
-    encoded = tokenize(tokenizer, text, f"the prompt {text[:40]!r}", add_special_tokens=True)
-    return _Row(number, text, list(encoded["input_ids"]))
+    return _Row(number, text, encode_given(tokenizer, text, f"the prompt {text[:40]!r}"))
 
 
 def _plan(model: Any, rows: list[_Row], asked: int | None) -> None:

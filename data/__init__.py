@@ -19,7 +19,7 @@ from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
 from .processes import Process, this_process
 from .stream import ExampleStream, StreamedExamples, spread
-from .tokens import check_tokens, encode, encode_with_bytes
+from .tokens import check_tokens, encode, encode_given, encode_with_bytes
 
 __all__ = [
     "SEPARATORS",
@@ -33,6 +33,7 @@ __all__ = [
     "check_tokens",
     "encode",
     "encode_answer",
+    "encode_given",
     "encode_prompt",
     "encode_with_bytes",
     "first_text",

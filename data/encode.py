@@ -6,7 +6,7 @@ from typing import Any
 
 from .chat import encode_conversation, encode_question
 from .columns import REFUSED, refuse
-from .tokens import encode, tokenize
+from .tokens import encode, encode_given
 
 # Names of the fields with prompts and answers
 PROMPT_NAMES = ("prompt", "question", "instruction")
@@ -84,8 +84,8 @@ def encode_prompt(
     tokenizer: Any, example: dict[str, Any], where: str = "An example", text_column: str | None = None
 ) -> list[int]:
     """
-    Tokens of a text to continue or to fill in, with the special tokens that the tokenizer adds, or of a conversation
-    to answer, see [`~loopmdm.data.chat.encode_question`].
+    Tokens of a text to continue or to fill in, as in training: with the special tokens that the tokenizer adds, except
+    an end token. Or those of a conversation to answer, see [`~loopmdm.data.chat.encode_question`].
 
     Args:
         tokenizer: A tokenizer, with a chat template if the example is a conversation.
@@ -106,7 +106,7 @@ def encode_prompt(
     if name in PROMPT_NAMES:
         refuse(example, _BESIDE_TEXTS, where)
     text = first_text(example, (text_column,) if text_column else (*PROMPT_NAMES, "text"), where)
-    return list(tokenize(tokenizer, text, where, add_special_tokens=True)["input_ids"])
+    return encode_given(tokenizer, text, where)
 
 
 def prompt_column(example: dict[str, Any], text_column: str | None = None) -> str:
@@ -119,11 +119,7 @@ def prompt_column(example: dict[str, Any], text_column: str | None = None) -> st
 
 def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[str, Any]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    given, text_ids = (
-        tokenize(tokenizer, prompt, where, add_special_tokens=add)["input_ids"] for add in (True, False)
-    )
-    if end and given[-1:] == end != text_ids[-1:]:
-        given = given[:-1]  # some tokenizers add an end token to every text
+    given = encode_given(tokenizer, prompt, where)
     ids = encode(tokenizer, answer, where)
     return {"input_ids": [*given, *ids, *([] if ids[-1:] == end else end)], "prompt_length": len(given)}
 

@@ -14,6 +14,18 @@ def encode(tokenizer: Any, text: str, where: str) -> list[int]:
     return [token for piece in _pieces(text) for token in tokenize(tokenizer, piece, where)["input_ids"]]
 
 
+def encode_given(tokenizer: Any, text: str, where: str) -> list[int]:
+    """
+    Tokens of a text to continue or to fill in: with the special tokens that the tokenizer adds, but without the end
+    token that some put behind every text, since nothing comes after an end.
+    """
+    ids = list(tokenize(tokenizer, text, where, add_special_tokens=True)["input_ids"])
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        own = list(tokenize(tokenizer, text, where)["input_ids"])
+        ids = ids[:-1] if ids[-1 - len(own) : -1] == own else ids
+    return ids
+
+
 def encode_with_bytes(tokenizer: Any, text: str, where: str) -> tuple[list[int], list[int] | None]:
     """
     The tokens of [`encode`], and the number of UTF-8 bytes of each: those up to the first character of the next token,

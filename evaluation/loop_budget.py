@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ..configuration_loopmdm import LoopMDMConfig, check_num_loops
-from ..data import encode_answer, json_lines, write_atomically
+from ..data import encode_answer, encode_given, first_text, json_lines, write_atomically
+from ..data.encode import ANSWER_NAMES
 from ..generation_utils import LoopMDMGenerationConfig
 from .loading import read_generation_config
 from .rows import COSTS, generate_together
-from .texts import batches_by_length
+from .texts import batches_by_length, check_filled
 
 TOLERANCES = (0.05, 0.1, 0.15, 0.2, 0.3)
 # The arguments of `generate` that a setting may hold. Those that it leaves out get their defaults.
@@ -237,14 +238,10 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
             raise ValueError(f"{where} has an answer without tokens, so there is nothing to fill in.")
         if mask_token_id in tokens[:prompt_length]:
             input_ids = tokens[:prompt_length]
-            tokens = tokens[prompt_length:]
-            if tokens[-1:] == [tokenizer.eos_token_id]:
-                tokens = tokens[:-1]
-            if len(tokens) != len(input_ids):
-                raise ValueError(
-                    f"{where}: the prompt has mask tokens and {len(input_ids)} tokens in all, and the answer has "
-                    f"{len(tokens)}; it has to repeat the prompt with the mask tokens filled in."
-                )
+            tokens = encode_given(
+                tokenizer, first_text(item, ANSWER_NAMES, where), where
+            )  # with the same special ones
+            check_filled(input_ids, tokens, mask_token_id, where)
         else:
             input_ids = [*tokens[:prompt_length], *[mask_token_id] * (len(tokens) - prompt_length)]
         examples.append({"input_ids": torch.tensor(input_ids), "target": torch.tensor(tokens)})

@@ -214,12 +214,20 @@ def _read_masked(where: str, row: Any, tokenizer: Any, config: Any, text_column:
     else:
         masked, text = text_of(row, "masked", where), text_of(row, text_column, where)
     masked_ids, ids = encode(tokenizer, masked, where), encode(tokenizer, text, where)
-    if len(masked_ids) != len(ids):
-        raise ValueError(f"{where}: {len(masked_ids)} tokens with mask tokens, but {len(ids)} in the complete text.")
+    check_filled(masked_ids, ids, config.mask_token_id, where)
     maskable = [token == config.mask_token_id for token in masked_ids]
-    for position, (given, token) in enumerate(zip(masked_ids, ids, strict=True)):
-        if not maskable[position] and given != token:
-            raise ValueError(f"{where}: token {position + 1} is {given} with mask tokens, and {token} without.")
     if not any(maskable):
         raise ValueError(f"{where} holds no mask token ({config.mask_token_id}), so there is nothing to fill in.")
     return Text(where, ids, maskable)
+
+
+def check_filled(masked: Sequence[int], ids: Sequence[int], mask_token_id: int, where: str) -> None:
+    """Raises a ValueError unless the tokens `ids` are those of `masked` with its mask tokens filled in."""
+    if len(masked) != len(ids):
+        raise ValueError(
+            f"{where}: {len(masked)} tokens with mask tokens, but {len(ids)} in the complete text, which has to hold "
+            "one token for each mask token and to repeat the others."
+        )
+    for position, (given, token) in enumerate(zip(masked, ids, strict=True), start=1):
+        if given not in (mask_token_id, token):
+            raise ValueError(f"{where}: token {position} is {given} with mask tokens, and {token} without.")

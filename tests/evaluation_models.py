@@ -8,6 +8,7 @@ from tiny import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["<pad>", "<end>", "<mask>", *(f"w{i}" for i in range(29))]
@@ -21,6 +22,13 @@ def word_tokenizer(words: list[str] = WORDS, **special: str | None) -> PreTraine
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token=unknown))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **special)
+
+
+def with_special(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
+    """The tokenizer, which puts the special tokens of a template such as `<s> $A </s>` around every text."""
+    special = [(word, tokenizer.convert_tokens_to_ids(word)) for word in template.split() if word != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return tokenizer
 
 
 def save_looped(folder: Path, **overrides) -> str:

@@ -5,9 +5,8 @@ import json
 import logging
 
 import pytest
-from evaluation_models import word_tokenizer
+from evaluation_models import with_special, word_tokenizer
 from tiny import tiny_config
-from tokenizers.processors import TemplateProcessing
 
 from loopmdm.data import encode_answer, encode_prompt, read_examples, turn_end
 from loopmdm.evaluation import read_texts
@@ -151,13 +150,17 @@ def test_pairs_by_any_name(prompt, answer):
     assert parts(tokenizer_with(None, eos_token=None), {prompt: "2+2?", answer: "4"}) == ("2+2?", "4")
 
 
-def test_ends_that_tokenizers_add_to_prompts_are_left_out_and_those_of_the_text_stay():
-    tokenizer = tokenizer_with(None)
-    pieces = {"single": "<s> $A </s>", "special_tokens": [("<s>", 2), ("</s>", 3)]}
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**pieces)
-    assert parts(tokenizer, {"prompt": "2+2?", "completion": "4"}) == ("<s> 2+2?", "4 </s>")
-    tokenizer = tokenizer_with(None)
-    assert parts(tokenizer, {"prompt": "2+2? </s>", "completion": "4"}) == ("2+2? </s>", "4 </s>")
+@pytest.mark.parametrize(
+    ("template", "start"), [("<s> $A </s>", "<s> "), ("$A </s>", ""), ("<s> $A", "<s> "), ("$A", "")]
+)
+def test_ends_that_tokenizers_add_to_prompts_are_left_out_and_those_of_the_text_stay(template, start):
+    tokenizer = with_special(tokenizer_with(None), template)
+    for prompt in ("2+2?", "2+2? </s>", "</s>", ""):
+        given = (start + prompt).strip()
+        assert parts(tokenizer, {"prompt": prompt, "completion": "4"}) == (given, "4 </s>")
+        assert tokenizer.decode(encode_prompt(tokenizer, {"prompt": prompt})) == given
+    without = with_special(tokenizer_with(None, eos_token=None), template)
+    assert encode_prompt(without, {"prompt": "4"}) == without("4")["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import PUZZLE, SOLUTION, refusal, run
+from evaluation_models import WORDS, with_special, word_tokenizer
 from tiny import random_ids, tiny_model
 
 from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
@@ -188,6 +189,27 @@ def test_examples_may_come_from_a_pipe(tmp_path):
         read_examples(tmp_path, None, MASK)
 
 
+@pytest.mark.parametrize("template", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
+def test_prompts_to_fill_in_line_up_with_their_answers(tmp_path, template):
+    tokenizer = with_special(word_tokenizer([*WORDS, "<s>", "</s>"], bos_token="<s>", eos_token="</s>"), template)
+    path, start = tmp_path / "fill.jsonl", [32] * template.startswith("<s>")
+
+    def read(prompt: str, answer: str) -> dict[str, list[int]]:
+        path.write_text(json.dumps({"prompt": prompt, "answer": answer}))
+        (example,) = read_examples(path, tokenizer, 2)
+        return {name: tokens.tolist() for name, tokens in example.items()}
+
+    assert read("w0 <mask> w2", "w0 w1 w2") == {"input_ids": [*start, 3, 2, 5], "target": [*start, 3, 4, 5]}
+    assert read("w0 <mask>", "w0 </s>") == {"input_ids": [*start, 3, 2], "target": [*start, 3, 33]}
+    assert read("w0", "w1") == {"input_ids": [*start, 3, 2, 2], "target": [*start, 3, 4, 33]}
+    for prompt, message in (
+        ("w0 <mask>", f"line 1: {len(start) + 2} tokens with mask tokens, but {len(start) + 3} in the complete text"),
+        ("w1 <mask> w2", f"line 1: token {len(start) + 1} is 4 with mask tokens, and 3 without"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(prompt, "w0 w1 w2")
+
+
 # The command
 
 
@@ -232,7 +254,7 @@ def test_command_writes_nothing_where_nothing_is_right(folder, tmp_path):
     ("lines", "arguments", "message"),
     [
         ('{"prompt": "12", "answer": "3"}\n' * 3, [], "There are 3 examples"),
-        ('{"prompt": "1.", "answer": "123"}\n' * 4, [], "the prompt has mask tokens and 2 tokens in all"),
+        ('{"prompt": "1.", "answer": "123"}\n' * 4, [], "2 tokens with mask tokens, but 3 in the complete text"),
         ('{"text": "12"}\n' * 4, [], "prompt"),
         ('{"prompt": "12", "answer": "3"}\n' * 4, ["--max-loss", "2"], "`max_loss` is 2.0"),
         ('{"prompt": "12", "answer": "3"}\n' * 4, ["--quality", "good"], "`quality` is 'good'"),

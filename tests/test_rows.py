@@ -4,6 +4,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import refusal, run
-from evaluation_models import save_looped, word_tokenizer
+from evaluation_models import save_looped, with_special, word_tokenizer
 from filelock import FileLock
 from processes import start
 
@@ -63,6 +64,19 @@ def lines_of(output: Path | bytes) -> list[dict]:
 
 
 # Lines
+
+
+def test_prompts_end_where_they_do_in_training(model, tmp_path):
+    """Behind the end token that a tokenizer puts behind every text, nothing would come."""
+    shutil.copytree(model, tmp_path / "ends")
+    with_special(word_tokenizer(), "$A <end>").save_pretrained(tmp_path / "ends")
+    data, options, made = write(tmp_path / "in.jsonl", [{"text": "w1 w2"}]), ("--max-new-tokens", 4), []
+    for folder in (model, tmp_path / "ends"):
+        texts = run("generate", folder, "w1 w2", *options, "--json")
+        output = tmp_path / f"{Path(folder).name}.jsonl"
+        run("generate", folder, "--data", data, "--output", output, *options)
+        made.append((texts, output.read_bytes()))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("options", [SAMPLED, {"max_new_tokens": 5}, {"eos_token_id": 5, **SAMPLED}], ids=str)
