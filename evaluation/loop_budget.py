@@ -238,9 +238,8 @@ def read_examples(path: str | Path, tokenizer: Any, mask_token_id: int) -> list[
             raise ValueError(f"{where} has an answer without tokens, so there is nothing to fill in.")
         if mask_token_id in tokens[:prompt_length]:
             input_ids = tokens[:prompt_length]
-            tokens = encode_given(
-                tokenizer, first_text(item, ANSWER_NAMES, where), where
-            )  # with the same special ones
+            # With the same special tokens as the prompt
+            tokens = encode_given(tokenizer, first_text(item, ANSWER_NAMES, where), where)
             check_filled(input_ids, tokens, mask_token_id, where)
         else:
             input_ids = [*tokens[:prompt_length], *[mask_token_id] * (len(tokens) - prompt_length)]
