@@ -92,7 +92,7 @@ def _check_nothing_is_lost(
     Raises a ValueError if the template writes the same `text` without the tools, without the calls of a message, or
     without the reasoning of a learnt one. That of the first `context` messages may be lost, which some templates want.
     """
-    without = [("tools", messages, None)] if tools else []
+    without: list[tuple] = [("tools", messages, None)] if tools else []
     for place, message in enumerate(messages):
         for names in (("tool_calls",), _REASONING if place >= context else ()):
             if found := [name for name in names if message.get(name)]:

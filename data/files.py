@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 
 # Separators of the documents in a text file. A blank line may hold white space, as in WikiText.
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
-SEPARATORS = {"blank_line": BLANK_LINE, "line": "\n", "file": None}
+SEPARATORS: dict[str, str | re.Pattern[str] | None] = {"blank_line": BLANK_LINE, "line": "\n", "file": None}
 # Most bytes of a line of JSON: more than any row needs, and few enough for the memory
 LONGEST_LINE = 2**28
 BYTE_ORDER_MARK = "\ufeff"
