@@ -241,7 +241,8 @@ def test_command_writes_what_it_chose(folder, tmp_path):
 
 def test_command_writes_nothing_where_nothing_is_right(folder, tmp_path):
     data = tmp_path / "data.jsonl"
-    wrong = SOLUTION[1:] + SOLUTION[0]  # another digit in most cells
+    digits = zip(PUZZLE, SOLUTION, SOLUTION[1:] + SOLUTION[0], strict=True)
+    wrong = "".join(right if given == right else other for given, right, other in digits)  # in most blanks
     data.write_text(f"{json.dumps({'prompt': PUZZLE, 'answer': wrong})}\n" * 4)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     arguments = ("--data", data, "--max-denoising-steps", 2, "--num-loops", 2, "--output", tmp_path / "out.json")
