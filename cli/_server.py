@@ -34,6 +34,7 @@ from transformers.cli.serving.utils import (
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from loopmdm import LoopMDMGenerationConfig
+from loopmdm.data.chat import encode_question
 from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown
 
 # Of transformers' server; `transformers chat` begins with the last.
@@ -126,6 +127,8 @@ class Chat(ChatCompletionHandler):
             raise ValueError(f"`messages` is {shown}; give objects with a `role` and a text as `content`.") from None
         if not isinstance(body.get("chat_template_kwargs", {}), dict):
             raise ValueError(f"`chat_template_kwargs` is {body['chat_template_kwargs']!r}; give an object.")
+        if body.get("tools"):  # refuses those that the template leaves out
+            encode_question(self.model_manager.tokenizer, body["messages"], "The request", body["tools"])
 
     def _streaming(self, *args, **kwargs):
         response = super()._streaming(*args, **kwargs)

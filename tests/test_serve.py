@@ -198,6 +198,7 @@ BAD = {
     "none": ({"messages": []}, "`messages` is []; give objects"),
     "no role": ({"messages": [{"content": "w1"}]}, "give objects with a `role`"),
     "picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a text as `content`"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "w1"}}]}, "has `tools`, which the chat template"),
     "other model": ({"model": "other"}, "requested 'other'"),
     "config": (
         {"extra_body": {"generation_config": "{"}},
