@@ -14,7 +14,7 @@ import atexit
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ class LoopMDMEvalModel(_Processes):
         for context, (_, _, continuation) in zip(contexts, requests, strict=True):
             ids, given = context + continuation, len(context)
             windows.append(Window(0, 0, ids, [position >= given for position in range(len(ids))], None))
-        scores = self._score(windows, disable_tqdm)
+        scores = self._score(windows, [0] * len(windows), disable_tqdm)  # choices are compared on the same masks
         for chosen in batches_by_length([window.input_ids for window in windows], self.batch_size):
             greedy = fills_in(self.model, [windows[index] for index in chosen], self.num_loops)
             for index, is_greedy in zip(chosen, greedy, strict=True):
@@ -239,15 +239,17 @@ class LoopMDMEvalModel(_Processes):
             start = len(ids) - len(self.tok_encode(text, False))
             texts.append(Text(text[:40], ids, [position >= start for position in range(len(ids))]))
         windows = make_windows(texts, self.max_length, self.stride)
+        # Masks that depend on the tokens: the same ones in every text would add noise that no number of texts averages.
+        scores = self._score(windows, [str(window.input_ids) for window in windows], disable_tqdm)
         totals = [0.0] * len(texts)
-        for window, score in zip(windows, self._score(windows, disable_tqdm), strict=True):
+        for window, score in zip(windows, scores, strict=True):
             totals[window.text] += score
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _score(self, windows: list[Window], disable_tqdm: bool) -> list[float]:
-        """Minus the NELBO in nats of each window."""
+    def _score(self, windows: list[Window], indices: Sequence[int | str], disable_tqdm: bool) -> list[float]:
+        """Minus the NELBO in nats of each window, whose masks depend on the seed and its index."""
         scores = [0.0] * len(windows)
         # A single token has only one mask, so the fewest samples allowed score it exactly.
         single = [index for index, window in enumerate(windows) if sum(window.maskable) == 1]
@@ -264,7 +266,7 @@ class LoopMDMEvalModel(_Processes):
                         num_samples=num_samples,
                         batch_size=self.batch_size,
                         seed=self.seed,
-                        indices=[windows[index].start for index in chosen],
+                        indices=[indices[index] for index in chosen],
                     )
                     for index, nats in zip(chosen, estimate.nats[0].tolist(), strict=True):
                         scores[index] = -nats
@@ -317,6 +319,11 @@ class LoopMDMEvalModel(_Processes):
         settings = {"num_loops": self.num_loops, **self.generation, **arguments}
         # Tasks ask for greedy decoding by `temperature: 0`, or by `do_sample: false` with sampling arguments left in.
         if settings.get("temperature") == 0:
+            if settings.get("do_sample"):
+                raise ValueError(
+                    "`do_sample` is true, and `temperature` 0, which is greedy; add `temperature=1.0`, or leave "
+                    "`do_sample` out."
+                )
             settings["do_sample"] = False
         if not settings.get("do_sample"):
             for name in ("temperature", "top_k", "top_p", "min_p"):
@@ -411,7 +418,7 @@ class StopAtText(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         texts = [self.tokenizer.decode(self._new(row)) for row in input_ids.tolist()]
-        return torch.tensor([any(word in text for word in self.until) for text in texts], device=input_ids.device)
+        return torch.tensor([any(word and word in text for word in self.until) for text in texts], device=input_ids.device)
 
 
 def main() -> None:

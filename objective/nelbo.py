@@ -119,7 +119,7 @@ def nelbo(
     num_samples: int = 32,
     batch_size: int = 16,
     seed: int = 0,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int | str] | None = None,
 ) -> NelboEstimate:
     """
     Estimates the NELBO of sequences. In a sequence with L maskable tokens, k of them are masked, with k uniform in
@@ -144,7 +144,7 @@ def nelbo(
         num_samples (`int`, defaults to 32): Masks per sequence; even, as they are drawn in pairs.
         batch_size (`int`, defaults to 16): Masked sequences per forward pass.
         seed (`int`, defaults to 0): Seed of the masks. A sequence's masks depend only on the seed and its index.
-        indices (`list[int]`, *optional*): Index of each sequence; by default its place in `input_ids`.
+        indices (`list[int]` or `list[str]`, *optional*): Index of each sequence; by default its place in `input_ids`.
 
     Returns:
         [`NelboEstimate`], with tensors on the CPU.

@@ -164,11 +164,23 @@ def test_rolling_likelihood_adds_up_windows(folder):
     for begin, fresh, end in ((0, 0, 4), (3, 4, 7), (6, 7, 8)):
         window = torch.tensor([ids[begin:end]])
         maskable = torch.arange(begin, end)[None] >= fresh
-        samples = 8 if end - fresh > 1 else 2
-        expected -= nelbo(
-            lm.model, window, maskable=maskable, num_loops=2, num_samples=samples, indices=[begin]
-        ).nats.item()
+        settings = {"num_loops": 2, "num_samples": 8 if end - fresh > 1 else 2, "indices": [str(ids[begin:end])]}
+        expected -= nelbo(lm.model, window, maskable=maskable, **settings).nats.item()
     assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_rolling_likelihoods_of_several_texts_have_errors_of_their_own(lm, monkeypatch):
+    """Two texts that differ in one token have nearly the same costs: on the same masks, they would err alike."""
+    monkeypatch.setattr(lm, "num_samples", 2)
+    words = [f"w{i * 5 % 29}" for i in range(8)]
+    texts = [(" ".join(words),), (" ".join([*words[:-1], "w3"]),)]
+    found = []
+    for seed in range(16):
+        monkeypatch.setattr(lm, "seed", seed)
+        found.append(lm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts), disable_tqdm=True))
+        (alone,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", texts[1]), disable_tqdm=True)
+        assert found[-1][1] == pytest.approx(alone, rel=1e-5), "other texts do not matter"
+    assert torch.tensor(found).T.corrcoef()[0, 1] < 0.7
 
 
 def generated(lm, *prompts: str, **arguments) -> list[str]:
@@ -217,6 +229,7 @@ def test_with_blocks_generation_ends_after_the_block_that_holds_until(lm, monkey
     passes.clear()
     short, _ = generated(lm, "w1 w2", longer, **settings, until=[whole[1], first])
     assert len(passes) == 1 and short.split() == whole[:1]
+    assert generated(lm, "w1 w2", **settings, until=[""])[0].split() == whole, "an empty text stops nothing"
 
 
 def test_arguments_of_the_model_and_of_the_task(folder):
@@ -347,8 +360,11 @@ def test_bad_arguments_are_named(folder, arguments, message):
 def test_bad_generation_arguments_are_named_before_anything_runs(lm, monkeypatch):
     monkeypatch.setattr(lm.model, "generate", lambda **k: pytest.fail("generated"))
     good = ("w1", {"max_gen_toks": 4})
-    too_many, unknown = {"max_gen_toks": 64}, {"max_gen_toks": 2, "beams": 2}
-    for arguments, message in ((too_many, "`max_gen_toks` is 64"), (unknown, "no argument `beams`")):
+    for arguments, message in (
+        ({"max_gen_toks": 64}, "`max_gen_toks` is 64"),
+        ({"max_gen_toks": 2, "beams": 2}, "no argument `beams`"),
+        ({"do_sample": True, "temperature": 0.0}, "`do_sample` is true, and `temperature` 0, which is greedy"),
+    ):
         with pytest.raises(ValueError, match=message):
             lm.generate_until(requests("generate_until", good, ("w1", arguments)), disable_tqdm=True)
 
