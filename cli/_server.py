@@ -110,6 +110,7 @@ class Chat(ChatCompletionHandler):
     """Reads requests: the OpenAI API's, and arguments of `generate` beside them."""
 
     def _validate_request(self, body):
+        json.dumps(body, ensure_ascii=False).encode()  # a ValueError for half a character (a lone surrogate)
         if "generation_config" in body:
             body.update({**_unpacked(body.pop("generation_config")), **body})
         for name in [name for name, value in body.items() if value is None]:
@@ -125,10 +126,15 @@ class Chat(ChatCompletionHandler):
         except ValidationError:
             shown = str(body.get("messages"))[:200]
             raise ValueError(f"`messages` is {shown}; give objects with a `role` and a text as `content`.") from None
-        if not isinstance(body.get("chat_template_kwargs", {}), dict):
-            raise ValueError(f"`chat_template_kwargs` is {body['chat_template_kwargs']!r}; give an object.")
+        options = body.get("chat_template_kwargs", {})
+        if not isinstance(options, dict):
+            raise ValueError(f"`chat_template_kwargs` is {options!r}; give an object.")
+        tokenizer = self.model_manager.tokenizer
+        own = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        for name in options.keys() & own:
+            raise ValueError(f"`chat_template_kwargs` has `{name}`, which the server sets itself; leave it out.")
         if body.get("tools"):  # refuses those that the template leaves out
-            encode_question(self.model_manager.tokenizer, body["messages"], "The request", body["tools"])
+            encode_question(tokenizer, body["messages"], "The request", body["tools"])
 
     def _streaming(self, *args, **kwargs):
         response = super()._streaming(*args, **kwargs)
@@ -233,6 +239,7 @@ def _prepare(model: Any, tokenizer: Any, inputs: dict[str, Any], wishes: Wishes)
     elif config.max_new_tokens == 0:
         raise ValueError("`max_tokens` is 0; it must be at least 1.")
     model._prepare_canvas(config, input_ids, inputs.get("attention_mask"), None, None)
+    model._prepare_lists(config, None, None, tokenizer)
     wishes.max_new_tokens = config.max_new_tokens
     return config
 
@@ -296,7 +303,8 @@ def make_app(name: str, model: Any, tokenizer: Any) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError):
-        return JSONResponse(_error(400, "The request's body is not a JSON object."), 400)
+        wrong = "The request's body is not a JSON object; send one, with the header `Content-Type: application/json`."
+        return JSONResponse(_error(400, wrong), 400)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception):

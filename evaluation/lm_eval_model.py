@@ -239,7 +239,7 @@ class LoopMDMEvalModel(_Processes):
             start = len(ids) - len(self.tok_encode(text, False))
             texts.append(Text(text[:40], ids, [position >= start for position in range(len(ids))]))
         windows = make_windows(texts, self.max_length, self.stride)
-        # Masks that depend on the tokens: the same ones in every text would add noise that no number of texts averages.
+        # Masks of their own: the same ones in every text would add noise that no number of texts averages out.
         scores = self._score(windows, [str(window.input_ids) for window in windows], disable_tqdm)
         totals = [0.0] * len(texts)
         for window, score in zip(windows, scores, strict=True):
@@ -418,7 +418,9 @@ class StopAtText(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         texts = [self.tokenizer.decode(self._new(row)) for row in input_ids.tolist()]
-        return torch.tensor([any(word and word in text for word in self.until) for text in texts], device=input_ids.device)
+        return torch.tensor(
+            [any(word and word in text for word in self.until) for text in texts], device=input_ids.device
+        )
 
 
 def main() -> None:

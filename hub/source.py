@@ -63,7 +63,10 @@ def read_source_card(name: str | Path, folder: str | Path | None = None) -> Sour
     link = kept.get("license_link")
     if is_id and isinstance(link, str) and "://" not in link and link not in [path.name for path in files]:
         kept["license_link"] = f"https://huggingface.co/{name}/blob/main/{link}"
-    base = metadata.get("base_model") if _is_plain(metadata.get("base_model")) else None
+    base = metadata.get("base_model")
+    # peft and the Trainer write folders there too, which mean nothing elsewhere.
+    is_known = _is_plain(base) and all(map(_is_id, [base] if isinstance(base, str) else base))
+    base = base if is_known else None
     return SourceCard(str(name) if is_id else base, kept, text, files)
 
 

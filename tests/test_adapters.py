@@ -150,12 +150,37 @@ def test_a_merge_as_documented_keeps_what_the_adapter_learnt(run_file, base, tmp
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, load_model("few-loops")(IDS).logits)
     assert not list(Path("merged").glob("adapter*"))
+    for record in ("training.json", "loop_budget.json"):
+        assert (Path("merged") / record).read_bytes() == (Path("few-loops") / record).read_bytes()
+    card = (Path("merged") / "README.md").read_text()
+    assert "# merged" in card and "## How it was made" in card and "Not measured yet" not in card
+
+
+def test_a_merge_keeps_the_licence_of_the_base(base, tmp_path):
+    """peft's own card of an adapter has no licence, and a folder as the base model."""
+    licensed = shutil.copytree(base, tmp_path / "base")
+    (licensed / "README.md").write_text("---\nlicense: other\nlicense_name: its-own\n---\nA model.\n")
+    (licensed / "LICENSE").write_text("As you like.")
+    model = get_peft_model(LoopMDMForMaskedLM.from_pretrained(licensed), lora_config(tiny_config(), r=2))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "license_name: its-own" in card and str(tmp_path) not in card
+    assert (tmp_path / "merged/LICENSE").read_text() == "As you like."
 
 
 def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
-    get_peft_model(LoopMDMForMaskedLM.from_pretrained(base), SOFT[0]).save_pretrained(tmp_path / "soft")
+    tied = save_looped(tmp_path / "tied", tie_word_embeddings=True)
+    for name, place, settings in (
+        ("soft", base, SOFT[0]),
+        ("ends", tied, LoraConfig(target_modules=["q_proj", "lm_head"])),
+        ("late", base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])),
+    ):
+        get_peft_model(LoopMDMForMaskedLM.from_pretrained(place), settings).save_pretrained(tmp_path / name)
     for model, output, message in (
         (tmp_path / "soft", "new", "holds soft prompts (PROMPT_TUNING), which no weights take up"),
+        (tmp_path / "ends", "new", "adapts a weight that embeddings and head share (`tie_word_embeddings`)"),
+        (tmp_path / "late", "new", f"peft cannot merge {tmp_path / 'late'}: "),
         (base, "new", "adapter_config.json"),
         (adapter, "soft", "exists already; name a new folder"),
     ):

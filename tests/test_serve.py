@@ -199,6 +199,10 @@ BAD = {
     "no role": ({"messages": [{"content": "w1"}]}, "give objects with a `role`"),
     "picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a text as `content`"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "w1"}}]}, "has `tools`, which the chat template"),
+    "template": (
+        {"extra_body": {"chat_template_kwargs": {"tokenize": False}}},
+        "has `tokenize`, which the server sets",
+    ),
     "other model": ({"model": "other"}, "requested 'other'"),
     "config": (
         {"extra_body": {"generation_config": "{"}},
@@ -251,11 +255,40 @@ def test_other_routes_do_not_exist(client):
         assert error.value.body["message"] == "Not Found"
 
 
-def test_a_body_that_is_no_object_is_refused(client):
-    for body in ([1], "text"):
+def test_a_body_that_is_no_object_is_refused(client, folder):
+    for body, headers in (
+        ([1], {}),
+        ("text", {}),
+        ({"model": folder, "messages": asks("w3")}, {"Content-Type": "application/x-www-form-urlencoded"}),
+    ):
         with pytest.raises(openai.BadRequestError) as error:
-            client.post("/chat/completions", cast_to=dict, body=body)
-        assert error.value.body["message"] == "The request's body is not a JSON object."
+            client.post("/chat/completions", cast_to=dict, body=body, options={"headers": headers})
+        assert "not a JSON object; send one, with the header `Content-Type" in error.value.body["message"]
+
+
+@pytest.mark.parametrize("request_", [{"model": "\ud800"}, {"messages": asks("\ud800")}, {"\ud800": 1}])
+def test_half_a_character_is_refused(model, request_):
+    """In this process: the client of the API cannot send it."""
+    from fastapi.testclient import TestClient
+
+    from loopmdm_cli._server import make_app
+
+    body = {"model": "m", "messages": asks("w3")} | request_
+    http = TestClient(make_app("m", model, tokenizer()), raise_server_exceptions=False)
+    answer = http.post("/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and "surrogates not allowed" in answer.json()["error"]["message"]
+
+
+def test_stop_strings_that_a_tokenizer_cannot_look_for_are_refused_before_the_answer(model):
+    from fastapi.testclient import TestClient
+
+    from loopmdm_cli._server import make_app
+
+    http = TestClient(make_app("m", model, word_tokenizer()), raise_server_exceptions=False)
+    for stream in (False, True):
+        body = {"model": "m", "messages": asks("w3"), "stop": "w4", "stream": stream}
+        answer = http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and "cannot look for" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
