@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, begin, load, make_parser, puzzles, read_pairs, timed, write_result
+from common import ROOT, begin, load, make_parser, positive, puzzles, read_pairs, timed, write_result
 
 from loopmdm.convert.onnx_graphs import WEIGHTS, export_onnx
 from loopmdm.convert.onnx_runner import OnnxModel
@@ -63,7 +63,7 @@ def compare(model, graphs: dict[str, OnnxModel], ids: torch.Tensor, solutions: t
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--count", type=int, default=200, help="puzzles")
+    parser.add_argument("--count", type=positive, default=200, help="puzzles")
     args = parser.parse_args()
     begin(args)
     model, tokenizer = load()

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import torch
-from common import begin, load, make_parser, save_word_model, write_result
+from common import begin, load, make_parser, positive, save_word_model, write_result
 
 TURNS, CLIENTS, NEW_TOKENS = 10, 8, 8
 WORDS = [f"w{number}" for number in range(997)]
@@ -71,7 +71,7 @@ def study(requests: int, folder: str, client: openai.OpenAI, pid: int) -> dict:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--requests", type=int, default=1000, help="in ten turns; the median turn counts")
+    parser.add_argument("--requests", type=positive, default=1000, help="in ten turns; the median turn counts")
     args = parser.parse_args()
     begin(args)
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}

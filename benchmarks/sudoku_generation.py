@@ -19,7 +19,7 @@ import json
 import math
 
 import torch
-from common import ROOT, begin, load, make_parser, puzzles, read_pairs, write_result
+from common import ROOT, begin, load, make_parser, positive, puzzles, read_pairs, write_result
 
 CACHES = [
     {"cache_implementation": implementation, **refresh}
@@ -80,7 +80,7 @@ def main() -> None:
     parser.set_defaults(seed=1)
     parser.add_argument("--study", choices=("commit", "caches", "loops"), default="commit")
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (default: the bundled one)")
-    parser.add_argument("--count", type=int, default=1000, help="number of puzzles (default: 1000)")
+    parser.add_argument("--count", type=positive, default=1000, help="number of puzzles (default: 1000)")
     parser.add_argument("--loops", type=int, nargs="+", default=[2, 6], help="num_loops of commit and caches")
     parser.add_argument("--visible-loops", type=int, help="loops of visible tokens where there are more")
     args = parser.parse_args()

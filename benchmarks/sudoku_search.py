@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import begin, load, make_parser, puzzles, read_pairs, solved, write_result
+from common import begin, load, make_parser, positive, puzzles, read_pairs, solved, write_result
 from flagship.symmetry import Symmetry
 
 from loopmdm.commit_rules import CommitRule
@@ -251,10 +251,12 @@ def plot(path: Path, gflop: float) -> None:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(seed=3)  # training has puzzles of seed 0, held-out scores of seed 1, pilots of seed 2
-    parser.add_argument("--count", type=int, default=200, help="minimal puzzles (default: 200)")
+    parser.add_argument("--count", type=positive, default=200, help="minimal puzzles (default: 200)")
     parser.add_argument("--masks", type=int, default=4, help="masks per NELBO of an answer (default: 4)")
     parser.add_argument("--later-look", action="store_true", help="only try remasking by confidence")
-    parser.add_argument("--until", type=int, help="only try symmetric copies until one is accepted, at most so many")
+    parser.add_argument(
+        "--until", type=positive, help="only try symmetric copies until one is accepted, at most so many"
+    )
     parser.add_argument("--plot", type=Path, help="only draw what is in benchmarks/results")
     args = parser.parse_args()
     begin(args)

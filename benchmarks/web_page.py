@@ -15,7 +15,7 @@ import statistics
 import threading
 
 import torch
-from common import ROOT, begin, load, make_parser, puzzles, timed, write_result
+from common import ROOT, begin, load, make_parser, positive, puzzles, timed, write_result
 from playwright.sync_api import sync_playwright
 
 from loopmdm.web.export import Board
@@ -78,7 +78,7 @@ def compare(page, model, board: Board, boards: list[str], setting: dict) -> dict
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--count", type=int, default=100, help="puzzles of each setting")
+    parser.add_argument("--count", type=positive, default=100, help="puzzles of each setting")
     args = parser.parse_args()
     begin(args)
     model, tokenizer = load()

@@ -129,6 +129,9 @@ class OnnxModel:
         for name, least in (("max_new_tokens", 0), ("block_length", 1), ("max_denoising_steps", 1)):
             if settings[name] is not None and settings[name] < least:
                 raise ValueError(f"`{name}` is {settings[name]}; it must be at least {least}.")
+        steps, loops = settings["max_denoising_steps"], _as_list(settings["num_loops"])
+        if len(loops) > (steps or len(loops)):
+            raise ValueError(f"`num_loops` lists {len(loops)} steps of {steps}; give one number or more, one a step.")
         threshold, size = settings["confidence_threshold"], self.about["vocab_size"]
         if threshold is not None and not 0 < threshold <= 1:
             raise ValueError(f"`confidence_threshold` is {threshold}; it must be above 0, and at most 1.")

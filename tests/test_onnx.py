@@ -130,6 +130,7 @@ def test_the_runner_refuses_what_it_does_not_do(exported):
         ({"max_new_tokens": -1}, "`max_new_tokens` is -1; it must be at least 0"),
         ({"block_length": 0}, "`block_length` is 0; it must be at least 1"),
         ({"max_denoising_steps": 0}, "`max_denoising_steps` is 0; it must be at least 1"),
+        ({"num_loops": [3, 1], "max_denoising_steps": 1}, "`num_loops` lists 2 steps of 1"),
         ({"confidence_threshold": 95}, "`confidence_threshold` is 95; it must be above 0, and at most 1"),
         ({"suppress_tokens": [23]}, "`suppress_tokens` holds 23, .* vocabulary of 23"),
         ({"suppress_tokens": [-1]}, "`suppress_tokens` holds -1"),
