@@ -82,7 +82,7 @@ class LoopMDMConfig(PreTrainedConfig):
         loop_update (`"replace"` or `"damped"`, defaults to `"replace"`):
             `"replace"`: `h <- mid(h)`, for models trained with loops. `"damped"`: `h <- h + (mid(h) - h) / num_loops`,
             which can loop layers that were trained without loops (arXiv 2605.23872).
-        use_cache (`bool`, defaults to `True`): Whether `generate` caches the finished blocks of a block-causal model.
+        use_cache (`bool`, defaults to `True`): Without effect, since every Trainer sets it to `False` for good.
         mask_token_id (`int`): Id of [MASK]. Required; no other special token may share it.
         pad_token_id, bos_token_id (`int`, *optional*), eos_token_id (`int` or `list[int]`, *optional*): Other tokens.
     """

@@ -99,7 +99,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
             which is then the default, and blocks are counted from position 0.
         max_denoising_steps (`int`, *optional*):
             Maximum number of denoising steps per block. By default one per [MASK], so that each commits one token.
-        use_cache (`bool`, defaults to `config.use_cache`):
+        use_cache (`bool`, defaults to `True`):
             Block-causal models cache the keys and values of finished blocks, which is exact, if all steps have the
             same `num_loops`; `False` recomputes them. It has no effect on other models.
         cache_implementation (`"prefix"`, `"dual"` or a subclass of [`CachePlan`], *optional*):
@@ -158,7 +158,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         **dict.fromkeys(("loop_tolerance", "entropy_bound", "guidance_scale"), (None, float, 0)),
         **dict.fromkeys(("confidence_threshold", "top_p"), (None, float, EPSILON, 1)),
         **dict.fromkeys(("do_sample", "return_dict_in_generate", "output_scores", "output_trace"), (False, bool)),
-        "use_cache": (None, bool),
+        "use_cache": (True, bool),
         "remask_probability": (0.0, float, 0, 1),
         "eos_penalty": (0.0, float, 0),
         "temperature": (1.0, float, EPSILON),
@@ -330,9 +330,7 @@ class Denoiser:
         self.loops = _as_list(config.num_loops) or [model.config.num_loops]
         self.copies = 1 if config.guidance_scale in (None, 1) else 2
         # Whether finished blocks are stored; a cache holds keys and values for one number of loops.
-        is_constant = isinstance(config.num_loops, int | None)
-        use_cache = model.config.use_cache if config.use_cache is None else config.use_cache
-        self.is_exact = block_size is not None and use_cache and is_constant
+        self.is_exact = block_size is not None and config.use_cache and isinstance(config.num_loops, int | None)
         # Whether a block may run other loops than finished text (with `shift_logits`, a token before a [MASK] loops
         # with it). This needs a cache within a step even if none is kept, since finished text runs all loops.
         visible_counts = config.visible_loops is not None and model.config.shift_logits
@@ -352,7 +350,7 @@ class Denoiser:
         if not isinstance(cache, LoopMDMCache) or cache.share_loops or not self.is_exact or self.copies > 1:
             raise ValueError(
                 "`past_key_values` must be a LoopMDMCache with a place for every loop, and serves block-causal models "
-                "with one `num_loops` for all steps, `use_cache` not False and no guidance; leave it out."
+                "with one `num_loops` for all steps, `use_cache=True` and no guidance; leave it out."
             )
         canvas = self.canvas
         cache.check(self.model.config, len(canvas.lengths), self.loops[0], self.config.visible_loops)
@@ -615,7 +613,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
             for name in SAMPLING:
                 setattr(config, name, kwargs.get(name, config_class.FIELDS[name][0]))
         config.update(**{name: kwargs.pop(name) for name in config_class.FIELDS if name in kwargs})
-        reject_unknown(kwargs)
+        known = {*config.FIELDS, "transformers_version"}
+        assigned = {name: value for name, value in vars(config).items() if name not in known and name[0] != "_"}
+        reject_unknown(assigned | kwargs)
         config.validate()
         config.validate_for(self.config)
         resolve_policy(self.config, config.loop_tolerance, config.visible_loops, config.loop_policy)
@@ -658,7 +658,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
     def _check_input(self, config, input_ids, attention_mask) -> torch.BoolTensor:
         """Checks the input and returns which tokens are real, `(batch_size, length)`."""
         if not isinstance(input_ids, torch.Tensor):
-            raise ValueError(f'`input_ids` is a {type(input_ids).__name__}; give a tensor (`return_tensors="pt"`).')
+            raise ValueError(
+                f"`input_ids` is a {type(input_ids).__name__}; give a tensor (a tokenizer's: `**inputs`)."
+            )
         shape, padding = tuple(input_ids.shape), config.pad_token_id
         if len(shape) != 2 or shape[0] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
             needed = "int64 or int32 of shape (batch_size, length), with at least one row"

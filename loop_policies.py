@@ -40,10 +40,7 @@ class RowTolerance(LoopPolicy):
 
     def __init__(self, tolerance: float):
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not tolerance >= 0:
-            raise ValueError(
-                f"`loop_tolerance` is {tolerance!r}; it must be a number of at least 0: the relative change of the "
-                "hidden state below which a row stops looping (e.g. 0.05)."
-            )
+            raise ValueError(f"`loop_tolerance` is {tolerance!r}; it must be a number of at least 0, such as 0.05.")
         self.tolerance = tolerance
 
     def goes_on(self, index, before, after, part):

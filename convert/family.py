@@ -16,8 +16,8 @@ from .source import Source
 # Fields of a configuration that are not the source's: those of the loop, and the ids of special tokens
 LOOP_FIELDS = ("loop_start", "loop_end", "num_loops", "max_train_loops", "loop_update")
 TOKEN_FIELDS = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
-# All others: what a plain model is
-MODEL_FIELDS = LoopMDMConfig.__annotations__.keys() - {*LOOP_FIELDS, *TOKEN_FIELDS}
+# All others that have an effect: what a plain model is
+MODEL_FIELDS = LoopMDMConfig.__annotations__.keys() - {*LOOP_FIELDS, *TOKEN_FIELDS, "use_cache"}
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ class _Processes(TemplateLM):
     def start_processes(self, device: str | None) -> None:
         """Sets the device, the rank and the number of processes."""
         self.accelerator = None
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = "cpu"  # it is lm-eval's own default
         self._device = check_device(device)
         if this_process().number > 1:
             from accelerate import Accelerator

@@ -27,7 +27,8 @@ def read_model_config(model: str, revision: str | None = None) -> LoopMDMConfig:
     other models.
     """
     place, revision = _place(model, revision)
-    with _in_words(place):
+    is_of_adapter = adapter_base(model) is not None and not Path(place).exists()
+    with _in_words(f"{place}, the base model in adapter_config.json of {model}," if is_of_adapter else place):
         kind = PreTrainedConfig.get_config_dict(place, revision=revision)[0].get("model_type")
     if kind not in (None, "loopmdm"):  # the class of another model may be code, which transformers would ask for
         raise ValueError(

@@ -192,6 +192,7 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"base_model_name_or_path": "nowhere"}, "nowhere, the base model in adapter_config.json of "),
         ({"base_model_name_or_path": "./nowhere"}, "./nowhere does not hold the base model of the adapter"),
         ({"base_model_name_or_path": None}, "does not name the adapter's model"),
         ("weights", "is an adapter without adapter_model.safetensors; only safetensors files are read"),
@@ -261,6 +262,35 @@ def test_training_goes_on_from_an_adapter(run_file, base, adapter, tmp_path):
     assert not torch.equal(after, before)
     assert json.loads((tmp_path / "more" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     assert not (tmp_path / "more" / "config.json").exists()
+
+
+def test_an_adapter_finds_its_base_from_other_folders(run_file, base, tmp_path, monkeypatch):
+    """Its run names the base by a relative path, and another folder holds another model of that name."""
+    shutil.copytree(base, tmp_path / "mine")
+    save_looped(tmp_path / "elsewhere/mine", num_hidden_layers=5)
+    monkeypatch.chdir(tmp_path)
+    train(read_config(run_file(model="mine", lora={"r": 2})))
+    monkeypatch.chdir("elsewhere")
+    assert load_model(str(tmp_path / "out")).config.num_hidden_layers == 4
+    shutil.move(tmp_path / "mine", tmp_path / "moved")
+    message = f"{tmp_path / 'mine'} does not hold the base model of the adapter {tmp_path / 'out'}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["whole", "adapter"])
+def test_loops_that_were_chosen_for_other_weights_are_left_out(run_file, base, tmp_path, lora, caplog):
+    calibrated = shutil.copytree(base, tmp_path / "calibrated")
+    settings = {"num_loops": 1, "visible_loops": 1, "eos_token_id": 1}
+    (calibrated / "generation_config.json").write_text(json.dumps(settings))
+    logging.enable_propagation()
+    try:
+        train(read_config(run_file(model=str(calibrated), lora=lora, loops={"max_loops": 4})))
+    finally:
+        logging.disable_propagation()
+    found = load_model(str(tmp_path / "out")).generation_config
+    assert (found.num_loops, found.visible_loops, found.eos_token_id) == (None, None, 1)
+    assert "`num_loops=1` of generation_config.json was for other weights" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -394,3 +394,10 @@ def test_lm_evals_command_knows_the_model(monkeypatch):
         monkeypatch.setattr(sys, "argv", argv)
         main()
     assert calls == [LoopMDMEvalModel] * 2
+
+
+def test_lm_evals_default_device_is_the_cpu_without_a_gpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert LoopMDMEvalModel(folder, device="cuda:0").device.type == "cpu"
+    with pytest.raises(ValueError, match="cuda:1"):
+        LoopMDMEvalModel(folder, device="cuda:1")

@@ -223,6 +223,21 @@ def test_wrong_numbers_of_loops_are_refused(saved, tmp_path):
     assert "give --num-loops" in refusal("export", model, tmp_path / "out")
 
 
+def test_a_trained_model_is_exported(tmp_path):
+    """The Trainer leaves `use_cache: false` in its config."""
+    model = tiny_model(use_qk_norm=True)
+    arguments = transformers.TrainingArguments(tmp_path / "run", use_cpu=True, report_to=[])
+    transformers.Trainer(model, arguments).save_model(tmp_path / "trained")
+    assert not LoopMDMConfig.from_pretrained(tmp_path / "trained").use_cache
+    export_checkpoint(tmp_path / "trained", tmp_path / "out", num_loops=2, format="a2d-qwen3")
+    convert_checkpoint(tmp_path / "out", tmp_path / "back")
+    ids = random_ids(2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            LoopMDMForMaskedLM.from_pretrained(tmp_path / "back")(ids).logits, model(ids, num_loops=2).logits
+        )
+
+
 def test_other_models_are_refused(saved, tmp_path):
     damped = saved(loop_update="damped")
     refuse(damped, tmp_path / "out", "damped", "`loop_update`", num_loops=2)

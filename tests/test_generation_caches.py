@@ -78,11 +78,12 @@ def test_exact_caching_saves_what_is_finished(causal):
     assert plain.cache is None and cached.cache.get_seq_length() == 16
 
 
-def test_the_config_says_whether_finished_blocks_are_cached(causal, tmp_path):
-    """Training scripts of others load models with `use_cache=False`."""
+def test_training_does_not_switch_the_cache_off(causal, tmp_path):
+    """Every Trainer sets `config.use_cache` to False, and training scripts load models with it."""
     causal.save_pretrained(tmp_path)
     loaded = type(causal).from_pretrained(tmp_path, use_cache=False)
-    plain, cached = (run(loaded, PROMPT, max_new_tokens=14, use_cache=use_cache) for use_cache in (None, True))
+    assert not loaded.config.use_cache
+    plain, cached = (run(loaded, PROMPT, max_new_tokens=14, **options) for options in ({"use_cache": False}, {}))
     assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
     assert plain.cache is None and cached.cache.get_seq_length() == 16
 
@@ -391,7 +392,7 @@ def test_rows_that_had_nothing_to_do_are_stored_in_the_next_turn(causal):
         (lambda config, cache: LoopMDMCache(config, 2, 1, share_loops=True), {}, "with a place for every loop"),
         (lambda config, cache: cache, {"guidance_scale": 2.0}, "no guidance"),
         (lambda config, cache: cache, {"num_loops": [2, 2]}, "one `num_loops` for all steps"),
-        (lambda config, cache: cache, {"use_cache": False}, "`use_cache` not False"),
+        (lambda config, cache: cache, {"use_cache": False}, "`use_cache=True`"),
     ],
     ids=["rows", "loops", "visible", "dynamic", "shared", "guidance", "list", "no-cache"],
 )

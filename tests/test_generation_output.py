@@ -396,6 +396,17 @@ def test_criteria_are_asked_before_an_end_token_of_the_same_block(model):
     assert set(ended[stop:]) == {PAD}
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [("num_loop", 1, "did you mean `num_loops`?"), ("repetition_penalty", 1.3, "use a `logits_processor`")],
+)
+def test_settings_assigned_to_the_config_are_not_ignored(name, value, fix):
+    model = tiny_model()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=re.escape(f"takes no argument `{name}`: {fix}")):
+        model.generate(torch.tensor([[3, 4]]), max_new_tokens=3)
+
+
 def test_names_of_other_samplers_are_answered():
     ids = torch.tensor([[3, 4]])
     with pytest.raises(ValueError, match="takes no argument `inputs`: use `input_ids`"):

@@ -186,6 +186,10 @@ def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: "LoraCo
         return model
     from peft import PeftModel, get_peft_model
 
-    if adapter is not None:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    return get_peft_model(model, lora)
+    given = adapter is not None
+    adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True) if given else get_peft_model(model, lora)
+    for settings in adapted.peft_config.values():
+        base = settings.base_model_name_or_path
+        if base and Path(base).is_dir():  # found from other folders too, and no other model of that name
+            settings.base_model_name_or_path = str(Path(base).absolute())
+    return adapted

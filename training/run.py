@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
 
 from ..configuration_loopmdm import LoopMDMConfig
 from ..data import (
@@ -32,6 +33,7 @@ from ..data import (
     vocabulary_size,
     write_json,
 )
+from ..evaluation.loop_budget import BUDGET_ARGUMENTS
 from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
@@ -47,6 +49,7 @@ from .trainer import LoopMDMTrainer
 
 __all__ = ["TrainConfig", "read_config", "train"]
 
+logger = logging.get_logger("transformers.loopmdm")
 # Folders inside the output: checkpoints, and the final model until it is complete
 CHECKPOINTS, SAVING = "checkpoints", ".saving"
 # The last file that is written into SAVING, with the names of all files: from then on they only have to be moved.
@@ -239,6 +242,7 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
 def load_trainable(parts: RunParts) -> nn.Module:
     """The model to train, fresh or loaded, with its adapter if the run trains one."""
     base = _make_model(parts)
+    forget_loops(base)
     if parts.config.task == "answers":
         add_end_tokens(base, parts.tokenizer)
     return attach_adapter(base, parts.adapter, parts.lora)
@@ -424,6 +428,15 @@ def _read_examples(
         raise ValueError(f"{data} holds no examples of at most {length} tokens.")
     # The first example of a stream is made here too, so that faults that all rows share show before training.
     return StreamedExamples(encoded) if is_stream else examples
+
+
+def forget_loops(model: LoopMDMForMaskedLM) -> None:
+    """Removes from the generation config what was chosen for the loops of the weights before training."""
+    for name in BUDGET_ARGUMENTS:
+        value = getattr(model.generation_config, name)
+        if value is not None:
+            logger.warning(f"`{name}={value}` of generation_config.json was for other weights, and is left out.")
+            setattr(model.generation_config, name, None)
 
 
 def add_end_tokens(model: LoopMDMForMaskedLM, tokenizer: Any) -> None:
