@@ -250,12 +250,14 @@ class _Run:
     """The folder beside the output. In it are `run.json`, what the run is made of, and files of finished batches."""
 
     def __init__(self, output: Path, process: Process):
+        if output.is_dir():
+            raise ValueError(f"{output} is a folder; name a file.")
         self.output, self.rank, self.processes = output, process.rank, process.number
         self.folder = output.with_name(f"{output.name}.run")
         self.record = self.folder / "run.json"
         if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
             raise ValueError(f"{output.parent} is not a folder that can be written to; put the output elsewhere.")
-        if output.is_dir() or (output.exists() and not self.record.is_file()):
+        if output.exists() and not self.record.is_file():
             raise ValueError(f"{output} exists already, and is not of a run like this; name another file.")
 
     @contextlib.contextmanager

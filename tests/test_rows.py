@@ -312,6 +312,8 @@ def test_an_output_of_something_else_is_refused(model, data, tmp_path, monkeypat
         generate_rows(model, source, output, **SAMPLED)
     with pytest.raises(ValueError, match=r"exists already, and is not of a run"):
         generate_rows(model, source, source, **SAMPLED)
+    with pytest.raises(ValueError, match=r"^\. is a folder; name a file"):
+        generate_rows(model, source, ".", **SAMPLED)
     assert output.read_bytes() == before
 
 
