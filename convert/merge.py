@@ -4,6 +4,7 @@
 import shutil
 from pathlib import Path
 
+from ..data import share_weights
 from ..data.pretrained import adapter_base, load_tokenizer, locate
 from ..evaluation.loading import load_model, read_generation_config
 from ..hub import BUDGET, read_source_card, write_card
@@ -63,3 +64,4 @@ def merge_adapter(adapter: str | Path, output: str | Path, trust_remote_code: bo
                 shutil.copyfile(Path(source) / record, folder / record)
         write_card(folder, output.name, config=merged.config, source=card)
         merged.save_pretrained(folder)
+        share_weights(folder)

@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..data import write_json
+from ..data import share_weights, write_json
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from .plan import Plan, Result
 
@@ -121,7 +121,7 @@ def write_weights(
             done += shard[name].nbytes
             progress(done, plan.num_bytes)
         save_file(shard, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by this user only
+    share_weights(folder)
     if shards.is_sharded:
         total = {"total_parameters": sum(tensor.numel() for tensor in plan.shapes.values()), **shards.metadata}
         index = {"metadata": total, "weight_map": shards.tensor_to_filename}

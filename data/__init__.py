@@ -12,6 +12,7 @@ from .files import (
     read_documents,
     read_jsonl,
     read_rows,
+    share_weights,
     write_atomically,
     write_json,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "read_examples",
     "read_jsonl",
     "read_rows",
+    "share_weights",
     "spread",
     "text_of",
     "this_process",

@@ -166,6 +166,12 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def share_weights(folder: Path) -> None:
+    """Gives the weights the permissions of their folder: safetensors makes files that this user alone can read."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(folder.stat().st_mode & 0o666)
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes strict JSON, in which NaN and infinities are null, atomically. Tensors become lists."""
     write_atomically(path, json.dumps(_plain(record), indent=2, ensure_ascii=False, default=str) + "\n")

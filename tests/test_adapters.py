@@ -150,6 +150,8 @@ def test_a_merge_as_documented_keeps_what_the_adapter_learnt(run_file, base, tmp
     with torch.no_grad():
         torch.testing.assert_close(merged(IDS).logits, load_model("few-loops")(IDS).logits)
     assert not list(Path("merged").glob("adapter*"))
+    for file in ("few-loops/adapter_model.safetensors", "merged/model.safetensors"):
+        assert Path(file).stat().st_mode & 0o044, "others may read what this user has made"
     for record in ("training.json", "loop_budget.json"):
         assert (Path("merged") / record).read_bytes() == (Path("few-loops") / record).read_bytes()
     card = (Path("merged") / "README.md").read_text()

@@ -27,6 +27,7 @@ from ..data import (
     load_tokenizer,
     locate,
     read_examples,
+    share_weights,
     spread,
     this_process,
     turn_end,
@@ -458,6 +459,7 @@ def _save(trainer: LoopMDMTrainer, tokenizer: Any, output: Path, record: dict[st
     trainer.save_model(str(folder))
     if not trainer.is_world_process_zero():
         return
+    share_weights(folder)
     tokenizer.save_pretrained(folder)
     # An adapter needs it too: it has learnt where to end.
     trainer.looped_model.generation_config.save_pretrained(folder)
