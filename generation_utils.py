@@ -182,6 +182,8 @@ class LoopMDMGenerationConfig(GenerationConfig):
 
     def validate(self, strict: bool = False, **kwargs):
         """Raises a ValueError for the first value that is out of range or does not fit the others."""
+        own = {*self.FIELDS, "transformers_version"}
+        reject_unknown({name: value for name, value in vars(self).items() if name not in own and name[0] != "_"})
         if self.top_k == 0:  # in transformers, 0 means none
             self.top_k = None
         for name, (default, *limits) in self.FIELDS.items():
@@ -329,8 +331,9 @@ class Denoiser:
         config, block_size = self.config, model.config.attention_block_size
         self.loops = _as_list(config.num_loops) or [model.config.num_loops]
         self.copies = 1 if config.guidance_scale in (None, 1) else 2
-        # Whether finished blocks are stored; a cache holds keys and values for one number of loops.
-        self.is_exact = block_size is not None and config.use_cache and isinstance(config.num_loops, int | None)
+        # Whether finished blocks are stored. A cache is for one number of loops, and checkpointed layers ignore it.
+        is_idle = not isinstance(config.num_loops, int | None) or (model.training and model.is_gradient_checkpointing)
+        self.is_exact = block_size is not None and config.use_cache and not is_idle
         # Whether a block may run other loops than finished text (with `shift_logits`, a token before a [MASK] loops
         # with it). This needs a cache within a step even if none is kept, since finished text runs all loops.
         visible_counts = config.visible_loops is not None and model.config.shift_logits
@@ -613,9 +616,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             for name in SAMPLING:
                 setattr(config, name, kwargs.get(name, config_class.FIELDS[name][0]))
         config.update(**{name: kwargs.pop(name) for name in config_class.FIELDS if name in kwargs})
-        known = {*config.FIELDS, "transformers_version"}
-        assigned = {name: value for name, value in vars(config).items() if name not in known and name[0] != "_"}
-        reject_unknown(assigned | kwargs)
+        reject_unknown(kwargs)
         config.validate()
         config.validate_for(self.config)
         resolve_policy(self.config, config.loop_tolerance, config.visible_loops, config.loop_policy)

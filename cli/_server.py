@@ -6,6 +6,7 @@ model is loaded, what a request may ask of `generate`, and that an answer is giv
 """
 
 import asyncio
+import contextlib
 import inspect
 import json
 import secrets
@@ -28,13 +29,13 @@ from transformers.cli.serving.utils import (
     DirectStreamer,
     GenerateManager,
     GenerationState,
+    Modality,
     _GenerationCancelled,
     _StreamError,
 )
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from loopmdm import LoopMDMGenerationConfig
-from loopmdm.data.chat import encode_question
 from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown
 
 # Of transformers' server; `transformers chat` begins with the last.
@@ -129,12 +130,19 @@ class Chat(ChatCompletionHandler):
         options = body.get("chat_template_kwargs", {})
         if not isinstance(options, dict):
             raise ValueError(f"`chat_template_kwargs` is {options!r}; give an object.")
-        tokenizer = self.model_manager.tokenizer
-        own = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"documents"}
+        own = inspect.signature(self.model_manager.tokenizer.apply_chat_template).parameters.keys() - {"documents"}
         for name in options.keys() & own:
             raise ValueError(f"`chat_template_kwargs` has `{name}`, which the server sets itself; leave it out.")
-        if body.get("tools"):  # refuses those that the template leaves out
-            encode_question(tokenizer, body["messages"], "The request", body["tools"])
+        if body.get("tools") and self._render(body, body["tools"]) == self._render(body, None) is not None:
+            raise ValueError("`tools` are given, which the chat template leaves out; leave them out too.")
+
+    def _render(self, body: dict[str, Any], tools: list | None) -> str | None:
+        """The request as the template writes it; None if it refuses."""
+        messages = self.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+        options = {"add_generation_prompt": True, "tokenize": False, **body.get("chat_template_kwargs", {})}
+        with contextlib.suppress(TemplateError):
+            return self.model_manager.tokenizer.apply_chat_template(messages, tools=tools, **options)
+        return None
 
     def _streaming(self, *args, **kwargs):
         response = super()._streaming(*args, **kwargs)

@@ -4,6 +4,8 @@
 import shutil
 from pathlib import Path
 
+from transformers.utils import cached_file
+
 from ..data import share_weights
 from ..data.pretrained import adapter_base, load_tokenizer, locate
 from ..evaluation.loading import load_model, read_generation_config
@@ -11,6 +13,8 @@ from ..hub import BUDGET, read_source_card, write_card
 from .write import check_output, new_folder
 
 RECORDS = ("training.json", BUDGET)
+# A file of a folder or the Hub that may be missing
+QUIETLY = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def merge_adapter(adapter: str | Path, output: str | Path, trust_remote_code: bool = False) -> None:
@@ -60,8 +64,9 @@ def merge_adapter(adapter: str | Path, output: str | Path, trust_remote_code: bo
     with new_folder(output) as folder:
         tokenizer.save_pretrained(folder)
         for record in RECORDS:
-            if (Path(source) / record).is_file():
-                shutil.copyfile(Path(source) / record, folder / record)
+            file = cached_file(source, record, **QUIETLY)
+            if file is not None:
+                shutil.copyfile(file, folder / record)
         write_card(folder, output.name, config=merged.config, source=card)
         merged.save_pretrained(folder)
         share_weights(folder)

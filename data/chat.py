@@ -2,12 +2,14 @@
 """Conversations as tokens: where a chat template puts the answer, and which token ends a turn."""
 
 import contextlib
+import json
 import re
 from typing import Any
 
 from .tokens import encode
 
-# Fields of a message that hold what a model thinks before it answers
+# Fields of a message that hold calls of tools, and what a model thinks before it answers
+_CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # A mark in place of an answer, to find what a template puts behind it
 _ANSWER = "LOOPMDM-ANSWER"
@@ -89,14 +91,18 @@ def _check_nothing_is_lost(
     tokenizer: Any, text: str, messages: list[dict], where: str, tools: list | None, context: int, opens: bool = False
 ) -> None:
     """
-    Raises a ValueError if the template writes the same `text` without the tools, without the calls of a message, or
-    without the reasoning of a learnt one. That of the first `context` messages may be lost, which some templates want.
+    Raises a ValueError if the template writes the same `text` without the tools or without the calls of a message; or
+    without the reasoning of a learnt one, or what it says beside its calls. The first `context` messages may lose
+    their reasoning, which some templates want.
     """
     without: list[tuple] = [("tools", messages, None)] if tools else []
     for place, message in enumerate(messages):
-        for names in (("tool_calls",), _REASONING if place >= context else ()):
-            if found := [name for name in names if message.get(name)]:
+        groups = [_CALLS, *([_REASONING] if place >= context else [])]
+        groups += [("content",)] if place >= context and message.get("tool_calls") else []
+        for names in groups:
+            if found := [name for name in names if not _is_blank(message.get(name))]:
                 rest = {name: value for name, value in message.items() if name not in found}
+                rest |= {"content": ""} if "content" in found else {}
                 without.append((found[0], [*messages[:place], rest, *messages[place + 1 :]], tools))
     for name, others, other_tools in without:
         same = None
@@ -114,7 +120,10 @@ def _is_by_assistant(message: Any) -> bool:
 
 
 def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
-    """The messages without fields that are None, which data sets add and templates would take for values."""
+    """
+    The messages without fields that are None and lists of no calls, which data sets add and templates would take for
+    values, and with the arguments of calls as objects, which data sets hold as JSON and templates read.
+    """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
     for number, message in enumerate(messages, start=1):
@@ -124,7 +133,29 @@ def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
             )
     if tokenizer.chat_template is None:
         raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
-    return [{name: value for name, value in message.items() if value is not None} for message in messages]
+    return [
+        {
+            name: list(map(_parsed, value)) if name == "tool_calls" else value
+            for name, value in message.items()
+            if value is not None and (value or name != "tool_calls")
+        }
+        for message in messages
+    ]
+
+
+def _parsed(call: Any) -> Any:
+    """A call of a tool with its arguments as an object."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    with contextlib.suppress(ValueError):
+        function = {**function, "arguments": json.loads(function["arguments"])}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a field says nothing: None, white space, an empty list."""
+    return not (value.strip() if isinstance(value, str) else value)
 
 
 def turn_end(tokenizer: Any) -> int | None:
@@ -150,8 +181,8 @@ def _behind_answer(
     """What the template puts behind an answer: the end of the turn, and what follows it."""
     content = answer[-1].get("content")
     mark = [{"type": "text", "text": _ANSWER}] if isinstance(content, list) else _ANSWER
-    # A message that only calls tools ends like a text.
-    last = {"role": "assistant"} if content is None else answer[-1]
+    # A message that calls tools ends like a text; the calls may stand between its content and its end.
+    last = {"role": "assistant"} if content is None or answer[-1].get("tool_calls") else answer[-1]
     marked = _render(tokenizer, [*prompt, *answer[:-1], {**last, "content": mark}], where, tools)
     _, found, end = marked.rpartition(_ANSWER)
     if not found:

@@ -16,7 +16,10 @@ _LEARNT = "say what is learnt with `labels` (-100 elsewhere) or `completion_mask
 # Columns that would be lost in any row, and what to do about them
 REFUSED = {
     **dict.fromkeys(("special_tokens_mask", "loss_mask", "prompt_mask", "labels_mask"), _LEARNT),
-    **dict.fromkeys(("loss_weights", "weight", "weights", "sample_weight"), "the objective sets the weights itself"),
+    **dict.fromkeys(
+        ("loss_weights", "weight", "weights", "sample_weight"),
+        "the objective sets the weights itself, so leave the column out",
+    ),
     "position_ids": "positions are counted from `attention_mask` and `document_ids`",
     "seq_lengths": "give `document_ids`, the number of every token's document",
     "inputs_embeds": "give `input_ids`",

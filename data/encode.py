@@ -16,10 +16,13 @@ _BESIDE_PROMPTS = {
     "chat_template_kwargs": "write the template so that it needs none",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "the model reads text alone"),
 }
-_BESIDE_TEXTS = _BESIDE_PROMPTS | dict.fromkeys(("input", "context", "system", "history"), "write it into the prompt")
+_BESIDE_TEXTS = _BESIDE_PROMPTS | dict.fromkeys(
+    ("input", "context", "system", "system_prompt", "history"), "write it into the prompt"
+)
 _BESIDE_MESSAGES = {
     **_BESIDE_PROMPTS,
-    "system": "write it as a message of the role `system`",
+    **dict.fromkeys(("system", "system_prompt"), "write it as a message of the role `system`"),
+    "functions": "give them as `tools`, and calls as `tool_calls`",
     **dict.fromkeys(("input", "context", "history"), "write it into the messages"),
 }
 # Fields of other formats, of which an answer may be a part
@@ -50,7 +53,7 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
     """
     if isinstance(example, str):
         raise ValueError(f"{where} is a text; give prompts and answers (.jsonl).")
-    refuse(example, REFUSED | _OTHER_FORMATS, where)
+    refuse(example, REFUSED, where)
     if example.get("label") is False:  # TRL's format of answers that are to be unlearnt
         raise ValueError(f"{where} has the `label` false, a bad answer; keep only the rows whose label is true.")
     messages = example.get("messages")
@@ -59,6 +62,7 @@ def encode_answer(tokenizer: Any, example: dict[str, Any], where: str = "An exam
         if not is_list or not messages or messages[-1].get("role") != "assistant":
             raise ValueError(f"{where}: `messages` must be a list that ends with one of the role `assistant`.")
         return _encode_messages(tokenizer, example, messages[:-1], messages[-1:], where)
+    refuse(example, _OTHER_FORMATS, where)
     lists = [name for name in (*PROMPT_NAMES, *ANSWER_NAMES) if isinstance(example.get(name), list)]
     if lists:
         prompt = next((example[name] for name in lists if name in PROMPT_NAMES), None)
@@ -134,7 +138,7 @@ def _tools(example: dict[str, Any], where: str) -> Any:
     if not isinstance(tools, str):
         return tools
     try:  # TRL's data sets hold them as JSON
-        return json.loads(tools)
+        return json.loads(tools) or None
     except ValueError as error:
         raise ValueError(f"{where}: `tools` is not a list, and not valid JSON: {error}.") from error
 

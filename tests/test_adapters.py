@@ -23,8 +23,8 @@ from tiny import tiny_config, tiny_model
 from training_runs import run_writer
 from transformers.utils import logging
 
-from loopmdm import LoopMDMForMaskedLM, LoopMDMGenerationConfig
-from loopmdm.convert import merge_adapter
+from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMGenerationConfig
+from loopmdm.convert import merge, merge_adapter
 from loopmdm.data import load_tokenizer
 from loopmdm.data.pretrained import MERGE
 from loopmdm.evaluation import measure_dynamics, nelbo
@@ -171,9 +171,35 @@ def test_a_merge_keeps_the_licence_of_the_base(base, tmp_path):
     assert (tmp_path / "merged/LICENSE").read_text() == "As you like."
 
 
+def test_an_adapter_on_the_hub_is_merged_with_its_records_and_the_revision_of_its_base(
+    base, adapter, tmp_path, monkeypatch
+):
+    """With a stand-in for the Hub: files of `me/adapter` and of `me/base` at a revision."""
+    own = shutil.copytree(adapter, tmp_path / "adapter")
+    record = json.loads((own / "adapter_config.json").read_text())
+    asked = {"base_model_name_or_path": "me/base", "revision": "v2"}
+    (own / "adapter_config.json").write_text(json.dumps(record | asked))
+    (own / "training.json").write_text("{}")
+    monkeypatch.setattr(merge, "locate", lambda name, what: str(own))
+    monkeypatch.setattr(merge, "adapter_base", lambda name: "me/base")
+    monkeypatch.setattr(merge, "load_tokenizer", lambda name, trust: load_tokenizer(base))
+    monkeypatch.setattr(merge, "read_generation_config", lambda name: None)
+    calls = []
+
+    def load(name, **options):
+        calls.append((name, options["revision"]))
+        return load_model(base)
+
+    monkeypatch.setattr(merge, "load_model", load)
+    merge_adapter("me/adapter", tmp_path / "merged")
+    assert calls == [("me/base", "v2")] and (tmp_path / "merged/training.json").read_text() == "{}"
+
+
 def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
     tied = save_looped(tmp_path / "tied", tie_word_embeddings=True)
+    untied = LoraConfig(target_modules=["lm_head"], modules_to_save=["embed_tokens"])
     for name, place, settings in (
+        ("own", tied, untied),
         ("soft", base, SOFT[0]),
         ("ends", tied, LoraConfig(target_modules=["q_proj", "lm_head"])),
         ("late", base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])),
@@ -189,6 +215,8 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
         with pytest.raises(ValueError, match=re.escape(message)):
             merge_adapter(str(model), tmp_path / output)
     assert not (tmp_path / "new").exists()
+    merge_adapter(tmp_path / "own", tmp_path / "new")  # its embeddings are its own
+    assert not LoopMDMConfig.from_pretrained(tmp_path / "new").tie_word_embeddings
 
 
 @pytest.mark.parametrize(
@@ -264,6 +292,16 @@ def test_training_goes_on_from_an_adapter(run_file, base, adapter, tmp_path):
     assert not torch.equal(after, before)
     assert json.loads((tmp_path / "more" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     assert not (tmp_path / "more" / "config.json").exists()
+
+
+def test_an_adapter_that_is_trained_further_keeps_its_settings(run_file, adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "own")
+    settings = {"num_loops": 1, "block_length": 8, "confidence_threshold": 0.9, "eos_token_id": [1, 5]}
+    (own / "generation_config.json").write_text(json.dumps(settings))
+    train(read_config(run_file(model=str(own))))
+    found = load_model(str(tmp_path / "out")).generation_config
+    assert (found.block_length, found.confidence_threshold, found.eos_token_id) == (8, 0.9, [1, 5])
+    assert found.num_loops is None, "that was for the weights before"
 
 
 def test_an_adapter_finds_its_base_from_other_folders(run_file, base, tmp_path, monkeypatch):

@@ -227,6 +227,17 @@ def test_damaged_cards_of_sources_name_no_licence(tmp_path, content):
     assert card.metadata == {} and card.text == content
 
 
+@pytest.mark.parametrize("base", ["", "folder", "/home/me/base", ["me/base", "./folder"]], ids=str)
+def test_a_folder_of_somebody_is_no_base_model(tmp_path, monkeypatch, base):
+    """peft and the Trainer write what they were given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "README.md").write_text(f"---\nbase_model: {json.dumps(base)}\n---\n")
+    assert read_source_card(tmp_path).hub_id is None
+    (tmp_path / "README.md").write_text("---\nbase_model: me/base\n---\n")
+    assert read_source_card(tmp_path).hub_id == "me/base"
+
+
 def test_the_hub_is_asked_for_the_licence_of_an_id(tmp_path, monkeypatch):
     """And where it does not answer, the card names the base all the same."""
     asked = []

@@ -223,10 +223,9 @@ def test_rows_that_would_be_misread_are_refused(example, message):
         ({"weights": [0, 1]}, "the objective sets the weights itself"),
         ({"loss_mask": [0, 1]}, "say what is learnt with `labels`"),
         ({"position_ids": [0, 1]}, "positions are counted"),
-        ({"chosen": "4"}, "give prompts with one answer each"),
-        ({"conversations": [USER]}, "give `messages`"),
         ({"images": ["a"]}, "the model reads text alone"),
         ({"system": "be kind"}, "write it"),
+        ({"system_prompt": "be kind"}, "write it"),
         ({"context": "be kind"}, "write it into the"),
         ({"history": ["be kind"]}, "write it into the"),
         ({"label": False}, "keep only the rows whose label is true"),
@@ -240,6 +239,16 @@ def test_columns_that_would_be_lost_are_refused_in_every_kind_of_row(row, column
     assert parts(tokenizer_with(ON_REQUEST), row | empty) == parts(tokenizer_with(ON_REQUEST), row)
 
 
+@pytest.mark.parametrize(
+    ("column", "fix"), [({"chosen": "4"}, "give prompts with one"), ({"conversations": [USER]}, "give `messages`")]
+)
+def test_other_formats_are_refused_unless_there_are_messages(column, fix):
+    for row in ({"prompt": [USER], "completion": [ANSWER]}, {"prompt": "2+2?", "completion": "4"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(column))}`, which would be lost; {fix}"):
+            encode_answer(tokenizer_with(ON_REQUEST), row | column)
+    assert parts(tokenizer_with(ON_REQUEST), {"messages": [USER, ANSWER]} | column)[1] == "4 <eot>"
+
+
 def test_a_system_prompt_in_a_column_is_no_part_of_a_question():
     with pytest.raises(ValueError, match="has `system`, which would be lost; write it as a message of the role `sys"):
         encode_prompt(tokenizer_with(ON_REQUEST), {"messages": [USER], "system": "be kind"})
@@ -248,6 +257,7 @@ def test_a_system_prompt_in_a_column_is_no_part_of_a_question():
 def test_answers_that_weigh_other_than_others_are_refused():
     tokenizer = tokenizer_with(ON_REQUEST)
     ignored = {**ANSWER, "content": "5", "weight": 0}
+    assert parts(tokenizer, {"prompt": [USER], "completion": [{**ANSWER, "weight": 1}]})[1] == "4 <eot>"
     assert parts(tokenizer, {"messages": [USER, ignored, USER, {**ANSWER, "weight": 1}]})[1] == "4 <eot>"
     for row in ({"messages": [USER, ignored]}, {"prompt": [USER], "completion": [ignored, USER, ANSWER]}):
         with pytest.raises(
@@ -351,6 +361,42 @@ def test_templates_may_leave_out_the_reasoning_of_earlier_turns():
     assert encode_prompt(tokenizer, {"messages": [USER, thought, USER]})
     with pytest.raises(ValueError, match="`reasoning_content`, which the chat template leaves out"):  # it is learnt
         encode_answer(tokenizer, {"prompt": [USER], "completion": [thought, USER, thought]})
+
+
+# Writes a call behind a special token, as Mistral's and LFM2's do, and the values of its arguments
+CONTENT, NAMED = "{{ m['content'] }}", "{{ m['tool_calls'][0]['function']['arguments'].values()|join }}"
+SPOKEN = ON_REQUEST.replace(CONTENT, f"{CONTENT}{{% if m['tool_calls'] is defined %}} <tools> {NAMED}{{% endif %}}")
+
+
+@pytest.mark.parametrize("special", [(), ("<tools>",), ("<tools>", "<eot>")])
+@pytest.mark.parametrize("arguments", [{"what": "kind"}, '{"what": "kind"}'])
+def test_an_answer_is_learnt_with_its_calls(special, arguments):
+    tokenizer = tokenizer_with(SPOKEN, special)
+    call = {**ANSWER, "tool_calls": [{"type": "function", "function": {"name": "be", "arguments": arguments}}]}
+    assert parts(tokenizer, {"messages": [USER, call]})[1] == "4 <tools> kind <eot>"
+    assert parts(tokenizer, {"messages": [USER, {**call, "content": ""}]})[1] == "<tools> kind <eot>"
+    assert parts(tokenizer, {"messages": [USER, {**ANSWER, "tool_calls": []}]})[1] == "4 <eot>"
+    unless = f"{{% if not m['tool_calls'] %}}{CONTENT}{{% endif %}}"
+    silent = tokenizer_with(SPOKEN.replace(CONTENT, unless))
+    assert parts(silent, {"messages": [USER, {**call, "content": ""}]})[1] == "<tools> kind <eot>"
+    with pytest.raises(ValueError, match="has `content`, which the chat template leaves out"):
+        encode_answer(silent, {"messages": [USER, call]})
+
+
+def test_fields_that_say_nothing_are_nothing_lost():
+    for field in ({"reasoning_content": "\n\n"}, {"tool_calls": []}, {"thinking": ""}, {"tool_calls": None}):
+        assert parts(tokenizer_with(ON_REQUEST), {"messages": [USER, ANSWER | field]})[1] == "4 <eot>"
+    none = {"messages": [USER, ANSWER], "tools": "[]"}
+    template = "{% if tools is not none %}<tools> {% endif %}" + ON_REQUEST
+    assert parts(tokenizer_with(template), none) == ("<user> 2+2? <eot> <assistant>", "4 <eot>")
+
+
+def test_the_older_format_of_calls_is_refused():
+    call = {"role": "assistant", "content": "", "function_call": {"name": "kind", "arguments": "{}"}}
+    with pytest.raises(ValueError, match="has `function_call`, which the chat template leaves out"):
+        encode_answer(tokenizer_with(ON_REQUEST), {"messages": [USER, call]})
+    with pytest.raises(ValueError, match="has `functions`, which would be lost; give them as `tools`"):
+        encode_answer(tokenizer_with(ON_REQUEST), {"messages": [USER, ANSWER], "functions": [{"name": "kind"}]})
 
 
 def test_a_template_that_needs_calls_has_read_them():

@@ -88,6 +88,19 @@ def test_training_does_not_switch_the_cache_off(causal, tmp_path):
     assert plain.cache is None and cached.cache.get_seq_length() == 16
 
 
+def test_checkpointed_layers_ignore_caches():
+    """Callbacks of a training generate in its mode."""
+    causal, whole = block_model(), double_model()
+    expected = run(causal, PROMPT, max_new_tokens=14).sequences
+    for model in (causal, whole):
+        model.train().gradient_checkpointing_enable()
+    found = run(causal, PROMPT, max_new_tokens=14)
+    assert torch.equal(found.sequences, expected) and found.cache is None
+    for options in ({"cache_implementation": "prefix"}, {"cache_implementation": "dual"}, {"visible_loops": 1}):
+        with pytest.raises(ValueError, match=r"call `model\.eval\(\)`"):
+            run(whole, PROMPT, max_new_tokens=4, **options)
+
+
 def test_guidance_and_lists_of_loops_with_use_cache(causal):
     """The first keeps two rows in the cache; the second cannot be cached, and is not."""
     options = {"use_cache": True}

@@ -400,11 +400,13 @@ def test_criteria_are_asked_before_an_end_token_of_the_same_block(model):
     ("name", "value", "fix"),
     [("num_loop", 1, "did you mean `num_loops`?"), ("repetition_penalty", 1.3, "use a `logits_processor`")],
 )
-def test_settings_assigned_to_the_config_are_not_ignored(name, value, fix):
+def test_settings_assigned_to_the_config_are_not_ignored(name, value, fix, tmp_path):
     model = tiny_model()
     setattr(model.generation_config, name, value)
     with pytest.raises(ValueError, match=re.escape(f"takes no argument `{name}`: {fix}")):
         model.generate(torch.tensor([[3, 4]]), max_new_tokens=3)
+    with pytest.raises(ValueError, match=f"takes no argument `{name}`"):  # nor saved, since they would not load
+        model.save_pretrained(tmp_path)
 
 
 def test_names_of_other_samplers_are_answered():

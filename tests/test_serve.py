@@ -198,7 +198,10 @@ BAD = {
     "none": ({"messages": []}, "`messages` is []; give objects"),
     "no role": ({"messages": [{"content": "w1"}]}, "give objects with a `role`"),
     "picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a text as `content`"),
-    "tools": ({"tools": [{"type": "function", "function": {"name": "w1"}}]}, "has `tools`, which the chat template"),
+    "tools": (
+        {"tools": [{"type": "function", "function": {"name": "w1"}}]},
+        "`tools` are given, which the chat temp",
+    ),
     "template": (
         {"extra_body": {"chat_template_kwargs": {"tokenize": False}}},
         "has `tokenize`, which the server sets",
@@ -277,6 +280,31 @@ def test_half_a_character_is_refused(model, request_):
     http = TestClient(make_app("m", model, tokenizer()), raise_server_exceptions=False)
     answer = http.post("/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and "surrogates not allowed" in answer.json()["error"]["message"]
+
+
+def test_tools_that_the_template_writes_are_served(model):
+    """On request alone, with the arguments of calls as objects, and with the parts of a content as one text."""
+    from fastapi.testclient import TestClient
+
+    from loopmdm_cli._server import make_app
+
+    speaker = tokenizer()
+    speaker.chat_template = (
+        "{% if tools and use_tools %}{{ tools[0].name }} {% endif %}"
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.values()|join }} {% endfor %}"
+        "{{ m.content + ' ' }}{% endfor %}"
+    )
+    http = TestClient(make_app("m", model, speaker), raise_server_exceptions=False)
+    call = {"type": "function", "function": {"name": "w5", "arguments": '{"a": "w6"}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "w3"}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "w7"},
+    ]
+    body = {"model": "m", "messages": messages, "tools": [{"name": "w4"}], "max_tokens": 3}
+    answer = http.post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"use_tools": True}})
+    assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == 4
+    assert http.post("/v1/chat/completions", json=body).status_code == 400, "these are not written"
 
 
 def test_stop_strings_that_a_tokenizer_cannot_look_for_are_refused_before_the_answer(model):

@@ -34,6 +34,7 @@ from ..data import (
     vocabulary_size,
     write_json,
 )
+from ..evaluation.loading import read_generation_config
 from ..evaluation.loop_budget import BUDGET_ARGUMENTS
 from ..hub import CARD, read_source_card, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
@@ -243,6 +244,8 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
 def load_trainable(parts: RunParts) -> nn.Module:
     """The model to train, fresh or loaded, with its adapter if the run trains one."""
     base = _make_model(parts)
+    if parts.adapter is not None:  # its folder's settings come before those of its base
+        base.generation_config = read_generation_config(parts.adapter) or base.generation_config
     forget_loops(base)
     if parts.config.task == "answers":
         add_end_tokens(base, parts.tokenizer)
