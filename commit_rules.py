@@ -118,7 +118,7 @@ class CommitRule:
     may_skip = False  # whether a step may commit nothing in a row, so that more steps than positions are useful
 
     def score(self, step: DenoisingStep) -> torch.Tensor:
-        """Scores of the positions, `(N, P)`. The highest are committed first."""
+        """Scores of the positions, `(N, P)`. The highest are committed first; those 1e-5 or less apart tie."""
         raise NotImplementedError
 
     def __call__(self, step: DenoisingStep) -> torch.Tensor:
@@ -174,7 +174,7 @@ class ThresholdRule(CommitRule):
 
     def __init__(self, threshold: float, rule: CommitRule):
         self.threshold, self.rule = threshold, rule
-        self.is_random, self.draws_tokens = rule.is_random, rule.draws_tokens
+        self.is_random, self.draws_tokens, self.may_skip = rule.is_random, rule.draws_tokens, rule.may_skip
 
     def __call__(self, step):
         return self.rule(step) | (step.masked & (step.confidence >= self.threshold))
@@ -185,7 +185,7 @@ class EntropyBoundRule(CommitRule):
 
     def __init__(self, bound: float, rule: CommitRule):
         self.bound, self.rule = bound, rule
-        self.is_random, self.draws_tokens = rule.is_random, rule.draws_tokens
+        self.is_random, self.draws_tokens, self.may_skip = rule.is_random, rule.draws_tokens, rule.may_skip
 
     def __call__(self, step):
         entropies = step.entropy.masked_fill(~step.masked, 0.0)

@@ -29,6 +29,7 @@ class LoopMDMTraceStep:
     # distribution, and the log-probability under the distribution that the token was drawn from
     confidence: torch.FloatTensor
     log_probs: torch.FloatTensor
+    real: torch.BoolTensor | None = None  # (num_rows, length), the same in every step: what is not padding
 
 
 @dataclass
@@ -114,7 +115,7 @@ class Trace(Watcher):
         return {"trace": self.steps}
 
     def on_step(self, block, step, commit):
-        sequences = self.canvas.sequences
+        sequences, real = self.canvas.sequences, self.canvas.real
 
         def scatter(values: torch.Tensor, where: torch.Tensor, fill: Any) -> torch.Tensor:
             out = torch.full(sequences.shape, fill, dtype=values.dtype, device=values.device)
@@ -126,8 +127,8 @@ class Trace(Watcher):
         loops = torch.zeros_like(block.size).index_copy(0, step.rows, step.loops)
         commits = scatter(commit, commit, False), scatter(step.remask, step.remask, False)
         tokens = sequences.clone(), scatter(step.tokens, step.masked, -1)
-        scores = (scatter(values, step.masked, math.nan) for values in (step.log_probs.exp(), log_probs))
-        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, *tokens, *scores))
+        scores = scatter(step.log_probs.exp(), step.masked, math.nan), scatter(log_probs, step.masked, math.nan)
+        self.steps.append(LoopMDMTraceStep(block.index, step.index, loops, *commits, *tokens, *scores, real))
 
 
 class Scores(Watcher):

@@ -331,9 +331,8 @@ class Denoiser:
         config, block_size = self.config, model.config.attention_block_size
         self.loops = _as_list(config.num_loops) or [model.config.num_loops]
         self.copies = 1 if config.guidance_scale in (None, 1) else 2
-        # Whether finished blocks are stored. A cache is for one number of loops, and checkpointed layers ignore it.
-        is_idle = not isinstance(config.num_loops, int | None) or (model.training and model.is_gradient_checkpointing)
-        self.is_exact = block_size is not None and config.use_cache and not is_idle
+        # Whether finished blocks are stored; a cache holds keys and values for one number of loops.
+        self.is_exact = block_size is not None and config.use_cache and isinstance(config.num_loops, int | None)
         # Whether a block may run other loops than finished text (with `shift_logits`, a token before a [MASK] loops
         # with it). This needs a cache within a step even if none is kept, since finished text runs all loops.
         visible_counts = config.visible_loops is not None and model.config.shift_logits
@@ -569,7 +568,9 @@ class LoopMDMGenerationMixin(GenerationMixin):
                     break
                 denoiser.predict(block, step)
                 choose(canvas, step, processors, warpers, draws)
-                commit = canvas.rule(step) & step.masked  # a custom rule may mark fillers, which are given tokens
+                commit = canvas.rule(step)
+                check_shape(f"{type(canvas.rule).__name__}'s result", commit, tuple(step.masked.shape))
+                commit = (commit != 0) & step.masked  # a custom rule may mark fillers, which are given tokens
                 canvas.commit(step, commit)
                 canvas.end_at(eos_token_ids)
                 for watcher in watchers:
@@ -606,7 +607,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if not isinstance(config, GenerationConfig):
             fix = "give a LoopMDMGenerationConfig, or its arguments by name"
             raise ValueError(f"`generation_config` is {config!r}; {fix}.")
-        config = copy.deepcopy(config) if hasattr(config, "FIELDS") else config_class.from_dict(config.to_diff_dict())
+        config = copy.copy(config) if hasattr(config, "FIELDS") else config_class.from_dict(config.to_diff_dict())
         # A config made for one call need not repeat the special tokens.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(config, name) is None:

@@ -8,7 +8,7 @@ import torch
 
 from .cache_utils import CacheView, LoopMDMCache
 from .configuration_loopmdm import check_num_loops
-from .loop_context import LoopContext
+from .loop_context import LoopContext, check_shape
 
 
 class LoopPolicy:
@@ -116,11 +116,8 @@ def iterate_while_moving(
         after = model.loop(before, part, index)
         goes_on = policy.goes_on(index, before, after, part)
         expected = moves.shape if policy.per_position else moves.shape[:1]
-        if goes_on.shape != expected:
-            raise ValueError(
-                f"{type(policy).__name__}.goes_on gave shape {tuple(goes_on.shape)} for {tuple(expected)}; with "
-                "`per_position = True` it decides for positions, otherwise for rows."
-            )
+        fix = "; with `per_position = True` it decides for positions, otherwise for rows"
+        check_shape(f"{type(policy).__name__}.goes_on", goes_on, tuple(expected), fix)
         goes_on = moves & (goes_on if policy.per_position else goes_on[:, None])
         states = states.index_put(place, torch.where(moves[..., None], after, before))
         yield states, moving

@@ -185,7 +185,7 @@ class LoopMDMAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: Any = None,
         position_embeddings: tuple[torch.Tensor, ...] = (),
-        past_key_values: LayerMemory | None = None,
+        memory: LayerMemory | None = None,
         queries: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -203,8 +203,8 @@ class LoopMDMAttention(nn.Module):
             if queries is not None:
                 position_embeddings = tuple(take_positions(table, queries) for table in position_embeddings)
             query = apply_rotary_pos_emb(query, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if memory is not None:
+            key, value = memory.update(key, value, self.layer_idx)
 
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         states, weights = attention(
@@ -318,7 +318,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             num_loops = self.num_train_loops if in_training else self.config.num_loops
         check_num_loops(num_loops)
         check_kwargs(self, kwargs)
-        trains = self.training and (torch.is_grad_enabled() or self.gradient_checkpointing)
+        trains = self.training and torch.is_grad_enabled()
         rules = loop_tolerance, visible_loops, loop_policy
         policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
         given = one_of(input_ids, inputs_embeds)
@@ -394,7 +394,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             yield from iterate_while_moving(self, states, context, num_loops, policy)
             return
         step_size = 1.0 / num_loops if self.config.loop_update == "damped" else 1.0
-        trains = self.training and (torch.is_grad_enabled() or self.gradient_checkpointing)
+        trains = self.training and torch.is_grad_enabled()
         skipped = 0
         if trains and self.gradient_loops is not None:
             skipped = max(num_loops - max(self.gradient_loops, 1), 0)
@@ -436,7 +436,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 states,
                 attention_mask=context.attention_mask,
                 position_embeddings=context.position_embeddings,
-                past_key_values=None if context.cache is None else context.cache.layer(index, loop, states),
+                # Not `past_key_values`, which transformers takes away from checkpointed layers, even in `generate`
+                memory=None if context.cache is None else context.cache.layer(index, loop, states),
                 queries=context.queries,
                 **context.arguments,
             )
@@ -449,8 +450,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         wrong = None
         if cache is not None and not isinstance(cache, LoopMDMCache):
             wrong = f"`past_key_values` is a {type(cache).__name__}; a looped model needs a `LoopMDMCache`."
-        elif self.training and (torch.is_grad_enabled() or self.gradient_checkpointing):
-            wrong = "A cache passes no gradients, and checkpointed layers ignore it; call `model.eval()`, or use none."
+        elif self.training and torch.is_grad_enabled():
+            wrong = "A cache passes no gradients on; call `model.eval()`, or train without it."
         elif cache is None and self.config.attention_block_size is None:
             wrong = "`use_cache=True` needs block-causal attention; pass a `LoopMDMCache` if stale values will do."
         elif use_cache and policy is not None and not policy.per_position:

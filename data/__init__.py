@@ -19,7 +19,7 @@ from .files import (
 from .pack import pack_documents
 from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
 from .processes import Process, this_process
-from .stream import ExampleStream, StreamedExamples, spread
+from .stream import ExampleStream, StreamedExamples, check_passes, spread
 from .tokens import check_tokens, encode, encode_given, encode_with_bytes
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "StreamedExamples",
     "UnusedColumns",
     "adapter_base",
+    "check_passes",
     "check_tokenizer",
     "check_tokens",
     "encode",

@@ -62,6 +62,21 @@ class ExampleStream(Dataset):
         return {**example, "index": index, "row": row}
 
 
+def check_passes(dataset: Any, passes: int, needed: int | None = None) -> None:
+    """
+    Raises a ValueError if `passes` over a data set, or `needed` examples of it, would repeat masks, since its examples
+    have their places in a run.
+    """
+    is_run = isinstance(dataset, ExampleStream)
+    if passes > 1 and (is_run or (isinstance(dataset, list) and "index" in (dataset or [()])[0])):
+        count = needed or passes * len(dataset)
+        fix = f"raise its `num_examples` to {count}" if is_run else "wrap it in `ExampleStream`"
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} examples with their places in the run (`index`), and training would "
+            f"pass over them {passes} times, with the same masks; {fix}, or pass over it once (`num_train_epochs=1`)."
+        )
+
+
 class StreamedExamples(IterableDataset):
     """
     The examples of a data set that is too large for the memory, in its own order, and again from the start when they

@@ -19,7 +19,6 @@ from .seeds import seeded_generator
 def trace_log_probs(
     model: nn.Module,
     output: LoopMDMGenerationOutput,
-    attention_mask: torch.Tensor | None = None,
     generation_config: Any = None,
     steps: Sequence[int] | None = None,
     batch_size: int = 16,
@@ -32,8 +31,6 @@ def trace_log_probs(
     Args:
         model: A [`LoopMDMForMaskedLM`], wrapped by PEFT or not, in the mode (train or eval) that it is in.
         output ([`LoopMDMGenerationOutput`]): Of a call with `output_trace=True`.
-        attention_mask (`torch.Tensor` of shape `(batch_size, input_length)`, *optional*):
-            That of the call; 0 on padding. By default, padding is what the call took for it.
         generation_config ([`LoopMDMGenerationConfig`], *optional*):
             The call's arguments; by default the model's own generation config. Logits processors take no part.
         steps (`list[int]`, *optional*):
@@ -56,6 +53,8 @@ def trace_log_probs(
     device, loops = input_device(model), config.num_loops or base.config.num_loops
     loops = loops if isinstance(loops, list | tuple) else [loops]
     chosen = range(len(output.trace)) if steps is None else steps
+    if len(chosen) == 0:
+        raise ValueError("`steps` is empty; name entries of the trace, or leave it out for all.")
     trace = [output.trace[index] for index in chosen]
     # (steps, num_rows, length): tokens after a step, what it committed, and the states before
     tokens, committed = (torch.stack([getattr(step, name) for step in trace]) for name in ("tokens", "committed"))
@@ -64,7 +63,7 @@ def trace_log_probs(
     first = output.trace[0].tokens.masked_fill(output.trace[0].committed, base.config.mask_token_id)
     before = [first, *(step.tokens for step in output.trace[:-1])]
     states = torch.stack([before[index] for index in chosen]).to(device)
-    real = _real(output, attention_mask, first == base.config.mask_token_id).to(device)
+    real = output.trace[0].real.to(device)
     log_probs, warpers = torch.zeros(tokens.shape, device=device), config.warpers()
     by_loops: dict[int | None, list[int]] = {}
     for place, step in enumerate(trace):
@@ -110,21 +109,6 @@ def _check_repeatable(config: Any, model_config: Any) -> None:
     ):
         if is_wrong:
             raise ValueError(f"`{name}` cannot be used in a call whose log-probabilities are computed again: {why}.")
-
-
-def _real(output: LoopMDMGenerationOutput, attention_mask: torch.Tensor | None, masked: torch.Tensor) -> torch.Tensor:
-    """Which tokens are no padding, `(num_rows, length)` bool, given the first [MASK]s: rows may end before some."""
-    if attention_mask is None:
-        return (output.attention_mask != 0) | masked
-    real = torch.ones_like(output.sequences, dtype=torch.bool)
-    copies, rest = divmod(len(real), len(attention_mask))
-    if rest or attention_mask.ndim != 2 or attention_mask.shape[1] > real.shape[1]:
-        raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, and the output {tuple(real.shape)}; give "
-            "that of the call."
-        )
-    real[:, : attention_mask.shape[1]] = attention_mask.to(real.device).repeat_interleave(copies, 0) != 0
-    return real
 
 
 def nelbo_log_probs(

@@ -4,6 +4,7 @@
 import math
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -338,6 +339,38 @@ class Misshapen(LoopPolicy):
         return torch.ones(after.shape[:2], dtype=torch.bool)
 
 
+@pytest.mark.parametrize("result", [torch.ones(1, 1), torch.ones(2, dtype=torch.bool), 1], ids=str)
+def test_results_of_rules_are_checked(result):
+    class Misshapen(CommitRule):
+        def __call__(self, step):
+            return result
+
+    with pytest.raises(ValueError, match=r"`Misshapen's result` (has shape|is a int)"):
+        tiny_model().generate(torch.tensor([[3, MASK, MASK]]), unmasking=Misshapen())
+
+
+def test_rules_and_policies_in_a_config_are_used_as_they_are():
+    """Not as copies: they may count, or hold the model."""
+    seen, lock = [], threading.Lock()
+
+    class Counting(CommitRule):
+        def __call__(self, step):
+            with lock:
+                seen.append(step.index)
+            return step.masked
+
+    class CountingLoops(Always):
+        def goes_on(self, index, before, after, part):
+            seen.append(index)
+            return super().goes_on(index, before, after, part)
+
+    rule, policy = Counting(), CountingLoops()
+    rule.lock = policy.lock = lock
+    config = LoopMDMGenerationConfig(unmasking=rule, loop_policy=policy, num_loops=2, max_new_tokens=2)
+    tiny_model().generate(torch.tensor([[3]]), generation_config=config)
+    assert seen == [0, 1, 0] and config.max_new_tokens == 2
+
+
 def test_rules_of_ones_own_never_write_over_given_tokens():
     rows = torch.tensor([[3, MASK, MASK, MASK], [3, MASK, 4, 5]])
     tokens = tiny_model().generate(rows, unmasking=Everything())
@@ -365,7 +398,7 @@ def test_policies_are_checked():
     ids = torch.tensor([[3, MASK, 4]])
     with pytest.raises(ValueError, match="give an instance of a LoopPolicy"):
         tiny_model()(ids, loop_policy="x")
-    with pytest.raises(ValueError, match=r"Misshapen.goes_on gave shape \(1, 3\) for \(1,\)"):
+    with pytest.raises(ValueError, match=r"`Misshapen.goes_on` has shape \(1, 3\); the input needs \(1,\); with `per"):
         tiny_model()(ids, num_loops=3, loop_policy=Misshapen())
 
 

@@ -35,17 +35,29 @@ def test_a_trace_has_the_samplers_own_log_probabilities(overrides, arguments, ba
     output = run(model, ids, mask, max_new_tokens=6, generator=generators, output_trace=True, **arguments)
     config = LoopMDMGenerationConfig(**arguments)
     with torch.no_grad():
-        found = trace_log_probs(model, output, mask, config, batch_size=batch_size)
+        found = trace_log_probs(model, output, config, batch_size=batch_size)
     assert found.shape == (len(output.trace), *output.sequences.shape)
     for step, log_probs in zip(output.trace, found, strict=True):
         assert torch.equal(log_probs != 0, step.committed & (step.log_probs != 0))
         expected = step.log_probs.masked_fill(~step.committed, 0.0).to(log_probs.dtype)
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        part = trace_log_probs(model, output, mask, config, steps=[2, 0])
-        by_default = trace_log_probs(model, output, generation_config=config)
+        part = trace_log_probs(model, output, config, steps=[2, 0])
     torch.testing.assert_close(part, found[[2, 0]])
-    torch.testing.assert_close(by_default, found)
+
+
+def test_padding_of_a_trace_is_that_of_the_call():
+    """A mask that hides a [MASK], and a row that a criterion ends before given tokens."""
+    model, ids = double_model(), torch.tensor([[5, MASK, MASK, 9, 3, MASK], [4, 8, MASK, MASK, MASK, 7]])
+    stop = [lambda ids, scores, **kwargs: torch.tensor([len(row) > 2 for row in ids])]
+    hidden = torch.ones_like(ids).index_put((torch.tensor([1]), torch.tensor([3])), torch.tensor(0))
+    for mask, arguments in ((hidden, {}), (None, {"stopping_criteria": stop, "block_length": 2})):
+        output = run(model, ids, mask, max_new_tokens=2, **arguments)
+        with torch.no_grad():
+            found = trace_log_probs(model, output, LoopMDMGenerationConfig(), steps=range(len(output.trace)))
+        for step, log_probs in zip(output.trace, found, strict=True):
+            expected = step.log_probs.masked_fill(~step.committed, 0.0).to(log_probs.dtype)
+            torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_steps_that_committed_nothing_have_zeros():
@@ -76,7 +88,7 @@ def test_adapters_get_the_gradient_and_copies_their_rows():
     ids, mask = batch_of([[5, 9], [4, 8, 3]])
     output = model.generate(input_ids=ids, attention_mask=mask, output_trace=True, generator=seeded(0), **arguments)
     config = LoopMDMGenerationConfig(do_sample=True)
-    found = trace_log_probs(model.train(), output, mask, config)
+    found = trace_log_probs(model.train(), output, config)
     for step, log_probs in zip(output.trace, found, strict=True):
         torch.testing.assert_close(log_probs[step.committed], step.log_probs[step.committed], atol=1e-5, rtol=1e-5)
     found.sum().backward()
@@ -98,6 +110,8 @@ def test_passes_that_cannot_be_repeated_are_refused(arguments, message):
     output = run(model, torch.tensor([[5, MASK]]), output_trace=True, **arguments)
     with pytest.raises(ValueError, match=message):
         trace_log_probs(model, output, generation_config=LoopMDMGenerationConfig(**arguments))
+    with pytest.raises(ValueError, match="`steps` is empty"):
+        trace_log_probs(model, output, steps=[])
     output.trace = None
     with pytest.raises(ValueError, match="output_trace=True"):
         trace_log_probs(model, output)

@@ -153,6 +153,21 @@ def test_bad_schedules(name, max_loops, options, message):
         make_loop_schedule(name, tiny_config(), max_loops, **options)
 
 
+@pytest.mark.parametrize(
+    "values", [[0.0] * 4, [math.nan] * 4, [0.5, 0.5], [0.2] * 5, [-1.0, 1, 1, 1], [math.inf, 1, 1, 1]], ids=str
+)
+def test_probabilities_of_ones_own_are_checked(values):
+    class Own(LoopSchedule):
+        def probabilities(self, progress):
+            return values
+
+    for wrong in (lambda schedule: schedule.draw(0, 1, 4), lambda schedule: schedule.mean(0.25)):
+        with pytest.raises(ValueError, match=r"Own.probabilities\(0.25\) gave .*; it must give 4 numbers"):
+            wrong(Own(4))
+    values = [0, 3, 0, 1]  # need not add up to 1
+    assert {Own(4).draw(0, step, 20) for step in range(20)} == {2, 4} and Own(4).mean() == 2.5
+
+
 @pytest.mark.parametrize("plain_trainer", [True, False], ids=["Trainer", "LoopMDMTrainer"])
 @pytest.mark.parametrize("name", ["uniform", "growing"])
 def test_a_trainer_draws_once_for_every_optimiser_step(tmp_path, plain_trainer, name):

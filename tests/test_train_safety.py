@@ -13,6 +13,7 @@ from transformers import Trainer
 from loopmdm.training import (
     ExampleStream,
     LoopMDMTrainer,
+    LoopSamplingCallback,
     MaskedDiffusionCollator,
     StreamedExamples,
     last_complete_checkpoint,
@@ -125,8 +126,14 @@ def test_a_run_that_ends_too_early_is_not_repeated(tmp_path, args):
     """A second pass would have the masks of the first."""
     stream = ExampleStream(examples(5), 12 if args["max_steps"] > 0 else 8, seed=0)
     trainer = make_trainer(tmp_path, train_dataset=stream, args=args)
-    with pytest.raises(ValueError, match=r"training would pass over it 2 times.*its `num_examples` to 16, or"):
+    with pytest.raises(ValueError, match=r"training would pass over them 2 times.*its `num_examples` to 16, or"):
         trainer.train()
+    plain = {"cls": Trainer, "callbacks": [LoopSamplingCallback(4)]}
+    for dataset in (stream, examples(8)):  # which have an `index` too
+        for options in (plain, {}):
+            trainer = make_trainer(tmp_path, train_dataset=dataset, args=args, **options)
+            with pytest.raises(ValueError, match=r"pass over them 2 times, with the same masks; (raise|wrap it in)"):
+                trainer.train()
 
 
 def test_a_model_made_later_is_refused(tmp_path):

@@ -5,12 +5,14 @@ the seed and the optimiser step. So all ranks and micro-batches loop alike (unde
 for each other for ever), and a resumed run draws what an uninterrupted one would have drawn.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from ..data import check_passes
 from ..objective.seeds import seeded_generator
 
 
@@ -45,13 +47,23 @@ class LoopSchedule:
     def draw(self, seed: int, step: int, max_steps: int | None = None) -> int:
         """S of the optimiser step `step` (counted from 0) of `max_steps`."""
         progress = step / max_steps if max_steps else 0.0
-        cumulative = self.probabilities(min(progress, 1.0)).cumsum(0)
+        cumulative = self._checked(min(progress, 1.0)).cumsum(0)
         uniform = torch.rand((), generator=seeded_generator(seed, "loops", step), dtype=torch.float64)
         return min(int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True)) + 1, self.max_loops)
 
+    def _checked(self, progress: float) -> torch.Tensor:
+        found = torch.as_tensor(self.probabilities(progress), dtype=torch.float64)
+        if found.shape != (self.max_loops,) or not (found >= 0).all() or not 0 < found.sum() < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}.probabilities({progress:.3g}) gave {found.tolist()}; it must give "
+                f"{self.max_loops} numbers of at least 0, not all of them 0."
+            )
+        return found
+
     def mean(self, progress: float = 0.0) -> float:
         """Expected number of loops."""
-        return float(self.probabilities(progress) @ torch.arange(1, self.max_loops + 1, dtype=torch.float64))
+        found = self._checked(progress)
+        return float(found @ torch.arange(1, self.max_loops + 1, dtype=torch.float64) / found.sum())
 
 
 class UniformLoops(LoopSchedule):
@@ -194,7 +206,8 @@ class LoopSamplingCallback(TrainerCallback):
     def __init__(self, schedule: int | LoopSchedule):
         self.schedule = schedule if isinstance(schedule, LoopSchedule) else UniformLoops(schedule)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        check_passes(getattr(train_dataloader, "dataset", None), state.num_train_epochs)
         # FSDP replaces the model's class, and the code of FSDP's class would be saved with the weights.
         for cls in {type(module) for module in model.modules() if hasattr(module, "save_pretrained")}:
             if cls.__module__.startswith("torch."):

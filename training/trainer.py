@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..data import ExampleStream, StreamedExamples
+from ..data import StreamedExamples, check_passes
 from ..objective import find_model, nelbo
 from .checkpoints import (
     complete_checkpoint,
@@ -170,12 +170,7 @@ class LoopMDMTrainer(Trainer):
     def set_initial_training_values(self, args, dataloader):
         epochs, steps_per_epoch, *others = super().set_initial_training_values(args, dataloader)
         step, max_steps = self._history.get("step", 0), others[-1]
-        if isinstance(self.train_dataset, ExampleStream) and epochs > 1:
-            raise ValueError(
-                f"`train_dataset` is a run of {len(self.train_dataset)} examples, and training would pass over it "
-                f"{epochs} times, with the same masks; raise its `num_examples` to "
-                f"{max_steps * self.get_total_train_batch_size(args)}, or pass over it once (`num_train_epochs=1`)."
-            )
+        check_passes(self.train_dataset, epochs, max_steps * self.get_total_train_batch_size(args))
         if step > max_steps:
             raise ValueError(f"The checkpoint is of step {step}, but the run has only {max_steps}; train for longer.")
         if step == max_steps:  # An epoch of a stream does not end, so the Trainer would take one more step.
