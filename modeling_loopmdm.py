@@ -120,15 +120,15 @@ class LoopMDMRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor, lengths: torch.Tensor | None = None):
-        """`lengths`, `(1 or batch_size,)`: the length of each row, which "dynamic" and "longrope" need."""
+        """`lengths`, `(1 or batch_size,)`, of the rows, for "dynamic" and "longrope"; from the positions if None."""
         inv_freq = self.inv_freq.to(hidden_states.device, torch.float32)
         if self.rope_type in ("dynamic", "longrope"):
             # Frequencies depend on the length, and are computed per row so that rows do not affect one another.
-            rows = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths.tolist()]
+            lengths = (position_ids.amax(-1) + 1 if lengths is None else lengths).tolist()
+            rows = [self.rope_init(self.config, hidden_states.device, seq_len=n)[0] for n in lengths]
             inv_freq = torch.stack(rows).unsqueeze(1)
         # Angles always need float32: in bfloat16, position 257 equals position 256.
-        angles = position_ids[..., None].float() * inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
+        angles = (position_ids[..., None].float() * inv_freq).repeat(1, 1, 2)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         dtype = hidden_states.dtype
         if self.config.rope_precision == "bfloat16":  # SMDM
