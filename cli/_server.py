@@ -19,7 +19,6 @@ import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -133,16 +132,22 @@ class Chat(ChatCompletionHandler):
         own = inspect.signature(self.model_manager.tokenizer.apply_chat_template).parameters.keys() - {"documents"}
         for name in options.keys() & own:
             raise ValueError(f"`chat_template_kwargs` has `{name}`, which the server sets itself; leave it out.")
-        if body.get("tools") and self._render(body, body["tools"]) == self._render(body, None) is not None:
+        if not isinstance(body.get("tools", []), list):
+            raise ValueError(f"`tools` is {body['tools']!r}; give a list of objects.")
+        text, others = self._render(body, body.get("tools")), None
+        with contextlib.suppress(ValueError):  # a template that refuses to do without them has read the tools
+            others = self._render(body, None) if body.get("tools") else None
+        if text == others:
             raise ValueError("`tools` are given, which the chat template leaves out; leave them out too.")
 
-    def _render(self, body: dict[str, Any], tools: list | None) -> str | None:
-        """The request as the template writes it; None if it refuses."""
-        messages = self.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
+    def _render(self, body: dict[str, Any], tools: list | None) -> str:
+        """The request as the template writes it."""
         options = {"add_generation_prompt": True, "tokenize": False, **body.get("chat_template_kwargs", {})}
-        with contextlib.suppress(TemplateError):
+        try:
+            messages = self.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
             return self.model_manager.tokenizer.apply_chat_template(messages, tools=tools, **options)
-        return None
+        except Exception as error:  # a template can raise anything
+            raise ValueError(f"The chat template does not take these messages: {error}.") from error
 
     def _streaming(self, *args, **kwargs):
         response = super()._streaming(*args, **kwargs)
@@ -329,7 +334,7 @@ def make_app(name: str, model: Any, tokenizer: Any) -> FastAPI:
             return Response(status_code=499)  # to nobody
         try:
             return answer.result()
-        except (ValueError, TemplateError) as error:
+        except ValueError as error:
             raise HTTPException(400, str(error)) from error
         except KeyError as error:
             raise HTTPException(400, f"{error} is missing.") from error

@@ -97,7 +97,7 @@ def dynamics(
         if folder is not None:
             result.save(folder / "dynamics.npz")
             result.plot(folder / "dynamics.png")
-    title = f"Loops of {model} on {len(parts)} texts, mean of t = {timesteps}, {watch.seconds:.1f} s"
+    title = f"Loops of {model} on {len(parts)} windows, mean of t = {timesteps}, {watch.seconds:.1f} s"
     _show(title, record["results"])
 
 

@@ -42,7 +42,8 @@ class GPT2Format(Family):
             "attention_bias": True,
             "attention_output_bias": True,
             "mlp_bias": True,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": "lm_head.weight" not in source
+            or settings.get("tie_word_embeddings", True) is not False,
             "shift_logits": True,
         }
 
@@ -69,6 +70,7 @@ class GPT2Format(Family):
             **per_layer(config["num_hidden_layers"], layer),
             "model.norm.weight": copy(f"{body}ln_f.weight"),
             "model.norm.bias": copy(f"{body}ln_f.bias"),
+            **({} if config["tie_word_embeddings"] else {"lm_head.weight": copy("lm_head.weight")}),
         }
 
     def reference_name(self, name: str) -> str:

@@ -27,10 +27,18 @@ MODULES = [
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """`rope_parameters` as in transformers 5, from there or from `rope_theta` and `rope_scaling` of transformers 4."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"`rope_parameters` (`rope_scaling`) is {rope!r}; it must be an object.")
-    rope = dict(rope)
+    found = [_rope(config, config[name]) for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    if found and found[0] != found[-1]:  # transformers 5 takes the second, without the other's `rope_theta`
+        raise ValueError(
+            f"`rope_parameters` ({found[0]}) and `rope_scaling` ({found[1]}) of the config differ; remove one of them."
+        )
+    return found[0] if found else _rope(config, {})
+
+
+def _rope(config: dict[str, Any], given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise ValueError(f"`rope_parameters` (`rope_scaling`) is {given!r}; it must be an object.")
+    rope = dict(given)
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError("`rope_parameters` differ between layers, which is not supported.")
     old_type = rope.pop("type", None)
@@ -39,6 +47,9 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("Multimodal rotary positions (mrope) are not supported.")
     theta = config.get("rope_theta")
     rope.setdefault("rope_theta", 10000.0 if theta is None else float(theta))
+    original = config.get("original_max_position_embeddings")
+    if original is not None and rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope["original_max_position_embeddings"] = original  # transformers prefers it to the entry's own
     return rope
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from ..data import share_weights
+from ..data import load_adapter, share_weights
 from ..data.pretrained import adapter_base, load_tokenizer, locate
 from ..evaluation.loading import load_model, read_generation_config
 from ..hub import BUDGET, read_source_card, write_card
@@ -32,7 +32,7 @@ def merge_adapter(adapter: str | Path, output: str | Path, trust_remote_code: bo
         ValueError: It is not such an adapter, peft cannot merge it, it adapts a weight that embeddings and head share,
             there is no tokenizer, or the output exists.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -48,7 +48,7 @@ def merge_adapter(adapter: str | Path, output: str | Path, trust_remote_code: bo
     if "license" not in card.metadata:  # peft's own cards name none
         card = read_source_card(base)
     model = load_model(base, device="cpu", revision=settings.revision)
-    adapted = PeftModel.from_pretrained(model, source)
+    adapted = load_adapter(model, source)
     ends = [module for path, module in adapted.named_modules() if path.endswith(("embed_tokens", "lm_head"))]
     is_untied = any(isinstance(end, ModulesToSaveWrapper) for end in ends)
     if model.config.tie_word_embeddings and not is_untied and any(isinstance(end, BaseTunerLayer) for end in ends):

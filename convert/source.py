@@ -24,6 +24,7 @@ from ..weight_files import read_header, read_index, read_json
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "tokenization*.py"]
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GPT2_MASK = ".attn.bias"  # bytes or booleans in old checkpoints; not weights, so the family ignores them
 
 
 @dataclass
@@ -227,10 +228,10 @@ def _read_tensor(file: Path, name: str) -> torch.Tensor:
 def _safetensors(file: Path) -> dict[str, StoredTensor]:
     stored = read_header(file)
     for name, (dtype, _) in stored.items():
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not name.endswith(GPT2_MASK):
             raise _quantised(file, name, dtype)
     return {
-        name: StoredTensor(shape, DTYPES[dtype], functools.partial(_read_tensor, file, name))
+        name: StoredTensor(shape, DTYPES.get(dtype, torch.bool), functools.partial(_read_tensor, file, name))
         for name, (dtype, shape) in stored.items()
     }
 
@@ -298,6 +299,6 @@ def _pickled(file: Path) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
     if not tensors:
         raise ValueError(f"{file} holds no tensors.")
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES.values():
+        if tensor.dtype not in DTYPES.values() and not name.endswith(GPT2_MASK):
             raise _quantised(file, name, tensor.dtype)
     return {name: StoredTensor(tuple(t.shape), t.dtype, t.detach) for name, t in tensors.items()}, extras

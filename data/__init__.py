@@ -17,7 +17,7 @@ from .files import (
     write_json,
 )
 from .pack import pack_documents
-from .pretrained import adapter_base, check_tokenizer, load_tokenizer, locate, vocabulary_size
+from .pretrained import adapter_base, check_tokenizer, load_adapter, load_tokenizer, locate, vocabulary_size
 from .processes import Process, this_process
 from .stream import ExampleStream, StreamedExamples, check_passes, spread
 from .tokens import check_tokens, encode, encode_given, encode_with_bytes
@@ -41,6 +41,7 @@ __all__ = [
     "first_text",
     "json_lines",
     "least_tokens",
+    "load_adapter",
     "load_dataset_rows",
     "load_tokenizer",
     "locate",

@@ -122,7 +122,7 @@ def _is_by_assistant(message: Any) -> bool:
 def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
     """
     The messages without fields that are None and lists of no calls, which data sets add and templates would take for
-    values, and with the arguments of calls as objects, which data sets hold as JSON and templates read.
+    values. The arguments of calls become objects, which most templates read, or JSON, which DeepSeek's reads.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
@@ -133,28 +133,52 @@ def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
             )
     if tokenizer.chat_template is None:
         raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
-    return [
-        {
-            name: list(map(_parsed, value)) if name == "tool_calls" else value
-            for name, value in message.items()
-            if value is not None and (value or name != "tool_calls")
-        }
+    messages = [
+        {name: value for name, value in message.items() if value is not None and (value or name != "tool_calls")}
         for message in messages
     ]
+    callers = [number for number, message in enumerate(messages) if "tool_calls" in message]
+    calls = {number: _calls(messages[number]["tool_calls"], f"{where}: message {number + 1}") for number in callers}
+    for is_text in (False, True) if calls else ():
+        found = [
+            {**message, "tool_calls": [_with_arguments(call, is_text) for call in calls[number]]}
+            if number in calls
+            else message
+            for number, message in enumerate(messages)
+        ]
+        with contextlib.suppress(ValueError):
+            _render(tokenizer, found, where)
+            return found
+    return messages
 
 
-def _parsed(call: Any) -> Any:
-    """A call of a tool with its arguments as an object."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+def _calls(value: Any, where: str) -> list[dict]:
+    """The calls of a message, which data sets may hold as JSON."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+        raise ValueError(f"{where} has `tool_calls` that are {value!r}; give a list of objects.")
+    return value
+
+
+def _with_arguments(call: dict, is_text: bool) -> dict:
+    """A call of a tool with its arguments as JSON, or as an object."""
+    function = call.get("function", call)
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if isinstance(arguments, str) == is_text or arguments is None:
         return call
     with contextlib.suppress(ValueError):
-        function = {**function, "arguments": json.loads(function["arguments"])}
+        changed = json.dumps(arguments, ensure_ascii=False) if is_text else json.loads(arguments)
+        function = {**function, "arguments": changed}
     return {**call, "function": function} if "function" in call else function
 
 
 def _is_blank(value: Any) -> bool:
-    """Whether a field says nothing: None, white space, an empty list."""
+    """Whether a field says nothing: None, white space, an empty list, parts with no text."""
+    if isinstance(value, list):
+        return all(
+            isinstance(part, dict) and part.get("type") == "text" and _is_blank(part.get("text")) for part in value
+        )
     return not (value.strip() if isinstance(value, str) else value)
 
 

@@ -3,6 +3,7 @@
 
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,32 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(f"{name} is an adapter without adapter_model.safetensors; only safetensors files are read.")
     return locate(base, f"the base model of the adapter {name}")
+
+
+def load_adapter(model: Any, adapter: str, is_trainable: bool = False, revision: str | None = None) -> Any:
+    """
+    A `PeftModel` of `model` and an adapter, given as a folder or Hub id. peft loads it, since transformers' own loading
+    loses tensors of some kinds, such as DoRA's. Raises a ValueError if its tensors do not fit its settings and the model.
+    """
+    from peft import PeftModel
+
+    options = {"is_trainable": is_trainable, "autocast_adapter_dtype": is_trainable, "revision": revision}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # found again below
+            adapted = PeftModel.from_pretrained(model, adapter, **options)
+        found = adapted.load_adapter(adapter, "default", **options)
+    except RuntimeError as error:  # torch's, about shapes
+        raise ValueError(
+            f"The adapter {adapter} does not fit its base model: {' '.join(str(error).split())}"
+        ) from error
+    wrong = [*found.missing_keys, *found.unexpected_keys]
+    if wrong:
+        raise ValueError(
+            f"The tensors of the adapter {adapter} are not those of its adapter_config.json and its base model "
+            f"({len(wrong)} differ: {', '.join(wrong[:3])})."
+        )
+    return adapted
 
 
 def vocabulary_size(tokenizer: Any) -> int:

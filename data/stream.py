@@ -68,12 +68,13 @@ def check_passes(dataset: Any, passes: int, needed: int | None = None) -> None:
     have their places in a run.
     """
     is_run = isinstance(dataset, ExampleStream)
-    if passes > 1 and (is_run or (isinstance(dataset, list) and "index" in (dataset or [()])[0])):
+    first = dataset[0] if isinstance(dataset, list) and dataset else None
+    if passes > 1 and (is_run or (isinstance(first, dict) and "index" in first)):
         count = needed or passes * len(dataset)
         fix = f"raise its `num_examples` to {count}" if is_run else "wrap it in `ExampleStream`"
         raise ValueError(
             f"`train_dataset` has {len(dataset)} examples with their places in the run (`index`), and training would "
-            f"pass over them {passes} times, with the same masks; {fix}, or pass over it once (`num_train_epochs=1`)."
+            f"pass over them {passes} times, with the same masks; {fix}, and pass over it once (`num_train_epochs=1`)."
         )
 
 

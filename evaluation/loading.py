@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_loopmdm import LoopMDMConfig
-from ..data import adapter_base, load_tokenizer, locate
+from ..data import adapter_base, load_adapter, load_tokenizer, locate
 from ..generation_utils import LoopMDMGenerationConfig
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import check_folder, read_json
@@ -66,23 +66,25 @@ def load_model(
     Raises:
         ValueError: It is not a LoopMDM or not complete, or the dtype or device does not work.
     """
-    dtype, place = _check_dtype(dtype), check_device(device)
     read_model_config(model, revision)
     source, base = locate(model, "a model"), adapter_base(model, revision)
     if base is not None:
-        _check_adapter(model, source)
+        base_revision = _check_adapter(model, source)
+        adapted = load_adapter(load_model(base, dtype, device, base_revision), source, revision=revision)
+        loaded = adapted.get_base_model()
+        loaded.generation_config = read_generation_config(model) or loaded.generation_config
+        return loaded.eval()
+    dtype, place = _check_dtype(dtype), check_device(device)
     options = {"dtype": dtype, "revision": revision or "main", "ignore_mismatched_sizes": True}
     with _in_words(source):
         loaded, info = LoopMDMForMaskedLM.from_pretrained(source, output_loading_info=True, **options)
     for name, found, needed in sorted(info["mismatched_keys"]):
         raise ValueError(f"{name!r} of {model} has shape {tuple(found)}; its config.json asks for {tuple(needed)}.")
-    settings = read_generation_config(model) if base is not None else None
-    if settings is not None:
-        loaded.generation_config = settings
     return loaded.to(place).eval()
 
 
-def _check_adapter(model: str, source: str) -> None:
+def _check_adapter(model: str, source: str) -> str | None:
+    """Raises a ValueError if an adapter is not one of the weights. Returns the revision of its base model."""
     try:
         from peft import PeftConfig
     except ImportError as error:
@@ -93,6 +95,7 @@ def _check_adapter(model: str, source: str) -> None:
             f"{model} is an adapter of soft prompts ({settings.peft_type.value}), which commands do not apply; use an "
             "adapter of the weights (LoRA, DoRA, IA3)."
         )
+    return settings.revision
 
 
 def load_judge(

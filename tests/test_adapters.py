@@ -1,6 +1,7 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Adapters in place of models: loaded, measured, calibrated, trained on; and which layers a new one sits on."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,13 +12,19 @@ import torch
 from commands import refusal, run
 from evaluation_models import save_looped, word_tokenizer
 from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from test_snippets import ROOT, examples_of
 from tiny import tiny_config, tiny_model
 from training_runs import run_writer
@@ -69,6 +76,49 @@ def test_an_adapter_is_loaded_with_its_base(base, adapter):
     assert not torch.equal(model(IDS).logits, load_model(base)(IDS).logits)
     assert read_model_config(adapter).to_dict() == read_model_config(base).to_dict()
     assert load_tokenizer(adapter).get_vocab() == load_tokenizer(base).get_vocab(), "that of the base"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False),
+        LoraConfig(target_modules=["q_proj"], use_rslora=True, modules_to_save=["lm_head"], init_lora_weights=False),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [4, 5]}),
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+        AdaLoraConfig(target_modules=["q_proj"], init_lora_weights=False, total_step=9, tinit=1, tfinal=1),
+        LoHaConfig(target_modules=["q_proj"], init_weights=False),
+        OFTConfig(target_modules=["q_proj"], oft_block_size=4, init_weights=False),
+        VeraConfig(target_modules=["q_proj"], r=4, init_weights=False),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_of_other_kinds_are_loaded(base, tmp_path, config, tied):
+    place = save_looped(tmp_path / "tied", tie_word_embeddings=True) if tied else base
+    model = get_peft_model(LoopMDMForMaskedLM.from_pretrained(place), copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.full_like(parameter, 0.01))
+        expected = model(IDS).logits
+        model.save_pretrained(tmp_path / "adapter")
+        torch.testing.assert_close(load_model(str(tmp_path / "adapter"))(IDS).logits, expected)
+
+
+def test_an_adapter_with_other_tensors_is_refused(base, adapter, tmp_path):
+    own = shutil.copytree(adapter, tmp_path / "own")
+    settings, tensors = own / "adapter_config.json", load_file(own / "adapter_model.safetensors")
+    content = json.loads(settings.read_text())
+    for targets in (["q_proj"], ["q_proj", "v_proj", "k_proj"]):
+        settings.write_text(json.dumps(content | {"target_modules": targets}))
+        for load in (load_model, lambda own: merge_adapter(own, tmp_path / "new")):
+            with pytest.raises(ValueError, match=r"are not those of its adapter_config.json and its base model \("):
+                load(str(own))
+    settings.write_text(json.dumps(content))
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name][:, :-1].clone()}, own / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit its base model: .*size mismatch"):
+        load_model(str(own))
 
 
 def test_settings_saved_with_an_adapter_win(base, adapter, tmp_path):

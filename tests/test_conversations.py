@@ -368,6 +368,24 @@ CONTENT, NAMED = "{{ m['content'] }}", "{{ m['tool_calls'][0]['function']['argum
 SPOKEN = ON_REQUEST.replace(CONTENT, f"{CONTENT}{{% if m['tool_calls'] is defined %}} <tools> {NAMED}{{% endif %}}")
 
 
+@pytest.mark.parametrize("named", [NAMED, "{{ '' + m['tool_calls'][0]['function']['arguments'] }}"])
+@pytest.mark.parametrize("arguments", [{"what": "kind"}, '{"what": "kind"}'])
+@pytest.mark.parametrize("is_text", [False, True])
+def test_calls_are_given_as_the_template_reads_them(named, arguments, is_text):
+    """Objects for most; JSON for DeepSeek's, which puts texts together."""
+    tokenizer = tokenizer_with(SPOKEN.replace(NAMED, named), ("kind",))
+    calls = [{"type": "function", "function": {"name": "be", "arguments": arguments}}]
+    call = {**ANSWER, "tool_calls": json.dumps(calls) if is_text else calls}
+    assert parts(tokenizer, {"messages": [USER, call]})[1].startswith("4 <tools>")
+    assert "kind" in parts(tokenizer, {"messages": [USER, call]})[1].split()
+
+
+@pytest.mark.parametrize("calls", ["be", {"name": "be"}, True, ["be"]])
+def test_calls_that_are_no_list_of_objects_are_refused(calls):
+    with pytest.raises(ValueError, match=r"message 2 has `tool_calls` that are .*; give a list of objects"):
+        encode_answer(tokenizer_with(SPOKEN), {"messages": [USER, {**ANSWER, "tool_calls": calls}]})
+
+
 @pytest.mark.parametrize("special", [(), ("<tools>",), ("<tools>", "<eot>")])
 @pytest.mark.parametrize("arguments", [{"what": "kind"}, '{"what": "kind"}'])
 def test_an_answer_is_learnt_with_its_calls(special, arguments):
@@ -379,6 +397,7 @@ def test_an_answer_is_learnt_with_its_calls(special, arguments):
     unless = f"{{% if not m['tool_calls'] %}}{CONTENT}{{% endif %}}"
     silent = tokenizer_with(SPOKEN.replace(CONTENT, unless))
     assert parts(silent, {"messages": [USER, {**call, "content": ""}]})[1] == "<tools> kind <eot>"
+    assert parts(silent, {"messages": [USER, {**call, "content": [{"type": "text", "text": ""}]}]})[0]
     with pytest.raises(ValueError, match="has `content`, which the chat template leaves out"):
         encode_answer(silent, {"messages": [USER, call]})
 

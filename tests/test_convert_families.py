@@ -144,6 +144,12 @@ EXPERT = {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(8, 48)}
         ("dream", {"config": {"use_mrope": True}}, {}, ["`use_mrope`"]),
         ("dream", {"config": {"rope_scaling": {"rope_type": "mrope"}}}, {}, ["mrope"]),
         ("dream", {"config": {"rope_parameters": {"full": {"rope_theta": 1e4}}}}, {}, ["differ between layers"]),
+        (
+            "dream",
+            {"config": {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}},
+            {},
+            ["`rope_scaling`", "differ", "remove one"],
+        ),
         ("dream", {"config": {"rope_scaling": {"rope_type": "spiral"}}}, {}, ["`rope_type` is 'spiral'"]),
         ("dream", {"config": {"hidden_act": "wavy"}}, {}, ["`hidden_act` is 'wavy'"]),
         ("diffugpt", {"config": {"scale_attn_by_inverse_layer_idx": True}}, {}, ["scale_attn_by_inverse_layer_idx"]),
@@ -252,7 +258,9 @@ def causal(folder: Path, kind: str, tied: bool = False, prefix: bool = True):
     randomize_vectors(model).eval().save_pretrained(folder)
     if not prefix:
         file = folder / "model.safetensors"
-        save_file({key.removeprefix("transformer."): value for key, value in load_file(file).items()}, file)
+        tensors = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+        # transformers saved the causal mask as booleans until version 4.31.
+        save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool).tril()}, file)
     return model
 
 
@@ -266,6 +274,7 @@ def bidirectional(model, ids: torch.Tensor) -> torch.Tensor:
         *(("Qwen2", tied, True, size) for tied in (False, True) for size in (None, 36, 40)),
         ("GPT2", True, False, 36),
         ("GPT2", True, True, 40),
+        ("GPT2", False, True, 40),
         ("Llama", True, True, 40),
         ("Llama", False, True, 36),
         ("Qwen3", False, True, 40),
@@ -299,6 +308,36 @@ def test_from_causal(src, out, kind, tied, prefix, size):
     found = record["verification"]
     assert found["max_difference"] < 1e-5 < 0.1 < found["max_logit"]
     assert kind in found["against"]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        # As Phi-3 writes it: beside the entry, and before it
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 8},
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings": 8,
+        },
+        # Twice the same, in the words of both versions of transformers
+        {
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+            "rope_theta": 500.0,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0},
+        },
+    ],
+)
+def test_rotary_settings_in_several_places(src, out, rope):
+    causal(src, "Llama")
+    file = src / "config.json"
+    config = json.loads(file.read_text())
+    del config["rope_parameters"]
+    file.write_text(json.dumps(config | rope))
+    original = transformers.LlamaForCausalLM.from_pretrained(src)
+    convert_checkpoint(src, out, from_causal=True)
+    ids = torch.arange(32)[None]
+    ours, theirs = logits_of(load(out), ids)[:, 1:, :40], bidirectional(original, ids)[:, :-1]
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "GPT2"])

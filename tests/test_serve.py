@@ -202,6 +202,11 @@ BAD = {
         {"tools": [{"type": "function", "function": {"name": "w1"}}]},
         "`tools` are given, which the chat temp",
     ),
+    "no tools": ({"extra_body": {"tools": 5}}, "`tools` is 5; give a list"),
+    "no calls": (
+        {"messages": [{"role": "assistant", "tool_calls": 5}]},
+        "The chat template does not take these messages: ",
+    ),
     "template": (
         {"extra_body": {"chat_template_kwargs": {"tokenize": False}}},
         "has `tokenize`, which the server sets",

@@ -126,7 +126,7 @@ def test_a_run_that_ends_too_early_is_not_repeated(tmp_path, args):
     """A second pass would have the masks of the first."""
     stream = ExampleStream(examples(5), 12 if args["max_steps"] > 0 else 8, seed=0)
     trainer = make_trainer(tmp_path, train_dataset=stream, args=args)
-    with pytest.raises(ValueError, match=r"training would pass over them 2 times.*its `num_examples` to 16, or"):
+    with pytest.raises(ValueError, match=r"training would pass over them 2 times.*its `num_examples` to 16, and"):
         trainer.train()
     plain = {"cls": Trainer, "callbacks": [LoopSamplingCallback(4)]}
     for dataset in (stream, examples(8)):  # which have an `index` too
@@ -134,6 +134,10 @@ def test_a_run_that_ends_too_early_is_not_repeated(tmp_path, args):
             trainer = make_trainer(tmp_path, train_dataset=dataset, args=args, **options)
             with pytest.raises(ValueError, match=r"pass over them 2 times, with the same masks; (raise|wrap it in)"):
                 trainer.train()
+    # Rows of a collator of one's own
+    collate = lambda rows: {"input_ids": torch.stack(rows), "labels": torch.stack(rows) + 1}  # noqa: E731
+    rows = [torch.tensor([4, 5, 6])] * 8
+    make_trainer(tmp_path, train_dataset=rows, data_collator=collate, args=args, **plain).train()
 
 
 def test_a_model_made_later_is_refused(tmp_path):

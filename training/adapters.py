@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..configuration_loopmdm import LoopMDMConfig
-from ..data.pretrained import MERGE, adapter_base, locate
+from ..data.pretrained import MERGE, adapter_base, load_adapter, locate
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 
 if TYPE_CHECKING:
@@ -184,10 +184,9 @@ def attach_adapter(model: LoopMDMForMaskedLM, adapter: str | None, lora: "LoraCo
     """
     if adapter is None and lora is None:
         return model
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
-    given = adapter is not None
-    adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True) if given else get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora) if adapter is None else load_adapter(model, adapter, is_trainable=True)
     for settings in adapted.peft_config.values():
         base = settings.base_model_name_or_path
         if base and Path(base).is_dir():  # found from other folders too, and no other model of that name
