@@ -25,7 +25,7 @@ from .cache_utils import CACHE_PLANS, BlockCausalCache, CachePlan, ForwardPass, 
 from .commit_rules import COMMIT_RULES, PARALLEL_RULES, Block, Canvas, CommitRule, DenoisingStep, draw_tokens
 from .configuration_loopmdm import check_num_loops
 from .generation_outputs import LoopMDMGenerationOutput, make_watchers
-from .loop_context import check_shape
+from .loop_context import check_mask, check_shape
 from .loop_policies import LoopPolicy, resolve_policy
 from .weight_files import HUB_OPTIONS
 
@@ -65,7 +65,7 @@ SAMPLING = {
     "temperature": (logits_process.TemperatureLogitsWarper, 1),
     "top_k": (logits_process.TopKLogitsWarper, None),
     "top_p": (logits_process.TopPLogitsWarper, 1),
-    "min_p": (logits_process.MinPLogitsWarper, None),
+    "min_p": (logits_process.MinPLogitsWarper, 0),
 }
 DEFAULT_NEW_TOKENS = 20  # as in transformers
 logger = logging.get_logger(__name__)
@@ -210,11 +210,11 @@ class LoopMDMGenerationConfig(GenerationConfig):
         """Checks arguments that exclude or need each other."""
         rule, wrong = self.commit_rule(), None
         parallel = [name for name in PARALLEL_RULES if getattr(self, name) is not None]
-        idle = [name for name in SAMPLING if getattr(self, name) != self.FIELDS[name][0] and not self.do_sample]
+        idle = [name for name, (_, neutral) in SAMPLING.items() if getattr(self, name) not in (None, neutral)]
         is_random = self.do_sample or rule.is_random or self.remask_probability > 0
         if len(parallel) > 1 or (parallel and rule.draws_tokens):
             wrong = f"`{parallel[-1]}` excludes other such rules and ancestral `unmasking`; choose one of them"
-        elif idle:
+        elif idle and not self.do_sample:
             wrong = f"`{idle[0]}={getattr(self, idle[0])}` has no effect on greedy decoding; add `do_sample=True`"
         elif self.num_return_sequences != 1 and not is_random:
             wrong = f"`num_return_sequences={self.num_return_sequences}` answers are the same; add `do_sample=True`"
@@ -569,8 +569,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
                 denoiser.predict(block, step)
                 choose(canvas, step, processors, warpers, draws)
                 commit = canvas.rule(step)
-                check_shape(f"{type(canvas.rule).__name__}'s result", commit, tuple(step.masked.shape))
-                commit = (commit != 0) & step.masked  # a custom rule may mark fillers, which are given tokens
+                check_mask(type(canvas.rule).__name__, commit, tuple(step.masked.shape))
+                commit = commit & step.masked  # a custom rule may mark fillers, which are given tokens
                 canvas.commit(step, commit)
                 canvas.end_at(eos_token_ids)
                 for watcher in watchers:

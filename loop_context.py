@@ -153,6 +153,14 @@ def check_shape(name: str, tensor: Any, shape: tuple[int, ...], more: str = "") 
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}; the input needs {shape}{more}.")
 
 
+def check_mask(name: str, mask: Any, shape: tuple[int, ...], more: str = "") -> None:
+    """Raises a ValueError if what a rule of the user returned is not a bool tensor of this shape."""
+    kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if kind != torch.bool or mask.shape != shape:
+        found = f"{kind} of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else kind
+        raise ValueError(f"`{name}` returned {found}; it must return bool of shape {shape}{more}.")
+
+
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, document_ids, cache) -> None:
     """Raises a ValueError for inputs of a wrong type, shape or value."""
     name, inputs = "input_ids" if inputs_embeds is None else "inputs_embeds", one_of(input_ids, inputs_embeds)

@@ -8,7 +8,7 @@ import torch
 
 from .cache_utils import CacheView, LoopMDMCache
 from .configuration_loopmdm import check_num_loops
-from .loop_context import LoopContext, check_shape
+from .loop_context import LoopContext, check_mask
 
 
 class LoopPolicy:
@@ -117,7 +117,7 @@ def iterate_while_moving(
         goes_on = policy.goes_on(index, before, after, part)
         expected = moves.shape if policy.per_position else moves.shape[:1]
         fix = "; with `per_position = True` it decides for positions, otherwise for rows"
-        check_shape(f"{type(policy).__name__}.goes_on", goes_on, tuple(expected), fix)
+        check_mask(f"{type(policy).__name__}.goes_on", goes_on, tuple(expected), fix)
         goes_on = moves & (goes_on if policy.per_position else goes_on[:, None])
         states = states.index_put(place, torch.where(moves[..., None], after, before))
         yield states, moving

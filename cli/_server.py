@@ -6,7 +6,6 @@ model is loaded, what a request may ask of `generate`, and that an answer is giv
 """
 
 import asyncio
-import contextlib
 import inspect
 import json
 import secrets
@@ -28,13 +27,13 @@ from transformers.cli.serving.utils import (
     DirectStreamer,
     GenerateManager,
     GenerationState,
-    Modality,
     _GenerationCancelled,
     _StreamError,
 )
 from transformers.generation.stopping_criteria import StopStringCriteria
 
 from loopmdm import LoopMDMGenerationConfig
+from loopmdm.data.chat import read_question
 from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown
 
 # Of transformers' server; `transformers chat` begins with the last.
@@ -113,6 +112,8 @@ class Chat(ChatCompletionHandler):
         json.dumps(body, ensure_ascii=False).encode()  # a ValueError for half a character (a lone surrogate)
         if "generation_config" in body:
             body.update({**_unpacked(body.pop("generation_config")), **body})
+        if not body.get("tools") and body.get("tool_choice") == "none":  # the API's default
+            del body["tool_choice"]
         for name in [name for name, value in body.items() if value is None]:
             del body[name]
         for name, value in body.items():
@@ -134,20 +135,17 @@ class Chat(ChatCompletionHandler):
             raise ValueError(f"`chat_template_kwargs` has `{name}`, which the server sets itself; leave it out.")
         if not isinstance(body.get("tools", []), list):
             raise ValueError(f"`tools` is {body['tools']!r}; give a list of objects.")
-        text, others = self._render(body, body.get("tools")), None
-        with contextlib.suppress(ValueError):  # a template that refuses to do without them has read the tools
-            others = self._render(body, None) if body.get("tools") else None
-        if text == others:
-            raise ValueError("`tools` are given, which the chat template leaves out; leave them out too.")
+        if not isinstance(body.get("stream", False), bool):
+            raise ValueError(f"`stream` is {body['stream']!r}; give true or false.")
+        for message in body["messages"]:
+            content = message.get("content") or ""
+            message["content"] = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+        tokenizer, tools = self.model_manager.tokenizer, body.get("tools") or None
+        body["messages"] = read_question(tokenizer, body["messages"], "The request", tools, **options)[0]
 
-    def _render(self, body: dict[str, Any], tools: list | None) -> str:
-        """The request as the template writes it."""
-        options = {"add_generation_prompt": True, "tokenize": False, **body.get("chat_template_kwargs", {})}
-        try:
-            messages = self.get_processor_inputs_from_messages(body["messages"], Modality.LLM)
-            return self.model_manager.tokenizer.apply_chat_template(messages, tools=tools, **options)
-        except Exception as error:  # a template can raise anything
-            raise ValueError(f"The chat template does not take these messages: {error}.") from error
+    @staticmethod
+    def get_processor_inputs_from_messages(messages, modality):
+        return messages  # which `_validate_request` has read; transformers' own leaves out fields
 
     def _streaming(self, *args, **kwargs):
         response = super()._streaming(*args, **kwargs)

@@ -9,7 +9,6 @@ from typing import Any
 from .tokens import encode
 
 # Fields of a message that hold calls of tools, and what a model thinks before it answers
-_CALLS = ("tool_calls", "function_call")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 # A mark in place of an answer, to find what a template puts behind it
 _ANSWER = "LOOPMDM-ANSWER"
@@ -67,6 +66,8 @@ def encode_conversation(
             f"{where}: the chat template puts {rest!r} behind the turn end of other answers, but ends this one in "
             f"{whole[-40:]!r}, so that it is not clear where the answer ends."
         )
+    elif rest:  # a call ends otherwise than a text; white space behind it is not part of it either
+        whole = whole.rstrip()
     given, ids = encode(tokenizer, opened, where), encode(tokenizer, whole, where)
     if ids[: len(given)] != given:  # a token spans the border, which cannot happen in generation
         ids = given + encode(tokenizer, whole[len(opened) :], where)
@@ -78,17 +79,34 @@ def encode_question(tokenizer: Any, messages: Any, where: str, tools: list | Non
     Tokens of a conversation up to and including the opening of the assistant's next turn. An answer at its end is left
     out, so that training examples can serve as questions. Arguments as in [`encode_conversation`].
     """
-    messages = _check_messages(tokenizer, messages, where)
-    messages = messages[:-1] if messages and _is_by_assistant(messages[-1]) else messages
+    if isinstance(messages, list) and messages and _is_by_assistant(messages[-1]):
+        messages = messages[:-1]
     if not messages:
         raise ValueError(f"{where} has no message to answer.")
-    text = _render(tokenizer, messages, where, tools, opens=True)
-    _check_nothing_is_lost(tokenizer, text, messages, where, tools, context=len(messages), opens=True)
-    return encode(tokenizer, text, where)
+    ids = encode(tokenizer, read_question(tokenizer, messages, where, tools)[1], where)
+    if tokenizer.mask_token_id in ids:
+        raise ValueError(
+            f"{where} holds the mask token {tokenizer.mask_token}, which stands for what is to be written."
+        )
+    return ids
+
+
+def read_question(
+    tokenizer: Any, messages: Any, where: str, tools: list | None = None, **options: Any
+) -> tuple[list[dict], str]:
+    """
+    The messages of a conversation as the chat template reads them, and the text that it makes of them, up to the
+    opening of the assistant's turn. `options` are the template's own. Raises a ValueError if it leaves out tools or
+    calls.
+    """
+    messages = _check_messages(tokenizer, messages, where)
+    text = _render(tokenizer, messages, where, tools, opens=True, **options)
+    _check_nothing_is_lost(tokenizer, text, messages, where, tools, len(messages), opens=True, **options)
+    return messages, text
 
 
 def _check_nothing_is_lost(
-    tokenizer: Any, text: str, messages: list[dict], where: str, tools: list | None, context: int, opens: bool = False
+    tokenizer: Any, text: str, messages: list[dict], where: str, tools: list | None, context: int, **options: Any
 ) -> None:
     """
     Raises a ValueError if the template writes the same `text` without the tools or without the calls of a message; or
@@ -97,7 +115,7 @@ def _check_nothing_is_lost(
     """
     without: list[tuple] = [("tools", messages, None)] if tools else []
     for place, message in enumerate(messages):
-        groups = [_CALLS, *([_REASONING] if place >= context else [])]
+        groups = [("tool_calls",), *([_REASONING] if place >= context else [])]
         groups += [("content",)] if place >= context and message.get("tool_calls") else []
         for names in groups:
             if found := [name for name in names if not _is_blank(message.get(name))]:
@@ -107,7 +125,7 @@ def _check_nothing_is_lost(
     for name, others, other_tools in without:
         same = None
         with contextlib.suppress(ValueError):  # a template that refuses the others has read the field
-            same = _render(tokenizer, others, where, other_tools, opens)
+            same = _render(tokenizer, others, where, other_tools, **options)
         if same == text:
             raise ValueError(
                 f"{where} has `{name}`, which the chat template leaves out; give a tokenizer whose template writes "
@@ -127,6 +145,8 @@ def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
     for number, message in enumerate(messages, start=1):
+        if message.get("function_call") is not None:
+            raise ValueError(f"{where}: message {number} has `function_call`; give `tool_calls`, which followed it.")
         if message.get("role") is None or (message.get("content") is None and not message.get("tool_calls")):
             raise ValueError(
                 f"{where}: message {number} needs `role` and `content`; it has {', '.join(message) or 'nothing'}."
@@ -236,9 +256,12 @@ def _opening(tokenizer: Any) -> str:
     return before.strip().removeprefix(tokenizer.bos_token or "").strip() if found else ""
 
 
-def _render(tokenizer: Any, messages: list[dict], where: str, tools: list | None = None, opens: bool = False) -> str:
+def _render(
+    tokenizer: Any, messages: list[dict], where: str, tools: list | None = None, opens: bool = False, **options: Any
+) -> str:
+    options |= {"add_generation_prompt": opens, "tokenize": False, "tools": tools}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, tools=tools)
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template can raise anything
         raise ValueError(f"{where}: the chat template does not take these messages: {error}.") from error
 

@@ -103,7 +103,7 @@ def encode_prompt(
     """
     name = prompt_column(example, text_column)
     if name == "messages" or isinstance(example.get(name), list):
-        refuse(example, _BESIDE_MESSAGES, where)
+        _refuse_beside(example, example[name], where)
         return encode_question(tokenizer, example[name], where, _tools(example, where))
     if name == "":
         refuse(example, _OTHER_FORMATS, where)
@@ -129,8 +129,15 @@ def _encode_pair(tokenizer: Any, prompt: str, answer: str, where: str) -> dict[s
 
 
 def _encode_messages(tokenizer: Any, example: dict, prompt: list, answer: list, where: str) -> dict[str, Any]:
-    refuse(example, _BESIDE_MESSAGES, where)
+    _refuse_beside(example, prompt, where)
     return encode_conversation(tokenizer, prompt, answer, where, _tools(example, where))
+
+
+def _refuse_beside(example: dict, messages: list, where: str) -> None:
+    """Raises a ValueError for fields that would be lost beside messages; the text of the first one is not lost."""
+    first = messages[0].get("content") if messages and isinstance(messages[0], dict) else None
+    kept = {name for name in ("system", "system_prompt") if first is not None and example.get(name) == first}
+    refuse({name: value for name, value in example.items() if name not in kept}, _BESIDE_MESSAGES, where)
 
 
 def _tools(example: dict[str, Any], where: str) -> Any:

@@ -2,6 +2,7 @@
 """Documents and examples read from files and data sets, with their places; and files that are written atomically."""
 
 import codecs
+import contextlib
 import itertools
 import json
 import math
@@ -169,7 +170,8 @@ def write_atomically(path: Path, text: str) -> None:
 def share_weights(folder: Path) -> None:
     """Gives the weights the permissions of their folder: safetensors makes files that this user alone can read."""
     for path in folder.glob("*.safetensors"):
-        path.chmod(folder.stat().st_mode & 0o666)
+        with contextlib.suppress(OSError):  # of file systems without permissions
+            path.chmod(folder.stat().st_mode & 0o666)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

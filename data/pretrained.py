@@ -97,8 +97,8 @@ def adapter_base(name: str, revision: str | None = None) -> str | None:
 
 def load_adapter(model: Any, adapter: str, is_trainable: bool = False, revision: str | None = None) -> Any:
     """
-    A `PeftModel` of `model` and an adapter, given as a folder or Hub id. peft loads it, since transformers' own loading
-    loses tensors of some kinds, such as DoRA's. Raises a ValueError if its tensors do not fit its settings and the model.
+    A `PeftModel` of `model` and an adapter, given as a folder or Hub id. Raises a ValueError if its tensors do
+    not fit its settings and the model. (transformers' own loading loses tensors of some kinds, such as DoRA's.)
     """
     from peft import PeftModel
 

@@ -68,8 +68,10 @@ def check_passes(dataset: Any, passes: int, needed: int | None = None) -> None:
     have their places in a run.
     """
     is_run = isinstance(dataset, ExampleStream)
-    first = dataset[0] if isinstance(dataset, list) and dataset else None
-    if passes > 1 and (is_run or (isinstance(first, dict) and "index" in first)):
+    names = getattr(dataset, "column_names", None)  # of a `datasets.Dataset`
+    if isinstance(dataset, list) and dataset and isinstance(dataset[0], dict):
+        names = dataset[0]
+    if passes > 1 and (is_run or "index" in (names or ())):
         count = needed or passes * len(dataset)
         fix = f"raise its `num_examples` to {count}" if is_run else "wrap it in `ExampleStream`"
         raise ValueError(

@@ -63,7 +63,11 @@ def trace_log_probs(
     first = output.trace[0].tokens.masked_fill(output.trace[0].committed, base.config.mask_token_id)
     before = [first, *(step.tokens for step in output.trace[:-1])]
     states = torch.stack([before[index] for index in chosen]).to(device)
-    real = output.trace[0].real.to(device)
+    real = output.trace[0].real
+    if real is None or real.shape != tokens.shape[1:]:
+        found = "missing" if real is None else f"of shape {tuple(real.shape)}"
+        raise ValueError(f"`real` of the trace is {found}; it must be {tuple(tokens.shape[1:])}, as `tokens` are.")
+    real = real.to(device)
     log_probs, warpers = torch.zeros(tokens.shape, device=device), config.warpers()
     by_loops: dict[int | None, list[int]] = {}
     for place, step in enumerate(trace):

@@ -412,7 +412,7 @@ def test_fields_that_say_nothing_are_nothing_lost():
 
 def test_the_older_format_of_calls_is_refused():
     call = {"role": "assistant", "content": "", "function_call": {"name": "kind", "arguments": "{}"}}
-    with pytest.raises(ValueError, match="has `function_call`, which the chat template leaves out"):
+    with pytest.raises(ValueError, match="message 2 has `function_call`; give `tool_calls`"):
         encode_answer(tokenizer_with(ON_REQUEST), {"messages": [USER, call]})
     with pytest.raises(ValueError, match="has `functions`, which would be lost; give them as `tools`"):
         encode_answer(tokenizer_with(ON_REQUEST), {"messages": [USER, ANSWER], "functions": [{"name": "kind"}]})

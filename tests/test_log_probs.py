@@ -1,6 +1,8 @@
 # Copyright 2026 The LoopMDM authors. Licensed under the Apache License, Version 2.0.
 """Log-probabilities with gradients: those of a trace against the sampler's own, and estimates against the NELBO."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from generation_reference import ROWS, batch_of, double_model, run, seeded
@@ -58,6 +60,23 @@ def test_padding_of_a_trace_is_that_of_the_call():
         for step, log_probs in zip(output.trace, found, strict=True):
             expected = step.log_probs.masked_fill(~step.committed, 0.0).to(log_probs.dtype)
             torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_part_of_a_trace_needs_its_padding():
+    """As where groups without advantage are dropped: every field of a step is to be cut."""
+    model = double_model()
+    ids = torch.tensor([[0, 5, MASK, MASK], [4, 8, MASK, MASK], [0, 0, 6, MASK]])
+    output = run(model, ids, (ids != 0).long())
+    whole = trace_log_probs(model, output, LoopMDMGenerationConfig())
+    names = ("tokens", "committed", "log_probs", "real")
+    for cut in (names, names[:-1]):
+        steps = [replace(step, **{name: getattr(step, name)[1:] for name in cut}) for step in output.trace]
+        part = replace(output, trace=steps)
+        if cut == names:
+            torch.testing.assert_close(trace_log_probs(model, part, LoopMDMGenerationConfig()), whole[:, 1:])
+            continue
+        with pytest.raises(ValueError, match=r"`real` of the trace is of shape \(3, 4\); it must be \(2, 4\)"):
+            trace_log_probs(model, part, LoopMDMGenerationConfig())
 
 
 def test_steps_that_committed_nothing_have_zeros():

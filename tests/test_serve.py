@@ -200,12 +200,12 @@ BAD = {
     "picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a text as `content`"),
     "tools": (
         {"tools": [{"type": "function", "function": {"name": "w1"}}]},
-        "`tools` are given, which the chat temp",
+        "The request has `tools`, which the chat template leaves out",
     ),
     "no tools": ({"extra_body": {"tools": 5}}, "`tools` is 5; give a list"),
     "no calls": (
         {"messages": [{"role": "assistant", "tool_calls": 5}]},
-        "The chat template does not take these messages: ",
+        "message 1 has `tool_calls` that are 5; give a list of objects",
     ),
     "template": (
         {"extra_body": {"chat_template_kwargs": {"tokenize": False}}},
