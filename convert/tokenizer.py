@@ -19,7 +19,6 @@ from .source import Source
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
@@ -73,11 +72,13 @@ class TokenizerFiles:
     def __init__(self, folder: Path):
         self.folder = folder
         self.settings = read_json(folder / "tokenizer_config.json")
-        named = read_json(folder / "special_tokens_map.json")
-        names = [field.removesuffix("_id") for field in TOKEN_FIELDS]
-        self.special = {name: _content(self.settings.get(name, named.get(name))) for name in names}
+        if "added_tokens_decoder" not in self.settings:  # otherwise transformers does not read it
+            for name, token in read_json(folder / "special_tokens_map.json").items():
+                is_added = isinstance(token, dict) and "content" in token
+                self.settings[name] = {**token, "__type": "AddedToken"} if is_added else token
+        self.special = {name: _content(self.settings.get(name)) for name in (f[:-3] for f in TOKEN_FIELDS)}
         model = read_json(folder / "tokenizer.json")
-        vocabulary = (model.get("model") or {}).get("vocab") or read_json(folder / "vocab.json")
+        vocabulary = (model.get("model") or {}).get("vocab") or read_json(folder / "vocab.json") or _lines(folder)
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
         added = (self.settings.get("added_tokens_decoder") or {}).items()
@@ -136,6 +137,13 @@ class TokenizerFiles:
         return next((token for token, at in self.vocabulary.items() if at == index), None)
 
 
+def _lines(folder: Path) -> dict[str, int]:
+    """BERT's vocabulary: a token a line."""
+    file = folder / "vocab.txt"
+    text = file.read_text(encoding="utf-8").removesuffix("\n") if file.is_file() else ""
+    return {token: index for index, token in enumerate(text.split("\n"))} if text else {}
+
+
 def _content(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
@@ -160,7 +168,7 @@ def _find_mask_token(
     vocab_size = settings["vocab_size"]
     if family.from_causal:
         # The first free id of the tokenizer. Often the embedding has a row for it already.
-        candidates.append((len(tokenizer) or vocab_size, "new token"))
+        candidates.append((len(tokenizer) if tokenizer.is_complete else vocab_size, "new token"))
     index, found = next((candidate for candidate in candidates if candidate[0] is not None), (None, None))
     if index is None:
         raise ValueError(f"Neither config nor tokenizer of {source.name} names the mask token; give --mask-token-id.")
@@ -219,9 +227,7 @@ def find_special_tokens(
     ends, pads, starts = declared("eos_token"), declared("pad_token"), declared("bos_token")
     return SpecialTokens(
         mask_token_id=mask_token_id,
-        # A tokenizer gives a new token its first free id, so no other id can be added.
-        mask_token=tokenizer.token_of(mask_token_id)
-        or (NEW_MASK_TOKEN if tokenizer and mask_token_id == len(tokenizer) else None),
+        mask_token=tokenizer.token_of(mask_token_id) or (NEW_MASK_TOKEN if tokenizer else None),
         mask_found=found,
         pad_token_id=next(iter([*pads, *ends]), None),
         bos_token_id=next(iter(starts), None),
@@ -237,9 +243,11 @@ def write_tokenizer(tokenizer: TokenizerFiles, tokens: SpecialTokens, output: Pa
     if not tokenizer:
         return []
     folder = tokenizer.folder
-    found = [*folder.glob("*.jinja"), *folder.glob("tokenization*.py"), *(folder / name for name in FILES)]
-    names = [path.name for path in found if path.is_file()]
+    found = [*folder.glob("*.jinja"), *folder.glob("additional_chat_templates/*.jinja")]
+    found += [*folder.glob("tokenization*.py"), *(folder / name for name in FILES)]
+    names = [str(path.relative_to(folder)) for path in found if path.is_file()]
     for name in names:
+        (output / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, output / name)
 
     settings = dict(tokenizer.settings)
@@ -269,17 +277,28 @@ def load_tokenizer(
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(tokenizer, tokens, Path(folder))
         try:
-            return AutoTokenizer.from_pretrained(
+            loaded = AutoTokenizer.from_pretrained(
                 folder, config=PreTrainedConfig(), trust_remote_code=trust_remote_code
             )
         except Exception as error:  # transformers raises many kinds
             reason = " ".join(str(error).replace(folder, str(source.folder)).split()) or type(error).__name__
             if "trust_remote_code" in reason and not trust_remote_code:
+                if tokens.mask_token == NEW_MASK_TOKEN and tokens.mask_token_id > len(tokenizer):
+                    tokens.mask_token = None
                 return None
             raise ValueError(
                 f"The tokenizer of {source.name} does not load ({reason}); repair its files, install what it needs, "
                 "or convert a copy of the checkpoint without them."
             ) from error
+    if tokens.mask_token is None or loaded.mask_token_id == tokens.mask_token_id:
+        return loaded
+    if tokenizer.token_of(tokens.mask_token_id) is None:  # a tokenizer gives a new token its first free id
+        tokens.mask_token = None
+        return load_tokenizer(source, tokenizer, tokens, trust_remote_code)
+    raise ValueError(
+        f"The mask token is {tokens.mask_token_id}, {tokens.mask_token!r}, and the tokenizer of {source.name} takes "
+        f"{loaded.mask_token_id} for it; repair its files, or choose another one with --mask-token-id."
+    )
 
 
 def find_turn_end(tokenizer: TokenizerFiles, loaded: Any) -> int | None:

@@ -108,7 +108,7 @@ def load_adapter(model: Any, adapter: str, is_trainable: bool = False, revision:
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # found again below
             adapted = PeftModel.from_pretrained(model, adapter, **options)
         found = adapted.load_adapter(adapter, "default", **options)
-    except RuntimeError as error:  # torch's, about shapes
+    except (RuntimeError, KeyError) as error:  # about shapes, and about modules that were saved whole
         raise ValueError(
             f"The adapter {adapter} does not fit its base model: {' '.join(str(error).split())}"
         ) from error

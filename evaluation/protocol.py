@@ -158,6 +158,7 @@ def output_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        check_output(path)  # another process may have made it
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

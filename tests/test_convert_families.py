@@ -172,6 +172,12 @@ EXPERT = {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(8, 48)}
         ("mdlm_hf", {}, {"from_causal": True}, ["not a causal model"]),
         ("dream", {}, {"family": "dreams"}, ["no family 'dreams'", "dream", "llada"]),
         ("open_dcoder", {}, {"family": "causal-qwen2"}, ["no family 'causal-qwen2'"]),
+        (
+            "diffullama",
+            {"config": {"architectures": ["GemmaForCausalLM"]}},
+            {"family": "diffullama"},
+            ["GemmaForCausalLM", "no diffullama model is"],
+        ),
         ("dream", {}, {"shift_logits": False}, ["`shift_logits`", "--from-causal"]),
     ],
 )
@@ -228,13 +234,14 @@ def test_looped_and_outdated_sources_are_refused(src, out):
 def test_a_loopmdm_trained_without_loops_gets_another_loop(tmp_path, out, tied):
     plain = tiny_model(max_train_loops=1, num_loops=1, tie_word_embeddings=tied, use_qk_norm=True)
     plain.generation_config.suppress_tokens = [11, 13]
+    plain.generation_config.num_loops = 1
     plain.save_pretrained(tmp_path / "plain")
     loop = {"loop_start": 2, "loop_end": 4, "loop_update": "damped", "num_loops": 3, "max_train_loops": 5}
     assert convert_checkpoint(tmp_path / "plain", out, **loop)["family"] == "loopmdm"
     model = load(out)
     assert {name: getattr(model.config, name) for name in loop} == loop
     assert (model.config.mask_token_id, model.config.pad_token_id) == (22, 0)
-    assert model.generation_config.suppress_tokens == [11, 13]
+    assert model.generation_config.suppress_tokens == [11, 13] and model.generation_config.num_loops is None
     ids = torch.arange(16)[None]
     assert torch.equal(logits_of(model, ids, num_loops=1), logits_of(plain, ids))
     assert not torch.equal(logits_of(model, ids), logits_of(plain, ids))

@@ -171,6 +171,65 @@ def test_tokenizers_with_few_files(tmp_path, out):
     assert not list(out.with_name("none").glob("tokenizer*"))
 
 
+def test_further_chat_templates_are_kept(src, out):
+    edited("llada", src)
+    save_tokenizer(src, 126, template={"default": TEMPLATE, "tool_use": "w3"})
+    assert (src / "additional_chat_templates").is_dir()
+    convert_checkpoint(src, out)
+    assert AutoTokenizer.from_pretrained(out).chat_template == {"default": TEMPLATE, "tool_use": "w3"}
+
+
+@pytest.mark.parametrize(
+    "names", [{"mask_token": "w7"}, {"mask_token": {"content": "w7"}, "pad_token": "w7"}], ids=str
+)
+def test_a_map_of_special_tokens_counts_as_in_transformers(src, out, names):
+    """It wins where tokenizer_config.json has no `added_tokens_decoder`, as transformers 5 writes it."""
+    edited("llada", src, config=NO_MASK)
+    save_tokenizer(src, 126, mask="w5", eos="w9")
+    (src / "special_tokens_map.json").write_text(json.dumps(names))
+    assert AutoTokenizer.from_pretrained(src).mask_token_id == 7
+    convert_checkpoint(src, out)
+    assert check_tokenizer(out, 7, "w7").eos_token == "w9"
+    convert_checkpoint(src, out.with_name("other"), mask_token_id=5)
+    check_tokenizer(out.with_name("other"), 5, "w5")
+
+
+def test_ends_of_a_map_stay_beside_a_new_mask(src, out):
+    edited("llada", src)
+    save_tokenizer(src, 125)
+    (src / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "w9", "lstrip": False}}))
+    convert_checkpoint(src, out)
+    assert check_tokenizer(out, 125, "<|mask|>").eos_token == "w9"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_vocabulary_of_lines(src, out, named):
+    """BERT's, in which [MASK] has a name, or takes the first free id."""
+    edited("llada", src, config=NO_MASK if named else {})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]" if named else "w4", *(f"w{i}" for i in range(5, 125))]
+    (src / "vocab.txt").write_text("\n".join(words) + "\n")
+    settings = {
+        "tokenizer_class": "BertTokenizer",
+        "added_tokens_decoder": {"0": {"content": "[PAD]", "special": True}},
+    }
+    settings |= {"mask_token": "[MASK]"} if named else {"mask_token": None}
+    (src / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert_checkpoint(src, out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.mask_token_id == json.loads((out / "config.json").read_text())["mask_token_id"]
+    assert tokenizer.mask_token_id == (4 if named else 125) and tokenizer("w9")["input_ids"][1] == 9
+
+
+def test_ids_with_gaps(src, out):
+    """A tokenizer would give a new token the number of its tokens, 120, which is an id of another one."""
+    edited("llada", src)
+    save_tokenizer(src, 125)
+    edit_json(src / "tokenizer.json", lambda content: [content["model"]["vocab"].pop(f"w{i}") for i in range(5, 10)])
+    convert_checkpoint(src, out)
+    assert AutoTokenizer.from_pretrained(out).mask_token_id is None
+    assert load(out).config.mask_token_id == 125
+
+
 def test_a_tokenizer_that_is_shorter_by_more_than_the_mask(src, out):
     """A tokenizer would give a new token the first free id, 100, which is another row than [MASK]'s."""
     edited("llada", src)

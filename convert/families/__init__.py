@@ -4,6 +4,8 @@
 import pkgutil
 from importlib import import_module
 
+import transformers
+
 from ..family import Family
 from ..source import Source
 
@@ -41,7 +43,14 @@ def choose_family(source: Source, name: str | Family | None = None, from_causal:
         families = {family.name: family for family in FAMILIES if not family.from_causal}
         if name not in families:
             raise ValueError(f"There is no family {name!r}; there are {', '.join(families)}.")
-        return families[name]
+        family = families[name]
+        same = (family.reference or name, "Mistral")  # Mistral computes what Llama does
+        for found in source.architectures:
+            if found not in family.architectures and not found.startswith(same) and hasattr(transformers, found):
+                raise ValueError(
+                    f"{source.name} is a {found}, which no {name} model is; give another --family, or none."
+                )
+        return family
     architecture = ", ".join(source.architectures) or "no architecture named in a config.json"
     for prefixes, why in UNSUPPORTED.items():
         if any(found.startswith(prefixes) for found in source.architectures):

@@ -23,7 +23,8 @@ class LoopMDM(Family):
         return {name: copy(name) for name in source.tensors}
 
     def generation(self, source):
-        return {name: value for name, value in source.generation_config.items() if name != "transformers_version"}
+        of_old_loop = {"num_loops", "visible_loops", "loop_tolerance", "loop_policy", "transformers_version"}
+        return {name: value for name, value in source.generation_config.items() if name not in of_old_loop}
 
 
 FAMILIES = [LoopMDM()]

@@ -48,6 +48,7 @@ class MDLM(DiTFormat):
                 "length": int(model["length"]),
                 "time_conditioning": bool(hyper["time_conditioning"]),
                 "n_blocks": model.get("n_blocks"),
+                "diffusion": hyper.get("diffusion"),
             }
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -59,7 +60,7 @@ class MDLM(DiTFormat):
         if source.config.get("cfg"):
             raise ValueError(f"{source.name} is conditioned on classes (`cfg`), which is not supported.")
         config = super().config(source)
-        if "UDLM" in source.architectures:
+        if "UDLM" in source.architectures or self.settings(source).get("diffusion") == "uniform":
             del config["mask_token_id"]  # it corrupts by uniform noise, so its vocabulary has no mask token
         return config
 
