@@ -32,9 +32,7 @@ class DenoisingStep:
     remask_probability: float  # as given by the user, before the cap
     noise: Callable[[], torch.Tensor]  # draws uniform numbers from [0, 1), (N, P)
     logits: torch.Tensor | None = None  # (N, P, vocab_size) float32, raw; -inf for the mask token
-    loops: torch.Tensor | None = None  # (N,) int64, cost of the row's logits, like the next two
-    forward_passes: torch.Tensor | None = None
-    flops: torch.Tensor | None = None
+    loops: torch.Tensor | None = None  # (N,) int64, loops run for the row's logits
     scores: torch.Tensor | None = None  # (N, P, vocab_size), logits after processors, to choose tokens
     tokens: torch.Tensor | None = None  # (N, P) int64, the token chosen for every position
     penalty: torch.Tensor | float = 0.0  # (N, P), subtracted from the confidence

@@ -11,6 +11,7 @@ import copy
 import difflib
 import inspect
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -346,6 +347,9 @@ class Denoiser:
             self._check_cache(cache)
             cache.lengths = cache.lengths // block_size * block_size
             self.plan.cache = cache
+        # Forward passes, loops and FLOPs of each row so far, (3, num_rows)
+        self.spent = torch.zeros(3, len(canvas.lengths), dtype=torch.long, device=canvas.sequences.device)
+        self.started = time.perf_counter()
 
     def _check_cache(self, cache: Any) -> None:
         """Raises a ValueError if the given cache does not fit this call."""
@@ -367,26 +371,34 @@ class Denoiser:
         cache.store(cache.lengths, tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape))
         return cache
 
+    def cost(self) -> dict[str, Any]:
+        """Returns the cost so far, as fields of the [`LoopMDMGenerationOutput`]."""
+        denoised = (self.canvas.to_denoise & ~self.canvas.behind).sum(-1)
+        total, seconds = int(denoised.sum()), time.perf_counter() - self.started  # waits for the device
+        cost = dict(zip(("forward_passes", "loops", "flops"), self.spent, strict=True))
+        speed = {"seconds": seconds, "tokens_per_second": total / seconds}
+        return cost | speed | {"tokens_per_forward": denoised / cost["forward_passes"].clamp(min=1)}
+
     def num_loops(self, step: int) -> int:
         return self.loops[min(step, len(self.loops) - 1)]
 
     def predict(self, block: Block, step: DenoisingStep) -> None:
-        """Fills in the logits of a step, and the cost for each row."""
+        """Fills in the logits of a step, and the loops that they took."""
         canvas, rows = self.canvas, torch.tensor(step.row_list)
         if self.plan.has_exits and not self.is_exact:
             self.plan.cache = self.plan.make_cache(self.num_loops(step.index), self.config.visible_loops)
         starts = canvas.starts[rows] + block.index * canvas.block_length
         stops = torch.minimum(starts + canvas.block_length, canvas.lengths[rows])
-        spent = torch.zeros(3, len(canvas.lengths), dtype=torch.long, device=step.rows.device)
+        before = self.spent[1, step.rows]
         for forward_pass in self.plan.passes(rows, starts, stops, step.index):
             step.logits, cost = self._run(forward_pass, step)
-            spent[:, forward_pass.rows.to(spent.device)] += cost
-        step.loops, step.forward_passes, step.flops = spent[:, step.rows]
+            self.spent[:, forward_pass.rows.to(self.spent.device)] += cost
+        step.loops = self.spent[1, step.rows] - before
 
     def _run(self, forward_pass: ForwardPass, step: DenoisingStep) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and the loops, forward
-        passes and FLOPs of each row, `(3, N)`.
+        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and the forward passes,
+        loops and FLOPs of each row, `(3, N)`.
         """
         canvas, config, model_config = self.canvas, self.config, self.model.config
         device, copies = canvas.sequences.device, self.copies
@@ -434,7 +446,7 @@ class Denoiser:
             loops, token_loops = sum(loops.chunk(2)), sum(token_loops.chunk(2))
         logits[..., canvas.never] = -math.inf
         flops = model_config.pass_flops(computed, reach, num_wanted, num_wanted, token_loops)
-        return logits, torch.stack((loops, torch.full_like(loops, copies), flops))
+        return logits, torch.stack((torch.full_like(loops, copies), loops, flops))
 
 
 class ReusingDenoiser(Denoiser):
@@ -457,14 +469,13 @@ class ReusingDenoiser(Denoiser):
         else:
             step.logits = before.logits.new_empty(*step.columns.shape, before.logits.shape[-1])
             step.logits[list(known)] = before.logits[list(known.values()), : step.columns.shape[1]]
-            step.loops, step.forward_passes, step.flops = torch.zeros_like(step.rows).repeat(3, 1)
+            step.loops = torch.zeros_like(step.rows)
             new = [i for i in range(len(step.row_list)) if i not in known]
             if new:
                 parts = {name: getattr(step, name)[new] for name in ("rows", "columns", "counted")}
                 part = replace(step, row_list=[step.row_list[i] for i in new], **parts)
                 super().predict(block, part)
-                for name in ("logits", "loops", "forward_passes", "flops"):
-                    getattr(step, name)[new] = getattr(part, name)
+                step.logits[new], step.loops[new] = part.logits, part.loops
         self.last = (block, step, tokens)
 
 
@@ -588,7 +599,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if not config.return_dict_in_generate:
             return sequences
         real = (canvas.real & ~canvas.behind).long()
-        return LoopMDMGenerationOutput(sequences, real, cache=denoiser.finished_cache(), **report)
+        return LoopMDMGenerationOutput(sequences, real, cache=denoiser.finished_cache(), **denoiser.cost(), **report)
 
     def _check_adapters(self, use: str = "`generate`") -> None:
         """Raises a ValueError if PEFT changes forward passes in a way that fails if they cover only some positions."""
