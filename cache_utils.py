@@ -302,17 +302,14 @@ class DualCache(CachePlan):
         lengths = self.lengths[rows]
         if self.refreshes(step):
             return [ForwardPass(rows, torch.zeros_like(starts), lengths, lengths, self.cache)]
-        return [ForwardPass(rows, self.source(starts), self.until(stops, lengths), lengths, self.cache)]
-
-    def until(self, stops: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return stops
+        return [ForwardPass(rows, self.source(starts), stops, lengths, self.cache)]
 
 
 class PrefixCache(DualCache):
     """Like [`DualCache`], but later steps also compute everything after the block."""
 
-    def until(self, stops, lengths):
-        return lengths
+    def passes(self, rows, starts, stops, step):
+        return super().passes(rows, starts, self.lengths[rows], step)
 
 
 class BlockCausalCache(CachePlan):
