@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
 
 from .cache_utils import CacheView
 
@@ -123,16 +123,11 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     if not is_restricted or is_ready or implementation not in ("eager", "sdpa"):
         restriction = is_visible if is_restricted else None
         return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
-    # By broadcasting: transformers' vmap can take longer than all layers.
+    # By broadcasting: `create_bidirectional_mask` would use vmap, which can take longer than all layers.
     sizes = *inputs_embeds.shape[:2], (inputs_embeds if keys is None else keys).shape[1]
-    batch, query, key = (torch.arange(size, device=inputs_embeds.device) for size in sizes)
-    visible = is_visible(batch[:, None, None, None], None, query[:, None], key)
-    if attention_mask is not None:
-        visible = visible & attention_mask[:, None, None]
-    if implementation == "sdpa":
-        return visible
-    dtype = inputs_embeds.dtype
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    options = {"allow_is_causal_skip": False, "dtype": inputs_embeds.dtype, "device": inputs_embeds.device}
+    make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    return make(*sizes, mask_function=is_visible, attention_mask=attention_mask, **options)
 
 
 def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
