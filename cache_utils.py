@@ -3,9 +3,7 @@
 
 With block-causal attention, the keys and values of finished blocks no longer change, so caching is exact. With
 attention over the whole sequence, they change with every commitment, so reusing them in later denoising steps is an
-approximation (Fast-dLLM, arXiv 2505.22618). A [`CachePlan`] decides which positions a denoising step of `generate`
-computes, and which it reads from the cache. Positions count the real tokens of a row from 0, so that padding has no
-effect.
+approximation (Fast-dLLM, arXiv 2505.22618). Positions count the real tokens of a row from 0: padding has no effect.
 """
 
 import copy

@@ -315,14 +315,7 @@ def _as_list(value: Any) -> list:
 
 
 class Denoiser:
-    """
-    Predicts the [MASK]s of a denoising step. This is the only place where `generate` calls the model.
-
-    Args:
-        model: The [`LoopMDMForMaskedLM`].
-        canvas ([`Canvas`]): The sequences.
-        cache ([`LoopMDMCache`], *optional*): The `past_key_values` of the call.
-    """
+    """Predicts the [MASK]s of a denoising step, from the `past_key_values` of the call or a cache of its own."""
 
     def __init__(self, model, canvas: Canvas, cache: LoopMDMCache | None):
         self.model, self.canvas, self.config = model, canvas, canvas.config
