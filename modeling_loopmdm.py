@@ -284,7 +284,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             self.rotary_emb = LoopMDMRotaryEmbedding(config)
         self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self.gradient_checkpointing = False
         # Set by training, and not in the config, which would save them: the default number of loops of a training
         # pass, how many of the last loops pass full gradients (None: all), and whether activations are recomputed.
         self.num_train_loops: int | None = None
