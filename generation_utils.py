@@ -451,9 +451,8 @@ class ReusingDenoiser(Denoiser):
         (last_block, before, old_tokens), tokens, known = self.last, self.canvas.sequences[step.rows], {}
         loops = self.num_loops(step.index)
         if last_block is block and not self.plan.refreshes(step.index) and self.num_loops(before.index) == loops:
-            old = {row: i for i, row in enumerate(before.row_list)}
-            pairs = [(i, old[row]) for i, row in enumerate(step.row_list) if row in old]
-            known = {i: j for i, j in pairs if torch.equal(tokens[i], old_tokens[j])}
+            places = map(before.row_list.index, step.row_list)  # a row that is done stays so
+            known = {i: j for i, j in enumerate(places) if torch.equal(tokens[i], old_tokens[j])}
         if not known:
             super().predict(block, step)
         else:
