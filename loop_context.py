@@ -20,6 +20,7 @@ class LoopContext:
     cache: CacheView | None = None
     real: torch.BoolTensor | None = None  # (N, Q), False on padding
     masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and their predictors; None with `inputs_embeds`
+    sources: torch.LongTensor | None = None  # (1 or N, Q), the columns that predict; only with `config.shift_logits`
     queries: torch.LongTensor | None = None  # (N, P), positions to compute outputs for; None: all
     arguments: dict[str, Any] = field(default_factory=dict)  # further ones, for the attention implementation
 
