@@ -178,8 +178,7 @@ class Stream(Watcher):
 
 def make_watchers(canvas: Canvas, streamer: BaseStreamer | None) -> list[Watcher]:
     """Makes the watchers that the generation config needs."""
-    config = canvas.config
-    wanted = {Trace: config.output_trace, Scores: config.output_scores}
+    wanted = {Trace: canvas.config.output_trace, Scores: canvas.config.output_scores}
     watchers = [kind(canvas) for kind, is_wanted in wanted.items() if is_wanted]
     return watchers if streamer is None else [*watchers, Stream(canvas, streamer)]
 

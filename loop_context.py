@@ -96,7 +96,7 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     `config.attention_block_size` only its own and earlier blocks; with `document_ids` only its own document; and
     with a cache only the positions within the pass's reach.
     """
-    block_size, keys, blocks = config.attention_block_size, None, None
+    block_size, keys, blocks = config.attention_block_size, inputs_embeds, None
     if block_size is not None:
         blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
     if cache is not None:
@@ -125,7 +125,7 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
         restriction = is_visible if is_restricted else None
         return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
     # By broadcasting: `create_bidirectional_mask` would use vmap, which can take longer than all layers.
-    sizes = *inputs_embeds.shape[:2], (inputs_embeds if keys is None else keys).shape[1]
+    sizes = *inputs_embeds.shape[:2], keys.shape[1]
     options = {"allow_is_causal_skip": False, "dtype": inputs_embeds.dtype, "device": inputs_embeds.device}
     make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
     return make(*sizes, mask_function=is_visible, attention_mask=attention_mask, **options)
