@@ -28,7 +28,7 @@ from .configuration_loopmdm import check_num_loops
 from .generation_outputs import LoopMDMGenerationOutput, make_watchers
 from .loop_context import check_shape
 from .loop_policies import LoopPolicy, resolve_policy
-from .weight_files import HUB_OPTIONS
+from .weight_files import HUB_OPTIONS, read_json
 
 # Names of our arguments in other samplers, and arguments of autoregressive generation that cannot work here.
 OTHER_NAMES = {
@@ -270,15 +270,9 @@ class LoopMDMGenerationConfig(GenerationConfig):
         super().save_pretrained(*args, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs) -> "LoopMDMGenerationConfig":
-        """As in transformers, but a damaged file raises a ValueError. A missing file raises an OSError."""
-        try:
-            return super().from_pretrained(name, *args, **kwargs)
-        except (OSError, TypeError, AttributeError, RecursionError) as error:
-            is_absent = isinstance(error, OSError) and error.errno is None
-            if is_absent and not isinstance(error.__context__, ValueError):
-                raise
-            raise ValueError(f"The generation_config.json of {name} cannot be read: {error}") from error
+    def _dict_from_json_file(cls, json_file) -> dict[str, Any]:
+        """Makes `from_pretrained` raise a ValueError for a damaged file, and an OSError only for a missing one."""
+        return read_json(json_file)
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
