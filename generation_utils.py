@@ -179,7 +179,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         self.validate()
 
     def validate(self, strict: bool = False, **kwargs):
-        """Raises a ValueError for the first value that is out of range or does not fit the others."""
+        """Raises a ValueError for a value that is out of range or does not fit the others, or cannot be saved."""
         own = {*self.FIELDS, "transformers_version"}
         reject_unknown({name: value for name, value in vars(self).items() if name not in own and name[0] != "_"})
         if self.top_k == 0:  # in transformers, 0 means none
@@ -203,6 +203,10 @@ class LoopMDMGenerationConfig(GenerationConfig):
             if isinstance(getattr(self, name), str) and getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(sorted(known))}.")
         self._validate_combinations()
+        # `save_pretrained` is strict. Rules, plans and policies cannot be written to a file.
+        for name in ("unmasking", "cache_implementation", "loop_policy") if strict else ():
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which cannot be saved; pass it to `generate`.")
 
     def _validate_combinations(self):
         """Checks arguments that exclude or need each other."""
@@ -261,13 +265,6 @@ class LoopMDMGenerationConfig(GenerationConfig):
         own = {name: getattr(self, name) for name in ("unmasking", "cache_implementation", "loop_policy")}
         shown = {name: value if isinstance(value, str | None) else repr(value) for name, value in own.items()}
         return super().to_dict() | shown
-
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers. Raises a ValueError for rules, plans and policies, which cannot be saved."""
-        for name in ("unmasking", "cache_implementation", "loop_policy"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which cannot be saved; pass it to `generate`.")
-        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file) -> dict[str, Any]:
