@@ -20,6 +20,8 @@ LARGEST, LARGEST_OF = 2**40, {"num_hidden_layers": 10_000, "num_attention_heads"
 REMOVED_FIELDS = {
     "attention_dropout": "there is no dropout",
     "transformers_weights": "the weights are called model.safetensors",
+    "rope_full_precision": '`rope_full_precision=True` is `rope_precision="float32"`',
+    "rope_table_dtype": '`rope_table_dtype="bfloat16"` is `rope_precision="bfloat16"`',
 }
 
 
