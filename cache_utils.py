@@ -3,9 +3,7 @@
 
 With block-causal attention, the keys and values of finished blocks no longer change, so caching is exact. With
 attention over the whole sequence, they change with every commitment, so reusing them in later denoising steps is an
-approximation (Fast-dLLM, arXiv 2505.22618). A [`CachePlan`] decides which positions a denoising step of `generate`
-computes, and which it reads from the cache. Positions count the real tokens of a row from 0, so that padding has no
-effect.
+approximation (Fast-dLLM, arXiv 2505.22618). Positions count the real tokens of a row from 0: padding has no effect.
 """
 
 import copy
@@ -302,17 +300,14 @@ class DualCache(CachePlan):
         lengths = self.lengths[rows]
         if self.refreshes(step):
             return [ForwardPass(rows, torch.zeros_like(starts), lengths, lengths, self.cache)]
-        return [ForwardPass(rows, self.source(starts), self.until(stops, lengths), lengths, self.cache)]
-
-    def until(self, stops: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        return stops
+        return [ForwardPass(rows, self.source(starts), stops, lengths, self.cache)]
 
 
 class PrefixCache(DualCache):
     """Like [`DualCache`], but later steps also compute everything after the block."""
 
-    def until(self, stops, lengths):
-        return lengths
+    def passes(self, rows, starts, stops, step):
+        return super().passes(rows, starts, self.lengths[rows], step)
 
 
 class BlockCausalCache(CachePlan):

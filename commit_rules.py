@@ -32,9 +32,7 @@ class DenoisingStep:
     remask_probability: float  # as given by the user, before the cap
     noise: Callable[[], torch.Tensor]  # draws uniform numbers from [0, 1), (N, P)
     logits: torch.Tensor | None = None  # (N, P, vocab_size) float32, raw; -inf for the mask token
-    loops: torch.Tensor | None = None  # (N,) int64, cost of the row's logits, like the next two
-    forward_passes: torch.Tensor | None = None
-    flops: torch.Tensor | None = None
+    loops: torch.Tensor | None = None  # (N,) int64, loops run for the row's logits
     scores: torch.Tensor | None = None  # (N, P, vocab_size), logits after processors, to choose tokens
     tokens: torch.Tensor | None = None  # (N, P) int64, the token chosen for every position
     penalty: torch.Tensor | float = 0.0  # (N, P), subtracted from the confidence
@@ -95,8 +93,7 @@ class DenoisingStep:
         """The `count` (default: quota) masked positions with the highest scores in each row, ties from the left."""
         # A score of -inf still ranks above positions that are not masked.
         scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~self.masked, -math.inf)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        ranked = scores.gather(-1, order)
+        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
         # Scores that differ only by float32 rounding are a tie, since the rounding depends on the rest of the batch.
         # Positions with equal predictions, as in a canvas of [MASK]s only, all tie. A margin, or the entropy of a
         # near-certain prediction, is a small difference of large rounded numbers.
@@ -188,11 +185,9 @@ class EntropyBoundRule(CommitRule):
         self.is_random, self.draws_tokens, self.may_skip = rule.is_random, rule.draws_tokens, rule.may_skip
 
     def __call__(self, step):
-        entropies = step.entropy.masked_fill(~step.masked, 0.0)
-        ascending = step.entropy.masked_fill(~step.masked, math.inf).argsort(dim=-1, stable=True)
-        sorted_entropies = entropies.gather(1, ascending)
+        ascending = step.entropy.masked_fill(~step.masked, math.inf).sort(dim=-1).values
         # The last of the first j entropies is the largest; the others add up to the exclusive cumulative sum.
-        within = sorted_entropies.cumsum(-1) - sorted_entropies <= self.bound
+        within = ascending.cumsum(-1) - ascending <= self.bound
         return self.rule(step) | step.best(-step.entropy, count=within.sum(-1))
 
 

@@ -2,7 +2,6 @@
 """The output of `generate`, and the watchers that collect it and feed a streamer."""
 
 import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,25 +82,6 @@ class Watcher:
     def end(self) -> dict[str, Any]:
         """Returns fields of the [`LoopMDMGenerationOutput`]."""
         return {}
-
-
-class Cost(Watcher):
-    """Counts the cost of each row."""
-
-    def __init__(self, canvas):
-        super().__init__(canvas)
-        self.started = time.perf_counter()
-        self.totals = {name: torch.zeros_like(canvas.ends) for name in ("forward_passes", "loops", "flops")}
-
-    def on_step(self, block, step, commit):
-        for name, total in self.totals.items():
-            total[step.rows] += getattr(step, name)
-
-    def end(self):
-        denoised = (self.canvas.to_denoise & ~self.canvas.behind).sum(-1)
-        total, seconds = int(denoised.sum()), time.perf_counter() - self.started  # waits for the device
-        speed = {"seconds": seconds, "tokens_per_second": total / seconds}
-        return self.totals | speed | {"tokens_per_forward": denoised / self.totals["forward_passes"].clamp(min=1)}
 
 
 class Trace(Watcher):
@@ -198,8 +178,7 @@ class Stream(Watcher):
 
 def make_watchers(canvas: Canvas, streamer: BaseStreamer | None) -> list[Watcher]:
     """Makes the watchers that the generation config needs."""
-    config = canvas.config
-    wanted = {Cost: True, Trace: config.output_trace, Scores: config.output_scores}
+    wanted = {Trace: canvas.config.output_trace, Scores: canvas.config.output_scores}
     watchers = [kind(canvas) for kind, is_wanted in wanted.items() if is_wanted]
     return watchers if streamer is None else [*watchers, Stream(canvas, streamer)]
 

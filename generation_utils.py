@@ -11,6 +11,7 @@ import copy
 import difflib
 import inspect
 import math
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +28,13 @@ from .configuration_loopmdm import check_num_loops
 from .generation_outputs import LoopMDMGenerationOutput, make_watchers
 from .loop_context import check_mask, check_shape
 from .loop_policies import LoopPolicy, resolve_policy
-from .weight_files import HUB_OPTIONS
+from .weight_files import HUB_OPTIONS, read_json
 
 # Names of our arguments in other samplers, and arguments of autoregressive generation that cannot work here.
 OTHER_NAMES = {
     **dict.fromkeys(("no_repeat_ngram_size", "repetition_penalty", "sequence_bias"), "use a `logits_processor`"),
+    **dict.fromkeys(("diffusion_steps", "steps", "steps_per_block"), "use `max_denoising_steps`, the steps per block"),
+    **dict.fromkeys(("gen_length", "max_tokens"), "use `max_new_tokens`"),
     **dict.fromkeys(("min_length", "min_new_tokens"), "use `eos_penalty`, which holds back end tokens"),
     "alg": "`unmasking` chooses the commit rule",
     "bad_words_ids": "use `suppress_tokens`, or a `logits_processor`",
@@ -39,19 +42,14 @@ OTHER_NAMES = {
     "cache": "use `past_key_values`",
     "cfg_scale": "use `guidance_scale`, which is LLaDA's `cfg_scale` plus 1",
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
-    "diffusion_steps": "use `max_denoising_steps`, the steps per block",
     "dual_cache": 'use `cache_implementation="dual"`',
-    "gen_length": "use `max_new_tokens`",
     **dict.fromkeys(("inputs", "inputs_embeds"), "use `input_ids`"),
     "mask_id": "the mask token is `config.mask_token_id`",
     "max_time": "use `stopping_criteria` with transformers' MaxTimeCriteria",
-    "max_tokens": "use `max_new_tokens`",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
     "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
     "remasking": "use `unmasking` for the commit rule and `remask_probability` to undo commitments",
     "right_shift_logits": "the model's `config.shift_logits` says so",
-    "steps": "use `max_denoising_steps`, the steps per block",
-    "steps_per_block": "use `max_denoising_steps`",
     "token_type_ids": "leave it out (`tokenizer(..., return_token_type_ids=False)`)",
     "threshold": "use `confidence_threshold`",
     "use_block_cache": "use `cache_implementation`",
@@ -181,7 +179,7 @@ class LoopMDMGenerationConfig(GenerationConfig):
         self.validate()
 
     def validate(self, strict: bool = False, **kwargs):
-        """Raises a ValueError for the first value that is out of range or does not fit the others."""
+        """Raises a ValueError for a value that is out of range or does not fit the others, or cannot be saved."""
         own = {*self.FIELDS, "transformers_version"}
         reject_unknown({name: value for name, value in vars(self).items() if name not in own and name[0] != "_"})
         if self.top_k == 0:  # in transformers, 0 means none
@@ -205,6 +203,10 @@ class LoopMDMGenerationConfig(GenerationConfig):
             if isinstance(getattr(self, name), str) and getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; choose one of {', '.join(sorted(known))}.")
         self._validate_combinations()
+        # `save_pretrained` is strict. Rules, plans and policies cannot be written to a file.
+        for name in ("unmasking", "cache_implementation", "loop_policy") if strict else ():
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which cannot be saved; pass it to `generate`.")
 
     def _validate_combinations(self):
         """Checks arguments that exclude or need each other."""
@@ -264,23 +266,10 @@ class LoopMDMGenerationConfig(GenerationConfig):
         shown = {name: value if isinstance(value, str | None) else repr(value) for name, value in own.items()}
         return super().to_dict() | shown
 
-    def save_pretrained(self, *args, **kwargs):
-        """As in transformers. Raises a ValueError for rules, plans and policies, which cannot be saved."""
-        for name in ("unmasking", "cache_implementation", "loop_policy"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, which cannot be saved; pass it to `generate`.")
-        super().save_pretrained(*args, **kwargs)
-
     @classmethod
-    def from_pretrained(cls, name, *args, **kwargs) -> "LoopMDMGenerationConfig":
-        """As in transformers, but a damaged file raises a ValueError. A missing file raises an OSError."""
-        try:
-            return super().from_pretrained(name, *args, **kwargs)
-        except (OSError, TypeError, AttributeError, RecursionError) as error:
-            is_absent = isinstance(error, OSError) and error.errno is None
-            if is_absent and not isinstance(error.__context__, ValueError):
-                raise
-            raise ValueError(f"The generation_config.json of {name} cannot be read: {error}") from error
+    def _dict_from_json_file(cls, json_file) -> dict[str, Any]:
+        """Makes `from_pretrained` raise a ValueError for a damaged file, and an OSError only for a missing one."""
+        return read_json(json_file)
 
     @classmethod
     def from_model_config(cls, model_config) -> "LoopMDMGenerationConfig":
@@ -317,14 +306,7 @@ def _as_list(value: Any) -> list:
 
 
 class Denoiser:
-    """
-    Predicts the [MASK]s of a denoising step. This is the only place where `generate` calls the model.
-
-    Args:
-        model: The [`LoopMDMForMaskedLM`].
-        canvas ([`Canvas`]): The sequences.
-        cache ([`LoopMDMCache`], *optional*): The `past_key_values` of the call.
-    """
+    """Predicts the [MASK]s of a denoising step, from the `past_key_values` of the call or a cache of its own."""
 
     def __init__(self, model, canvas: Canvas, cache: LoopMDMCache | None):
         self.model, self.canvas, self.config = model, canvas, canvas.config
@@ -346,6 +328,9 @@ class Denoiser:
             self._check_cache(cache)
             cache.lengths = cache.lengths // block_size * block_size
             self.plan.cache = cache
+        # Forward passes, loops and FLOPs of each row so far, (3, num_rows)
+        self.spent = torch.zeros(3, len(canvas.lengths), dtype=torch.long, device=canvas.sequences.device)
+        self.started = time.perf_counter()
 
     def _check_cache(self, cache: Any) -> None:
         """Raises a ValueError if the given cache does not fit this call."""
@@ -367,26 +352,34 @@ class Denoiser:
         cache.store(cache.lengths, tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape))
         return cache
 
+    def cost(self) -> dict[str, Any]:
+        """Returns the cost so far, as fields of the [`LoopMDMGenerationOutput`]."""
+        denoised = (self.canvas.to_denoise & ~self.canvas.behind).sum(-1)
+        total, seconds = int(denoised.sum()), time.perf_counter() - self.started  # waits for the device
+        cost = dict(zip(("forward_passes", "loops", "flops"), self.spent, strict=True))
+        speed = {"seconds": seconds, "tokens_per_second": total / seconds}
+        return cost | speed | {"tokens_per_forward": denoised / cost["forward_passes"].clamp(min=1)}
+
     def num_loops(self, step: int) -> int:
         return self.loops[min(step, len(self.loops) - 1)]
 
     def predict(self, block: Block, step: DenoisingStep) -> None:
-        """Fills in the logits of a step, and the cost for each row."""
+        """Fills in the logits of a step, and the loops that they took."""
         canvas, rows = self.canvas, torch.tensor(step.row_list)
         if self.plan.has_exits and not self.is_exact:
             self.plan.cache = self.plan.make_cache(self.num_loops(step.index), self.config.visible_loops)
         starts = canvas.starts[rows] + block.index * canvas.block_length
         stops = torch.minimum(starts + canvas.block_length, canvas.lengths[rows])
-        spent = torch.zeros(3, len(canvas.lengths), dtype=torch.long, device=step.rows.device)
+        before = self.spent[1, step.rows]
         for forward_pass in self.plan.passes(rows, starts, stops, step.index):
             step.logits, cost = self._run(forward_pass, step)
-            spent[:, forward_pass.rows.to(spent.device)] += cost
-        step.loops, step.forward_passes, step.flops = spent[:, step.rows]
+            self.spent[:, forward_pass.rows.to(self.spent.device)] += cost
+        step.loops = self.spent[1, step.rows] - before
 
     def _run(self, forward_pass: ForwardPass, step: DenoisingStep) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and the loops, forward
-        passes and FLOPs of each row, `(3, N)`.
+        Calls the model. Returns float32 logits of the step's positions, `(N, P, vocab_size)`, and the forward passes,
+        loops and FLOPs of each row, `(3, N)`.
         """
         canvas, config, model_config = self.canvas, self.config, self.model.config
         device, copies = canvas.sequences.device, self.copies
@@ -434,7 +427,7 @@ class Denoiser:
             loops, token_loops = sum(loops.chunk(2)), sum(token_loops.chunk(2))
         logits[..., canvas.never] = -math.inf
         flops = model_config.pass_flops(computed, reach, num_wanted, num_wanted, token_loops)
-        return logits, torch.stack((loops, torch.full_like(loops, copies), flops))
+        return logits, torch.stack((torch.full_like(loops, copies), loops, flops))
 
 
 class ReusingDenoiser(Denoiser):
@@ -449,22 +442,20 @@ class ReusingDenoiser(Denoiser):
         (last_block, before, old_tokens), tokens, known = self.last, self.canvas.sequences[step.rows], {}
         loops = self.num_loops(step.index)
         if last_block is block and not self.plan.refreshes(step.index) and self.num_loops(before.index) == loops:
-            old = {row: i for i, row in enumerate(before.row_list)}
-            pairs = [(i, old[row]) for i, row in enumerate(step.row_list) if row in old]
-            known = {i: j for i, j in pairs if torch.equal(tokens[i], old_tokens[j])}
+            places = map(before.row_list.index, step.row_list)  # a row that is done stays so
+            known = {i: j for i, j in enumerate(places) if torch.equal(tokens[i], old_tokens[j])}
         if not known:
             super().predict(block, step)
         else:
             step.logits = before.logits.new_empty(*step.columns.shape, before.logits.shape[-1])
             step.logits[list(known)] = before.logits[list(known.values()), : step.columns.shape[1]]
-            step.loops, step.forward_passes, step.flops = torch.zeros_like(step.rows).repeat(3, 1)
+            step.loops = torch.zeros_like(step.rows)
             new = [i for i in range(len(step.row_list)) if i not in known]
             if new:
                 parts = {name: getattr(step, name)[new] for name in ("rows", "columns", "counted")}
                 part = replace(step, row_list=[step.row_list[i] for i in new], **parts)
                 super().predict(block, part)
-                for name in ("logits", "loops", "forward_passes", "flops"):
-                    getattr(step, name)[new] = getattr(part, name)
+                step.logits[new], step.loops[new] = part.logits, part.loops
         self.last = (block, step, tokens)
 
 
@@ -588,7 +579,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if not config.return_dict_in_generate:
             return sequences
         real = (canvas.real & ~canvas.behind).long()
-        return LoopMDMGenerationOutput(sequences, real, cache=denoiser.finished_cache(), **report)
+        return LoopMDMGenerationOutput(sequences, real, cache=denoiser.finished_cache(), **denoiser.cost(), **report)
 
     def _check_adapters(self, use: str = "`generate`") -> None:
         """Raises a ValueError if PEFT changes forward passes in a way that fails if they cover only some positions."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask
 
 from .cache_utils import CacheView
 
@@ -20,6 +20,7 @@ class LoopContext:
     cache: CacheView | None = None
     real: torch.BoolTensor | None = None  # (N, Q), False on padding
     masked: torch.BoolTensor | None = None  # (N, Q), [MASK]s and their predictors; None with `inputs_embeds`
+    sources: torch.LongTensor | None = None  # (1 or N, Q), the columns that predict; only with `config.shift_logits`
     queries: torch.LongTensor | None = None  # (N, P), positions to compute outputs for; None: all
     arguments: dict[str, Any] = field(default_factory=dict)  # further ones, for the attention implementation
 
@@ -95,7 +96,7 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     `config.attention_block_size` only its own and earlier blocks; with `document_ids` only its own document; and
     with a cache only the positions within the pass's reach.
     """
-    block_size, keys, blocks = config.attention_block_size, None, None
+    block_size, keys, blocks = config.attention_block_size, inputs_embeds, None
     if block_size is not None:
         blocks = key_blocks = position_ids.expand(inputs_embeds.shape[:2]) // block_size
     if cache is not None:
@@ -123,16 +124,11 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     if not is_restricted or is_ready or implementation not in ("eager", "sdpa"):
         restriction = is_visible if is_restricted else None
         return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
-    # By broadcasting: transformers' vmap can take longer than all layers.
-    sizes = *inputs_embeds.shape[:2], (inputs_embeds if keys is None else keys).shape[1]
-    batch, query, key = (torch.arange(size, device=inputs_embeds.device) for size in sizes)
-    visible = is_visible(batch[:, None, None, None], None, query[:, None], key)
-    if attention_mask is not None:
-        visible = visible & attention_mask[:, None, None]
-    if implementation == "sdpa":
-        return visible
-    dtype = inputs_embeds.dtype
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    # By broadcasting: `create_bidirectional_mask` would use vmap, which can take longer than all layers.
+    sizes = *inputs_embeds.shape[:2], keys.shape[1]
+    options = {"allow_is_causal_skip": False, "dtype": inputs_embeds.dtype, "device": inputs_embeds.device}
+    make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+    return make(*sizes, mask_function=is_visible, attention_mask=attention_mask, **options)
 
 
 def one_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:

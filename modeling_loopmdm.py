@@ -284,7 +284,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             self.rotary_emb = LoopMDMRotaryEmbedding(config)
         self.layers = nn.ModuleList(LoopMDMLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self.gradient_checkpointing = False
         # Set by training, and not in the config, which would save them: the default number of loops of a training
         # pass, how many of the last loops pass full gradients (None: all), and whether activations are recomputed.
         self.num_train_loops: int | None = None
@@ -311,7 +310,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
     ) -> LoopMDMModelOutput:
         """
         See [`LoopMDMForMaskedLM`]. With `positions_to_keep`, `(batch_size, num_positions)`, the last layer computes
-        only these positions, and `last_hidden_state` has no others.
+        only the states that predict these positions, and `last_hidden_state` has no others.
         """
         if num_loops is None:
             in_training = self.training and self.num_train_loops is not None
@@ -333,6 +332,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             loops += 1 if moving is None else moving.any(-1)
             if moving is not None:
                 token_loops += moving.sum(-1)
+        if positions_to_keep is not None and context.sources is not None:
+            positions_to_keep = context.sources.expand(num_rows, -1).gather(1, positions_to_keep)
         states = self.readout(states, context, positions_to_keep)
         if use_cache:
             cache.store(context.cache.reach, input_ids, context.cache.places)
@@ -364,10 +365,11 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
             position_ids = count_positions(real, document_ids)
             if past_key_values is not None:
                 position_ids = position_ids + past_key_values.stored_lengths().to(position_ids.device)[:, None]
+        context.sources = predictors(real, document_ids) if self.config.shift_logits else None
         if input_ids is not None:
             masked = context.masked = (input_ids == self.config.mask_token_id) & real
-            if self.config.shift_logits:
-                sources = torch.where(masked, predictors(real, document_ids), masked.shape[1])
+            if context.sources is not None:
+                sources = torch.where(masked, context.sources, masked.shape[1])
                 context.masked = nn.functional.pad(masked, (0, 1)).scatter(1, sources, True)[:, :-1]
         if past_key_values is not None:
             context.cache = past_key_values.open(position_ids, context.real)
@@ -563,11 +565,8 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         loops = num_loops, loop_tolerance, visible_loops, loop_policy
         if keep is not None or any(rule is not None for rule in loops[1:]):
             self._check_adapters("A pass that leaves out positions or rows")
-        kept = keep
-        if keep is not None and self.config.shift_logits:
-            kept = self._sources(given, attention_mask, document_ids).gather(1, keep)
         inputs = input_ids, attention_mask, position_ids, inputs_embeds, document_ids, past_key_values, use_cache
-        outputs = dict(self.model(*inputs, *loops, positions_to_keep=kept, **{**kwargs, "return_dict": True}))
+        outputs = dict(self.model(*inputs, *loops, positions_to_keep=keep, **{**kwargs, "return_dict": True}))
         states, loss, logits = outputs.pop("last_hidden_state"), None, None
         if keep is None:
             states = self.align(states, attention_mask, document_ids)
@@ -595,17 +594,11 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         """
         if not self.config.shift_logits:
             return states
-        return take_positions(states, self._sources(states, attention_mask, document_ids))
-
-    def _sources(self, inputs, attention_mask, document_ids) -> torch.LongTensor:
-        """With `config.shift_logits`, the columns whose states predict the tokens, `(batch_size, length)`."""
-        shape = tuple(inputs.shape[:2])
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:  # says nothing of padding
-            attention_mask = None
-        check_shape("attention_mask", attention_mask, shape)
-        check_shape("document_ids", document_ids, shape)
-        real = torch.ones(shape, device=inputs.device) if attention_mask is None else attention_mask.to(inputs.device)
-        return predictors(real, document_ids)
+        if attention_mask is None or getattr(attention_mask, "ndim", 0) == 4:  # which says nothing of padding
+            attention_mask = states.new_ones(states.shape[:2])
+        check_shape("attention_mask", attention_mask, tuple(states.shape[:2]))
+        check_shape("document_ids", document_ids, tuple(states.shape[:2]))
+        return take_positions(states, predictors(attention_mask.to(states.device), document_ids))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """

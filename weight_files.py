@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers.modeling_utils import PreTrainedModel, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+from transformers.modeling_utils import PreTrainedModel, _add_variant, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 MAX_JSON = 2**27  # far above any real file: JSON of tokenizers has some 40 MB
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -25,8 +25,8 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path} has {size:,} bytes; no file of JSON beside a model has more than {MAX_JSON:,}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
     return content
@@ -102,10 +102,8 @@ def check_folder(name: str | os.PathLike, variant: str | None = None, **kwargs: 
     options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
     for error in ("missing_entries", "gated_repo", "connection_errors"):  # transformers reports these itself
         options[f"_raise_exceptions_for_{error}"] = False
-    index, files = SAFE_WEIGHTS_INDEX_NAME, ["model.safetensors"]
-    if variant is not None:
-        index = index.replace(".index.json", f".index.{variant}.json")
-    path = cached_file(name, index, **options)
+    files = [_add_variant(SAFE_WEIGHTS_NAME, variant)]
+    path = cached_file(name, _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **options)
     if path is not None:
         files += sorted(set(read_index(path).values()))
         if not isinstance(read_json(path).get("metadata"), dict):
