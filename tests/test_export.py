@@ -14,7 +14,7 @@ from commands import refusal, run
 from conversion import computing_in, convert, logits_of, save_tokenizer, stored
 from tiny import MASK, random_ids, scores, tiny_model
 
-from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM
+from loopmdm import LoopMDMConfig, LoopMDMForMaskedLM, LoopMDMGenerationConfig
 from loopmdm.convert import Recipe, convert_checkpoint, export_checkpoint, formats
 
 # A model that each format expresses as it is
@@ -262,6 +262,7 @@ def test_weights_that_do_not_fit_are_refused(saved, tmp_path):
 
 def test_the_command_writes_shards_a_tokenizer_and_a_card(saved, tmp_path):
     model, out = saved(use_qk_norm=True, bos_token_id=3), tmp_path / "out"
+    LoopMDMGenerationConfig(eos_token_id=[1, 5]).save_pretrained(model)  # a turn end that training has learnt
     save_tokenizer(model, MASK, extra=("<|mask|>",), mask="<|mask|>", pad="w0")
     (model / "LICENSE").write_text("Do as you like.")
     shown = run(
@@ -277,7 +278,8 @@ def test_the_command_writes_shards_a_tokenizer_and_a_card(saved, tmp_path):
     assert (config["mask_token_id"], config["bos_token_id"], config["torch_dtype"]) == (MASK, 3, "float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out, config=transformers.PreTrainedConfig())
     assert tokenizer.mask_token_id == MASK
-    assert json.loads((out / "generation_config.json").read_text())["pad_token_id"] == 0
+    settings = json.loads((out / "generation_config.json").read_text())
+    assert (settings["pad_token_id"], settings["eos_token_id"], config["eos_token_id"]) == (0, [1, 5], [1, 5])
     card = (out / "README.md").read_text()
     assert "3 loops as layers" in card and "float64" in card and (out / "LICENSE").exists()
     assert json.loads((out / "export.json").read_text())["num_loops"] == 3
