@@ -88,6 +88,11 @@ class TokenizerFiles:
             **{token["content"]: token["id"] for token in model.get("added_tokens") or []},
         }
         self.vocabulary: dict[str, int] = {**vocabulary, **self.added}
+        wrong = next((token for token, index in self.vocabulary.items() if type(index) is not int), None)
+        if wrong is not None:
+            raise ValueError(
+                f"The tokenizer in {folder} has {wrong!r} as token {self.vocabulary[wrong]!r}, no number."
+            )
         # Whether the files list all tokens; the formats of slow tokenizers are not read.
         self.is_complete = bool(vocabulary)
 
