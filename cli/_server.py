@@ -138,10 +138,12 @@ class Chat(ChatCompletionHandler):
         if not isinstance(body.get("stream", False), bool):
             raise ValueError(f"`stream` is {body['stream']!r}; give true or false.")
         for message in body["messages"]:
-            content = message.get("content") or ""
-            message["content"] = content if isinstance(content, str) else " ".join(part["text"] for part in content)
+            if isinstance(message.get("content"), list):
+                message["content"] = " ".join(part["text"] for part in message["content"])
+            elif not message.get("tool_calls"):
+                message["content"] = message.get("content") or ""
         tokenizer, tools = self.model_manager.tokenizer, body.get("tools") or None
-        body["messages"] = read_question(tokenizer, body["messages"], "The request", tools, **options)[0]
+        body["messages"] = read_question(tokenizer, body["messages"], "The request", tools, options)[0]
 
     @staticmethod
     def get_processor_inputs_from_messages(messages, modality):

@@ -47,6 +47,10 @@ def merge_adapter(adapter: str | Path, output: str | Path, trust_remote_code: bo
     base, card = base or settings.base_model_name_or_path, read_source_card(source)
     if "license" not in card.metadata:  # peft's own cards name none
         card = read_source_card(base)
+    if adapter_base(base) is not None:
+        raise ValueError(
+            f"{base}, the base model of {name}, is an adapter itself; merge it first, and name the result."
+        )
     model = load_model(base, device="cpu", revision=settings.revision)
     adapted = load_adapter(model, source)
     ends = [module for path, module in adapted.named_modules() if path.endswith(("embed_tokens", "lm_head"))]

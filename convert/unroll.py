@@ -131,8 +131,10 @@ def plan_export(
         raise ValueError(f"There is no format {format!r} to write; there are {', '.join(formats())}.")
     source = open_source(model, revision)
     config = _read_config(source)
-    for name in set(TOKEN_FIELDS) - {"mask_token_id"}:  # training records learnt turn ends there
-        setattr(config, name, source.generation_config.get(name, getattr(config, name)))
+    with in_words(source):
+        for name in set(TOKEN_FIELDS) - {"mask_token_id"}:  # training records learnt turn ends there
+            if source.generation_config.get(name) not in (None, []):
+                setattr(config, name, source.generation_config[name])
     if config.loop_update == "damped" and num_loops > 1:
         raise ValueError(
             f'The loops of {model} are damped (`loop_update` "damped"): they add a part of what mid changes, which no '

@@ -2,6 +2,7 @@
 """Conversations as tokens: where a chat template puts the answer, and which token ends a turn."""
 
 import contextlib
+import itertools
 import json
 import re
 from typing import Any
@@ -38,7 +39,7 @@ def encode_conversation(
     """
     if not isinstance(answer, list) or not answer or not _is_by_assistant(answer[-1]):
         raise ValueError(f"{where}: the answer must be a list of messages that ends with one of the role `assistant`.")
-    messages = _check_messages(tokenizer, [*prompt, *answer] if isinstance(prompt, list) else None, where)
+    messages = _check_messages(tokenizer, [*prompt, *answer] if isinstance(prompt, list) else None, where, tools)
     if not prompt:
         raise ValueError(f"{where} has no message before the answer.")
     prompt, answer = messages[: len(prompt)], messages[len(prompt) :]
@@ -92,21 +93,28 @@ def encode_question(tokenizer: Any, messages: Any, where: str, tools: list | Non
 
 
 def read_question(
-    tokenizer: Any, messages: Any, where: str, tools: list | None = None, **options: Any
+    tokenizer: Any, messages: Any, where: str, tools: list | None = None, options: dict | None = None
 ) -> tuple[list[dict], str]:
     """
     The messages of a conversation as the chat template reads them, and the text that it makes of them, up to the
     opening of the assistant's turn. `options` are the template's own. Raises a ValueError if it leaves out tools or
     calls.
     """
-    messages = _check_messages(tokenizer, messages, where)
-    text = _render(tokenizer, messages, where, tools, opens=True, **options)
-    _check_nothing_is_lost(tokenizer, text, messages, where, tools, len(messages), opens=True, **options)
+    messages = _check_messages(tokenizer, messages, where, tools, options)
+    text = _render(tokenizer, messages, where, tools, True, options)
+    _check_nothing_is_lost(tokenizer, text, messages, where, tools, len(messages), True, options)
     return messages, text
 
 
 def _check_nothing_is_lost(
-    tokenizer: Any, text: str, messages: list[dict], where: str, tools: list | None, context: int, **options: Any
+    tokenizer: Any,
+    text: str,
+    messages: list[dict],
+    where: str,
+    tools: list | None,
+    context: int,
+    opens: bool = False,
+    options: dict | None = None,
 ) -> None:
     """
     Raises a ValueError if the template writes the same `text` without the tools or without the calls of a message; or
@@ -125,7 +133,7 @@ def _check_nothing_is_lost(
     for name, others, other_tools in without:
         same = None
         with contextlib.suppress(ValueError):  # a template that refuses the others has read the field
-            same = _render(tokenizer, others, where, other_tools, **options)
+            same = _render(tokenizer, others, where, other_tools, opens, options)
         if same == text:
             raise ValueError(
                 f"{where} has `{name}`, which the chat template leaves out; give a tokenizer whose template writes "
@@ -137,15 +145,18 @@ def _is_by_assistant(message: Any) -> bool:
     return isinstance(message, dict) and message.get("role") == "assistant"
 
 
-def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
+def _check_messages(
+    tokenizer: Any, messages: Any, where: str, tools: list | None = None, options: dict | None = None
+) -> list[dict]:
     """
     The messages without fields that are None and lists of no calls, which data sets add and templates would take for
-    values. The arguments of calls become objects, which most templates read, or JSON, which DeepSeek's reads.
+    values. The arguments of calls become objects, which most templates read, or JSON, for those that put texts
+    together (DeepSeek's). A content that is missing beside calls becomes an empty one, if the template needs it.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: messages must be a list of objects with `role` and `content`.")
     for number, message in enumerate(messages, start=1):
-        if message.get("function_call") is not None:
+        if not _is_blank(message.get("function_call")):
             raise ValueError(f"{where}: message {number} has `function_call`; give `tool_calls`, which followed it.")
         if message.get("role") is None or (message.get("content") is None and not message.get("tool_calls")):
             raise ValueError(
@@ -153,38 +164,64 @@ def _check_messages(tokenizer: Any, messages: Any, where: str) -> list[dict]:
             )
     if tokenizer.chat_template is None:
         raise ValueError(f"{where} is a conversation, and the tokenizer has no chat template.")
-    messages = [
-        {name: value for name, value in message.items() if value is not None and (value or name != "tool_calls")}
-        for message in messages
-    ]
-    callers = [number for number, message in enumerate(messages) if "tool_calls" in message]
-    calls = {number: _calls(messages[number]["tool_calls"], f"{where}: message {number + 1}") for number in callers}
-    for is_text in (False, True) if calls else ():
-        found = [
-            {**message, "tool_calls": [_with_arguments(call, is_text) for call in calls[number]]}
-            if number in calls
-            else message
-            for number, message in enumerate(messages)
-        ]
+    messages = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    calls = {
+        number: _calls(message.pop("tool_calls"), f"{where}: message {number + 1}")
+        for number, message in enumerate(messages)
+        if "tool_calls" in message
+    }
+    calls = {number: made for number, made in calls.items() if made}
+    return _with_calls(tokenizer, messages, calls, where, tools, options) if calls else messages
+
+
+def _with_calls(
+    tokenizer: Any,
+    messages: list[dict],
+    calls: dict[int, list[dict]],
+    where: str,
+    tools: list | None,
+    options: dict | None,
+) -> list[dict]:
+    """The messages with their calls, by the message's number, in the first form that the template writes as JSON."""
+    names = [str(_function(call).get("name", "")) for made in calls.values() for call in made]
+    silent = {number for number in calls if _is_blank(messages[number].get("content"))}
+    contents: tuple[dict, ...] = ({}, {"content": ""}) if silent else ({},)
+    found, taken = messages, []
+    for content, is_text in itertools.product(contents, (False, True)):
+        found = list(messages)
+        for number, made in calls.items():
+            given = content if number in silent else {}
+            found[number] = {**found[number], **given, "tool_calls": [_with_arguments(call, is_text) for call in made]}
         with contextlib.suppress(ValueError):
-            _render(tokenizer, found, where)
-            return found
-    return messages
+            text = _render(tokenizer, found, where, tools, options=options)
+            arguments = [_function(call).get("arguments") for number in calls for call in found[number]["tool_calls"]]
+            if any(isinstance(one, dict) and one and str(one) in text for one in arguments):
+                continue  # as Python shows objects
+            if all(name in text for name in names):
+                return found
+            taken.append(found)
+    return (taken or [found])[0]  # of a template that leaves out names, or takes none of these
 
 
 def _calls(value: Any, where: str) -> list[dict]:
     """The calls of a message, which data sets may hold as JSON."""
     with contextlib.suppress(ValueError):
-        value = json.loads(value) if isinstance(value, str) else value
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+    value = value or []
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise ValueError(f"{where} has `tool_calls` that are {value!r}; give a list of objects.")
     return value
 
 
+def _function(call: dict) -> dict:
+    function = call.get("function", call)
+    return function if isinstance(function, dict) else {}
+
+
 def _with_arguments(call: dict, is_text: bool) -> dict:
     """A call of a tool with its arguments as JSON, or as an object."""
-    function = call.get("function", call)
-    arguments = function.get("arguments") if isinstance(function, dict) else None
+    function = _function(call)
+    arguments = function.get("arguments")
     if isinstance(arguments, str) == is_text or arguments is None:
         return call
     with contextlib.suppress(ValueError):
@@ -257,11 +294,16 @@ def _opening(tokenizer: Any) -> str:
 
 
 def _render(
-    tokenizer: Any, messages: list[dict], where: str, tools: list | None = None, opens: bool = False, **options: Any
+    tokenizer: Any,
+    messages: list[dict],
+    where: str,
+    tools: list | None = None,
+    opens: bool = False,
+    options: dict | None = None,
 ) -> str:
-    options |= {"add_generation_prompt": opens, "tokenize": False, "tools": tools}
+    given = {**(options or {}), "add_generation_prompt": opens, "tokenize": False, "tools": tools}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return tokenizer.apply_chat_template(messages, **given)
     except Exception as error:  # a template can raise anything
         raise ValueError(f"{where}: the chat template does not take these messages: {error}.") from error
 

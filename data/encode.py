@@ -135,7 +135,8 @@ def _encode_messages(tokenizer: Any, example: dict, prompt: list, answer: list, 
 
 def _refuse_beside(example: dict, messages: list, where: str) -> None:
     """Raises a ValueError for fields that would be lost beside messages; the text of the first one is not lost."""
-    first = messages[0].get("content") if messages and isinstance(messages[0], dict) else None
+    is_list = isinstance(messages, list) and messages and isinstance(messages[0], dict)
+    first = messages[0].get("content") if is_list else None
     kept = {name for name in ("system", "system_prompt") if first is not None and example.get(name) == first}
     refuse({name: value for name, value in example.items() if name not in kept}, _BESIDE_MESSAGES, where)
 

@@ -112,7 +112,11 @@ def load_adapter(model: Any, adapter: str, is_trainable: bool = False, revision:
         raise ValueError(
             f"The adapter {adapter} does not fit its base model: {' '.join(str(error).split())}"
         ) from error
-    wrong = [*found.missing_keys, *found.unexpected_keys]
+    tensors = dict(adapted.named_parameters(remove_duplicate=False))
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in found.missing_keys}
+    # VB-LoRA's layers hold the one bank of vectors under names of their own.
+    missing = [name for name in found.missing_keys if id(tensors.get(name)) not in loaded]
+    wrong = [*missing, *found.unexpected_keys]
     if wrong:
         raise ValueError(
             f"The tensors of the adapter {adapter} are not those of its adapter_config.json and its base model "

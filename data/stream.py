@@ -68,7 +68,7 @@ def check_passes(dataset: Any, passes: int, needed: int | None = None) -> None:
     have their places in a run.
     """
     is_run = isinstance(dataset, ExampleStream)
-    names = getattr(dataset, "column_names", None)  # of a `datasets.Dataset`
+    names = getattr(dataset, "column_names", None) if hasattr(dataset, "__len__") else None  # of a `datasets.Dataset`
     if isinstance(dataset, list) and dataset and isinstance(dataset[0], dict):
         names = dataset[0]
     if passes > 1 and (is_run or "index" in (names or ())):

@@ -69,7 +69,7 @@ def load_model(
     read_model_config(model, revision)
     source, base = locate(model, "a model"), adapter_base(model, revision)
     if base is not None:
-        base_revision = _check_adapter(model, source)
+        base_revision = _check_adapter(model, source, revision)
         adapted = load_adapter(load_model(base, dtype, device, base_revision), source, revision=revision)
         loaded = adapted.get_base_model()
         loaded.generation_config = read_generation_config(model) or loaded.generation_config
@@ -83,13 +83,13 @@ def load_model(
     return loaded.to(place).eval()
 
 
-def _check_adapter(model: str, source: str) -> str | None:
+def _check_adapter(model: str, source: str, revision: str | None) -> str | None:
     """Raises a ValueError if an adapter is not one of the weights. Returns the revision of its base model."""
     try:
         from peft import PeftConfig
     except ImportError as error:
         raise ValueError(f"{model} is an adapter; `pip install peft` to load it.") from error
-    settings = PeftConfig.from_pretrained(source)
+    settings = PeftConfig.from_pretrained(source, revision=revision)
     if settings.is_prompt_learning:
         raise ValueError(
             f"{model} is an adapter of soft prompts ({settings.peft_type.value}), which commands do not apply; use an "

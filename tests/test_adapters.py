@@ -21,6 +21,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VBLoRAConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -89,6 +90,7 @@ def test_an_adapter_is_loaded_with_its_base(base, adapter):
         LoHaConfig(target_modules=["q_proj"], init_weights=False),
         OFTConfig(target_modules=["q_proj"], oft_block_size=4, init_weights=False),
         VeraConfig(target_modules=["q_proj"], r=4, init_weights=False),
+        VBLoRAConfig(target_modules=["q_proj"], r=4, num_vectors=8, vector_length=4),
     ],
     ids=lambda config: config.peft_type.value,
 )
@@ -231,7 +233,7 @@ def test_an_adapter_on_the_hub_is_merged_with_its_records_and_the_revision_of_it
     (own / "adapter_config.json").write_text(json.dumps(record | asked))
     (own / "training.json").write_text("{}")
     monkeypatch.setattr(merge, "locate", lambda name, what: str(own))
-    monkeypatch.setattr(merge, "adapter_base", lambda name: "me/base")
+    monkeypatch.setattr(merge, "adapter_base", lambda name: {"me/adapter": "me/base"}.get(name))
     monkeypatch.setattr(merge, "load_tokenizer", lambda name, trust: load_tokenizer(base))
     monkeypatch.setattr(merge, "read_generation_config", lambda name: None)
     calls = []
@@ -255,7 +257,11 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
         ("late", base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5])),
     ):
         get_peft_model(LoopMDMForMaskedLM.from_pretrained(place), settings).save_pretrained(tmp_path / name)
+    second = shutil.copytree(adapter, tmp_path / "second")
+    settings = json.loads((second / "adapter_config.json").read_text()) | {"base_model_name_or_path": adapter}
+    (second / "adapter_config.json").write_text(json.dumps(settings))
     for model, output, message in (
+        (second, "new", "is an adapter itself; merge"),
         (tmp_path / "soft", "new", "holds soft prompts (PROMPT_TUNING), which no weights take up"),
         (tmp_path / "ends", "new", "adapts a weight that embeddings and head share (`tie_word_embeddings`)"),
         (tmp_path / "late", "new", f"peft cannot merge {tmp_path / 'late'}: "),

@@ -9,6 +9,7 @@ from evaluation_models import with_special, word_tokenizer
 from tiny import tiny_config
 
 from loopmdm.data import encode_answer, encode_prompt, read_examples, turn_end
+from loopmdm.data.chat import read_question
 from loopmdm.evaluation import read_texts
 
 WORDS = [
@@ -378,6 +379,39 @@ def test_calls_are_given_as_the_template_reads_them(named, arguments, is_text):
     call = {**ANSWER, "tool_calls": json.dumps(calls) if is_text else calls}
     assert parts(tokenizer, {"messages": [USER, call]})[1].startswith("4 <tools>")
     assert "kind" in parts(tokenizer, {"messages": [USER, call]})[1].split()
+
+
+ARGUMENTS = "m['tool_calls'][0]['function']['arguments']"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # Cannot be written without tools
+        SPOKEN.replace(NAMED, f"{{{{ {ARGUMENTS} | tojson }}}}")
+        + "{% for t in tools %}{% endfor %}{{ tools[0].x.y }}",
+        # Python's way to show an object would be taken for JSON
+        SPOKEN.replace(NAMED, f"{{{{ {ARGUMENTS} }}}}"),
+        # Needs a content
+        SPOKEN.replace(NAMED, f"{{{{ m['content'] + {ARGUMENTS} | tojson }}}}"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [{"a": "b"}, '{"a": "b"}'])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_arguments_are_written_as_json(template, arguments, content):
+    calls = [{"type": "function", "function": {"name": "be", "arguments": arguments}}]
+    message = {"role": "assistant", "tool_calls": calls, **content}
+    messages = [USER, message, {"role": "tool", "content": "4"}, USER]
+    _, text = read_question(
+        tokenizer_with(template), messages, "A row", [{"x": {"y": ""}}] if "tools[0]" in template else None
+    )
+    assert '{"a": "b"}' in text and "{'a'" not in text
+
+
+@pytest.mark.parametrize("calls", ["[]", "null", "", [], None])
+def test_no_calls_are_none_in_every_spelling(calls):
+    text = ON_REQUEST.replace(CONTENT, f"{{% if 'tool_calls' in m %}}<tools>{{% else %}}{CONTENT}{{% endif %}}")
+    assert parts(tokenizer_with(text), {"messages": [USER, {**ANSWER, "tool_calls": calls}]})[1] == "4 <eot>"
 
 
 @pytest.mark.parametrize("calls", ["be", {"name": "be"}, True, ["be"]])
