@@ -78,7 +78,9 @@ class TokenizerFiles:
                 self.settings[name] = {**token, "__type": "AddedToken"} if is_added else token
         self.special = {name: _content(self.settings.get(name)) for name in (f[:-3] for f in TOKEN_FIELDS)}
         model = read_json(folder / "tokenizer.json")
-        vocabulary = (model.get("model") or {}).get("vocab") or read_json(folder / "vocab.json") or _lines(folder)
+        vocabulary = (model.get("model") or {}).get("vocab") or read_json(folder / "vocab.json")
+        if not vocabulary and "auto_map" not in self.settings:  # code of its own may read vocab.txt otherwise
+            vocabulary = _lines(folder)
         if isinstance(vocabulary, list):  # Unigram: pairs of token and score
             vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
         added = (self.settings.get("added_tokens_decoder") or {}).items()
