@@ -29,6 +29,7 @@ FILES = (
 # Names of mask tokens in tokenizers that do not declare theirs
 MASK_TOKENS = ("<|mask|>", "<|mdm_mask|>", "<|MASK|>", "[MASK]", "<mask>", "|<MASK>|")
 NEW_MASK_TOKEN = "<|mask|>"
+FLAGS = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
 
 
 @dataclass
@@ -89,6 +90,15 @@ class TokenizerFiles:
             **{token["content"]: int(index) for index, token in added},
             **{token["content"]: token["id"] for token in model.get("added_tokens") or []},
         }
+        # What transformers reads of added tokens where tokenizer_config.json has no `added_tokens_decoder`
+        listed = self.settings.get("additional_special_tokens") or self.settings.get("extra_special_tokens") or []
+        special = {*self.special.values(), *map(_content, listed)}
+        self.decoder: dict[str, dict] = {
+            str(index): {**FLAGS, "content": token, "normalized": token not in special, "special": token in special}
+            for token, index in read_json(folder / "added_tokens.json").items()
+        }
+        for token in model.get("added_tokens") or []:
+            self.decoder[str(token["id"])] = {name: value for name, value in token.items() if name != "id"}
         self.vocabulary: dict[str, int] = {**vocabulary, **self.added}
         wrong = next((token for token, index in self.vocabulary.items() if type(index) is not int), None)
         if wrong is not None:
@@ -260,13 +270,13 @@ def write_tokenizer(tokenizer: TokenizerFiles, tokens: SpecialTokens, output: Pa
     settings = dict(tokenizer.settings)
     if "tokenizer_class" not in settings and "auto_map" not in settings:
         # Without it, transformers looks the class up by the model's type, and does not know ours.
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast" if "tokenizer.json" in names else "GPT2Tokenizer"
+        guess = "PreTrainedTokenizerFast" if "tokenizer.json" in names else "GPT2Tokenizer"
+        settings["tokenizer_class"] = read_json(folder / "config.json").get("tokenizer_class") or guess
     settings["mask_token"] = tokens.mask_token
     if tokens.mask_token is not None and tokenizer.id_of(tokens.mask_token) is None:
-        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        added = settings.setdefault("added_tokens_decoder", {})
-        added[str(tokens.mask_token_id)] = {"content": tokens.mask_token, "special": True, **flags}
-    if _content(settings.get("pad_token")) == tokens.mask_token:
+        new = {str(tokens.mask_token_id): {**FLAGS, "content": tokens.mask_token, "special": True}}
+        settings["added_tokens_decoder"] = {**settings.get("added_tokens_decoder", tokenizer.decoder), **new}
+    if tokens.mask_token is not None and _content(settings.get("pad_token")) == tokens.mask_token:
         settings["pad_token"] = None if tokens.pad_token_id is None else tokenizer.token_of(tokens.pad_token_id)
     write_json(output / "tokenizer_config.json", settings)
     return sorted({*names, "tokenizer_config.json"})

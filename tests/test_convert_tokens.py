@@ -9,7 +9,7 @@ import torch
 from conversion import FIXTURES, REMOVED, convert, edited, load, refuse, save_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from loopmdm.convert import convert_checkpoint
 
@@ -218,6 +218,24 @@ def test_a_vocabulary_of_lines(src, out, named):
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert tokenizer.mask_token_id == json.loads((out / "config.json").read_text())["mask_token_id"]
     assert tokenizer.mask_token_id == (4 if named else 125) and tokenizer("w9")["input_ids"][1] == 9
+
+
+@pytest.mark.parametrize("added", [("<a>", "<b>"), ()])
+def test_a_new_mask_moves_no_added_token(src, out, added):
+    """transformers 5 saves some tokenizers without `added_tokens_decoder`, and reads nothing else beside one."""
+    edited("llada", src, config={"mask_token_id": 100 + len(added)})
+    words = {f"w{i}": i for i in range(100)}
+    tokenizer = Qwen2Tokenizer(vocab=words, merges=[], unk_token="w0", pad_token="w1", eos_token="w2")
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    tokenizer.save_pretrained(src)
+    edit_json(src / "tokenizer_config.json", lambda content: content.pop("added_tokens_decoder", None))
+    before = AutoTokenizer.from_pretrained(src)
+    assert before.convert_tokens_to_ids(list(added)) == [100 + i for i in range(len(added))]
+    convert_checkpoint(src, out)
+    after = AutoTokenizer.from_pretrained(out)
+    assert after.mask_token_id == 100 + len(added) and after.mask_token == "<|mask|>"
+    assert after.get_vocab() == before.get_vocab() | {"<|mask|>": 100 + len(added)}
+    assert set(after.all_special_tokens) == {*before.all_special_tokens, "<|mask|>"}
 
 
 def test_ids_with_gaps(src, out):
