@@ -444,6 +444,22 @@ def test_fields_that_say_nothing_are_nothing_lost():
     assert parts(tokenizer_with(template), none) == ("<user> 2+2? <eot> <assistant>", "4 <eot>")
 
 
+def test_a_mask_token_in_a_question_is_refused():
+    """It would be filled in, and the answer taken from the wrong place."""
+    tokenizer = tokenizer_with(ON_REQUEST)
+    assert tokenizer.mask_token == "<mask>"
+    with pytest.raises(ValueError, match="holds the mask token <mask>, which stands for what is to be"):
+        encode_prompt(tokenizer, {"messages": [{**USER, "content": "2+2? <mask>"}]})
+
+
+def test_a_system_prompt_that_the_messages_begin_with_is_not_lost():
+    tokenizer, messages = tokenizer_with(ON_REQUEST), [SYSTEM, USER, ANSWER]
+    expected = parts(tokenizer, {"messages": messages})
+    assert parts(tokenizer, {"messages": messages, "system_prompt": SYSTEM["content"]}) == expected
+    with pytest.raises(ValueError, match="`system_prompt`"):
+        encode_answer(tokenizer, {"messages": messages, "system_prompt": "be"})
+
+
 def test_the_older_format_of_calls_is_refused():
     call = {"role": "assistant", "content": "", "function_call": {"name": "kind", "arguments": "{}"}}
     with pytest.raises(ValueError, match="message 2 has `function_call`; give `tool_calls`"):

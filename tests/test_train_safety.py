@@ -10,6 +10,7 @@ from tiny import tiny_config, tiny_model
 from training_runs import MASK, PAD, EachStep, build_run, examples, make_trainer, training_args
 from transformers import Trainer
 
+from loopmdm.data.stream import check_passes
 from loopmdm.training import (
     ExampleStream,
     LoopMDMTrainer,
@@ -134,6 +135,10 @@ def test_a_run_that_ends_too_early_is_not_repeated(tmp_path, args):
             trainer = make_trainer(tmp_path, train_dataset=dataset, args=args, **options)
             with pytest.raises(ValueError, match=r"pass over them 2 times, with the same masks; (raise|wrap it in)"):
                 trainer.train()
+    table = datasets.Dataset.from_list([{"input_ids": [4, 5], "index": index} for index in range(8)])
+    with pytest.raises(ValueError, match="with their places in the run"):
+        check_passes(table, 2)
+    check_passes(table.to_iterable_dataset(), 2)  # a stream, which nobody can count
     # Rows of a collator of one's own
     collate = lambda rows: {"input_ids": torch.stack(rows), "labels": torch.stack(rows) + 1}  # noqa: E731
     rows = [torch.tensor([4, 5, 6])] * 8
