@@ -54,10 +54,6 @@ class LoopMDMCache:
         """The largest number of positions stored in any row."""
         return int(self.lengths.max())
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The same as [`~LoopMDMCache.length`], under transformers' name."""
-        return self.length
-
     @staticmethod
     def num_bytes(config, num_loops: int, batch_size: int, length: int, dtype: torch.dtype, share_loops=False) -> int:
         """`2 * batch_size * (length + 1) * num_key_value_heads * head_dim * element_size` for each executed layer."""
@@ -97,8 +93,7 @@ class LoopMDMCache:
         """
         keep = max(self.length + max_length, 0) if max_length < 0 else max_length
         block_size = self.config.attention_block_size or 1
-        if self.length > keep:
-            self.lengths = self.lengths.clamp(max=keep // block_size * block_size)
+        self.lengths = self.lengths.clamp(max=keep) // block_size * block_size
 
     def select(self, rows: torch.Tensor | None, reach: torch.Tensor) -> "LoopMDMCache":
         """
@@ -120,6 +115,12 @@ class LoopMDMCache:
         if reach is None:
             last = position_ids if real is None else position_ids.masked_fill(~real, -1)
             reach = torch.maximum(stored, last.amax(-1).cpu() + 1)
+            block_size = self.config.attention_block_size or 1
+            for row in ((reach > stored) & (stored % block_size > 0)).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"`past_key_values` ends within a block of row {row}, after {int(stored[row])} positions (blocks "
+                    f"have {block_size}); call `past_key_values.crop({self.length})`, and begin the input there."
+                )
             ends = torch.cat((stored[:, None], torch.maximum(stored[:, None], last.cpu() + 1)), -1).sort(-1).values
             for row in (ends.diff(dim=-1) > 1).any(-1).nonzero().flatten().tolist():
                 raise ValueError(
@@ -270,13 +271,14 @@ class CachePlan:
     def passes(self, rows: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor, step: int) -> list[ForwardPass]:
         """
         Returns the passes of denoising step `step` for a block between `starts` and `stops` in each of the `rows`, all
-        `(N,)` int64 on the host. The last pass predicts: it has all `rows`, in this order, and covers their blocks.
+        `(N,)` int64 on the host. The last pass predicts: it has all `rows`, in this order, and covers their blocks from
+        [`~CachePlan.source`] on. Rows that the last step did not change keep its logits, unless the step `refreshes`.
         """
         stops = self.lengths[rows] if self.config.attention_block_size is None else stops
         return [ForwardPass(rows, torch.zeros_like(stops), stops, stops)]
 
     def refreshes(self, step: int) -> bool:
-        """Whether a step recomputes the cached keys and values of unfinished text."""
+        """Whether a step recomputes the cached keys and values of unfinished text, and so all rows."""
         return False
 
     def source(self, starts: torch.Tensor) -> torch.Tensor:

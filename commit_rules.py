@@ -91,8 +91,10 @@ class DenoisingStep:
 
     def best(self, scores: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
         """The `count` (default: quota) masked positions with the highest scores in each row, ties from the left."""
-        # A score of -inf still ranks above positions that are not masked.
-        scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~self.masked, -math.inf)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        # A score of -inf still ranks above positions that are not masked, and one of inf ties only with others.
+        largest = torch.finfo(scores.dtype).max / 4
+        scores = scores.clamp(-largest, largest).masked_fill(~self.masked, -math.inf)
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
         # Scores that differ only by float32 rounding are a tie, since the rounding depends on the rest of the batch.
         # Positions with equal predictions, as in a canvas of [MASK]s only, all tie. A margin, or the entropy of a
@@ -210,13 +212,16 @@ def draw_noise(
     generator (or none), all rows draw in every step. With one per row, a row draws only for its own positions, so its
     numbers do not depend on the rest of the batch.
     """
+
+    def draw(*shape: int, source: torch.Generator | None) -> torch.Tensor:
+        where = device if source is None else source.device
+        return torch.rand(shape, generator=source, device=where, dtype=torch.float32).to(device)
+
     if not isinstance(generator, list | tuple):
-        source = device if generator is None else generator.device
-        return torch.rand(len(sizes), max(sizes), generator=generator, device=source).to(device)[rows]
-    noise = torch.ones(len(rows), max(sizes), device=device)
+        return draw(len(sizes), max(sizes), source=generator)[rows]
+    noise = torch.ones(len(rows), max(sizes), dtype=torch.float32, device=device)
     for i, row in enumerate(rows):
-        drawn = torch.rand(sizes[row], generator=generator[row], device=generator[row].device)
-        noise[i, : sizes[row]] = drawn.to(device)
+        noise[i, : sizes[row]] = draw(sizes[row], source=generator[row])
     return noise
 
 

@@ -44,7 +44,7 @@ OTHER_NAMES = {
     "compile_config": "compile the layers: `for layer in model.model.layers: layer.compile()`",
     "dual_cache": 'use `cache_implementation="dual"`',
     **dict.fromkeys(("inputs", "inputs_embeds"), "use `input_ids`"),
-    "mask_id": "the mask token is `config.mask_token_id`",
+    **dict.fromkeys(("mask_id", "mask_token_id"), "the mask token is `config.mask_token_id`"),
     "max_time": "use `stopping_criteria` with transformers' MaxTimeCriteria",
     "num_beams": "masked diffusion has no beams; use `num_return_sequences` with `do_sample=True` for several answers",
     "num_steps": "use `num_loops` for loops and `max_denoising_steps` for denoising steps",
@@ -404,8 +404,11 @@ class Denoiser:
             input_ids, positions, wanted = torch.cat((input_ids, masked)), positions.repeat(2, 1), wanted.repeat(2, 1)
             real = None if real is None else real.repeat(2, 1)
             cache_rows = torch.cat((cache_rows, cache_rows + len(canvas.lengths)))
+        if bool((forward_pass.reach < forward_pass.stops).any()) or (cache is None and not torch.equal(*host[2:])):
+            wrong = "`reach` is less than `stops`, or more without a `cache`"
+            raise ValueError(f"`passes` of {type(self.plan).__name__} returned a pass whose {wrong}.")
         if cache is not None:
-            is_all = len(cache_rows) == len(cache.lengths)
+            is_all = torch.equal(cache_rows, torch.arange(len(cache.lengths)))
             cache = cache.select(None if is_all else cache_rows.to(device), forward_pass.reach.repeat(copies))
         outputs = self.model(
             input_ids=input_ids,
@@ -466,8 +469,9 @@ def choose(canvas: Canvas, step: DenoisingStep, processors, warpers, draws: bool
         scores = scores.clone()  # confidence is read from `logits`
         for i, row in enumerate(step.row_list):
             # Only the row's own tokens and positions, so that padding and other rows have no effect
-            tokens, counted = canvas.sequences[row][canvas.real[row]], step.counted[i]
-            scores[i, counted] = processors(tokens.expand(int(counted.sum()), -1), scores[i, counted])
+            tokens, masked = canvas.sequences[row][canvas.real[row]], step.masked[i]
+            if bool(masked.any()):  # with remasking, a step also covers tokens
+                scores[i, masked] = processors(tokens.expand(int(masked.sum()), -1), scores[i, masked])
     if len(warpers) > 0:
         scores = warpers(None, scores.flatten(0, 1)).view(scores.shape)
     if scores is not step.logits:

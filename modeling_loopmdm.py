@@ -154,9 +154,10 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    scores = scores.to(torch.promote_types(query.dtype, torch.float32))
     if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+        scores = scores + attention_mask  # in float16, the lowest number and a score can add up to -inf
+    probabilities = scores.softmax(-1).to(query.dtype)
     return torch.matmul(probabilities, value).transpose(1, 2).contiguous(), probabilities
 
 
@@ -318,8 +319,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         check_num_loops(num_loops)
         check_kwargs(self, kwargs)
         trains = self.training and torch.is_grad_enabled()
-        rules = loop_tolerance, visible_loops, loop_policy
-        policy = resolve_policy(self.config, *rules, trains, has_ids=inputs_embeds is None)
+        policy = resolve_policy(self.config, loop_tolerance, visible_loops, loop_policy, trains, inputs_embeds is None)
         given = one_of(input_ids, inputs_embeds)
         num_rows = given.shape[0] if given.ndim > 0 else 0  # `len` cannot be exported
         cache = self._prepare_cache(past_key_values, use_cache, num_rows, num_loops, policy, visible_loops)
@@ -337,6 +337,9 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         states = self.readout(states, context, positions_to_keep)
         if use_cache:
             cache.store(context.cache.reach, input_ids, context.cache.places)
+        is_partial = context.cache is not None or (policy is not None and policy.per_position)
+        if is_partial and states.requires_grad:
+            states.register_hook(refuse_gradient)
         return LoopMDMModelOutput(states, loops=loops, token_loops=token_loops, cache=cache)
 
     def prelude(
@@ -467,6 +470,10 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         if cache.reach is None:  # `generate` has checked a cache that it selects rows from
             cache.check(self.config, batch_size, num_loops, visible_loops)
         return cache
+
+
+def refuse_gradient(gradient: torch.Tensor) -> None:
+    raise ValueError("A pass with a cache, or in which positions stop, has no gradients; compute them without.")
 
 
 def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:

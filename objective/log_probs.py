@@ -68,7 +68,7 @@ def trace_log_probs(
         found = "missing" if real is None else f"of shape {tuple(real.shape)}"
         raise ValueError(f"`real` of the trace is {found}; it must be {tuple(tokens.shape[1:])}, as `tokens` are.")
     real = real.to(device)
-    log_probs, warpers = torch.zeros(tokens.shape, device=device), config.warpers()
+    log_probs, warpers = torch.zeros(tokens.shape, device=device, dtype=torch.float32), config.warpers()
     by_loops: dict[int | None, list[int]] = {}
     for place, step in enumerate(trace):
         by_loops.setdefault(loops[min(step.step, len(loops) - 1)], []).append(place)

@@ -133,7 +133,15 @@ def train(
         {name: value for name, value in entry.items() if not name.endswith(timed)}
         for entry in trainer.state.log_history
     ]
+    # The log has tokens and operations per second, of the same seconds.
+    logged = [entry for entry in trainer.state.log_history if "flops_per_second" in entry]
+    done = [0, *(entry["training_flops"] for entry in logged)]
+    tokens = [
+        entry["tokens_per_second"] * (after - before) / entry["flops_per_second"]
+        for entry, before, after in zip(logged, done, done[1:], strict=False)
+    ]
     return {
+        "tokens": tokens,
         "loops": recorder.loops,
         "gradients": recorder.gradients,
         "weights": full_weights(trainer.model),
@@ -180,6 +188,18 @@ def run_trainers(folder: Path, world_size: int, runs: dict[str, dict]) -> dict[s
     checkpoint = str(folder / "saved" / "checkpoint-2")
     results["resumed"] = train(folder / "resumed", world_size, resume=checkpoint, **runs["saved"])
     return results
+
+
+def refusals(folder: Path, world_size: int) -> list[str]:
+    """The errors of runs with FSDP that could not be saved, or not be resumed."""
+    sharded = {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
+    of_ddp, messages = str(folder / "ddp" / "saved" / "checkpoint-2"), []
+    for resume, settings in ((None, {**FSDP, "fsdp_config": sharded}), (of_ddp, FSDP_RUNS["saved"])):
+        try:
+            train(folder / "refused", world_size, resume=resume, **settings)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
 
 
 # --- a training loop of one's own ---
@@ -256,6 +276,7 @@ def main(folder: Path, rank: int) -> None:
         "own loop": run_sharded(folder, rank, RANKS),
         "ddp": run_trainers(folder / "ddp", RANKS, DDP_RUNS),
         "fsdp": run_trainers(folder / "fsdp", RANKS, FSDP_RUNS),
+        "refused": refusals(folder, RANKS),
     }
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()

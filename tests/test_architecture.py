@@ -274,6 +274,20 @@ def test_inputs_embeds_stand_for_input_ids():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_document_of_padding_is_no_danger_in_half_precision(dtype):
+    # Its queries see nothing, and their scores, far below 0, and the lowest number of float16 add up to -inf.
+    model = tiny_model(attn_implementation="eager").to(dtype)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data = -30 * layer.self_attn.k_proj.weight
+    ids, mask = torch.full((1, 8), 7), torch.tensor([[1] * 5 + [0] * 3])
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2]])
+    found = scores(model(ids, mask, document_ids=documents).logits[:, :5])
+    torch.testing.assert_close(
+        found, scores(model(ids[:, :5], document_ids=documents[:, :5]).logits), rtol=0, atol=0.5
+    )
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_four_dimensional_masks_pass_through(attention):
     blocks = tiny_model(attn_implementation=attention, attention_block_size=3).double()

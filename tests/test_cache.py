@@ -89,7 +89,7 @@ def assert_chunks_equal_plain(model, counts, sides, num_loops=None, cache=None, 
     for row, found in zip(rows, logits, strict=True):
         torch.testing.assert_close(torch.cat(found), plain(model, row, num_loops), rtol=0, atol=tolerance)
     assert cache.lengths.tolist() == [len(row) for row in rows]
-    assert cache.get_seq_length() == cache.length == max(map(len, rows))
+    assert cache.length == max(map(len, rows))
     return cache
 
 
@@ -228,6 +228,28 @@ def test_cropping_rows_of_different_lengths(model):
     torch.testing.assert_close(logits[1], plain(model, rows[1][:16] + new[1].tolist())[16:], **EXACT)
 
 
+def test_a_cache_that_ends_within_a_block_is_not_continued(model):
+    rows = [tokens(6, 0), tokens(11, 1)]
+    assert model.config.attention_block_size == BLOCK == 4
+    for row, kept in zip(rows, (4, 8), strict=True):
+        cache = filled(model, torch.tensor([row]))
+        full = row + tokens(5, 2)
+        begin = {"past_key_values": cache, "use_cache": True}
+        message = rf"within a block of row 0, after {len(row)} positions .*\.crop\({len(row)}\)`"
+        with pytest.raises(ValueError, match=message):
+            model(torch.tensor([full[len(row) :]]), **begin)
+        cache.crop(len(row))
+        assert cache.lengths.tolist() == [kept]
+        logits = model(torch.tensor([full[kept:]]), **begin).logits[0]
+        torch.testing.assert_close(logits, plain(model, full)[kept:], **EXACT)
+    # Rows of a batch are cut at blocks of their own.
+    cache = model(*lay_out(rows, "left"), use_cache=True).cache
+    with pytest.raises(ValueError, match="within a block of row 0"):
+        model(random_ids(2, 3), past_key_values=cache)
+    cache.crop(10)
+    assert cache.lengths.tolist() == [4, 8]
+
+
 def test_copies_go_their_own_ways(model):
     ids = random_ids(2, 16)
     cache = filled(model, ids[:, :8])
@@ -299,6 +321,27 @@ def test_visible_loops_equal_one_pass(visible_loops):
     torch.testing.assert_close(torch.cat(found, 1), expected, **EXACT)
     with pytest.raises(ValueError, match=f"made for visible_loops={visible_loops} and is used with None"):
         model(ids[:, :4], past_key_values=cache, num_loops=4)
+
+
+@pytest.mark.parametrize("arguments", [{"use_cache": True}, {"visible_loops": 1, "num_loops": 1}])
+def test_partial_passes_give_no_gradients_instead_of_wrong_ones(model, arguments):
+    ids = random_ids(1, 8)
+    with torch.enable_grad():
+        output = model(ids, labels=ids.masked_fill(ids == MASK, 5), **arguments)
+        assert output.loss.isfinite(), "without a backward pass there is nothing to refuse"
+        with pytest.raises(ValueError, match="has no gradients; compute them without"):
+            output.loss.backward()
+        # The output head does get its own.
+        for parameter in model.model.parameters():
+            parameter.requires_grad_(False)
+        try:
+            head = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            states = model.model(ids, **arguments).last_hidden_state
+            (states @ head.T).sum().backward()
+            assert head.grad.abs().sum() > 0
+        finally:
+            model.requires_grad_(True)
+    model.zero_grad()
 
 
 @pytest.mark.parametrize("share_loops", [False, True])

@@ -167,6 +167,20 @@ def test_parallel_rules_commit_at_least_the_quota_of_their_order():
             assert picked(rule_for(unmasking, **parallel), make_step(num_steps=2)) == expected
 
 
+@pytest.mark.parametrize("last", [3.0, 1e30, float("inf")])
+def test_scores_may_be_of_any_size_and_type(last):
+    class Given(CommitRule):
+        def __init__(self, *scores, dtype):
+            self.scores = torch.tensor([scores], dtype=dtype)
+
+        def score(self, step):
+            return self.scores
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert picked(Given(0.0, 1.0, 2.0, last, dtype=dtype), make_step(num_steps=4)) == [3]
+    assert picked(Given(0, 2, 1, -5, dtype=torch.int64), make_step(num_steps=2)) == [1, 2]
+
+
 def test_a_rule_must_say_what_it_commits():
     with pytest.raises(NotImplementedError):
         CommitRule()(make_step())
@@ -249,6 +263,19 @@ def test_drawing_reaches_the_tail():
     tokens = draw_tokens(probabilities.log().float().expand(1, 32, 201), noise[None])[0]
     from_the_end = (1 - noise.double()) / 1e-8
     torch.testing.assert_close(201 - tokens, from_the_end.ceil().long(), atol=1, rtol=0)
+
+
+def test_noise_does_not_depend_on_the_default_dtype():
+    drawn = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            sources = ([seeded(1)], seeded(1))
+            drawn.append([draw_noise(source, [5000], [0], torch.device("cpu")) for source in sources])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for other in drawn[1:]:
+        assert all(map(torch.equal, drawn[0], other))
 
 
 def test_noise_of_a_row_comes_from_its_own_generator_or_from_one_that_draws_for_all_rows():

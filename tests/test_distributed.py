@@ -71,6 +71,7 @@ def assert_same_run(ranks: list[dict], expected: dict):
         for gradients, others in zip(actual["gradients"], expected["gradients"], strict=True):
             assert_same_tensors(gradients, others)
         assert_same_tensors(actual["weights"], expected["weights"])
+        assert actual["tokens"] == pytest.approx(expected["tokens"], rel=1e-4)
         for entry, other in zip(actual["log"], expected["log"], strict=True):
             assert entry == pytest.approx(other, rel=1e-6), "the Trainer sums up losses in float32"
     for name, weight in ranks[0]["weights"].items():
@@ -131,12 +132,15 @@ def test_checkpoint_of_two_ranks_on_one_process(ddp, folder, tmp_path):
 
     settings = {**worker.SAVED, "save_strategy": "no", "gradient_accumulation_steps": worker.ACCUMULATION}
     checkpoint = str(saved / "checkpoint-2")
-    # The same rows in every step, half of them on each rank before
+    # The same rows in every step, half of them on each rank before, or in the same micro-batches one by one
     resumed = worker.train(tmp_path, 1, checkpoint, per_device_train_batch_size=4, **settings)
     assert resumed["steps"] == worker.STEPS
     assert resumed["loops"] == ddp[0]["saved"]["loops"][2:]
-    with pytest.raises(ValueError, match="batch size is 4, here 2"):
-        worker.train(tmp_path, 1, checkpoint, per_device_train_batch_size=2, **settings)
+    settings.pop("gradient_accumulation_steps")
+    resumed = worker.train(tmp_path, 1, checkpoint, **settings)
+    assert_same_tensors(resumed["weights"], ddp[0]["saved"]["weights"])
+    with pytest.raises(ValueError, match="number of rows in an optimiser step is 8, here 4"):
+        worker.train(tmp_path, 1, checkpoint, per_device_train_batch_size=1, **settings)
 
 
 # --- FSDP2 ---
@@ -176,6 +180,13 @@ def test_fsdp_trainer_resumes_exactly(fsdp):
     for rank in fsdp:
         assert len(rank["resumed"]["gradients"]) == 2
         assert_same_tensors(rank["resumed"]["weights"], rank["saved"]["weights"], rtol=0, atol=0)
+
+
+def test_what_fsdp_cannot_save_or_resume_is_refused(ranks):
+    for rank in ranks:
+        unsaved, other = rank["refused"]
+        assert "`state_dict_type` is SHARDED_STATE_DICT, which saves no model; set it to FULL_STATE_DICT" in unsaved
+        assert "its use of FSDP is False, here True" in other
 
 
 @pytest.mark.parametrize(("run", "step"), [("saved", 4), ("plain", 1)])

@@ -271,6 +271,9 @@ def test_processors_see_the_rows_of_their_positions(model):
     for row in model.generate(prompts, max_new_tokens=9, logits_processor=[Processor(no_repetition)]).tolist():
         assert len(set(row)) == 12
 
+    remasks = {"remask_probability": 0.5, "max_denoising_steps": 12, "generator": seeded(0)}
+    model.generate(prompts, max_new_tokens=9, logits_processor=[Processor(no_repetition)], **remasks)
+
     penalty = RepetitionPenaltyLogitsProcessor(3.0)
     tokens = model.generate(prompts, max_new_tokens=9, max_denoising_steps=1, logits_processor=[penalty])
     canvas = torch.cat((prompts, torch.full((2, 9), MASK)), dim=1)

@@ -25,7 +25,7 @@ from generation_reference import (
 from tiny import MASK, in_turn, tiny_model
 from transformers import DynamicCache
 
-from loopmdm.cache_utils import CachePlan, DualCache, LoopMDMCache
+from loopmdm.cache_utils import CachePlan, DualCache, ForwardPass, LoopMDMCache
 from loopmdm.loop_policies import LoopPolicy
 
 PROMPT = torch.tensor([ROWS[0]])
@@ -75,7 +75,7 @@ def test_exact_caching_changes_nothing(name, use_cache):
 def test_exact_caching_saves_what_is_finished(causal):
     cached, plain = (run(causal, PROMPT, max_new_tokens=14, use_cache=use_cache) for use_cache in (None, False))
     assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
-    assert plain.cache is None and cached.cache.get_seq_length() == 16
+    assert plain.cache is None and cached.cache.length == 16
 
 
 def test_training_does_not_switch_the_cache_off(causal, tmp_path):
@@ -85,7 +85,7 @@ def test_training_does_not_switch_the_cache_off(causal, tmp_path):
     assert not loaded.config.use_cache
     plain, cached = (run(loaded, PROMPT, max_new_tokens=14, **options) for options in ({"use_cache": False}, {}))
     assert torch.equal(cached.sequences, plain.sequences) and (cached.flops < plain.flops).all()
-    assert plain.cache is None and cached.cache.get_seq_length() == 16
+    assert plain.cache is None and cached.cache.length == 16
 
 
 def test_checkpointed_layers_use_caches():
@@ -208,6 +208,39 @@ def test_a_way_of_caching_of_ones_own(model):
         assert torch.equal(own.sequences, named.sequences) and torch.equal(own.flops, named.flops)
 
 
+def test_a_pass_may_take_the_rows_in_any_order(model):
+    class ShortestFirst(CachePlan):
+        def make_cache(self, num_loops, visible_loops):
+            return LoopMDMCache(self.config, num_loops, len(self.lengths))
+
+        def passes(self, rows, starts, stops, step):
+            order = rows[self.lengths[rows].argsort()]
+            everything = torch.zeros_like(order), self.lengths[order], self.lengths[order]
+            fill = ForwardPass(order, *everything, self.cache, predicts=False)
+            return [fill, ForwardPass(rows, starts, stops, self.lengths[rows], self.cache)]
+
+    ids, mask = batch_of(ROWS)
+    sorted_rows, expected = (
+        run(model, ids, mask, max_new_tokens=9, block_length=5, cache_implementation=how)
+        for how in (ShortestFirst, None)
+    )
+    assert mask.sum(-1).diff().min() < 0, "the rows are in this order already"
+    assert torch.equal(sorted_rows.sequences, expected.sequences)
+    for found, right in zip(sorted_rows.trace, expected.trace, strict=True):
+        torch.testing.assert_close(found.confidence, right.confidence, rtol=0, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize(("beyond", "has_cache"), [(-1, False), (-1, True), (1, False)])
+def test_a_pass_reaches_what_it_computes(model, beyond, has_cache):
+    class Reaching(CachePlan):
+        def passes(self, rows, starts, stops, step):
+            cache = LoopMDMCache(self.config, 3, len(self.lengths)) if has_cache else None
+            return [ForwardPass(rows, torch.zeros_like(starts), stops, stops + beyond, cache)]
+
+    with pytest.raises(ValueError, match="of Reaching returned a pass whose `reach` is less than `stops`, or more"):
+        model.generate(PROMPT, max_new_tokens=8, block_length=4, cache_implementation=Reaching)
+
+
 def test_chance_with_caches_is_that_of_the_row_alone(model, causal):
     ids, mask = batch_of(ROWS, "scattered")
     for one, how in ((model, {"cache_implementation": "dual", "block_length": 5}), (causal, {})):
@@ -327,7 +360,7 @@ def test_turns_go_on_from_a_cache(name, more):
         cache = cached.cache
         rows = [[*row, 4 + turn, 9] for row in real_tokens(cached.sequences, mask)]
         assert all(length % BLOCK == 0 for length in cache.lengths.tolist())
-        assert 0 < cache.get_seq_length() <= max(map(len, rows))
+        assert 0 < cache.length <= max(map(len, rows))
 
 
 def test_the_next_turn_leaves_out_what_follows_an_end(causal):
@@ -356,7 +389,7 @@ def test_a_cropped_cache_serves_another_continuation(causal):
     with pytest.raises(ValueError, match="other tokens than the input from position 2"):
         causal.generate(other[:, :2], max_new_tokens=1, past_key_values=cache)
     cache.crop(10)
-    assert cache.get_seq_length() == 8
+    assert cache.length == 8
     again, plain = (run(causal, other, max_new_tokens=5, past_key_values=past) for past in (cache, None))
     assert torch.equal(again.sequences, plain.sequences) and (again.flops < plain.flops).all()
 
@@ -364,7 +397,7 @@ def test_a_cropped_cache_serves_another_continuation(causal):
 def test_caches_of_generate_and_of_forward_serve_each_other(causal):
     output = run(causal, torch.tensor([[5, 3, 8, 1, 9, 2], [6, 4, 2, 2, 7, 1]]), max_new_tokens=12)
     ids, cache = output.sequences, output.cache
-    assert cache.get_seq_length() == 16
+    assert cache.length == 16
     logits = causal(ids[:, 16:], past_key_values=cache).logits
     torch.testing.assert_close(logits, causal(ids).logits[:, 16:], rtol=1e-10, atol=1e-10)
 
@@ -383,7 +416,7 @@ def test_a_failed_call_leaves_the_cache_usable(causal):
             past_key_values=cache,
             logits_processor=[lambda ids, scores: scores.fill_(-torch.inf)],
         )
-    stored, longer = cache.get_seq_length(), torch.cat((ids, torch.tensor([[4, 7, 9, 3, 2, 6, 1, 8]])), dim=1)
+    stored, longer = cache.length, torch.cat((ids, torch.tensor([[4, 7, 9, 3, 2, 6, 1, 8]])), dim=1)
     logits = causal(longer[:, stored:], past_key_values=cache).logits
     torch.testing.assert_close(logits, causal(longer).logits[:, stored:], rtol=1e-10, atol=1e-10)
 

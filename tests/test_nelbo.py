@@ -86,7 +86,8 @@ def test_one_token_is_scored_exactly():
     estimate = nelbo(model, ids, num_loops=2, num_samples=2)
     assert estimate.standard_error.tolist() == [[0, 0, 0]]
     exact = [exact_nelbo(model, row, 2) for row in ids]
-    torch.testing.assert_close(estimate.nats[0], torch.tensor(exact, dtype=torch.float64))
+    # The model computes in float32, and batches round differently on some processors.
+    torch.testing.assert_close(estimate.nats[0], torch.tensor(exact, dtype=torch.float64), rtol=1e-6, atol=1e-6)
 
 
 def test_standard_error_is_the_spread_over_seeds():

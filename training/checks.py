@@ -62,6 +62,11 @@ def check_options(
         raise ValueError(
             "`use_seedable_sampler` is False, so a resumed run would see the examples in another order; leave it out."
         )
+    if args.accelerator_config.split_batches:
+        raise ValueError(
+            "`split_batches` is True, which gives each process a part of `per_device_train_batch_size` rows; leave it "
+            "out, and give each process its own number of rows."
+        )
     for name, (neutral, why) in NEUTRAL.items():
         value = getattr(args, name)
         is_alone = name == "average_tokens_across_devices" and args.world_size == 1

@@ -78,7 +78,8 @@ class MaskedDiffusionCollator:
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = self._read_all(features)
         batch = self._stack(rows, ("input_ids", "labels", "attention_mask", "document_ids"))
-        offset = torch.rand((), generator=seeded_generator(self.seed, "mask rate", rows[0]["index"])).item()
+        generator = seeded_generator(self.seed, "mask rate", rows[0]["index"])
+        offset = torch.rand((), generator=generator, dtype=torch.float32).item()
         masks = [self._draw(row, (offset + i / len(rows)) % 1.0) for i, row in enumerate(rows)]
         if self.complementary:
             masks += [[mask.complement() for mask in parts] for parts in masks]

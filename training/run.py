@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -222,9 +223,11 @@ def make_parts(config: TrainConfig, tokenizer: Any, checkpoints: Path) -> RunPar
     options: dict[str, Any] = {name: getattr(config, name) for name in ("gradient_loops", "ema_decay", "eval_samples")}
     options["eval_loops"] = eval_loops
     check_options(arguments, schedule, **options)
-    if config.optimizer == "muon" and arguments.fsdp:
+    # `accelerate launch` says so in the environment.
+    uses_fsdp = bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if config.optimizer == "muon" and uses_fsdp:
         raise ValueError("`optimizer: muon` does not work with FSDP, which splits matrices between ranks; use adamw.")
-    if config.eval_texts and arguments.fsdp:
+    if config.eval_texts and uses_fsdp:
         raise ValueError("`eval_texts` does not work with FSDP, which splits weights between ranks; leave it out.")
     collator = _make_collator(config, model_config, tokenizer, length, arguments.seed)
     lora = None if config.lora is None else lora_config(model_config, **config.lora)

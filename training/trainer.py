@@ -103,6 +103,14 @@ class LoopMDMTrainer(Trainer):
         check_options(self.args, self.loop_schedule, gradient_loops, ema_decay, eval_loops, eval_samples)
         if ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError("`ema_decay` does not work with FSDP, which splits the weights between ranks.")
+        if self.is_fsdp_enabled:
+            kind = self.accelerator.state.fsdp_plugin.state_dict_type
+            # The Trainer saves no model otherwise, without a word; accelerate's default for FSDP2 is another.
+            if "FULL" not in str(kind):
+                raise ValueError(
+                    f"FSDP's `state_dict_type` is {getattr(kind, 'name', kind)}, which saves no model; set it to "
+                    "FULL_STATE_DICT (in `fsdp_config`, or by `accelerate launch --fsdp_state_dict_type`)."
+                )
         self.gradient_loops = gradient_loops
         self.checkpoint_loops = checkpoint_loops
         self.eval_loops = eval_loops
@@ -120,7 +128,8 @@ class LoopMDMTrainer(Trainer):
     def _reset_counters(self) -> None:
         self._head_positions = 0  # later a tensor on the device, so that no step waits to read it
         self._since = time.perf_counter()
-        self._flops_before, self._tokens, self._loops = self.state.total_flos, 0, []
+        self._flops_before, self._loops = self.state.total_flos, []
+        self._tokens = self._tokens_of_all = 0  # of this rank, and, as of `store_flos`, of all ranks
 
     # Training
 
@@ -228,6 +237,8 @@ class LoopMDMTrainer(Trainer):
         head = self.looped_model.flops(1, 1, 1, 1) - self.looped_model.flops(1, 1, 1, 0)
         self.current_flos += 3.0 * head * int(self._head_positions)
         self._head_positions = 0
+        tokens = torch.tensor([self._tokens], device=self.args.device)
+        self._tokens_of_all = int(self.accelerator.gather(tokens).sum())
         super().store_flos()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -235,7 +246,7 @@ class LoopMDMTrainer(Trainer):
             seconds = time.perf_counter() - self._since
             flops = self.state.total_flos
             logs["num_loops"] = sum(self._loops) / len(self._loops)
-            logs["tokens_per_second"] = self._tokens * self.args.world_size / seconds
+            logs["tokens_per_second"] = self._tokens_of_all / seconds
             logs["training_flops"] = flops
             logs["flops_per_second"] = (flops - self._flops_before) / seconds
             self._reset_counters()
