@@ -271,8 +271,8 @@ class CachePlan:
     def passes(self, rows: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor, step: int) -> list[ForwardPass]:
         """
         Returns the passes of denoising step `step` for a block between `starts` and `stops` in each of the `rows`, all
-        `(N,)` int64 on the host. The last pass predicts: it has all `rows`, in this order, and covers their blocks from
-        [`~CachePlan.source`] on. Rows that the last step did not change keep its logits, unless the step `refreshes`.
+        `(N,)` int64 on the host. The last one predicts: it has all `rows`, in this order, and covers their blocks from
+        `source(starts)` on. Rows that the last step did not change keep its logits, unless the step `refreshes`.
         """
         stops = self.lengths[rows] if self.config.attention_block_size is None else stops
         return [ForwardPass(rows, torch.zeros_like(stops), stops, stops)]

@@ -129,6 +129,9 @@ class OnnxModel:
         for name, least in (("max_new_tokens", 0), ("block_length", 1), ("max_denoising_steps", 1)):
             if settings[name] is not None and settings[name] < least:
                 raise ValueError(f"`{name}` is {settings[name]}; it must be at least {least}.")
+        length, block_size = settings["block_length"], self.about["attention_block_size"]
+        if block_size and (length or 0) % block_size:
+            raise ValueError(f"`block_length` is {length}; this model's attention takes multiples of {block_size}.")
         steps, loops = settings["max_denoising_steps"], _as_list(settings["num_loops"])
         if len(loops) > (steps or len(loops)):
             raise ValueError(f"`num_loops` lists {len(loops)} steps of {steps}; give one number or more, one a step.")

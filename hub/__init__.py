@@ -3,7 +3,7 @@
 
 from .card import CARD, SOURCE_CARD, is_own_card, write_card, write_export_card
 from .push import Upload, check_upload, load_in_fresh_process, upload
-from .sections import BUDGET
+from .sections import BUDGET, recorded
 from .source import CARD_FILES, SourceCard, read_source_card
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "is_own_card",
     "load_in_fresh_process",
     "read_source_card",
+    "recorded",
     "upload",
     "write_card",
     "write_export_card",

@@ -85,6 +85,11 @@ def check_upload(folder: str | Path, repo: str) -> Upload:
         raise ValueError(f"{repo} is not an id on the Hub; give `owner/name`.") from None
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"{folder} does not hold a model: there is no config.json in it.")
+    if (folder / "export.json").is_file():
+        raise ValueError(
+            f"{folder} was written by `loopmdm export`, for engines whose models `push` cannot check; `hf upload "
+            f"{repo} {folder}` publishes it."
+        )
     license = _check_card(folder)
     base = adapter_base(str(folder))
     if base is not None and Path(base).exists():

@@ -30,11 +30,22 @@ def is_hub_data(name: str) -> bool:
     return not is_path and name not in _LOADERS
 
 
+def recorded(data: str | Sequence[str] | None) -> str | list[str] | None:
+    """Names of data for a record: those of folders here begin with `./`, so that none is taken for an id elsewhere."""
+    if data is None or isinstance(data, str):
+        is_relative = data is not None and Path(data).is_dir() and not data.startswith((".", "/", "~"))
+        return f"./{data}" if is_relative else data
+    return [str(recorded(name)) for name in data]
+
+
 def data_names(data: str | Sequence[str]) -> str:
     """The names of data in a card: ids on the Hub as they are, and files without their folders."""
-    names = [data] if isinstance(data, str) else list(data)
-    shown = [f"`{name if is_hub_data(name) else Path(name).name}`" for name in names]
+    shown = [f"`{name if is_hub_data(name) else Path(name).name}`" for name in _listed(data)]
     return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")
+
+
+def _listed(data: str | Sequence[str]) -> list[str]:
+    return [data] if isinstance(data, str) else list(data)
 
 
 def measured(value: float, error: float | None) -> str:
@@ -87,14 +98,14 @@ def _of_training(record: dict[str, Any], config: LoopMDMConfig) -> tuple[list[st
     loops = sorted(int(match[1]) for match in map(re.compile(r"eval_nelbo_(\d+)$").match, evaluation) if match)
     if not loops:
         return [], []
-    data = data_names(run["eval_data"])
+    data = run["eval_data"]
     scores = {n: (evaluation[f"eval_nelbo_{n}"], evaluation[f"eval_nelbo_{n}_standard_error"]) for n in loops}
     rows = [[n, config.num_executed_layers(n), measured(*scores[n])] for n in loops]
     text = [
         paragraph(
             "The NELBO (an upper bound on the negative log-likelihood, in nats per token; lower is better) on at most "
-            f"{run['eval_sequences']} rows of {data}, on which training evaluated. Standard errors are over "
-            f"{run['eval_samples']} masks per row, not over training runs."
+            f"{run['eval_sequences']} rows of {data_names(data)}, on which training evaluated. Standard errors are "
+            f"over {run['eval_samples']} masks per row, not over training runs."
         ),
         _table(["`num_loops`", "layers executed", "NELBO"], rows),
         _compare(scores),
@@ -116,7 +127,7 @@ def _compare(scores: dict[int, tuple[float, float]]) -> str:
     return f"It is lowest at {best} loops: {measured(one - lowest, error)} below that of one loop.\n"
 
 
-def _nelbo_results(data: str, scores: dict[int, tuple[float, float]]) -> list[EvalResult]:
+def _nelbo_results(data: str | Sequence[str], scores: dict[int, tuple[float, float]]) -> list[EvalResult]:
     return [
         _result(data, "nelbo", value, f"NELBO at num_loops={n}, nats per token", num_loops=n, standard_error=error)
         for n, (value, error) in scores.items()
@@ -129,13 +140,13 @@ def _of_conversion(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]
         return [], []
     plain, best = calibration["without_loops"], calibration["best"]
     looped = next(one for one in calibration["windows"] if [one["loop_start"], one["loop_end"]] == best)
-    loops, data = calibration["num_loops"], data_names(calibration["text"])
+    loops, data = calibration["num_loops"], calibration["text"]
     scores = {1: (plain["nelbo"], plain["standard_error"]), loops: (looped["nelbo"], looped["standard_error"])}
     text = [
         paragraph(
             f"The NELBO (an upper bound on the negative log-likelihood, in nats per token; lower is better) on "
-            f"{calibration['sequences']} rows of {calibration['length']} tokens of {data}, by which the looped layers "
-            f"were chosen from {len(calibration['windows'])} candidates:"
+            f"{calibration['sequences']} rows of {calibration['length']} tokens of {data_names(data)}, by which the "
+            f"looped layers were chosen from {len(calibration['windows'])} candidates:"
         ),
         _table(["`num_loops`", "NELBO"], [[n, measured(*score)] for n, score in scores.items()]),
         f"Untrained, {loops} loops change it by {measured(looped['change'], looped['change_standard_error'])}.\n",
@@ -146,7 +157,7 @@ def _of_conversion(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]
 def _of_budget(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]:
     if not record:
         return [], []
-    settings, data = record["settings"], data_names(record["data"])
+    settings, data = record["settings"], record["data"]
     quality, half = settings["quality"], settings["examples"] // 2  # the examples that check the choice
 
     def row(where: str, result: dict[str, Any]) -> list[Any]:
@@ -163,7 +174,7 @@ def _of_budget(record: dict[str, Any]) -> tuple[list[str], list[EvalResult]]:
     with_ = "".join(f", `{key}={value}`" for key, value in others.items())
     text = [
         paragraph(
-            f"Measured with `generate` on {data}{with_}: {_QUALITIES[quality]}, in percent. Half of "
+            f"Measured with `generate` on {data_names(data)}{with_}: {_QUALITIES[quality]}, in percent. Half of "
             f"{settings['examples']} examples decided on the setting, and the other half checked it; standard errors "
             "are over examples."
         ),
@@ -197,12 +208,12 @@ def _setting(arguments: dict[str, Any]) -> str:
     return ", ".join(f"`{key}={value}`" for key, value in arguments.items())
 
 
-def _result(data: str, metric: str, value: float, name: str, **arguments: Any) -> EvalResult:
-    data = data.replace("`", "")
+def _result(data: str | Sequence[str], metric: str, value: float, name: str, **arguments: Any) -> EvalResult:
+    shown = data_names(data).replace("`", "")
     return EvalResult(
         task_type="text-generation",
-        dataset_type=data if is_hub_data(data) else "file",
-        dataset_name=data,
+        dataset_type=shown if all(map(is_hub_data, _listed(data))) else "file",
+        dataset_name=shown,
         metric_type=metric,
         metric_value=value,
         metric_name=name,

@@ -82,6 +82,18 @@ def test_training_shows_what_it_measured_and_no_more(run, tmp_path, monkeypatch,
     assert capsys.readouterr().out
 
 
+def test_a_folder_of_data_is_no_data_set_of_the_hub(run, tmp_path, monkeypatch):
+    (tmp_path / "corp" / "mine").mkdir(parents=True)
+    (tmp_path / "corp" / "mine" / "train.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 8)
+    monkeypatch.chdir(tmp_path)
+    out = run(data="corp/mine", eval_data="corp/mine", eval_loops=[1], eval_sequences=2)
+    monkeypatch.chdir(tmp_path / "corp")
+    write_card(out, "ann/looped")
+    metadata, text = read(out)
+    assert metadata["model-index"][0]["results"][0]["dataset"] == {"name": "mine", "type": "file"}
+    assert "datasets" not in metadata and "`mine`" in text and "corp/mine" not in text
+
+
 def test_without_an_evaluation_there_is_no_figure(run):
     metadata, text = read(run())
     assert "model-index" not in metadata

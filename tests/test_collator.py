@@ -48,6 +48,12 @@ def test_what_a_batch_holds():
     assert torch.equal(unmasked["maskable"], batch["labels"] != -100)
 
 
+def test_what_is_scored_does_not_depend_on_the_longest_row():
+    rows = [{"input_ids": [3, 2], "index": 0}, {"input_ids": ROW, "index": 1}]
+    clean = MaskedDiffusionCollator(SMALL_MASK, **LEARN_PADDING).clean(rows)
+    assert clean["maskable"].sum(-1).tolist() == clean["attention_mask"].sum(-1).tolist() == [2, len(ROW)]
+
+
 def test_packed_rows_keep_their_documents():
     rows = [{**row, "document_ids": [3, 3, 4, 4, 4, 9]} for row in examples(2)]
     rows[1] = {"input_ids": rows[1]["input_ids"][:3], "document_ids": [0, 0, 1], "index": 1}

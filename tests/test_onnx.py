@@ -137,6 +137,9 @@ def test_the_runner_refuses_what_it_does_not_do(exported):
     ):
         with pytest.raises(ValueError, match=said):
             graphs.generate(ids, **{"remask_probability": None} | settings)
+    causal = OnnxModel(folder, {**about, "attention_block_size": 4})
+    with pytest.raises(ValueError, match="`block_length` is 6; this model's attention takes multiples of 4"):
+        causal.generate(ids, remask_probability=None, block_length=6)
     with pytest.raises(ValueError, match="nothing to generate"):
         graphs.generate([[1, 2]], remask_probability=None)
     with pytest.raises(ValueError, match="vocabulary of 23"):

@@ -140,6 +140,8 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_loaded(folder, hub,
     assert "does not hold a model" in refusal("push", tmp_path, "ann/looped")
     (folder / "README.md").unlink()
     assert "has no README.md" in refusal("push", folder, "ann/looped")
+    (folder / "export.json").write_text("{}")
+    assert f"`hf upload ann/looped {folder}` publishes it" in refusal("push", folder, "ann/looped")
 
 
 def test_an_adapter_of_a_local_folder_is_refused(folder, hub, tmp_path):

@@ -16,7 +16,7 @@ from processes import FORK, start
 from safetensors.torch import load_file
 from tiny import tiny_model
 from training_runs import SIZES, TEXT, run_writer
-from transformers import AutoTokenizer, LlamaConfig, TrainerCallback
+from transformers import AutoTokenizer, LlamaConfig, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from typer.testing import CliRunner
 
@@ -368,6 +368,12 @@ def test_every_step_is_whole(run, tokenizer, tmp_path):
         trainer = {"max_steps": -1, "num_train_epochs": epochs, "per_device_train_batch_size": rows}
         config = read_config(run(trainer=trainer))
         assert len(make_parts(config, AutoTokenizer.from_pretrained(tokenizer), tmp_path).stream) == steps * rows
+
+
+def test_a_step_counts_the_rows_of_all_gpus_of_a_process(run, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)  # without torchrun, which takes one for each process
+    config = read_config(run(trainer={"max_steps": 3, "per_device_train_batch_size": 4}))
+    assert len(make_parts(config, AutoTokenizer.from_pretrained(tokenizer), tmp_path).stream) == 3 * 2 * 4
 
 
 @pytest.mark.parametrize(

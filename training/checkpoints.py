@@ -191,6 +191,7 @@ def run_identity(trainer: "LoopMDMTrainer") -> dict[str, Any]:
         "noise": _settings(trainer.data_collator),
         "number of rows in an optimiser step": trainer.get_total_train_batch_size(args),
         "use of FSDP": trainer.is_fsdp_enabled,
+        "mixed precision": trainer.accelerator.mixed_precision,  # also of `accelerate launch`
         "loop schedule": _settings(trainer.loop_schedule),
         "gradient loops": trainer.gradient_loops,
         "ema decay": trainer.ema_decay,

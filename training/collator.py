@@ -76,7 +76,7 @@ class MaskedDiffusionCollator:
         self._unused = UnusedColumns()
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = self._read_all(features)
+        rows = self._read_all(features, self.learn_padding)
         batch = self._stack(rows, ("input_ids", "labels", "attention_mask", "document_ids"))
         generator = seeded_generator(self.seed, "mask rate", rows[0]["index"])
         offset = torch.rand((), generator=generator, dtype=torch.float32).item()
@@ -97,20 +97,21 @@ class MaskedDiffusionCollator:
         int64, and `maskable`, bool, each of shape `(batch_size, sequence_length)`, as arguments of
         [`~loopmdm.evaluation.nelbo`].
         """
-        return self._stack(self._read_all(features), ("input_ids", "attention_mask", "maskable", "document_ids"))
+        rows = self._read_all(features, learn_padding=False)  # the fill depends on the longest row, so it is no text
+        return self._stack(rows, ("input_ids", "attention_mask", "maskable", "document_ids"))
 
     @staticmethod
     def _stack(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: torch.stack([row[name] for row in rows]) for name in names if name in rows[0]}
 
-    def _read_all(self, features: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _read_all(self, features: Sequence[dict[str, Any]], learn_padding: bool) -> list[dict[str, Any]]:
         """The examples, checked and padded to the length of the longest."""
         rows = [self._read(feature) for feature in features]
         packed = [row["index"] for row in rows if "document_ids" in row]
         if packed and len(packed) != len(rows):
             raise ValueError(f"Example {packed[0]} has `document_ids`, and others of its batch have none.")
         length = max(len(row["input_ids"]) for row in rows)
-        return [self._fill(row, length) for row in rows]
+        return [self._fill(row, length, learn_padding) for row in rows]
 
     def _read(self, feature: dict[str, Any]) -> dict[str, Any]:
         """One example as tensors, checked."""
@@ -131,7 +132,7 @@ class MaskedDiffusionCollator:
             raise ValueError(f"{where} has {length} tokens, more than the {self.max_length} allowed.")
         return {"index": index, **row}
 
-    def _fill(self, row: dict[str, Any], length: int) -> dict[str, Any]:
+    def _fill(self, row: dict[str, Any], length: int, learn_padding: bool) -> dict[str, Any]:
         """Pads a row to `length`, and labels its maskable tokens."""
         missing = length - len(row["input_ids"])
 
@@ -139,13 +140,13 @@ class MaskedDiffusionCollator:
             return torch.nn.functional.pad(tensor, (0, missing), value=value)
 
         tokens = fill(row["input_ids"], self._filler)
-        maskable = fill(row["maskable"], self.learn_padding)
+        maskable = fill(row["maskable"], learn_padding)
         filled = {
             "index": row["index"],
             "input_ids": tokens,
             "maskable": maskable,
             "labels": tokens.masked_fill(~maskable, -100),
-            "attention_mask": fill(torch.ones_like(row["input_ids"]), int(self.learn_padding)),
+            "attention_mask": fill(torch.ones_like(row["input_ids"]), int(learn_padding)),
         }
         if "document_ids" in row:
             filled["document_ids"] = fill(row["document_ids"], int(row["document_ids"][-1]))

@@ -107,7 +107,7 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
 
 def _sample_batches(parts: RunParts) -> list[dict[str, torch.Tensor]]:
     """Micro-batches of the collator, spread over the run; the first is the run's first."""
-    size = parts.arguments.per_device_train_batch_size
+    size = parts.arguments.train_batch_size
     source: Any = parts.stream
     if isinstance(source, StreamedExamples):
         source = list(itertools.islice(source, size * _SAMPLES))
@@ -160,7 +160,7 @@ def _num_steps(parts: RunParts) -> int:
 
 def _rows_of_step(parts: RunParts) -> int:
     arguments = parts.arguments
-    return arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
 
 
 def _loop_shares(schedule: LoopSchedule, points: int = 200) -> list[float]:

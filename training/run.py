@@ -37,7 +37,7 @@ from ..data import (
 )
 from ..evaluation.loading import read_generation_config
 from ..evaluation.loop_budget import BUDGET_ARGUMENTS
-from ..hub import CARD, read_source_card, write_card
+from ..hub import CARD, read_source_card, recorded, write_card
 from ..modeling_loopmdm import LoopMDMForMaskedLM
 from ..weight_files import read_json
 from .adapters import adapter_to_continue, attach_adapter, lora_config
@@ -110,7 +110,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
     trainer.train(resume_from_checkpoint=is_begun or None)
     metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
     record = {
-        "run": dataclasses.asdict(config),
+        "run": {**dataclasses.asdict(config), "data": recorded(config.data), "eval_data": recorded(config.eval_data)},
         "steps": trainer.state.global_step,
         "training_flops": trainer.state.total_flos,
         "seconds": trainer.seconds,
@@ -402,7 +402,8 @@ def _make_stream(
         if arguments.max_steps <= 0:
             raise ValueError("The length of a streamed data set is not known; set `trainer: {max_steps: ...}`.")
         return examples
-    per_step = arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    # Of all GPUs of a process: without `torchrun` the Trainer splits batches between them.
+    per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     if arguments.max_steps > 0:
         count = arguments.max_steps * per_step
     else:
