@@ -657,23 +657,17 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def flops(
-        self,
-        batch_size: int,
-        sequence_length: int,
-        num_loops: int | None = None,
-        num_logits: float | None = None,
-        num_keys: int | None = None,
-        last_layer: float | None = None,
+        self, batch_size: int, sequence_length: int, num_loops: int | None = None, num_logits: float | None = None
     ) -> int:
         """
         FLOPs of the matrix products in one forward pass, including padding (a multiply-add counts as two, as in
         torch's `FlopCounterMode`). A training step takes three times as many, or four with gradient checkpointing.
-        `num_loops` defaults to the config's. By default, all positions reach the output head (`num_logits`), are
-        attended to (`num_keys`) and are computed by the last layer (`last_layer`). Give means if rows differ.
+        `num_loops` defaults to the config's. `num_logits`, by default all, of a row's positions reach the output head,
+        on average. `config.pass_flops` counts passes with a cache, and over chosen positions.
         """
         num_loops = check_num_loops(self.config.num_loops if num_loops is None else num_loops)
-        counts = (sequence_length if count is None else count for count in (num_keys, last_layer, num_logits))
-        return round(batch_size * self.config.pass_flops(sequence_length, *counts, sequence_length * num_loops))
+        length, num_logits = sequence_length, sequence_length if num_logits is None else num_logits
+        return round(batch_size * self.config.pass_flops(length, length, length, num_logits, length * num_loops))
 
 
 __all__ = ["LoopMDMForMaskedLM", "LoopMDMModel", "LoopMDMPreTrainedModel"]

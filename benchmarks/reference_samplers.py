@@ -135,7 +135,7 @@ def reference_flops(model: LoopMDMForMaskedLM, args: argparse.Namespace, cache: 
     for start in range(args.prompt_length, length, args.block_length):
         later = {None: length, "prefix": length - start, "dual": args.block_length}[cache]
         for width in [length, *[later] * (args.steps - 1)]:
-            total += model.flops(1, width, loops, width, num_keys=length)
+            total += model.config.pass_flops(width, length, width, width, width * loops)
     return total
 
 

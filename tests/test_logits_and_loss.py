@@ -75,7 +75,7 @@ def test_flops_are_those_that_torch_counts(overrides):
     assert counts == [counts[0] + (loops - 1) * mid for loops in (1, 2, 3, 7)]
     assert model.flops(2, 12) == counts[2]  # the configuration's three loops
     found = counted(lambda: model(ids, logits_to_keep=keep))
-    assert found == model.flops(2, 12, num_logits=3, last_layer=3) < counts[2]
+    assert found == 2 * model.config.pass_flops(12, 12, 3, 3, 12 * 3) < counts[2]
     assert counted(lambda: model(ids, logits_to_keep=1)) == model.flops(2, 12, num_logits=1)
     assert isinstance(model.flops(2, 12, num_logits=0.5), int)
     with counted_rows(model.lm_head) as rows:
@@ -88,9 +88,9 @@ def test_flops_behind_a_cache(overrides):
     model = tiny_model(attn_implementation="eager", attention_block_size=4, **overrides)
     ids, keep = random_ids(2, 12), torch.tensor([[3], [11]])
     cache = model(random_ids(2, 16), use_cache=True).cache
-    assert counted(lambda: model(ids, past_key_values=cache)) == model.flops(2, 12, num_keys=28)
+    assert counted(lambda: model(ids, past_key_values=cache)) == 2 * model.config.pass_flops(12, 28, 12, 12, 12 * 3)
     found = counted(lambda: model(ids, past_key_values=cache, logits_to_keep=keep))
-    assert found == model.flops(2, 12, num_keys=28, num_logits=1, last_layer=1)
+    assert found == 2 * model.config.pass_flops(12, 28, 1, 1, 12 * 3)
 
 
 def test_flops_check_num_loops():

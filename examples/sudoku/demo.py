@@ -85,7 +85,7 @@ def main() -> None:
     print(f"Solved minimal puzzles out of {args.count} (no clue can go), by loops and denoising steps,")
     print("and what one costs in passes through a layer and in milliseconds.\n")
     header = "".join(f"| {f'{n} step' + ('s' if n > 1 else ''):^23}" for n in STEPS)
-    print(f"{'':17}{header}\n{'':17}{'| solved layers    ms     ' * len(STEPS)}".rstrip())
+    print(f"{'':17}{header}\n{'':17}{'| solved layers    ms    ' * len(STEPS)}".rstrip())
 
     def cell(row: dict, count: int) -> str:
         milliseconds = 1000 * row["seconds"] / count
