@@ -79,6 +79,8 @@ def plot_attention(records: Records, axis) -> None:
             (line,) = axis.plot(range(1, len(mass) + 1), mass, marker=".", label=f"{100 * share:.0f} % masked")
             axis.axhline(uniform, color=line.get_color(), linestyle=":", linewidth=1)
     finish(axis, "Attention by loop (dotted: uniform)", "loop", "attention, masked to masked")
+    axis.set_ylim(bottom=0)  # room for the legend
+    axis.legend(fontsize="small", loc="lower center", ncols=2)
 
 
 def plot_claims(records: Records, runs: list[dict], path: Path) -> None:
