@@ -115,11 +115,14 @@ class LoopMDMCache:
         if reach is None:
             last = position_ids if real is None else position_ids.masked_fill(~real, -1)
             reach = torch.maximum(stored, last.amax(-1).cpu() + 1)
-            block_size = self.config.attention_block_size or 1
-            for row in ((reach > stored) & (stored % block_size > 0)).nonzero().flatten().tolist():
+            # A begun block has to be computed anew, which shifted logits do not do (see below).
+            size = self.config.attention_block_size or 1
+            first = torch.where(last < 0, 2**62, last).amin(-1).cpu()
+            is_anew = (first <= stored // size * size) & (not self.config.shift_logits)
+            for row in ((reach > stored) & (stored % size > 0) & ~is_anew).nonzero().flatten().tolist():
                 raise ValueError(
                     f"`past_key_values` ends within a block of row {row}, after {int(stored[row])} positions (blocks "
-                    f"have {block_size}); call `past_key_values.crop({self.length})`, and begin the input there."
+                    f"have {size}); call `past_key_values.crop({self.length})`, and begin the input there."
                 )
             ends = torch.cat((stored[:, None], torch.maximum(stored[:, None], last.cpu() + 1)), -1).sort(-1).values
             for row in (ends.diff(dim=-1) > 1).any(-1).nonzero().flatten().tolist():

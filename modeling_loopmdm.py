@@ -337,9 +337,6 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
         states = self.readout(states, context, positions_to_keep)
         if use_cache:
             cache.store(context.cache.reach, input_ids, context.cache.places)
-        is_partial = context.cache is not None or (policy is not None and policy.per_position)
-        if is_partial and states.requires_grad:
-            states.register_hook(refuse_gradient)
         return LoopMDMModelOutput(states, loops=loops, token_loops=token_loops, cache=cache)
 
     def prelude(
@@ -446,6 +443,8 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
                 queries=context.queries,
                 **context.arguments,
             )
+            if context.cache is not None and states.requires_grad:
+                states.register_hook(refuse_gradient)  # it would be wrong: stored keys and values are detached
         return states
 
     def _prepare_cache(self, cache, use_cache, batch_size, num_loops, policy, visible_loops) -> LoopMDMCache | None:
@@ -473,7 +472,7 @@ class LoopMDMModel(LoopMDMPreTrainedModel):
 
 
 def refuse_gradient(gradient: torch.Tensor) -> None:
-    raise ValueError("A pass with a cache, or in which positions stop, has no gradients; compute them without.")
+    raise ValueError("A pass with a cache, or in which positions stop looping, has no gradients; leave these out.")
 
 
 def check_kwargs(model: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -238,6 +238,9 @@ def test_a_cache_that_ends_within_a_block_is_not_continued(model):
         message = rf"within a block of row 0, after {len(row)} positions .*\.crop\({len(row)}\)`"
         with pytest.raises(ValueError, match=message):
             model(torch.tensor([full[len(row) :]]), **begin)
+        positions = torch.arange(kept, len(full))[None]  # the whole block again
+        logits = model(torch.tensor([full[kept:]]), position_ids=positions, past_key_values=cache).logits[0]
+        torch.testing.assert_close(logits, plain(model, full)[kept:], **EXACT)
         cache.crop(len(row))
         assert cache.lengths.tolist() == [kept]
         logits = model(torch.tensor([full[kept:]]), **begin).logits[0]
@@ -329,8 +332,12 @@ def test_partial_passes_give_no_gradients_instead_of_wrong_ones(model, arguments
     with torch.enable_grad():
         output = model(ids, labels=ids.masked_fill(ids == MASK, 5), **arguments)
         assert output.loss.isfinite(), "without a backward pass there is nothing to refuse"
-        with pytest.raises(ValueError, match="has no gradients; compute them without"):
+        with pytest.raises(ValueError, match="has no gradients; leave these out"):
             output.loss.backward()
+        hidden = model(ids, output_hidden_states=True, **arguments).hidden_states
+        for states in hidden[2:]:
+            with pytest.raises(ValueError, match="has no gradients"):
+                states.sum().backward()
         # The output head does get its own.
         for parameter in model.model.parameters():
             parameter.requires_grad_(False)

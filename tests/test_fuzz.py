@@ -196,13 +196,11 @@ def test_flops_of_a_pass_are_those_that_torch_counts(config, seed, num_loops, le
     model = double(config, attn_implementation="eager")
     ids = torch.randint(config["vocab_size"], (2, length), generator=seeded(seed))
     keep = torch.randint(length, (2, 1 + seed % 3), generator=seeded(seed))
-    for arguments, counts in (
-        ({}, {}),
-        ({"logits_to_keep": keep}, {"num_logits": keep.shape[1], "last_layer": keep.shape[1]}),
-    ):
+    for arguments, kept in (({}, length), ({"logits_to_keep": keep}, keep.shape[1])):
         with FlopCounterMode(display=False) as counter:
             model(ids, num_loops=num_loops, **arguments)
-        assert model.flops(2, length, num_loops, **counts) == counter.get_total_flops()
+        assert 2 * model.config.pass_flops(length, length, kept, kept, length * num_loops) == counter.get_total_flops()
+    assert model.flops(2, length, num_loops) == 2 * model.config.pass_flops(*[length] * 4, length * num_loops)
 
 
 # generate
