@@ -104,6 +104,8 @@ def parse_args(argv: list[str] | None = None, **settings: Any) -> argparse.Names
     if args.llada is not None and args.batch_sizes != [1]:
         parser.error(f"--batch-sizes is {args.batch_sizes}; Fast-dLLM's samplers take one row: give --batch-sizes 1")
     if args.llada is not None:
+        if (args.fast_dllm / "v1").is_dir():  # since April 2026
+            args.fast_dllm /= "v1"
         for path in (args.llada / "generate.py", args.fast_dllm / "llada" / "generate.py"):
             if not path.is_file():
                 parser.error(f"{path} is not there; give clones of ML-GSAI/LLaDA and NVlabs/Fast-dLLM")

@@ -30,11 +30,10 @@ from transformers.cli.serving.utils import (
     _GenerationCancelled,
     _StreamError,
 )
-from transformers.generation.stopping_criteria import StopStringCriteria
 
 from loopmdm import LoopMDMGenerationConfig
 from loopmdm.data.chat import read_question
-from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown
+from loopmdm.generation_utils import SAMPLING, check_argument, reject_unknown, stop_criterion
 
 # Of transformers' server; `transformers chat` begins with the last.
 ROUTES = ("/v1/models", "/health", "/load_model")
@@ -195,7 +194,9 @@ class Streamer(DirectStreamer):
         ends, stops = self.config.eos_token_id, self.config.stop_strings
         has_ended = self.tokens[-1] in (ends if isinstance(ends, list | tuple) else [ends])
         if not has_ended and stops:
-            has_ended = bool(StopStringCriteria(self.tokenizer, stops)(torch.tensor([self.tokens]), None)[0])
+            stops = (stops,) if isinstance(stops, str) else tuple(stops)
+            criterion = stop_criterion(self.tokenizer, stops, len(self.tokenizer))
+            has_ended = bool(criterion(torch.tensor([self.tokens]), None)[0])
         if has_ended:
             self.wishes.max_new_tokens = None
         super().end()

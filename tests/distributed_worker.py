@@ -191,10 +191,14 @@ def run_trainers(folder: Path, world_size: int, runs: dict[str, dict]) -> dict[s
 
 
 def refusals(folder: Path, world_size: int) -> list[str]:
-    """The errors of runs with FSDP that could not be saved, or not be resumed."""
+    """The errors of runs that could not be saved, not be resumed, or would count rows wrongly."""
     sharded = {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
     of_ddp, messages = str(folder / "ddp" / "saved" / "checkpoint-2"), []
-    for resume, settings in ((None, {**FSDP, "fsdp_config": sharded}), (of_ddp, FSDP_RUNS["saved"])):
+    for resume, settings in (
+        (None, {**FSDP, "fsdp_config": sharded}),
+        (of_ddp, FSDP_RUNS["saved"]),
+        (None, {"accelerator_config": {"split_batches": True}}),
+    ):
         try:
             train(folder / "refused", world_size, resume=resume, **settings)
         except ValueError as error:

@@ -130,17 +130,20 @@ def test_checkpoint_of_two_ranks_on_one_process(ddp, folder, tmp_path):
     model = LoopMDMForMaskedLM.from_pretrained(saved / "checkpoint-4")
     assert_same_tensors(dict(model.named_parameters()), ddp[0]["saved"]["weights"], rtol=0, atol=0)
 
-    settings = {**worker.SAVED, "save_strategy": "no", "gradient_accumulation_steps": worker.ACCUMULATION}
+    settings = {**worker.SAVED, "save_strategy": "no"}
     checkpoint = str(saved / "checkpoint-2")
-    # The same rows in every step, half of them on each rank before, or in the same micro-batches one by one
-    resumed = worker.train(tmp_path, 1, checkpoint, per_device_train_batch_size=4, **settings)
+    # The same micro-batches, one by one
+    resumed = worker.train(tmp_path, 1, checkpoint, **settings)
     assert resumed["steps"] == worker.STEPS
     assert resumed["loops"] == ddp[0]["saved"]["loops"][2:]
-    settings.pop("gradient_accumulation_steps")
-    resumed = worker.train(tmp_path, 1, checkpoint, **settings)
     assert_same_tensors(resumed["weights"], ddp[0]["saved"]["weights"])
-    with pytest.raises(ValueError, match="number of rows in an optimiser step is 8, here 4"):
-        worker.train(tmp_path, 1, checkpoint, per_device_train_batch_size=1, **settings)
+    for size, accumulation, message in (
+        (worker.BATCH, worker.ACCUMULATION, "number of rows in an optimiser step is 8, here 4"),
+        (2 * worker.BATCH, worker.ACCUMULATION, "number of rows in a micro-batch is 2, here 4"),
+    ):
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        with pytest.raises(ValueError, match=message):
+            worker.train(tmp_path, 1, checkpoint, **settings, **batches)
 
 
 # --- FSDP2 ---
@@ -182,11 +185,12 @@ def test_fsdp_trainer_resumes_exactly(fsdp):
         assert_same_tensors(rank["resumed"]["weights"], rank["saved"]["weights"], rtol=0, atol=0)
 
 
-def test_what_fsdp_cannot_save_or_resume_is_refused(ranks):
+def test_what_several_processes_cannot_do_is_refused(ranks):
     for rank in ranks:
-        unsaved, other = rank["refused"]
+        unsaved, other, split = rank["refused"]
         assert "`state_dict_type` is SHARDED_STATE_DICT, which saves no model; set it to FULL_STATE_DICT" in unsaved
         assert "its use of FSDP is False, here True" in other
+        assert "`split_batches` is True" in split
 
 
 @pytest.mark.parametrize(("run", "step"), [("saved", 4), ("plain", 1)])

@@ -589,6 +589,22 @@ def test_a_row_ends_at_its_first_stop_string_also_behind_a_prompt_that_ends_in_i
     assert found.tolist() == [[2, 3, last, 1, 0, 0, 0]]
 
 
+def test_stop_strings_are_looked_for_by_one_criterion(model, monkeypatch):
+    # Making one reads the whole vocabulary.
+    made = []
+
+    class Counted(StopStringCriteria):
+        def __init__(self, tokenizer, strings):
+            made.append(strings)
+            super().__init__(tokenizer, strings)
+
+    monkeypatch.setattr("loopmdm.generation_utils.StopStringCriteria", Counted)
+    tokenizer, prompt = word_tokenizer(), torch.tensor([[5, 9, 3]])
+    for strings in ("a b", ["a b"], "c", "a b"):
+        model.generate(prompt, max_new_tokens=2, stop_strings=strings, tokenizer=tokenizer)
+    assert made == [["a b"], ["c"]]
+
+
 @pytest.mark.parametrize("block_length", [1, 3, 8])
 @pytest.mark.parametrize("words", [1, 2])
 def test_stop_strings(model, block_length, words):

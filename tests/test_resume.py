@@ -212,7 +212,7 @@ def test_a_range_given_as_a_list_belongs_to_the_run(tmp_path):
         ({"train_dataset": StreamedExamples(lambda: examples(10))}, "its data is"),
         ({"data_collator": MaskedDiffusionCollator(MASK, PAD, mask_ratio=(0.1, 0.9))}, "its noise is"),
         ({"args": {"seed": 6}}, "its seed is 5, here 6"),
-        ({"args": {"per_device_train_batch_size": 3}}, "its number of rows in an optimiser step is 2, here 3"),
+        ({"args": {"per_device_train_batch_size": 3}}, "its number of rows in a micro-batch is 2, here 3"),
         ({"args": {"gradient_accumulation_steps": 2}}, "its number of rows in an optimiser step is 2, here 4"),
         ({"loop_schedule": "fixed"}, "its loop schedule is UniformLoops"),
         ({"max_loops": 3}, "its loop schedule is UniformLoops"),

@@ -93,7 +93,6 @@ def test_weights_in_float16_are_refused(tmp_path):
             {"train_sampling_strategy": "random", "accelerator_config": {"use_seedable_sampler": False}},
             "`use_seedable_sampler` is False",
         ),
-        ({}, {"accelerator_config": {"split_batches": True}}, "`split_batches` is True"),
         ({"compute_loss_func": lambda *args, **kwargs: 0}, {}, "`compute_loss_func` does not work here"),
         ({"compute_metrics": lambda pair: {}, "eval_loops": [1]}, {}, "`compute_metrics` is never called with"),
         (

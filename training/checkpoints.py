@@ -190,6 +190,7 @@ def run_identity(trainer: "LoopMDMTrainer") -> dict[str, Any]:
         "transform": getattr(transform, "__qualname__", transform and _settings(transform)),
         "noise": _settings(trainer.data_collator),
         "number of rows in an optimiser step": trainer.get_total_train_batch_size(args),
+        "number of rows in a micro-batch": args.train_batch_size,  # over which masks are spread
         "use of FSDP": trainer.is_fsdp_enabled,
         "mixed precision": trainer.accelerator.mixed_precision,  # also of `accelerate launch`
         "loop schedule": _settings(trainer.loop_schedule),

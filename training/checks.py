@@ -62,7 +62,7 @@ def check_options(
         raise ValueError(
             "`use_seedable_sampler` is False, so a resumed run would see the examples in another order; leave it out."
         )
-    if args.accelerator_config.split_batches:
+    if args.accelerator_config.split_batches and args.world_size > 1:
         raise ValueError(
             "`split_batches` is True, which gives each process a part of `per_device_train_batch_size` rows; leave it "
             "out, and give each process its own number of rows."
