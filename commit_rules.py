@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
 from transformers.generation import StoppingCriteriaList
 
 TIE = 1e-5  # scores that differ by less, relative to them and to their probabilities, are a tie
@@ -95,15 +94,17 @@ class DenoisingStep:
         # A score of -inf still ranks above positions that are not masked, and one of inf ties only with others.
         largest = torch.finfo(scores.dtype).max / 4
         scores = scores.clamp(-largest, largest).masked_fill(~self.masked, -math.inf)
-        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
-        # Scores that differ only by float32 rounding are a tie, since the rounding depends on the rest of the batch.
-        # Positions with equal predictions, as in a canvas of [MASK]s only, all tie. A margin, or the entropy of a
-        # near-certain prediction, is a small difference of large rounded numbers.
-        sizes = ((self.logits.amax(-1) - self.normalizer).exp() + scores.abs()).gather(-1, order)
-        differs = ranked[:, :-1] - ranked[:, 1:] > TIE * sizes[:, :-1]
-        group = torch.zeros_like(order).scatter(-1, order, nn.functional.pad(differs.cumsum(-1), (1, 0)))
-        ranks = group.argsort(dim=-1, stable=True).argsort(dim=-1)
-        return self.masked & (ranks < (self.quota if count is None else count)[:, None])
+        count = (self.quota if count is None else count)[:, None]
+        last, place = scores.sort(dim=-1, descending=True, stable=True)
+        last, place = (part.gather(-1, (count - 1).clamp(min=0)) for part in (last, place))
+        # Scores that differ from the last one only by float32 rounding tie with it, since the rounding depends on the
+        # rest of the batch. Positions with equal predictions, as in a canvas of [MASK]s only, all tie. A margin, or
+        # the entropy of a near-certain prediction, is a small difference of large rounded numbers.
+        probability = (self.logits.amax(-1) - self.normalizer).exp().gather(-1, place)
+        tie = TIE * (probability + last.abs())
+        above = scores > last + tie
+        ties = ~above & (scores >= last - tie)
+        return self.masked & (above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True))))
 
 
 class CommitRule:

@@ -498,7 +498,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
 
     Arguments of `generate`:
         input_ids (`torch.LongTensor` of shape `(batch_size, length)`):
-            Prompt, padded on either side. Its [MASK] tokens are filled in.
+            Prompt, padded on either side. Its [MASK] tokens are filled in. By default, the start token, if any.
         attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*):
             0 on padding. By default, `pad_token_id` is padding. If it is also an end or start token, it counts as
             text, and rows that begin or end with different numbers of it raise an error.
@@ -553,6 +553,8 @@ class LoopMDMGenerationMixin(GenerationMixin):
         # 1. Read the arguments
         self._check_adapters()
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
+        if input_ids is None:  # of pipelines for an empty prompt
+            input_ids = torch.tensor([_as_list(config.bos_token_id)], dtype=torch.long, device=self.device)
         eos_token_ids, warpers = _as_list(config.eos_token_id), config.warpers()
         processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
 
@@ -714,11 +716,14 @@ class LoopMDMGenerationMixin(GenerationMixin):
         if generation_config is not None:
             self.generation_config = self.generation_config_class.from_dict(generation_config.to_diff_dict())
         elif pretrained_model_name_or_path is not None:
-            # Without the file, the config made from the model's config stays. `kwargs` override the model's config.
-            # Our `from_pretrained` reports a damaged file.
+            # Older versions give in order where files come from. `kwargs` also have changes of the model's config.
+            given = {**dict(zip(HUB_OPTIONS, args, strict=False)), **kwargs}
+            names = (*HUB_OPTIONS, "num_loops", "pad_token_id", "bos_token_id", "eos_token_id")
+            options = {name: given[name] for name in names if name in given}
+            # Without the file, the config made from the model's config stays. `from_pretrained` reports a damaged one.
             with contextlib.suppress(OSError):
                 self.generation_config = self.generation_config_class.from_pretrained(
-                    pretrained_model_name_or_path, **dict(zip(HUB_OPTIONS, args, strict=False))
+                    pretrained_model_name_or_path, **options
                 )
 
 

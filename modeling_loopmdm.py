@@ -112,6 +112,13 @@ class LoopMDMRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True):
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != kept.dtype and not kept.is_meta:  # `.to(torch.bfloat16)`, which would round them
+            self.inv_freq = kept.to(self.inv_freq.device)
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: LoopMDMConfig, device=None, seq_len=None):
         """Inverse frequencies `theta ** (-2i / head_dim)` in float32, and the factor 1 on cosines and sines."""

@@ -211,12 +211,11 @@ def choose(logits: np.ndarray, count: int, settings: dict[str, Any]) -> tuple[np
     log_probs = logits - (most + np.log(np.exp(logits - most[:, None]).sum(-1)))[:, None]
     confidence = np.exp(log_probs.max(-1))
     scores = RULES[settings["unmasking"]](log_probs)
-    order = np.argsort(-scores, kind="stable")
-    ranked, sizes = scores[order], (confidence + np.abs(scores))[order]
-    # Scores that differ by rounding are a tie, which goes to the leftmost position.
-    group = np.zeros(len(order), dtype=np.int64)
-    group[order[1:]] = (ranked[:-1] - ranked[1:] > TIE * sizes[:-1]).cumsum()
-    committed = np.zeros(len(order), dtype=bool)
+    # Scores that differ by rounding from the last one tie with it, and the leftmost come first.
+    last = np.argsort(-scores, kind="stable")[count - 1]
+    tie = TIE * (confidence[last] + np.abs(scores[last]))
+    group = np.where(scores > scores[last] + tie, 0, np.where(scores >= scores[last] - tie, 1, 2))
+    committed = np.zeros(len(scores), dtype=bool)
     committed[np.argsort(group, kind="stable")[:count]] = True
     if settings["confidence_threshold"] is not None:
         committed |= confidence >= np.float32(settings["confidence_threshold"])

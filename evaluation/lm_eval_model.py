@@ -373,15 +373,20 @@ def fills_in(model: LoopMDMForMaskedLM, windows: list[Window], num_loops: int) -
     alive = torch.ones(len(windows), dtype=torch.bool)
     while bool((alive & (tokens == mask_token_id).any(-1)).any()):
         rows = (alive & (tokens == mask_token_id).any(-1)).nonzero().flatten()
+        open_ = tokens[rows] == mask_token_id
+        first = blocks[rows].where(open_, torch.iinfo(torch.long).max).min(-1, keepdim=True).values
+        open_ &= blocks[rows] == first
+        places = open_.long().argsort(dim=-1, descending=True, stable=True)[:, : int(open_.sum(-1).max())]
         logits = model(
-            tokens[rows].to(device), attention_mask=attention_mask[rows].to(device), num_loops=num_loops
+            tokens[rows].to(device),
+            attention_mask=attention_mask[rows].to(device),
+            num_loops=num_loops,
+            logits_to_keep=places.to(device),
         ).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         confidence, choice = (part.cpu() for part in logits.softmax(-1).max(-1))
-        open_ = tokens[rows] == mask_token_id
-        first = blocks[rows].where(open_, torch.iinfo(torch.long).max).min(-1, keepdim=True).values
-        place = confidence.where(open_ & (blocks[rows] == first), -1).argmax(-1)
-        chosen = choice[torch.arange(len(rows)), place]
+        best = confidence.where(open_.gather(1, places), -1).argmax(-1, keepdim=True)
+        place, chosen = (part.gather(1, best).squeeze(1) for part in (places, choice))
         tokens[rows, place] = chosen
         alive[rows] = chosen == targets[rows, place]
     return alive.tolist()

@@ -7,6 +7,7 @@ hides k of the L maskable tokens of one block. If the block and k are drawn unif
 the hidden tokens is an unbiased estimate of the NELBO of the sequence.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,13 +88,14 @@ def block_ids(real: torch.Tensor, documents: torch.Tensor, block_size: int | Non
 def split_blocks(maskable: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
     """The maskable positions of each block of a sequence, given `maskable` and `blocks` of shape `(length,)`."""
     positions = maskable.nonzero().squeeze(-1)
-    return [positions[blocks[positions] == block] for block in blocks[positions].unique()]
+    _, sizes = blocks[positions].unique_consecutive(return_counts=True)  # the ids of blocks never fall
+    return list(positions.split(sizes.tolist()))
 
 
 def split_documents(maskable: torch.Tensor, blocks: torch.Tensor) -> list[list[torch.Tensor]]:
     """The result of [`split_blocks`] for each document, in order."""
-    documents = blocks // _DOCUMENT
-    return [split_blocks(maskable & (documents == document), blocks) for document in documents[maskable].unique()]
+    parts = split_blocks(maskable, blocks)
+    return [list(group) for _, group in itertools.groupby(parts, lambda part: int(blocks[part[0]]) // _DOCUMENT)]
 
 
 @dataclass

@@ -90,7 +90,11 @@ def trainer_args(folder: Path, world_size: int, **overrides) -> TrainingArgument
         "remove_unused_columns": False,
         "seed": 5,
     }
-    return TrainingArguments(**values | overrides)
+    args = TrainingArguments(**values | overrides)
+    if args.fsdp:
+        # accelerate shards models on GPUs only, and trains with DDP on CPUs without a word.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return args
 
 
 def make_trainer(
@@ -122,9 +126,6 @@ def train(
     """Trains, and returns what must not depend on the number of processes."""
     recorder = Recorder()
     args = trainer_args(folder, world_size, **overrides)
-    if args.fsdp:
-        # accelerate shards models on GPUs only, and trains with DDP on CPUs without a word.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = make_trainer(args, stream, callbacks=[recorder], **(trainer_kwargs or {}))
     assert args.world_size == world_size, "the processes know of each other"
     trainer.train(resume_from_checkpoint=resume)
@@ -192,10 +193,8 @@ def run_trainers(folder: Path, world_size: int, runs: dict[str, dict]) -> dict[s
 
 def refusals(folder: Path, world_size: int) -> list[str]:
     """The errors of runs that could not be saved, not be resumed, or would count rows wrongly."""
-    sharded = {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
     of_ddp, messages = str(folder / "ddp" / "saved" / "checkpoint-2"), []
     for resume, settings in (
-        (None, {**FSDP, "fsdp_config": sharded}),
         (of_ddp, FSDP_RUNS["saved"]),
         (None, {"accelerator_config": {"split_batches": True}}),
     ):
@@ -203,6 +202,12 @@ def refusals(folder: Path, world_size: int) -> list[str]:
             train(folder / "refused", world_size, resume=resume, **settings)
         except ValueError as error:
             messages.append(str(error))
+    sharded = {**FSDP["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
+    trainer = make_trainer(trainer_args(folder / "refused", world_size, fsdp=True, fsdp_config=sharded))
+    try:
+        trainer.save_model(str(folder / "unsaved"))
+    except ValueError as error:
+        messages.append(str(error))
     return messages
 
 

@@ -8,7 +8,7 @@ transformer written out from the weights, which keeps keys and values by hand.
 import math
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from types import SimpleNamespace
 
 import evaluation_models
@@ -303,19 +303,22 @@ class Sample:
         """Of numbers that are compared; what is equal to the last bit stays so."""
         self.is_close |= any(0 < abs(distance) < CLOSE for distance in distances)
 
-    def ranked(self, score: dict[int, float], highest: dict[int, float]) -> list[int]:
+    def best(self, score: dict[int, float], highest: dict[int, float], count: int) -> set[int]:
         """
-        Positions, highest score first; from the left where neighbours differ by no more than rounding does, given the
-        `highest` probability at each.
+        The `count` positions of the highest scores; from the left among those that differ from the last one by no more
+        than rounding does, given the `highest` probability at each.
         """
+        if count < 1:
+            return set()
         order = sorted(score, key=lambda place: (-score[place], place))
-        group, groups = 0, dict.fromkeys(order[:1], 0)
-        for before, place in pairwise(order):
-            gap, tie = score[before] - score[place], 1e-5 * (abs(score[before]) + highest[before])
-            self.note(*([] if gap == 0 else [gap - tie]))
-            group += gap > tie
-            groups[place] = group
-        return sorted(order, key=lambda place: (groups[place], place))
+        last = order[min(count, len(order)) - 1]
+        tie = 1e-5 * (abs(score[last]) + highest[last])
+        gaps = {place: score[place] - score[last] for place in order}
+        for gap in gaps.values():
+            self.note(*([] if gap == 0 else [abs(gap) - tie]))
+        above = {place for place in order if gaps[place] > tie}
+        ties = sorted(place for place in order if abs(gaps[place]) <= tie)
+        return above | set(ties[: count - len(above)])
 
     def warped(self, logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
         """Scores `(vocab_size,)` after the sampling arguments, in transformers' order."""
@@ -431,7 +434,7 @@ def sample_row(
                     share = len(members) * (step + 1) // num_steps + len(remasked)
                 quota = share - (len(members) - len(masked))
                 quota = max(quota, 0 if remask_probability else 1)
-                commits = set(sample.ranked(score, highest)[:quota])
+                commits = sample.best(score, highest, quota)
             if confidence_threshold is not None:
                 sample.note(*(confidence[place][0] - confidence_threshold for place in masked))
                 commits |= {place for place in masked if confidence[place][0] >= confidence_threshold}
@@ -439,7 +442,7 @@ def sample_row(
                 totals = [0.0, *accumulate(sorted(confidence[place][1] for place in masked))][: len(masked)]
                 sample.note(*(total - entropy_bound for total in totals))
                 within = sum(total <= entropy_bound for total in totals)
-                commits |= set(sample.ranked({place: -confidence[place][1] for place in masked}, highest)[:within])
+                commits |= sample.best({place: -confidence[place][1] for place in masked}, highest, within)
 
             for place in commits:
                 tokens[place] = choice[place]

@@ -7,6 +7,7 @@ import torch
 from references import run_layers, transformers_logits, transformers_model
 from tiny import ARCHITECTURES, BIASES, MASK, in_turn, random_ids, scores, tiny_model
 
+from loopmdm import LoopMDMForMaskedLM
 from loopmdm.modeling_loopmdm import apply_rotary_pos_emb
 
 UNTIED = {"tie_word_embeddings": False}
@@ -97,6 +98,15 @@ def test_flex_attention_equals_sdpa(overrides):
 
 
 # Positions
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_change_of_dtype_does_not_round_rotary_frequencies(dtype, tmp_path):
+    model, ids = tiny_model(max_position_embeddings=2048), random_ids(1, 2048)
+    model.save_pretrained(tmp_path)
+    loaded = LoopMDMForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(model.to(dtype)(ids).logits, loaded(ids).logits)
 
 
 @torch.no_grad()
@@ -288,6 +298,7 @@ def test_a_document_of_padding_is_no_danger_in_half_precision(dtype):
     )
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_four_dimensional_masks_pass_through(attention):
     blocks = tiny_model(attn_implementation=attention, attention_block_size=3).double()

@@ -187,8 +187,8 @@ def test_fsdp_trainer_resumes_exactly(fsdp):
 
 def test_what_several_processes_cannot_do_is_refused(ranks):
     for rank in ranks:
-        unsaved, other, split = rank["refused"]
-        assert "`state_dict_type` is SHARDED_STATE_DICT, which saves no model; set it to FULL_STATE_DICT" in unsaved
+        other, split, unsaved = rank["refused"]
+        assert "`state_dict_type` is SHARDED_STATE_DICT, with which no model is saved; set it to FULL" in unsaved
         assert "its use of FSDP is False, here True" in other
         assert "`split_batches` is True" in split
 

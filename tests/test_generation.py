@@ -413,6 +413,9 @@ def test_a_row_without_masks_comes_back_as_it_was_and_costs_nothing(model):
 def test_an_empty_prompt_is_one_of_masks(model):
     empty, masks = torch.zeros(2, 0, dtype=torch.long), torch.full((2, 6), MASK)
     assert torch.equal(model.generate(empty, max_new_tokens=6), model.generate(masks.int()))
+    assert torch.equal(model.generate(max_new_tokens=6), model.generate(masks[:1]))
+    begun = torch.cat((torch.tensor([[4]]), masks[:1]), 1)
+    assert torch.equal(model.generate(max_new_tokens=6, bos_token_id=4), model.generate(begun))
 
 
 def test_padding_is_found_by_its_token_or_given_as_a_mask(model):

@@ -321,6 +321,17 @@ def test_push_to_hub_uploads_code_weights_and_configs(model, monkeypatch):
 # Configurations at load
 
 
+def test_generation_config_comes_from_the_models_folder_with_the_changes_of_the_call(tmp_path):
+    model = tiny_model()
+    model.generation_config.update(num_loops=2, eos_token_id=5)
+    model.save_pretrained(tmp_path / "models" / "one")
+    read = LoopMDMForMaskedLM.from_pretrained
+    assert read(tmp_path / "models", subfolder="one").generation_config.num_loops == 2
+    changed = read(tmp_path / "models" / "one", num_loops=4, eos_token_id=7, pad_token_id=3).generation_config
+    assert (changed.num_loops, changed.eos_token_id, changed.pad_token_id) == (4, 7, 3)
+    assert read(tmp_path / "models" / "one", eos_token_id=None).generation_config.eos_token_id is None
+
+
 def test_generation_config_is_saved_and_read(tmp_path):
     model = tiny_model(eos_token_id=5)
     model.generation_config.update(num_loops=[1, 2], eos_penalty=0.5, max_new_tokens=3)

@@ -105,6 +105,7 @@ def _train(config: TrainConfig, output: Path, resume: bool, is_main: bool) -> di
         checkpoint_loops=config.checkpoint_loops,
         **parts.options,
     )
+    trainer.check_saves()
     if config.eval_texts:
         trainer.add_callback(EvaluationTexts(trainer, parts.eval_examples[: config.eval_texts], tokenizer))
     trainer.train(resume_from_checkpoint=is_begun or None)

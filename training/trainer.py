@@ -103,14 +103,6 @@ class LoopMDMTrainer(Trainer):
         check_options(self.args, self.loop_schedule, gradient_loops, ema_decay, eval_loops, eval_samples)
         if ema_decay is not None and self.is_fsdp_enabled:
             raise ValueError("`ema_decay` does not work with FSDP, which splits the weights between ranks.")
-        if self.is_fsdp_enabled:
-            kind = self.accelerator.state.fsdp_plugin.state_dict_type
-            # The Trainer saves no model otherwise, without a word; accelerate's default for FSDP2 is another.
-            if "FULL" not in str(kind):
-                raise ValueError(
-                    f"FSDP's `state_dict_type` is {getattr(kind, 'name', kind)}, which saves no model; set it to "
-                    "FULL_STATE_DICT (in `fsdp_config`, or by `accelerate launch --fsdp_state_dict_type`)."
-                )
         self.gradient_loops = gradient_loops
         self.checkpoint_loops = checkpoint_loops
         self.eval_loops = eval_loops
@@ -316,7 +308,18 @@ class LoopMDMTrainer(Trainer):
 
     # Checkpoints
 
+    def check_saves(self) -> None:
+        """Raises a ValueError if FSDP would make the Trainer save no model, without a word."""
+        kind = self.accelerator.state.fsdp_plugin.state_dict_type if self.is_fsdp_enabled else "FULL"
+        if "FULL" not in str(kind):
+            raise ValueError(
+                f"FSDP's `state_dict_type` is {getattr(kind, 'name', kind)}, with which no model is saved; set it to "
+                "FULL_STATE_DICT (in `fsdp_config`, or by `accelerate launch --fsdp_state_dict_type`)."
+            )
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if not _internal_call:
+            self.check_saves()
         # Checkpoints (internal calls) hold the raw weights, from which training continues.
         with contextlib.nullcontext() if _internal_call else self.averaged_weights():
             check_weights(self)

@@ -129,6 +129,8 @@ def main() -> None:
     tokenizer = build_tokenizer()
     model = build_model(args, tokenizer)
     pairs = puzzles.read_puzzles(args.puzzles)
+    if len(pairs) <= 256:
+        raise SystemExit(f"{args.puzzles} holds {len(pairs)} puzzles; give more, as 256 are held out for evaluation.")
     held_out, pairs = pairs[:256], pairs[256:]
     max_steps = steps_for(model, args)
     stream = ExampleStream(

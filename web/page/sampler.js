@@ -51,17 +51,14 @@ export function quota(size, left, index, steps) {
 
 /**
  * The indices of the `count` highest scores, which come from probabilities of the size of `confidence`. Scores that
- * differ by rounding tie, and the leftmost comes first.
+ * differ by rounding from the last one tie with it, and the leftmost come first.
  */
 function best(scores, confidence, count) {
   const order = Array.from(scores, (_, i) => i).sort((a, b) => scores[b] - scores[a] || a - b);
-  const group = new Int32Array(scores.length);
-  for (let k = 1; k < order.length; k++) {
-    const [before, after] = [order[k - 1], order[k]];
-    const size = confidence[before] + Math.abs(scores[before]);
-    group[after] = group[before] + (scores[before] - scores[after] > TIE * size ? 1 : 0);
-  }
-  return order.sort((a, b) => group[a] - group[b] || a - b).slice(0, count);
+  const last = order[Math.max(count, 1) - 1];
+  const tie = TIE * (confidence[last] + Math.abs(scores[last]));
+  const group = (i) => (scores[i] > scores[last] + tie ? 0 : scores[i] >= scores[last] - tie ? 1 : 2);
+  return order.sort((a, b) => group(a) - group(b) || a - b).slice(0, count);
 }
 
 /** The indices that a rule commits, of a prediction as `readLogits` gives it. */
