@@ -57,9 +57,7 @@ class DenoisingStep:
 
     @cached_property
     def entropy(self) -> torch.Tensor:
-        log_probs = self.logits - self.normalizer[..., None]
-        # Impossible tokens contribute 0, since 0 * -inf would be NaN.
-        return -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1) + self.penalty
+        return torch.special.entr((self.logits - self.normalizer[..., None]).exp_()).sum(-1) + self.penalty
 
     @cached_property
     def quota(self) -> torch.Tensor:
@@ -228,12 +226,14 @@ def draw_noise(
 
 def draw_tokens(logits: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Draws tokens `(N, P)` from `logits`, `(N, P, vocab_size)`: inverts the distribution function at `noise`."""
-    # float64, since float32 sums over a large vocabulary give its last tokens wrong probabilities.
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    target = noise.double()[..., None] * cumulative[..., -1:]
-    # The first token whose cumulative probability exceeds the target, so impossible tokens are never chosen.
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
+    tokens, vocab_size = [], logits.shape[-1]
+    size = max(1, 2**24 // vocab_size)  # positions at a time, as float64 takes twice the memory of all logits
+    for part, uniform in zip(logits.flatten(0, 1).split(size), noise.double().flatten().split(size), strict=True):
+        # float64, since float32 sums over a large vocabulary give its last tokens wrong probabilities.
+        cumulative = part.double().softmax(-1).cumsum(-1)
+        # The first token whose cumulative probability exceeds the target, so impossible tokens are never chosen.
+        tokens.append(torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True))
+    return torch.cat(tokens).view(noise.shape).clamp(max=vocab_size - 1)
 
 
 class Canvas:

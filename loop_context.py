@@ -123,7 +123,9 @@ def make_mask(config, inputs_embeds, attention_mask, position_ids, document_ids,
     implementation, is_ready = config._attn_implementation, attention_mask is not None and attention_mask.ndim == 4
     if not is_restricted or is_ready or implementation not in ("eager", "sdpa"):
         restriction = is_visible if is_restricted else None
-        return create_bidirectional_mask(config, inputs_embeds, attention_mask, keys, and_mask_function=restriction)
+        # Where all queries see the same, one stands for them, as the mask of all would be length times as large.
+        queries = inputs_embeds[:, :1] if implementation in ("eager", "sdpa") else inputs_embeds
+        return create_bidirectional_mask(config, queries, attention_mask, keys, and_mask_function=restriction)
     # By broadcasting: `create_bidirectional_mask` would use vmap, which can take longer than all layers.
     sizes = *inputs_embeds.shape[:2], keys.shape[1]
     options = {"allow_is_causal_skip": False, "dtype": inputs_embeds.dtype, "device": inputs_embeds.device}
