@@ -644,10 +644,10 @@ class LoopMDMForMaskedLM(LoopMDMPreTrainedModel, LoopMDMGenerationMixin):
                 f"{config.vocab_size} tokens; give clean tokens, and -100 where there is nothing to learn."
             )
         # A causal model's collator masks nothing; BERT's may leave few labels visible by chance.
-        unweighted = self.training and loss_weights is None and input_ids is not None and len(targets) >= 10
+        unweighted = loss_weights is None and input_ids is not None and len(targets) >= 10
         if unweighted and torch.equal(input_ids[labelled.to(input_ids.device)].to(targets), targets):
             fix = f"put the mask token ({config.mask_token_id}) there (`training.MaskedDiffusionCollator`)"
-            raise ValueError(f"`labels` are the tokens of `input_ids`, which a model learns to copy; {fix}.")
+            raise ValueError(f"`labels` are the tokens of `input_ids`, which a model only has to copy; {fix}.")
         logits = self.logits(states[labelled])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
