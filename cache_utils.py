@@ -115,20 +115,19 @@ class LoopMDMCache:
         if reach is None:
             last = position_ids if real is None else position_ids.masked_fill(~real, -1)
             reach = torch.maximum(stored, last.amax(-1).cpu() + 1)
-            # A begun block has to be computed anew, which shifted logits do not do (see below).
+            # A begun block changes with the rest of it, so it is computed anew. Shifted logits do not do so (below).
             size = self.config.attention_block_size or 1
-            first = torch.where(last < 0, 2**62, last).amin(-1).cpu()
-            is_anew = (first <= stored // size * size) & (not self.config.shift_logits)
-            for row in ((reach > stored) & (stored % size > 0) & ~is_anew).nonzero().flatten().tolist():
+            whole = torch.where(reach > stored, stored // size * size, stored)
+            ends = torch.cat((whole[:, None], torch.maximum(whole[:, None], last.cpu() + 1)), -1).sort(-1).values
+            is_wrong = (ends.diff(dim=-1) > 1).any(-1) | ((whole < stored) & self.config.shift_logits)
+            for row in is_wrong.nonzero().flatten().tolist():
+                fix = "give all of them"
+                if whole[row] < stored[row]:
+                    fix = f"begin the input at a block, after `past_key_values.crop({self.length})`"
+                places = f"from {int(whole[row])} to {int(reach[row]) - 1}"
                 raise ValueError(
-                    f"`past_key_values` ends within a block of row {row}, after {int(stored[row])} positions (blocks "
-                    f"have {size}); call `past_key_values.crop({self.length})`, and begin the input there."
-                )
-            ends = torch.cat((stored[:, None], torch.maximum(stored[:, None], last.cpu() + 1)), -1).sort(-1).values
-            for row in (ends.diff(dim=-1) > 1).any(-1).nonzero().flatten().tolist():
-                raise ValueError(
-                    f"`position_ids` leaves out positions of row {row} from {int(stored[row])} to "
-                    f"{int(reach[row]) - 1}, which `past_key_values` does not hold; give all of them."
+                    f"`position_ids` leaves out positions of row {row} {places}, which `past_key_values` does not "
+                    f"hold as whole blocks; {fix}."
                 )
             self._make_room(int(reach.max()))
         places = position_ids if real is None else torch.where(real, position_ids, self.max_length)

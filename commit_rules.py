@@ -89,10 +89,9 @@ class DenoisingStep:
     def best(self, scores: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
         """The `count` (default: quota) masked positions with the highest scores in each row, ties from the left."""
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        # A score of -inf still ranks above positions that are not masked, and one of inf ties only with others.
-        largest = torch.finfo(scores.dtype).max / 4
-        scores = scores.clamp(-largest, largest).masked_fill(~self.masked, -math.inf)
-        count = (self.quota if count is None else count)[:, None]
+        # Scores of -inf and NaN still rank above positions that are not masked.
+        scores = scores.nan_to_num(nan=torch.finfo(torch.float32).min).masked_fill(~self.masked, -math.inf)
+        count = torch.minimum(self.quota if count is None else count, self.masked.sum(-1))[:, None]
         last, place = scores.sort(dim=-1, descending=True, stable=True)
         last, place = (part.gather(-1, (count - 1).clamp(min=0)) for part in (last, place))
         # Scores that differ from the last one only by float32 rounding tie with it, since the rounding depends on the
@@ -101,8 +100,8 @@ class DenoisingStep:
         probability = (self.logits.amax(-1) - self.normalizer).exp().gather(-1, place)
         tie = TIE * (probability + last.abs())
         above = scores > last + tie
-        ties = ~above & (scores >= last - tie)
-        return self.masked & (above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True))))
+        ties = self.masked & ~above & (scores >= last - tie)
+        return above | (ties & (ties.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 class CommitRule:

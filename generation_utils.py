@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -555,6 +556,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
         config = self._prepare_generation_config(generation_config, **kwargs)[0]
         if input_ids is None:  # of pipelines for an empty prompt
             input_ids = torch.tensor([_as_list(config.bos_token_id)], dtype=torch.long, device=self.device)
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         eos_token_ids, warpers = _as_list(config.eos_token_id), config.warpers()
         processors, criteria = self._prepare_lists(config, logits_processor, stopping_criteria, tokenizer)
 
@@ -676,7 +678,7 @@ class LoopMDMGenerationMixin(GenerationMixin):
             real = attention_mask.to(input_ids.device) != 0
         else:
             real = input_ids != padding if padding is not None else torch.ones_like(input_ids, dtype=torch.bool)
-            if padding in (*_as_list(config.eos_token_id), config.bos_token_id):
+            if padding is not None and padding in (*_as_list(config.eos_token_id), config.bos_token_id):
                 ends = torch.stack((real, real.flip(-1))).long().argmax(-1) if shape[1] > 0 else real.new_zeros(2, 1)
                 if bool((ends != ends[:, :1]).any()) or not bool(real.any(-1).all()):
                     raise ValueError(
@@ -719,12 +721,12 @@ class LoopMDMGenerationMixin(GenerationMixin):
             # Older versions give in order where files come from. `kwargs` also have changes of the model's config.
             given = {**dict(zip(HUB_OPTIONS, args, strict=False)), **kwargs}
             names = (*HUB_OPTIONS, "num_loops", "pad_token_id", "bos_token_id", "eos_token_id")
-            options = {name: given[name] for name in names if name in given}
+            options, path = {name: given[name] for name in names if name in given}, pretrained_model_name_or_path
+            if os.path.isdir(path):  # transformers would prefer a file of the folder to that of its subfolder
+                path = os.path.join(path, options.pop("subfolder", ""))
             # Without the file, the config made from the model's config stays. `from_pretrained` reports a damaged one.
             with contextlib.suppress(OSError):
-                self.generation_config = self.generation_config_class.from_pretrained(
-                    pretrained_model_name_or_path, **options
-                )
+                self.generation_config = self.generation_config_class.from_pretrained(path, **options)
 
 
 __all__ = ["Canvas", "LoopMDMGenerationConfig", "LoopMDMGenerationMixin", "LoopMDMGenerationOutput"]

@@ -115,7 +115,8 @@ class LoopMDMRotaryEmbedding(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         kept = self.inv_freq
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != kept.dtype and not kept.is_meta:  # `.to(torch.bfloat16)`, which would round them
+        # `.to(torch.bfloat16)` would round them.
+        if self.inv_freq.dtype != kept.dtype and self.inv_freq.is_meta == kept.is_meta:
             self.inv_freq = kept.to(self.inv_freq.device)
         return self
 

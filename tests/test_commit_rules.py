@@ -2,6 +2,7 @@
 """What one denoising step decides, on hand-made tables: commit rules, quotas, remasking, and how chance is drawn."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,24 @@ def test_parallel_rules_commit_at_least_the_quota_of_their_order():
         for unmasking in ("left_to_right", "margin"):
             expected = sorted({*ORDERS[unmasking][:2], *extra})
             assert picked(rule_for(unmasking, **parallel), make_step(num_steps=2)) == expected
+
+
+def test_a_rule_may_ask_for_more_than_there_is():
+    masked = [False, True, False, True]
+    step = make_step(masked=masked, counted=torch.ones(1, 4, dtype=torch.bool))
+    for count in (0, 1, 2, 3, 4):
+        expected = torch.tensor([masked]) if count > 1 else torch.tensor([[False, False, False, count == 1]])
+        assert torch.equal(step.best(torch.arange(4.0)[None], count=torch.tensor([count])), expected)
+    # NaN comes last, and is committed in time.
+    scores = torch.tensor([[0.0, math.nan, 0.0, -math.inf]])
+    assert torch.equal(step.best(scores, count=torch.tensor([2])), torch.tensor([masked]))
+
+
+def test_ties_do_not_add_up():
+    rising = torch.linspace(0.990, 0.999, 512)
+    table = torch.stack((rising, 1 - rising), -1).tolist()
+    # The last two tie: they are less than 1e-5 of score and probability apart.
+    assert picked(rule_for("confidence"), make_step(table, num_steps=512, noise=[0.5] * 512)) == [510]
 
 
 @pytest.mark.parametrize("last", [3.0, 1e30, float("inf")])

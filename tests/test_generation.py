@@ -415,7 +415,12 @@ def test_an_empty_prompt_is_one_of_masks(model):
     assert torch.equal(model.generate(empty, max_new_tokens=6), model.generate(masks.int()))
     assert torch.equal(model.generate(max_new_tokens=6), model.generate(masks[:1]))
     begun = torch.cat((torch.tensor([[4]]), masks[:1]), 1)
-    assert torch.equal(model.generate(max_new_tokens=6, bos_token_id=4), model.generate(begun))
+    tokens = {"bos_token_id": 4, "pad_token_id": 4, "eos_token_id": 4}  # as GPT-2 has them
+    for others in ({}, tokens):
+        found = model.generate(max_new_tokens=6, **{"bos_token_id": 4} | others)
+        assert torch.equal(found, model.generate(begun, torch.ones_like(begun), **others))
+    bare = tiny_model(pad_token_id=None)
+    assert torch.equal(bare.generate(empty, max_new_tokens=6), bare.generate(masks))
 
 
 def test_padding_is_found_by_its_token_or_given_as_a_mask(model):
