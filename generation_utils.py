@@ -720,13 +720,15 @@ class LoopMDMGenerationMixin(GenerationMixin):
         elif pretrained_model_name_or_path is not None:
             # Older versions give in order where files come from. `kwargs` also have changes of the model's config.
             given = {**dict(zip(HUB_OPTIONS, args, strict=False)), **kwargs}
-            names = (*HUB_OPTIONS, "num_loops", "pad_token_id", "bos_token_id", "eos_token_id")
+            names = (*HUB_OPTIONS, "pad_token_id", "bos_token_id", "eos_token_id")
             options, path = {name: given[name] for name in names if name in given}, pretrained_model_name_or_path
             if os.path.isdir(path):  # transformers would prefer a file of the folder to that of its subfolder
                 path = os.path.join(path, options.pop("subfolder", ""))
             # Without the file, the config made from the model's config stays. `from_pretrained` reports a damaged one.
             with contextlib.suppress(OSError):
                 self.generation_config = self.generation_config_class.from_pretrained(path, **options)
+            if self.generation_config.num_loops is not None:  # otherwise the model's config decides, now and later
+                self.generation_config.num_loops = given.get("num_loops", self.generation_config.num_loops)
 
 
 __all__ = ["Canvas", "LoopMDMGenerationConfig", "LoopMDMGenerationMixin", "LoopMDMGenerationOutput"]

@@ -330,6 +330,7 @@ def test_generation_config_comes_from_the_models_folder_with_the_changes_of_the_
     tiny_model().save_pretrained(tmp_path / "models")
     assert read(tmp_path / "models", subfolder="one").generation_config.num_loops == 2
     assert read(tmp_path / "models").generation_config.num_loops is None
+    assert read(tmp_path / "models", num_loops=5).generation_config.num_loops is None
     changed = read(tmp_path / "models" / "one", num_loops=4, eos_token_id=7, pad_token_id=3).generation_config
     assert (changed.num_loops, changed.eos_token_id, changed.pad_token_id) == (4, 7, 3)
     assert read(tmp_path / "models" / "one", eos_token_id=None).generation_config.eos_token_id is None
