@@ -121,14 +121,12 @@ class LoopMDMCache:
             ends = torch.cat((whole[:, None], torch.maximum(whole[:, None], last.cpu() + 1)), -1).sort(-1).values
             is_wrong = (ends.diff(dim=-1) > 1).any(-1) | ((whole < stored) & self.config.shift_logits)
             for row in is_wrong.nonzero().flatten().tolist():
-                fix = "give all of them"
+                wrong = "which `past_key_values` does not hold; give all of them"
                 if whole[row] < stored[row]:
                     fix = f"begin the input at a block, after `past_key_values.crop({self.length})`"
+                    wrong = f"and `past_key_values` ends within a block, at {int(stored[row])}; {fix}"
                 places = f"from {int(whole[row])} to {int(reach[row]) - 1}"
-                raise ValueError(
-                    f"`position_ids` leaves out positions of row {row} {places}, which `past_key_values` does not "
-                    f"hold as whole blocks; {fix}."
-                )
+                raise ValueError(f"`position_ids` leaves out positions of row {row} {places}, {wrong}.")
             self._make_room(int(reach.max()))
         places = position_ids if real is None else torch.where(real, position_ids, self.max_length)
         if self.reach is None and bool((places < 0).any()):

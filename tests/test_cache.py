@@ -235,7 +235,7 @@ def test_a_cache_that_ends_within_a_block_is_not_continued(model):
         cache = filled(model, torch.tensor([row]))
         full = row + tokens(5, 2)
         begin = {"past_key_values": cache, "use_cache": True}
-        message = rf"of row 0 from {kept} to .* not hold as whole blocks; begin .*\.crop\({len(row)}\)`"
+        message = rf"of row 0 from {kept} to .* within a block, at {len(row)}; begin .*\.crop\({len(row)}\)`"
         with pytest.raises(ValueError, match=message):
             model(torch.tensor([full[len(row) :]]), **begin)
         gap = torch.tensor([kept, *range(kept + 2, len(full))])
@@ -250,7 +250,7 @@ def test_a_cache_that_ends_within_a_block_is_not_continued(model):
         torch.testing.assert_close(logits, plain(model, full)[kept:], **EXACT)
     # Rows of a batch are cut at blocks of their own.
     cache = model(*lay_out(rows, "left"), use_cache=True).cache
-    with pytest.raises(ValueError, match=r"of row 0 from 4 to 8, .* as whole blocks"):
+    with pytest.raises(ValueError, match=r"of row 0 from 4 to 8, .* within a block, at 6"):
         model(random_ids(2, 3), past_key_values=cache)
     cache.crop(10)
     assert cache.lengths.tolist() == [4, 8]

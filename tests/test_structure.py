@@ -29,7 +29,7 @@ def test_nothing_is_too_long(path):
 
 def test_what_the_hub_loads_stays_small():
     assert len(HUB_FILES) > 1
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in HUB_FILES) <= 3095
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in HUB_FILES) <= 3092
 
 
 def is_inherited(owner: type, name: str) -> bool:

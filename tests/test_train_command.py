@@ -370,6 +370,17 @@ def test_every_step_is_whole(run, tokenizer, tmp_path):
         assert len(make_parts(config, AutoTokenizer.from_pretrained(tokenizer), tmp_path).stream) == steps * rows
 
 
+def test_fsdp_of_accelerates_environment_is_known(run, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for change, message in (
+        ({"optimizer": "muon"}, "muon` does not work with FSDP"),
+        ({"eval_texts": 1, "optimizer": "adamw"}, "`eval_texts`"),
+    ):
+        config = read_config(run(eval_data=str(tmp_path / "text.txt"), **change))
+        with pytest.raises(ValueError, match=message):
+            make_parts(config, AutoTokenizer.from_pretrained(tokenizer), tmp_path)
+
+
 def test_a_step_counts_the_rows_of_all_gpus_of_a_process(run, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)  # without torchrun, which takes one for each process
     config = read_config(run(trainer={"max_steps": 3, "per_device_train_batch_size": 4}))

@@ -17,7 +17,7 @@ from ..objective import find_model
 from .arguments import TrainConfig
 from .loop_schedules import LoopSchedule, set_num_train_loops
 from .memory import Shape, StepSettings, training_memory
-from .run import CHECKPOINTS, RunParts, check_run, load_trainable, make_optimizer, make_parts
+from .run import CHECKPOINTS, RunParts, check_run, load_trainable, make_optimizer, make_parts, rows_of_step
 from .trainer import training_flops
 
 # Micro-batches on which lengths and masks are counted
@@ -88,7 +88,7 @@ def preview(config: TrainConfig, resume: bool = False, num_rows: int = 3) -> Pre
     facts = {
         **_data_facts(parts),
         "steps": steps,
-        "rows a step": _rows_of_step(parts),
+        "rows a step": rows_of_step(arguments),
         "tokens of all steps": round(sum(one.rows * one.length for one in shapes) / len(shapes) * micro_batches)
         * processes,
         "parameters": num_parameters,
@@ -155,12 +155,7 @@ def _num_steps(parts: RunParts) -> int:
     """The number of optimiser steps; the stream of a run by epochs holds whole ones."""
     if parts.arguments.max_steps > 0:
         return parts.arguments.max_steps
-    return len(parts.stream) // _rows_of_step(parts)
-
-
-def _rows_of_step(parts: RunParts) -> int:
-    arguments = parts.arguments
-    return arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return len(parts.stream) // rows_of_step(parts.arguments)
 
 
 def _loop_shares(schedule: LoopSchedule, points: int = 200) -> list[float]:

@@ -395,6 +395,11 @@ def _make_arguments(config: TrainConfig, checkpoints: Path) -> TrainingArguments
     return made
 
 
+def rows_of_step(arguments: TrainingArguments) -> int:
+    """Rows of an optimiser step, on all GPUs of all processes: without `torchrun` one process has several."""
+    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+
+
 def _make_stream(
     examples: list[dict] | StreamedExamples, arguments: TrainingArguments
 ) -> ExampleStream | StreamedExamples:
@@ -403,8 +408,7 @@ def _make_stream(
         if arguments.max_steps <= 0:
             raise ValueError("The length of a streamed data set is not known; set `trainer: {max_steps: ...}`.")
         return examples
-    # Of all GPUs of a process: without `torchrun` the Trainer splits batches between them.
-    per_step = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    per_step = rows_of_step(arguments)
     if arguments.max_steps > 0:
         count = arguments.max_steps * per_step
     else:
